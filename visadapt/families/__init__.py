@@ -1,0 +1,83 @@
+"""Families: where residual branches end in one kind of architecture.
+
+Each structural finder has a ``find(model, modules)`` that recognises its blocks by their names and types, at no cost,
+and returns sites, none if there is nothing of its kind. A new one is one file and one entry in ``FAMILIES``. It is
+never needed: a backbone that they do not cover whole runs once on fake tensors, and its branches are read off the
+dataflow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from visadapt.errors import VisadaptError
+from visadapt.families import convnext, densenet, mbconv, resnet, traced, transformer, vgg, vit
+from visadapt.heads import find_head
+from visadapt.host import plain_class
+from visadapt.sites import Site, Sites, own_modules
+
+FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
+
+# a trace takes a second or so, and a model is asked for its sites at inject, save and merge
+_TRACED: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
+
+
+def find_sites(model: nn.Module, example: Any = None) -> Sites:
+    """All sites of a backbone, sorted by where they come in it.
+
+    Args:
+        model: the backbone.
+        example: an input to trace with, where no family knows the backbone and its input cannot be guessed.
+
+    Raises:
+        VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
+    """
+    modules = own_modules(model)
+    found = structural(model, modules)
+    if found and covers(found, model, modules):
+        return _sorted(found)
+    state = hash(tuple((path, plain_class(module)) for path, module in modules.items()))
+    known = _TRACED.get(model)
+    if example is None and known is not None and known[0] == state:
+        return known[1]
+    try:
+        traced_sites = _sorted(traced.find(model, modules, example))
+    except VisadaptError:
+        if found and example is None:
+            return _sorted(found)
+        raise
+    _TRACED[model] = (state, traced_sites)
+    return traced_sites
+
+
+def structural(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """The sites that the families know of, without running anything."""
+    return [site for family in FAMILIES for site in family.find(model, modules)]
+
+
+def _sorted(found: list[Site]) -> Sites:
+    return Sites(sorted(found, key=lambda site: site.depth))
+
+
+def covers(found: list[Site], model: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether the blocks with sites are all the repeated blocks there are: a hybrid has others beside them."""
+    head = find_head(model)
+    inside = tuple({site.block for site in found} | set(head.modules if head else ()))
+    starts = tuple(f"{path}." for path in inside)
+    seen: set[type[nn.Module]] = set()
+    for path, module in modules.items():
+        if path in inside or path.startswith(starts) or isinstance(module, nn.Sequential | nn.ModuleList):
+            continue
+        if sum(map(traced.is_matrix, own_modules(module).values())) < 2 or any(
+            start.startswith(f"{path}.") for start in starts
+        ):
+            continue
+        if not path:
+            continue
+        if plain_class(module) in seen:
+            return False
+        seen.add(plain_class(module))
+    return True

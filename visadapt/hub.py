@@ -1,0 +1,94 @@
+"""Backbones by name: every place that pretrained networks come from, resolved here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from visadapt.errors import VisadaptError, nearest
+
+
+def resolve(source: Any, **build: Any) -> nn.Module:
+    """Makes a backbone from a builder or a name.
+
+    Args:
+        source: a function that returns a module, such as torchvision's ``resnet50``, or one of
+            ``"timm/<name>"``, ``"torchvision/<name>"``, ``"hf/<name or folder>"``, ``"bundled/<name>"``.
+        **build: passed on. Names load pretrained weights unless told otherwise (``pretrained=False`` for timm,
+            ``weights=None`` for torchvision).
+
+    Returns:
+        The module.
+
+    Raises:
+        VisadaptError: the source or the name is unknown; the nearest is named.
+    """
+    if isinstance(source, str):
+        place, _, name = source.partition("/")
+        if place not in PLACES or not name:
+            raise VisadaptError(
+                f"no backbone {source!r}{nearest(place, PLACES)} (names look like 'timm/resnet50.a1_in1k', "
+                "'torchvision/vgg16', 'hf/bert-base-uncased' or 'bundled/resnet50')"
+            )
+        return PLACES[place](name, **build)
+    if callable(source):
+        model = source(**build)
+        if isinstance(model, nn.Module):
+            return model
+        raise VisadaptError(
+            f"the builder {getattr(source, '__name__', source)!r} gave {type(model).__name__}, no module"
+        )
+    raise VisadaptError(f"expected a module, a builder or a name, got {type(source).__name__}")
+
+
+def _timm(name: str, **build: Any) -> nn.Module:
+    import timm
+
+    model_name = name.partition(".")[0].removeprefix("hf_hub:")
+    if not timm.is_model(model_name):
+        raise VisadaptError(f"timm has no model {name!r}{nearest(model_name, timm.list_models())}")
+    model: nn.Module = timm.create_model(name, **{"pretrained": True, **build})
+    return model
+
+
+def _torchvision(name: str, **build: Any) -> nn.Module:
+    import torchvision
+
+    if name not in torchvision.models.list_models():
+        raise VisadaptError(f"torchvision has no model {name!r}{nearest(name, torchvision.models.list_models())}")
+    model: nn.Module = torchvision.models.get_model(name, **{"weights": "DEFAULT", **build})
+    return model
+
+
+def _transformers(name: str, **build: Any) -> nn.Module:
+    try:
+        from transformers import AutoModelForSequenceClassification
+    except ImportError as error:
+        raise VisadaptError("'hf/…' needs transformers: pip install 'visadapt[text]'") from error
+    try:
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, **build)
+    except (OSError, ValueError) as error:
+        raise VisadaptError(f"transformers cannot load {name!r}: {error}") from error
+    return model
+
+
+def _bundled(name: str, **build: Any) -> nn.Module:
+    from visadapt.data import minilm_path, resnet50
+
+    builders: dict[str, Callable[..., nn.Module]] = {
+        "resnet50": resnet50,
+        "minilm": lambda **more: _transformers(str(minilm_path()), **more),
+    }
+    if name not in builders:
+        raise VisadaptError(f"nothing bundled is called {name!r}{nearest(name, builders)}")
+    return builders[name](**build)
+
+
+PLACES: dict[str, Callable[..., nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _transformers,
+    "bundled": _bundled,
+}

@@ -1,0 +1,86 @@
+"""What adapters are made of: pointwise projections in any layout, activations, dtype at the seam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    None: lambda z: z,
+}
+
+
+class Pointwise(nn.Module):
+    """y = W·x + b at every position: a 1×1 convolution on ``NCHW``, a linear on ``NHWC`` and ``NLC``.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        layout: of the tensors it will see.
+        std: of the normal, truncated at two of them, that W is drawn from; 0 for zeros. The bias starts at zero.
+        bias: whether there is one.
+        stride: of the convolution (``NCHW`` only).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        layout: str,
+        std: float,
+        bias: bool = True,
+        stride: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        if std == 0:
+            nn.init.zeros_(self.weight)
+        else:
+            truncated_normal_(self.weight, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "NCHW":
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias, self.stride)
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        outputs, inputs = self.weight.shape
+        return f"{inputs}, {outputs}, layout={self.layout}, bias={self.bias is not None}"
+
+
+@torch.no_grad()
+def truncated_normal_(weight: Tensor, std: float) -> None:
+    """Fills with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
+
+    Unlike rejection it takes one random number an element, and a fraction of the time.
+    """
+    bound = math.erf(2 / math.sqrt(2))
+    weight.uniform_(-bound, bound).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)
+
+
+def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
+    """``x`` as an adapter's parameters want it: theirs is fp32 beside a half-precision backbone.
+
+    Under autocast the operators choose the dtype themselves.
+    """
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+def as_nchw(conv: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:
+    """Applies a convolution to a feature map of any layout."""
+    if layout == "NHWC":
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return conv(x)

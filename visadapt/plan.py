@@ -1,0 +1,161 @@
+"""Plans: what an inject will do, made in full before anything is done, so that nothing is left half done."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from visadapt import heads, host, labelled
+from visadapt.errors import VisadaptError
+from visadapt.methods.method import Method
+from visadapt.norms import find_norms
+from visadapt.registry import Placement, Registry, Task, find_registry
+from visadapt.sites import Sites, dtype_of, own_modules
+
+
+@dataclass
+class Plan:
+    """What an inject will do, made in full before anything is done."""
+
+    task: Task
+    parts: list[tuple[str, str, nn.Module]]
+    """Host path, part name, module."""
+    sites: Sites = field(default_factory=Sites)
+
+
+def new_plan(
+    model: nn.Module, task: Task, placements: Sequence[tuple[Method, Sites]], norms: dict[str, nn.Module]
+) -> Plan:
+    """The parts of a new task: its norms, the adapters of each method, its head.
+
+    Args:
+        model: the backbone.
+        task: its description, to which the placements are added.
+        placements: each method with its sites.
+        norms: the backbone's norms by path.
+    """
+    parts: list[tuple[str, str, nn.Module]] = []
+    owned: tuple[str, ...] = ()
+    if task.head in ("new", "copy"):
+        found = heads.find_head(model)
+        assert found is not None
+        owned = found.modules
+        width = task.num_classes if task.head == "new" else None
+        parts += [(path, "head", part) for path, part in heads.build_head(model, found, width, dtype_of(model)).items()]
+    if task.norms != "frozen":
+        parts += [
+            (path, "norm", host.own_copy(norm, full=task.norms == "full"))
+            for path, norm in norms.items()
+            # the norms inside a task's own head are already its own
+            if not any(path == head or path.startswith(f"{head}.") for head in owned)
+        ]
+    plan = Plan(task, parts)
+    for method, sites in placements:
+        _place(model, plan, method, sites)
+    return plan
+
+
+def extended_plan(
+    model: nn.Module,
+    task: Task,
+    method: Method,
+    sites: Sites,
+    num_classes: int | None,
+    labels: Sequence[str] | None,
+    head: str,
+    norms: str,
+) -> Plan:
+    """The plan that adds a method to a task that exists; its head and norms stay what they are."""
+    if norms != task.norms:
+        raise VisadaptError(f"task {task.name!r} has norms={task.norms!r} already; it cannot have {norms!r} as well")
+    if num_classes not in (None, task.num_classes) or head not in ("auto", task.head) or labels is not None:
+        raise VisadaptError(
+            f"task {task.name!r} has its head already ({task.head}, {task.num_classes} classes): add methods to it "
+            "without num_classes=, labels= and head=, or name another task"
+        )
+    plan = Plan(dataclasses.replace(task, placements=list(task.placements), hosts=list(task.hosts)), [])
+    taken = {name for placement in task.placements if placement.method.part == method.part for name in placement.sites}
+    twice = [site.full_name for site in sites if site.full_name in taken]
+    if twice:
+        raise VisadaptError(f"task {task.name!r} has a {method.part} at {twice[0]} already: name another task")
+    _place(model, plan, method, sites)
+    return plan
+
+
+def _place(model: nn.Module, plan: Plan, method: Method, sites: Sites) -> None:
+    _check_outside_head(model, plan.task, sites)
+    dtype = dtype_of(model)
+    for path, part in method.parts(model, sites, plan.task):
+        device = _device_of(model.get_submodule(path), model)
+        plan.parts.append((path, method.part, part.to(device=device, dtype=dtype)))
+    plan.task.placements.append(Placement(method, tuple(site.full_name for site in sites)))
+    plan.sites = Sites((*plan.sites, *sites))
+
+
+def _check_outside_head(model: nn.Module, task: Task, sites: Sites) -> None:
+    """Refuses adapters in a head that the task replaces: they would see other logits, or never run."""
+    found = heads.find_head(model) if task.head in ("new", "copy") else None
+    for site in sites if found else ():
+        for path in found.modules:  # type: ignore[union-attr]
+            if f"{site.host}.".startswith(f"{path}."):
+                where = "is" if site.host == path else "is in"
+                raise VisadaptError(
+                    f"{site.host} {where} the head that task {task.name!r} replaces: leave it out, or say head='frozen'"
+                )
+
+
+def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
+    for candidate in (module, model):
+        for tensor in candidate.parameters():
+            return tensor.device
+    return torch.device("cpu")
+
+
+def commit(model: nn.Module, plan: Plan) -> None:
+    """Does what a plan says. Nothing here can fail for a reason of the user's."""
+    registry = find_registry(model)
+    if registry is None:
+        registry = Registry()
+        modules = own_modules(model)
+        registry.norms = find_norms(modules)
+        registry.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+        for module in modules.values():
+            host.freeze(module)
+            host.unfuse(module, registry)
+        if labelled.is_labelled(model):
+            labelled.label(model)
+        model.__dict__["_visadapt"] = registry
+    task = plan.task
+    registry.tasks[task.name] = task
+    if task.head != "frozen" and labelled.is_labelled(model):
+        registry.configs[task.name] = labelled.task_config(model, task)
+    for path, name, part in plan.parts:
+        module = model.get_submodule(path)
+        part.train(model.training)
+        host.attach(module, registry, task.name, name, part)
+        registry.hosts[path] = module
+        if path not in task.hosts:
+            task.hosts.append(path)
+    registry.traced.update({site.full_name: site for site in plan.sites if site.traced})
+    registry.active = task.name
+
+
+def warn_if_larger(plan: Plan) -> None:
+    placed = {(path, name): part for path, name, part in plan.parts}
+    method = plan.task.placements[-1].method if plan.task.placements else None
+    for site in plan.sites:
+        part = placed.get((site.host, method.part)) if method else None
+        size = 0 if part is None else sum(p.numel() for p in part.parameters())
+        if 0 < site.adapts < size:
+            warnings.warn(
+                f"the {method.part if method else ''} at {site.full_name} has {size:,} parameters, more than the "
+                f"{site.adapts:,} of what it adapts: choose a smaller m or other sites",
+                stacklevel=3,
+            )
+            return

@@ -1,0 +1,166 @@
+"""What a model knows of its tasks, and which of them is meant at this moment in this thread."""
+
+from __future__ import annotations
+
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from visadapt.errors import VisadaptError, nearest
+from visadapt.fingerprint import Digests
+from visadapt.host import CHILD, Parts
+from visadapt.methods.method import Method
+
+NORM_POLICIES = ("frozen", "affine", "full")
+HEAD_POLICIES = ("auto", "new", "copy", "frozen")
+
+AUTO = "auto"
+"""In a task's place: let the decider choose for each sample."""
+
+_USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method at its sites (full names, ``kind:host``), as ``inject`` put it there."""
+
+    method: Method
+    sites: tuple[str, ...]
+
+
+@dataclass
+class Task:
+    """Everything that a downstream problem trains, by description; the tensors live in the hosts.
+
+    Attributes:
+        name: letters, digits, ``_`` and ``-``.
+        norms: ``frozen``, ``affine`` or ``full``.
+        head: ``new`` (of ``num_classes`` outputs), ``copy`` (of the backbone's) or ``frozen`` (the backbone's own).
+        num_classes: width of the task's head; None with a frozen head.
+        labels: the classes' names, in the order of the head's outputs, where they are known.
+        placements: methods and their sites.
+        hosts: paths of the modules that hold a part of this task.
+    """
+
+    name: str
+    norms: str
+    head: str
+    num_classes: int | None = None
+    labels: tuple[str, ...] | None = None
+    placements: list[Placement] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+
+
+class Registry:
+    """The tasks of one injected model, shared by all its hosts (and copied with it by ``deepcopy``).
+
+    Attributes:
+        tasks: by name.
+        hosts: every module that holds parts, by its path in the model.
+        norms: every norm with parameters of its own, by path; known once, asked by each task.
+        trained: names of the backbone's parameters that required a gradient before the first inject.
+        configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
+        digests: of the backbone's tensors, as far as they are known.
+        lean: whether :func:`visadapt.lean` was called.
+        decider: the one that ``auto`` asks.
+        traced: sites that no family knows, by full name, as they were traced.
+        active: the task chosen by ``activate``; None is the bare backbone.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, Task] = {}
+        self.hosts: dict[str, nn.Module] = {}
+        self.norms: dict[str, nn.Module] = {}
+        self.trained: frozenset[str] = frozenset()
+        self.active: Any = None
+        self.traced: dict[str, Any] = {}
+        self.configs: dict[Any, Any] = {}
+        self.guards: tuple[Any, ...] = ()
+        self.decider: Any = None
+        self.digests: Digests = {}
+        self.lean = False
+
+    def current(self) -> Any:
+        """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
+        using = _USING.get()
+        if using is not None and id(self) in using:
+            return using[id(self)]
+        return self.active
+
+    def task(self, name: Any) -> Task:
+        """The task of that name.
+
+        Raises:
+            VisadaptError: there is none; the nearest is named.
+        """
+        if not isinstance(name, str) or name not in self.tasks:
+            hint = nearest(name, self.tasks) or "; the model has no tasks yet: visadapt.inject makes one"
+            raise VisadaptError(f"no task {name!r}{hint}")
+        return self.tasks[name]
+
+    def parts(self, name: str) -> dict[str, nn.ModuleDict]:
+        """A task's parts by host path, in the order they were put in."""
+        return {
+            path: cast("nn.ModuleDict", cast("Parts", self.hosts[path]._modules[CHILD])[name])
+            for path in self.task(name).hosts
+        }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a wrapper of ``torch.compile``, DataParallel or DistributedDataParallel."""
+    while "_visadapt" not in model.__dict__:
+        # by class, not by the child's name: a model of the user's may well call its only child ``module``
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = model._modules.get("module" if parallel else "_orig_mod")
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def find_registry(model: Any) -> Registry | None:
+    """The registry of an injected model, or None.
+
+    Raises:
+        VisadaptError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return cast("Registry | None", unwrapped(model).__dict__.get("_visadapt"))
+
+
+def registry_of(model: Any) -> Registry:
+    """The registry of an injected model.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    registry = find_registry(model)
+    if registry is None:
+        raise VisadaptError(f"this {type(model).__name__} has no tasks: call visadapt.inject(model, …) first")
+    return registry
+
+
+def check_task_name(name: Any) -> None:
+    """Refuses names that cannot be a module's or a file's."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise VisadaptError(f"a task's name is made of letters, digits, '_' and '-', got {name!r}")
+    if hasattr(Parts, name) or name in ("training", AUTO):
+        raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
+
+
+def named_tensors(registry: Registry, name: str) -> dict[str, Tensor]:
+    """All tensors that belong to a task (parameters and persistent buffers): ``host.part.tensor`` → tensor."""
+    return {
+        joined(path, key): tensor
+        for path, parts in registry.parts(name).items()
+        for key, tensor in parts.state_dict(keep_vars=True).items()
+    }
+
+
+def joined(path: str, name: str) -> str:
+    """``path.name``, or the name alone at the root."""
+    return f"{path}.{name}" if path else name

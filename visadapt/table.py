@@ -1,0 +1,57 @@
+"""A table that prints anywhere, and better where rich is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings.
+
+    Args:
+        headings: one a column.
+        rows: each as long as ``headings``; numbers are set to the right.
+        title: a line above it.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+
+    def _right(self) -> list[bool]:
+        def number(cell: Any) -> bool:
+            return not isinstance(cell, str) or cell[:1].isdigit() or cell in ("", "–")
+
+        return [bool(self.rows) and all(number(row[i]) for row in self.rows) for i in range(len(self.headings))]
+
+    def __str__(self) -> str:
+        cells = [[str(cell) for cell in row] for row in (self.headings, *self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.headings))]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if right else cell.ljust(w)
+                for cell, w, right in zip(row, widths, self._right(), strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("─" * w for w in widths))
+        return "\n".join([self.title, *lines] if self.title else lines)
+
+    def markdown(self) -> str:
+        """The same as a Markdown table."""
+        rule = ["--:" if right else "---" for right in self._right()]
+        rows = [self.headings, rule, *self.rows]
+        return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title or None)
+        for heading, right in zip(self.headings, self._right(), strict=True):
+            table.add_column(heading, justify="right" if right else "left")
+        for row in self.rows:
+            table.add_row(*(str(cell) for cell in row))
+        return table
