@@ -1,0 +1,103 @@
+"""Folding: eval-mode BatchNorms written into the convs before them, for inference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.errors import VisadaptError
+from visadapt.host import is_stateful, plain_class
+from visadapt.registry import find_registry
+from visadapt.trace import trace_flow
+
+
+def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
+    """Folds every BatchNorm that alone follows a conv into it: W' = s·W, b' = s·b + t with s = γ/√(σ²+ε), t = β − μ·s.
+
+    Args:
+        model: a plain model in eval mode, such as :func:`visadapt.merge` gives; changed in place.
+        example: an input to find the pairs with, as :func:`visadapt.sites` takes it; guessed if None.
+
+    Returns:
+        The same model; the folded norms have become identities (or the activation that they carried).
+
+    Raises:
+        VisadaptError: the model is injected or in train mode, or does not run on the example.
+    """
+    if find_registry(model) is not None:
+        raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
+    if model.training:
+        raise VisadaptError("folding takes the running statistics as they are: call eval() first")
+    for conv_path, norm_path in pairs(model, example):
+        conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
+        _fold_pair(cast("nn.Conv2d", conv), norm)
+        model.set_submodule(norm_path, _rest(norm))
+    return model
+
+
+def pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
+    """Paths of each conv and of the BatchNorm that takes its output, where nothing else does.
+
+    Args:
+        model: any model; it is run once on fake tensors.
+        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+
+    Raises:
+        VisadaptError: the model does not run on the example.
+    """
+    flow, _ = trace_flow(model, example)
+    consumers = Counter(parent for value in flow.values for parent in value.parents)
+    calls = {path: made[0] for path, made in flow.calls_of().items() if len(made) == 1}
+    convs = {
+        call.output.index: path
+        for path, call in calls.items()
+        if call.output is not None and plain_class(model.get_submodule(path)).forward is nn.Conv2d.forward
+    }
+    found = []
+    for path, call in calls.items():
+        norm = model.get_submodule(path)
+        if is_foldable(norm) and len(call.inputs) == 1:
+            index = call.inputs[0].index
+            if index in convs and consumers[index] == 1:
+                found.append((convs[index], path))
+    return found
+
+
+@torch.no_grad()
+def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    mean, var = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
+    shift = (bias - mean) * scale + (0 if norm.bias is None else norm.bias.double())
+    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
+    conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What remains of a norm that is folded."""
+    after = carried(norm)
+    return nn.Sequential(*after) if after else nn.Identity()
+
+
+def carried(norm: nn.Module) -> list[nn.Module]:
+    """What a norm applies after normalising: drop-out and activation, in timm's norms that carry them."""
+    return [child for name, child in norm._modules.items() if name in _CARRIED and not _is_identity(child)]  # type: ignore[misc]
+
+
+_CARRIED = ("drop", "act")
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether a norm is a BatchNorm as torch computes it, possibly with an activation behind it."""
+    if not isinstance(norm, _BatchNorm) or not is_stateful(norm):
+        return False
+    return plain_class(norm).forward is _BatchNorm.forward or all(name in norm._modules for name in _CARRIED)

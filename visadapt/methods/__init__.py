@@ -1,0 +1,55 @@
+"""Methods: what can stand at a site. One file each; a new one is its file and its line in ``METHODS``."""
+
+from visadapt.methods.adaptformer import AdaptFormer
+from visadapt.methods.baselines import Linear, Norms
+from visadapt.methods.bottleneck import Bottleneck
+from visadapt.methods.convadapter import ConvAdapter
+from visadapt.methods.dan import DAN, set_alpha
+from visadapt.methods.lora import LoRA
+from visadapt.methods.method import Method
+from visadapt.methods.own_weights import Biases, Full, TopLayers
+from visadapt.methods.parallel import Parallel
+from visadapt.methods.series import Series
+from visadapt.methods.ssf import SSF
+from visadapt.methods.tsa import TSA
+
+METHODS: dict[str, type[Method]] = {
+    cls.__name__: cls
+    for cls in (
+        Bottleneck,
+        Parallel,
+        Series,
+        TSA,
+        DAN,
+        ConvAdapter,
+        SSF,
+        LoRA,
+        AdaptFormer,
+        Linear,
+        Norms,
+        Biases,
+        TopLayers,
+        Full,
+    )
+}
+"""By name, as task files and command lines spell them."""
+
+__all__ = [
+    "DAN",
+    "METHODS",
+    "SSF",
+    "TSA",
+    "AdaptFormer",
+    "Biases",
+    "Bottleneck",
+    "ConvAdapter",
+    "Full",
+    "Linear",
+    "LoRA",
+    "Method",
+    "Norms",
+    "Parallel",
+    "Series",
+    "TopLayers",
+    "set_alpha",
+]

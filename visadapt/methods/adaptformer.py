@@ -1,0 +1,122 @@
+"""AdaptFormer: a bottleneck beside the MLP of a Transformer layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.errors import VisadaptError
+from visadapt.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method, check_width, width
+from visadapt.sites import Site
+
+if TYPE_CHECKING:
+    from visadapt.registry import Task
+
+_MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
+
+
+@dataclass(frozen=True)
+class AdaptFormer(Method):
+    """MLP(x) + s·W_up·ReLU(W_down·x), x the MLP's input (Chen et al. 2022, arXiv 2205.13535, §3.2).
+
+    2dm + d + m parameters a layer. W_up and its bias are zero and W_down is drawn: the network starts as it was, bit
+    for bit. The branch is nonlinear and does not merge.
+
+    Args:
+        m: width of the bottleneck, or a fraction of each site's channels in (0, 1).
+        scale: s.
+        dropout: probability with which elements of ReLU(·) are dropped while training.
+
+    Raises:
+        VisadaptError: an option is out of range; at a site no MLP is found, beside which to stand.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    m: int | float = 64
+    scale: float = 0.1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_width(self.m)
+        if not self.scale > 0:
+            raise VisadaptError(f"scale is a positive number, got {self.scale!r}")
+        if not 0 <= self.dropout < 1:
+            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        return ParallelBottleneck(self, site)
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        for site in sites:
+            path, before = _beside(model, site)
+            yield path, BeforeSum(self, site) if before else ParallelBottleneck(self, site)
+
+
+def _beside(model: nn.Module, site: Site) -> tuple[str, bool]:
+    """The module whose input is the MLP's, and whether that input is only its second argument, to be summed."""
+    host = model.get_submodule(site.host)
+    if _is_mlp(host):
+        return site.host, False
+    block = model.get_submodule(site.block)
+    at = f"{site.block}." if site.block else ""
+    output = block._modules.get("output")
+    # BERT and its kin: LayerNorm(dropout(dense(h)) + x) is all in one module, called with h and x
+    if output is not None and site.host.startswith(f"{at}output.") and "intermediate" in block._modules:
+        return f"{at}output", True
+    for name in _MLPS:
+        if name in block._modules:
+            return f"{at}{name}", False
+    raise VisadaptError(
+        f"no MLP found at {site.full_name} (looked for {', '.join(_MLPS)} in {site.block or type(model).__name__}): "
+        "name it with where="
+    )
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in module.modules()) >= 2
+
+
+class ParallelBottleneck(nn.Module):
+    """s·W_up·ReLU(W_down·x): what is added beside."""
+
+    role: ClassVar[str] = "beside"
+
+    def __init__(self, method: AdaptFormer, site: Site) -> None:
+        super().__init__()
+        m = width(method.m, site.channels)
+        self.scale = method.scale
+        self.dropout = method.dropout
+        self.down = Pointwise(site.channels, m, site.layout, std=site.channels**-0.5)
+        self.up = Pointwise(m, site.channels, site.layout, std=0.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(x)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What the branch makes of the MLP's input."""
+        z = F.dropout(F.relu(self.down(in_dtype_of(self.down.weight, x))), self.dropout, self.training)
+        delta: Tensor = self.up(z)
+        return (self.scale * delta).to(x.dtype)
+
+    def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
+        """Refuses: the branch is nonlinear.
+
+        Raises:
+            VisadaptError: always.
+        """
+        raise VisadaptError("it has a nonlinearity (ReLU)")
+
+
+class BeforeSum(ParallelBottleneck):
+    """The same where the module at the MLP's end takes the MLP's input as second argument and adds it."""
+
+    role: ClassVar[str] = "before"
+
+    def forward(self, h: Tensor, x: Tensor, *rest: Any) -> Any:  # type: ignore[override]
+        return (h, x + self.change(x), *rest)

@@ -1,0 +1,63 @@
+"""Baselines that put nothing at any site: a head alone, or a head and the norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from visadapt.errors import VisadaptError
+from visadapt.methods.method import Method
+from visadapt.norms import find_norms
+from visadapt.sites import Site, own_modules
+
+if TYPE_CHECKING:
+    from visadapt.registry import Task
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """Feature-based transfer: a head on the frozen backbone (Houlsby et al. 2019, arXiv 1902.00751, §1).
+
+    No parameters but the head's: ``inject(model, Linear(), num_classes=10, norms="frozen")``.
+
+    Raises:
+        VisadaptError: the task would have norms of its own, no head of its own, or sites.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        self.no_sites(sites)
+        if task.norms != "frozen":
+            raise VisadaptError(
+                f"Linear() trains a head on frozen features, and norms={task.norms!r} would change these: say "
+                "norms='frozen', or Norms() to train the norms as well"
+            )
+        if task.head == "frozen":
+            raise VisadaptError("Linear() trains a head: give num_classes=, or head='copy' for the backbone's")
+        return ()
+
+
+@dataclass(frozen=True)
+class Norms(Method):
+    """The norms alone, and the head (Houlsby et al. 2019, arXiv 1902.00751, §3.4; BN adaptation on images).
+
+    No parameters but those of the norm policy: with ``norms="affine"`` their weights and biases, with ``full`` their
+    running statistics too.
+
+    Raises:
+        VisadaptError: ``norms="frozen"``; the backbone has no norms; ``inject`` was given ``where=``.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        self.no_sites(sites)
+        if task.norms == "frozen":
+            raise VisadaptError("Norms() trains the norms, and norms='frozen' forbids it: say 'affine' or 'full'")
+        if not find_norms(own_modules(model)):
+            raise VisadaptError(f"Norms(): {type(model).__name__} has no norms")
+        return ()

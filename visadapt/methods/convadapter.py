@@ -1,0 +1,223 @@
+"""Conv-Adapter: a depthwise-separable bottleneck of convolutions, in four schemes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.errors import VisadaptError
+from visadapt.layers import as_nchw, in_dtype_of
+from visadapt.methods.method import Method, check_choice
+from visadapt.operators import Operator, operator_of
+from visadapt.sites import Site
+
+if TYPE_CHECKING:
+    from visadapt.registry import Task
+
+SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
+
+
+@dataclass(frozen=True)
+class ConvAdapter(Method):
+    """Δ(x) = s⊙(W2∗ReLU(W1∗x + b1) + b2) (Chen et al. 2022, arXiv 2208.07463, §3.2).
+
+    W1 is a k×k convolution C_in → C_in/γ in C_in/γ groups, W2 a 1×1 C_in/γ → C_out, s a scale a channel, 1 at the
+    start: C_in·k² + (C_in/γ)·(1 + C_out) + 2·C_out parameters a site. k is the adapted conv's, 3 at a residual branch.
+    The schemes say where (§3.3):
+
+    * ``conv-parallel``: W∗x + Δ(x), at each 3×3 convolution (what the authors released);
+    * ``conv-sequential``: u + Δ(u), behind each 3×3 convolution;
+    * ``residual-parallel``: F(x) + Δ(x), beside each residual branch F, before the addition;
+    * ``residual-sequential``: F(x) + Δ(F(x)), at the end of each residual branch.
+
+    By default W2 = b2 = 0: the network starts as it was, bit for bit. It is nonlinear and does not merge.
+
+    Args:
+        gamma: γ, by how much the bottleneck is narrower.
+        scheme: where it stands.
+        init: ``zero``, or ``release`` for torch's own init of both convolutions, as the authors' code has it, with
+            which the network does not start as it was.
+
+    Raises:
+        VisadaptError: an option is out of range; a site is no convolution, or of token sequences; at a site of
+            ``residual-parallel`` there is no block of several modules.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
+
+    gamma: int = 4
+    scheme: str = "conv-parallel"
+    init: str = "zero"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int) or self.gamma < 1:
+            raise VisadaptError(f"gamma is a positive int, got {self.gamma!r}")
+        check_choice(self.scheme, SCHEMES, "scheme")
+        check_choice(self.init, ("zero", "release"), "init")
+        object.__setattr__(self, "kinds", ("block",) if self.scheme.startswith("residual") else ("conv3x3",))
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        if site.layout == "NLC":
+            raise VisadaptError(f"ConvAdapter needs feature maps; {site.full_name} is a token sequence")
+        c = site.channels
+        if self.scheme == "conv-parallel":
+            operator = operator_of(host, site.full_name)
+            if not operator.conv:
+                raise VisadaptError(f"conv-parallel stands beside convolutions; {site.full_name} is a linear")
+            return ConvBeside(self, operator.inputs, c, operator)
+        if self.scheme == "conv-sequential":
+            kernel = operator_of(host, site.full_name).kernel
+            return ConvAfter(self, c, c, _same(c, kernel), site.layout)
+        return ConvAfter(self, c, c, _same(c), site.layout)
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        if self.scheme != "residual-parallel":
+            yield from super().parts(model, sites, task)
+            return
+        taken: set[str] = set()
+        for site in sites:
+            block = model.get_submodule(site.block)
+            if site.layout == "NLC" or site.block == site.host or site.block in taken:
+                raise VisadaptError(
+                    f"residual-parallel needs the input of a residual branch of feature maps; {site.full_name} has none"
+                )
+            taken.add(site.block)
+            first = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
+            inputs = first.in_channels
+            slot = Slot()
+            yield site.block, Tap(slot)
+            yield site.host, BranchAdapter(self, inputs, site.channels, _same(inputs), site.layout, slot)
+
+
+def _same(channels: int, kernel: tuple[int, int] = (3, 3)) -> Operator:
+    padding = None if kernel[0] % 2 == 0 or kernel[1] % 2 == 0 else (kernel[0] // 2, kernel[1] // 2)
+    return Operator(channels, channels, True, kernel, padding=padding)
+
+
+class ConvBottleneck(nn.Module):
+    """Δ, at the geometry of an operator."""
+
+    def __init__(
+        self, method: ConvAdapter, inputs: int, outputs: int, operator: Operator, layout: str = "NCHW"
+    ) -> None:
+        super().__init__()
+        narrow = max(1, inputs // method.gamma)
+        # where γ does not divide the channels, the groups are as many as divide both
+        self.groups = math.gcd(inputs, narrow)
+        self.operator = operator
+        self.layout = layout
+        self.down = nn.Conv2d(inputs, narrow, operator.kernel, groups=self.groups)
+        self.up = nn.Conv2d(narrow, outputs, 1)
+        self.scale = nn.Parameter(torch.ones(outputs))
+        if method.init == "zero":
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+
+    def change(self, x: Tensor, stride: tuple[int, int] | None = None) -> Tensor:
+        """Δ(x), with another stride than the operator's if one is given."""
+
+        def delta(z: Tensor) -> Tensor:
+            z = self.operator.apply(z, self.down.weight, self.down.bias, self.groups, stride)
+            return F.conv2d(F.relu(z), self.up.weight * self.scale[:, None, None, None], self.up.bias * self.scale)  # type: ignore[operator]
+
+        return as_nchw(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
+
+    def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
+        """Refuses: Δ is nonlinear.
+
+        Raises:
+            VisadaptError: always.
+        """
+        raise VisadaptError("it has a nonlinearity (ReLU)")
+
+    def as_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Refuses, likewise.
+
+        Raises:
+            VisadaptError: always.
+        """
+        raise VisadaptError("it has a nonlinearity (ReLU)")
+
+
+class ConvBeside(ConvBottleneck):
+    """Δ(x) beside a convolution."""
+
+    role: ClassVar[str] = "beside"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+class ConvAfter(ConvBottleneck):
+    """u + Δ(u)."""
+
+    role: ClassVar[str] = "after"
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + self.change(u)
+
+
+class BranchAdapter(ConvBottleneck):
+    """F(x) + Δ(x) at the end of a branch, with the x that the block's tap kept."""
+
+    role: ClassVar[str] = "after"
+
+    def __init__(
+        self, method: ConvAdapter, inputs: int, outputs: int, operator: Operator, layout: str, slot: Slot
+    ) -> None:
+        super().__init__(method, inputs, outputs, operator, layout)
+        self.slot = slot
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self.slot.take()
+        height, width = (1, 2) if self.layout == "NHWC" else (2, 3)
+        # the branch may have strides anywhere: what it made of the size says how much
+        stride = (-(-x.shape[height] // h.shape[height]), -(-x.shape[width] // h.shape[width]))
+        return h + self.change(x, stride)
+
+
+class Tap(nn.Module):
+    """Keeps what its host is called with until the branch's end asks for it."""
+
+    role: ClassVar[str] = "before"
+
+    def __init__(self, slot: Slot) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        self.slot.put(x)
+        return (x, *rest)
+
+
+_KEPT = threading.local()
+
+
+class Slot:
+    """One tensor on its way from a tap to an adapter, each thread's its own; a compiled graph takes an attribute."""
+
+    kept: Tensor | None = None
+
+    def put(self, x: Tensor) -> None:
+        """Keeps a tensor."""
+        if torch.compiler.is_compiling():
+            self.kept = x
+        else:
+            _KEPT.__dict__[str(id(self))] = x
+
+    def take(self) -> Tensor:
+        """Gives it back and keeps it no longer."""
+        if torch.compiler.is_compiling():
+            x, self.kept = self.kept, None
+        else:
+            x = _KEPT.__dict__.pop(str(id(self)), None)
+        if x is None:
+            raise VisadaptError("a residual-parallel adapter was called outside of its block's forward")
+        return x

@@ -1,0 +1,93 @@
+"""LoRA: a low-rank change of a weight, for linears and for convolutions of any geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.errors import VisadaptError
+from visadapt.layers import in_dtype_of, truncated_normal_
+from visadapt.methods.method import Method, check_width, width
+from visadapt.operators import Operator, operator_of, plain_operator
+from visadapt.sites import Site
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """W̃ = W + (α/r)·B·A (Hu et al. 2021, arXiv 2106.09685, §4.1).
+
+    Beside a linear A is r×C_in and B is C_out×r. Beside a convolution A is a k×k convolution C_in → r of the host's
+    geometry and B a 1×1 r → C_out: r·(C_in·k² + C_out) parameters. A grouped convolution's weight is, as a matrix,
+    C_out × (C_in/groups)·k², and so is B·A: the groups share A, and r·(C_in/groups·k² + C_out) parameters are enough.
+    B starts at zero and A drawn: the network starts as it was, bit for bit. It merges always.
+
+    By default at the 3×3 convolutions, and at the query and value projections of attention (where these are one linear
+    together with the key, at that).
+
+    Args:
+        r: the rank, or a fraction of the site's channels in (0, 1).
+        alpha: α; None for r, that is a scale of 1.
+        dropout: probability with which elements of the adapter's input are dropped while training.
+
+    Raises:
+        VisadaptError: an option is out of range; a site is no convolution or linear.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv")
+
+    r: int | float = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_width(self.r, "r")
+        if self.alpha is not None and not self.alpha > 0:
+            raise VisadaptError(f"alpha is a positive number, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        return LoRAAdapter(self, operator_of(host, site.full_name), width(self.r, site.channels))
+
+
+class LoRAAdapter(nn.Module):
+    """The module of :class:`LoRA` at one site."""
+
+    role: ClassVar[str] = "beside"
+
+    def __init__(self, method: LoRA, operator: Operator, r: int) -> None:
+        super().__init__()
+        self.operator = operator
+        self.scale = 1.0 if method.alpha is None else method.alpha / r
+        self.dropout = method.dropout
+        inputs = operator.inputs // operator.groups
+        self.a = nn.Parameter(torch.empty(r, inputs, *(operator.kernel if operator.conv else ())))
+        self.b = nn.Parameter(torch.zeros(operator.outputs, r))
+        truncated_normal_(self.a, self.a[0].numel() ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.dropout(in_dtype_of(self.a, x), self.dropout, self.training)
+        groups = self.operator.groups
+        if not self.operator.conv:
+            z = F.linear(F.linear(z, self.a), self.b)
+        else:
+            # N × groups·r: what the one A makes of each group
+            z = self.operator.apply(z, self.a.repeat(groups, 1, 1, 1), groups=groups)
+            z = F.conv2d(z, self.b[:, :, None, None], groups=groups)
+        return (z * self.scale).to(x.dtype)
+
+    def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
+        """(α/r)·B·A in the shape of the host's weight.
+
+        Raises:
+            VisadaptError: the host's forward does more than apply its weight.
+        """
+        operator = plain_operator(host, type(host).__name__)
+        delta = self.scale * (self.b @ self.a.flatten(1))
+        if operator.transposed:
+            return {"weight": delta.t()}
+        return {"weight": delta.view(operator.outputs, *self.a.shape[1:])}

@@ -1,0 +1,117 @@
+"""What every method is: a frozen dataclass that says what stands at a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from visadapt.errors import VisadaptError, nearest
+from visadapt.sites import Site, Where
+
+if TYPE_CHECKING:
+    from visadapt.registry import Task
+
+
+@dataclass(frozen=True)
+class Method:
+    """WHAT is put at a site. A subclass is one file: its fields are its options, ``build`` makes its adapter.
+
+    Attributes:
+        kinds: the kinds of site it goes to where ``where`` does not say; none if it stands at no site.
+        where: what ``where`` is if ``inject`` is not told; None for all sites of these kinds.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
+    where: ClassVar[Where | None] = None
+
+    @property
+    def part(self) -> str:
+        """Its name in a task's tensors: ``layer1.0.bn3.<part>.down.weight``."""
+        return type(self).__name__.lower()
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        """The adapter for one site, initialised, in fp32 (fp64 beside an fp64 backbone).
+
+        Args:
+            site: where it will stand.
+            host: the module there, to read shapes and initial values from; not to be changed.
+
+        Returns:
+            A module whose class may name its ``role`` at the host (see :func:`visadapt.host.role`).
+
+        Raises:
+            VisadaptError: the method cannot stand at such a site.
+        """
+        raise VisadaptError(f"{type(self).__name__} puts nothing at {site.full_name}")
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        """Everything that the method puts into ``model``: pairs of a host's path and a part.
+
+        One adapter a site, unless a method says otherwise because it stands at more than its sites or at none.
+
+        Args:
+            model: the backbone, not to be changed.
+            sites: where ``where`` wants it.
+            task: what it will belong to; its policies for norms and head are decided.
+        """
+        for site in sites:
+            yield site.host, self.build(site, model.get_submodule(site.host))
+
+    def check(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """What ``inject`` asks of the model beyond the sites, and ``load``, whose file has all it needs, does not.
+
+        Raises:
+            VisadaptError: the method cannot be put in.
+        """
+
+    def no_sites(self, sites: Sequence[Site]) -> None:
+        """For methods without sites.
+
+        Raises:
+            VisadaptError: ``where`` named some all the same.
+        """
+        if sites:
+            raise VisadaptError(f"{type(self).__name__} stands at no sites: leave where= out")
+
+    def count(self, site: Site, host: nn.Module) -> int:
+        """Number of parameters of the adapter at ``site``, without allocating it."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build(site, host).parameters())
+
+    def __str__(self) -> str:
+        """Its name and the options that are not the defaults."""
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    def options(self) -> dict[str, Any]:
+        """Its fields by name, as a task file keeps them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def width(m: int | float, channels: int) -> int:
+    """A bottleneck's width: ``m`` itself, or that fraction of the site's channels (at least 1)."""
+    return m if isinstance(m, int) else max(1, round(m * channels))
+
+
+def check_width(m: Any, what: str = "m") -> None:
+    """Refuses widths that are neither a positive int nor a fraction."""
+    whole = isinstance(m, int) and not isinstance(m, bool) and m >= 1
+    fraction = isinstance(m, float) and math.isfinite(m) and 0 < m < 1
+    if not whole and not fraction:
+        raise VisadaptError(f"{what} is a positive int, or a fraction of the site's channels in (0, 1); got {m!r}")
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a finite number: no bool, no string."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_choice(value: Any, choices: Any, what: str) -> None:
+    """Refuses a value that is none of ``choices``, naming the nearest."""
+    if value not in list(choices):  # a list, since what cannot be hashed is refused as well
+        raise VisadaptError(f"no {what} {value!r}{nearest(str(value), [str(c) for c in choices])}")

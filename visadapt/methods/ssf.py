@@ -1,0 +1,76 @@
+"""SSF: a scale and a shift of every layer's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.errors import VisadaptError
+from visadapt.layers import in_dtype_of
+from visadapt.methods.method import Method
+from visadapt.sites import Site
+from visadapt.stacking import Rows
+
+
+@dataclass(frozen=True)
+class SSF(Method):
+    """y = γ⊙x + β after every convolution, linear and norm (Lian et al. 2022, arXiv 2210.08823, §3.2).
+
+    2C parameters a site; it merges into the layer before it. By default (``where="op"``) these are all the
+    layers outside the head, found by tracing the backbone's shapes.
+
+    Args:
+        init_std: None for γ = 1 and β = 0, where the network starts as it was, bit for bit; a float to draw both with
+            that standard deviation around these, as the paper does (0.02).
+
+    Raises:
+        VisadaptError: ``init_std`` is out of range; the backbone cannot be traced (give ``inject`` an ``example=``).
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    where: ClassVar[str] = "op"
+
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_std is not None and not 0 < self.init_std <= 10:
+            raise VisadaptError(f"init_std is None (exact identity) or a positive float, got {self.init_std!r}")
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        return ScaleShift(site, self.init_std)
+
+
+class ScaleShift(nn.Module):
+    """y = γ⊙x + β over the channels of a site."""
+
+    role: ClassVar[str] = "after"
+
+    def __init__(self, site: Site, std: float | None) -> None:
+        super().__init__()
+        self.layout = site.layout
+        self.gamma = nn.Parameter(torch.ones(site.channels))
+        self.beta = nn.Parameter(torch.zeros(site.channels))
+        if std is not None:
+            nn.init.normal_(self.gamma, 1.0, std)
+            nn.init.normal_(self.beta, 0.0, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _scaled(x, self.gamma, self.beta, (-1, 1, 1) if self.layout == "NCHW" else (-1,))
+
+    def as_affine(self) -> tuple[Tensor, Tensor | None]:
+        """(γ, β): diagonal."""
+        return self.gamma, self.beta
+
+    @staticmethod
+    def stacked(adapters: list[ScaleShift], rows: Rows, x: Tensor) -> Tensor:
+        """The same for a batch whose rows take the adapters that ``rows`` says."""
+        n, ones = x.shape[0], [1] * (x.ndim - 2)
+        shape = (n, -1, *ones) if adapters[0].layout == "NCHW" else (n, *ones, -1)
+        return _scaled(x, rows.gather([a.gamma for a in adapters]), rows.gather([a.beta for a in adapters]), shape)
+
+
+def _scaled(x: Tensor, gamma: Tensor, beta: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return (in_dtype_of(gamma, x) * gamma.view(shape) + beta.view(shape)).to(x.dtype)

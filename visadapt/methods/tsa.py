@@ -1,0 +1,85 @@
+"""TSA: parallel adapters drawn near zero, and an alignment of the features before the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visadapt import heads
+from visadapt.errors import VisadaptError
+from visadapt.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method
+from visadapt.methods.parallel import Parallel, ParallelAdapter
+from visadapt.operators import operator_of
+from visadapt.sites import Site
+
+if TYPE_CHECKING:
+    from visadapt.registry import Task
+
+
+@dataclass(frozen=True)
+class TSA(Method):
+    """y = W∗x + A∗x with A = 10⁻⁴·I at the start (Li, Liu, Bilen 2022, arXiv 2107.00358, §3).
+
+    C_out·C_in parameters a site, as :class:`Parallel`; the network starts near itself. The paper leaves the norms
+    frozen: ``inject(model, TSA(align=True), num_classes=10, norms="frozen")``. It merges as ``Parallel`` does; the
+    alignment stands before the head and does not.
+
+    Args:
+        init: ε in A = ε·I.
+        align: whether the features pass through f + D·f, with a C×C matrix D that is zero at the start, on their way
+            into the head (the paper's pre-classifier alignment I + D; C² parameters).
+
+    Raises:
+        VisadaptError: an option is out of range; a site is no convolution or linear; ``align`` finds no head.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
+
+    init: float = 1e-4
+    align: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.init <= 1:
+            raise VisadaptError(f"init is ε in A = ε·I, in [0, 1]; got {self.init!r}")
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        adapter = ParallelAdapter(Parallel(), operator_of(host, site.full_name), site)
+        assert adapter.full is not None
+        with torch.no_grad():
+            nn.init.eye_(adapter.full.weight).mul_(self.init)
+        return adapter
+
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+        yield from super().parts(model, sites, task)
+        if self.align:
+            yield _before_head(model)
+
+
+def _before_head(model: nn.Module) -> tuple[str, nn.Module]:
+    head = heads.find_head(model)
+    if head is None:
+        raise VisadaptError(f"align=True: no head found in {type(model).__name__}, before which to align")
+    # a task's own head stands instead of the whole module, so the alignment comes before that, not inside
+    path = next((p for p in head.modules if head.final.startswith(f"{p}.")), head.final)
+    first = next(m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    operator = operator_of(first, path)
+    return path, Alignment(operator.inputs, operator.layout)
+
+
+class Alignment(nn.Module):
+    """f → f + D·f, on what its host is called with."""
+
+    role: ClassVar[str] = "before"
+
+    def __init__(self, channels: int, layout: str) -> None:
+        super().__init__()
+        self.align = Pointwise(channels, channels, layout, 0.0, bias=False)
+
+    def forward(self, f: Tensor, *rest: Any) -> tuple[Any, ...]:
+        delta: Tensor = self.align(in_dtype_of(self.align.weight, f))
+        return (f + delta.to(f.dtype), *rest)
