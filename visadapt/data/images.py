@@ -1,0 +1,259 @@
+"""Image sets: bundled, of scikit-learn, of torchvision, and folders of pictures."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from visadapt.data import bundled
+from visadapt.data.split import stratified
+from visadapt.errors import VisadaptError, nearest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BUNDLED = ("cifar10", "mnist", "fashion-mnist")
+_TRAIN_FLAG = {"train": True}, {"train": False}
+_SPLIT_NAME = {"split": "train"}, {"split": "test"}
+# torchvision's classification sets with a labelled test split -> the options of the two splits
+_TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS"), _TRAIN_FLAG),
+    **dict.fromkeys(("Country211", "DTD", "Flowers102", "Food101", "GTSRB", "PCAM", "RenderedSST2"), _SPLIT_NAME),
+    **dict.fromkeys(("STL10", "StanfordCars", "SVHN"), _SPLIT_NAME),
+    **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ({"split": "trainval"}, {"split": "test"})),
+    **dict.fromkeys(("CLEVRClassification", "Imagenette"), ({"split": "train"}, {"split": "val"})),
+}
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Images and their labels.
+
+    Args:
+        images: uint8, ``(N, 3, H, W)``; gray pictures have three equal channels.
+        labels: class indices, int64, ``(N,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            shape, dtype = tuple(self.images.shape), self.images.dtype
+            raise VisadaptError(f"images must be uint8 of shape (N, 3, H, W), got {dtype} of shape {shape}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise VisadaptError(f"labels must be int64, one for each of {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "ImageSplit":
+        """The samples at these indices, in this order."""
+        index = torch.as_tensor(indices)
+        return ImageSplit(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A task of image classification.
+
+    Args:
+        name: how it was asked for.
+        classes: the name of each label.
+        train: to train on; `holdout` takes a validation split from it.
+        test: for the last figure only.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageSplit
+    test: ImageSplit
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.test):
+            if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(self.classes):
+                raise VisadaptError(f"{self.name}: a label is outside 0 … {len(self.classes) - 1}")
+
+    def holdout(self, n: int, seed: int = 0) -> tuple[ImageSplit, ImageSplit]:
+        """Splits the train split into train and validation, with the same class shares in both.
+
+        Args:
+            n: size of the validation split.
+            seed: the same seed chooses the same samples.
+
+        Raises:
+            VisadaptError: ``n`` is not between 1 and the number of train images less one.
+        """
+        left, chosen = stratified(self.train.labels, n, seed)
+        return self.train.subset(left), self.train.subset(chosen)
+
+
+def load_images(
+    name_or_path: str | Path, *, root: str | Path | None = None, size: int | None = None, download: bool = False
+) -> ImageSet:
+    """Loads an image set into memory.
+
+    Args:
+        name_or_path: one of
+            ``"cifar10"`` (5,000 / 2,000 images, 32×32), ``"mnist"`` and ``"fashion-mnist"`` (2,000 / 1,000, 28×28):
+            balanced subsets that come with the library;
+            ``"digits"``: scikit-learn's 8×8 digits (1,437 / 360, a fixed stratified split);
+            ``"torchvision/CIFAR10"`` and so on: a classification set of ``torchvision.datasets`` in ``root``;
+            a folder with a ``train`` and a ``test`` (or ``val``) folder, each with one folder of pictures a class.
+        root: where torchvision keeps its sets.
+        size: resize the shorter side to ``size`` pixels and crop the centre square.  Needed where the pictures of a
+            folder or of a torchvision set differ in size.
+        download: lets torchvision fetch a set that is not in ``root`` yet.
+
+    Returns:
+        The set, uint8 on the CPU.
+
+    Raises:
+        VisadaptError: there is no such set or folder, it is not laid out as above, its pictures differ in size and
+            ``size`` is not given, or the library it needs is missing.
+    """
+    name = str(name_or_path)
+    if size is not None and size < 1:
+        raise VisadaptError(f"size is {size}, it must be at least 1 pixel")
+    if name in _BUNDLED:
+        found = _bundled(name)
+    elif name == "digits":
+        found = _digits()
+    elif name.startswith("torchvision/"):
+        return _torchvision(name, root, size, download)
+    elif Path(name).is_dir():
+        return _folder(Path(name), size)
+    else:
+        known = (*_BUNDLED, "digits", "torchvision/CIFAR10")
+        raise VisadaptError(f"no image set and no folder {name!r}{nearest(name, known)}")
+    if size is None:
+        return found
+    return ImageSet(name, found.classes, *(_resized(s, size) for s in (found.train, found.test)))
+
+
+def _bundled(name: str) -> ImageSet:
+    pil = _pil()
+    about = json.loads(bundled.path(f"{name}.json").read_text(encoding="utf-8"))
+    height, width = about["tile"]
+    with pil.open(bundled.path(f"{name}.webp")) as mosaic:
+        pixels = _tensor(mosaic)
+    grid = pixels.view(3, -1, height, about["columns"], width).permute(1, 3, 0, 2, 4)
+    tiles = grid.reshape(-1, 3, height, width)
+    train, test = (torch.tensor(about[split]["labels"]) for split in ("train", "test"))
+    parts = ImageSplit(tiles[: len(train)], train), ImageSplit(tiles[len(train) :], test)
+    return ImageSet(name, tuple(about["classes"]), *parts)
+
+
+def _digits() -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise VisadaptError("the image set 'digits' needs scikit-learn: pip install scikit-learn") from error
+    raw = load_digits()
+    gray = (torch.from_numpy(raw.images) * (255 / 16)).round().to(torch.uint8)
+    labels = torch.from_numpy(raw.target).long()
+    whole = ImageSplit(gray[:, None].repeat(1, 3, 1, 1), labels)
+    train, test = stratified(labels, 360, 0)
+    return ImageSet("digits", tuple("0123456789"), whole.subset(train), whole.subset(test))
+
+
+def _torchvision(name: str, root: str | Path | None, size: int | None, download: bool) -> ImageSet:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise VisadaptError(f"the image set {name!r} needs torchvision: pip install torchvision") from error
+    kind = name.removeprefix("torchvision/")
+    if kind not in _TORCHVISION:
+        raise VisadaptError(f"{kind!r} is no classification set of torchvision's{nearest(kind, _TORCHVISION)}")
+    if root is None:
+        raise VisadaptError(f"{name!r} needs root=, the folder where torchvision keeps its sets")
+    parts = []
+    for option in _TORCHVISION[kind]:
+        try:
+            dataset = getattr(datasets, kind)(root=root, download=download, **option)
+        except (RuntimeError, OSError) as error:
+            hint = "" if download else " (download=True lets torchvision fetch it)"
+            raise VisadaptError(f"torchvision could not load {kind} from {root}: {error}{hint}") from error
+        samples = (dataset[i] for i in range(len(dataset)))
+        parts.append(_stack(((image, int(label)) for image, label in samples), size, name))
+    classes = getattr(dataset, "classes", None) or range(1 + max(int(part.labels.max()) for part in parts))
+    return ImageSet(name, tuple(str(c) for c in classes), *parts)
+
+
+def _folder(path: Path, size: int | None) -> ImageSet:
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if test is None or not (path / "train").is_dir():
+        raise VisadaptError(f"{path}: expected a folder 'train' and a folder 'test' or 'val'")
+    classes = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
+    if not classes:
+        raise VisadaptError(f"{path / 'train'}: expected one folder a class")
+    parts = []
+    for split in (path / "train", test):
+        for name in sorted(p.name for p in split.iterdir() if p.is_dir()):
+            if name not in classes:
+                raise VisadaptError(f"{split}: class {name!r} is not in 'train'{nearest(name, classes)}")
+        parts.append(_stack(_pictures(split, classes), size, str(split)))
+    return ImageSet(path.name, tuple(classes), *parts)
+
+
+def _pictures(split: Path, classes: Sequence[str]) -> Iterable[tuple["Image", int]]:
+    pil = _pil()
+    for label, name in enumerate(classes):
+        for file in sorted((split / name).rglob("*")):
+            if file.suffix.lower() in _SUFFIXES:
+                try:
+                    with pil.open(file) as image:
+                        image.load()
+                        yield image, label
+                except OSError as error:
+                    raise VisadaptError(f"{file} is not a picture that can be read: {error}") from error
+
+
+def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str) -> ImageSplit:
+    images: list[Tensor] = []
+    labels = []
+    for image, label in samples:
+        images.append(_tensor(image if size is None else _square(image, size)))
+        labels.append(label)
+        if images[-1].shape != images[0].shape:
+            raise VisadaptError(f"{where}: the pictures differ in size; give size=, such as size=224")
+    if not images:
+        raise VisadaptError(f"{where}: there is no picture")
+    return ImageSplit(torch.stack(images), torch.tensor(labels))
+
+
+def _square(image: "Image", size: int) -> "Image":
+    """Resizes the shorter side to ``size`` and crops the centre."""
+    image = image if image.mode == "RGB" else image.convert("RGB")  # a palette cannot be interpolated
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), _pil().Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _resized(split: ImageSplit, size: int) -> ImageSplit:
+    pil = _pil()
+    pictures = (pil.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images)
+    return _stack(zip(pictures, split.labels.tolist(), strict=True), size, "images")
+
+
+def _tensor(image: "Image") -> Tensor:
+    """A picture as uint8, ``(3, H, W)``."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _pil() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise VisadaptError("loading images needs Pillow: pip install pillow") from error
+    return Image

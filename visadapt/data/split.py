@@ -1,0 +1,35 @@
+"""Splits labelled samples in two, class by class."""
+
+import torch
+from torch import Tensor
+
+from visadapt.errors import VisadaptError
+
+
+def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Chooses ``n`` samples with the class shares of the whole, by a seed.
+
+    Args:
+        labels: class indices, int64, ``(N,)``.
+        n: how many to choose, between 1 and ``N - 1``.
+        seed: the same seed chooses the same samples.
+
+    Returns:
+        The indices left and the indices chosen, each in ascending order.
+
+    Raises:
+        VisadaptError: ``n`` is out of range.
+    """
+    total = len(labels)
+    if not 0 < n < total:
+        raise VisadaptError(f"cannot hold out {n} of {total} samples: choose between 1 and {total - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(total, generator=generator)
+    counts = torch.bincount(labels)
+    # in integers, so that a tie is a tie: whole parts first, what is left to the classes with the largest remainders
+    share, remainder = counts * n // total, counts * n % total
+    share[torch.argsort(remainder, descending=True, stable=True)[: n - int(share.sum())]] += 1
+    chosen = torch.cat([shuffled[labels[shuffled] == c][: int(k)] for c, k in enumerate(share)])
+    left = torch.ones(total, dtype=torch.bool)
+    left[chosen] = False
+    return left.nonzero().flatten(), chosen.sort().values

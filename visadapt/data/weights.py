@@ -1,0 +1,66 @@
+"""Bundled pretrained weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visadapt.data import bundled
+from visadapt.errors import VisadaptError
+
+_RESNET50 = "resnet50_imagenet_int8.safetensors"
+
+
+def resnet50() -> nn.Module:
+    """Builds torchvision's ResNet-50 with the bundled ImageNet weights, on the CPU in fp32, in eval mode.
+
+    The weights are those of Keras (He et al., https://arxiv.org/abs/1512.03385), kept as int8 with one scale an output
+    channel.  They belong to the paper's first form: the stride of each stage sits in the first 1×1 conv, not in the
+    3×3 conv as in torchvision's own weights, so the strides of the returned module are moved accordingly.  Inputs are
+    RGB with torchvision's ImageNet normalisation (see `normalize`); the head has 1000 classes.
+
+    Raises:
+        VisadaptError: torchvision is missing, or the bundled file is damaged.
+    """
+    try:
+        from torchvision.models import resnet50 as build
+    except ImportError as error:
+        raise VisadaptError("resnet50() needs torchvision: pip install torchvision") from error
+    with torch.device("meta"):  # no default init, which would take longer than reading the weights
+        net: nn.Module = build()
+    for stage in ("layer2", "layer3", "layer4"):
+        block: Any = net.get_submodule(f"{stage}.0")
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+    state = dequantise(bundled.path(_RESNET50))
+    for key in net.state_dict():
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.int64, device="cpu")
+    net.load_state_dict(state, assign=True)
+    return net.eval()
+
+
+def dequantise(file: str | Path) -> dict[str, Tensor]:
+    """Reads a safetensors file whose int8 tensors ``KEY`` have an fp32 scale an output channel in ``KEY_scale``.
+
+    Args:
+        file: the file to read; its other tensors are returned as they are.
+
+    Returns:
+        A state dict on the CPU, without the scales.
+
+    Raises:
+        VisadaptError: the file is missing or damaged, or an int8 tensor has no scale.
+    """
+    try:
+        state = load_file(file, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise VisadaptError(f"cannot read the weights in {Path(file).name}: {error}") from error
+    for key in [k for k, v in state.items() if v.dtype == torch.int8]:
+        scale = state.pop(f"{key}_scale", None)
+        if scale is None or scale.shape != state[key].shape[:1]:
+            raise VisadaptError(f"{Path(file).name}: int8 tensor {key!r} has no scale for each of its output channels")
+        state[key] = state[key].float().mul_(scale.view(-1, *[1] * (state[key].ndim - 1)))
+    return state
