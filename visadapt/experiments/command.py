@@ -1,0 +1,133 @@
+"""The command line that the transfer examples share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from visadapt.experiments.compare import compare, sweep, table
+from visadapt.experiments.contender import Contender
+from visadapt.experiments.plot import plot
+from visadapt.experiments.problem import Problem
+from visadapt.experiments.record import Record, Result
+from visadapt.methods import Bottleneck, Full, Linear, Norms
+from visadapt.methods.method import check_width
+from visadapt.store import load, save
+from visadapt.training import Recipe, evaluate
+
+
+def parser(description: str, backbone: str, data: str, widths: Sequence[int | float]) -> argparse.ArgumentParser:
+    """The options that both examples take.
+
+    Args:
+        description: of the example.
+        backbone: default name.
+        data: default name.
+        widths: of the bottlenecks, by default.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a look in under a minute; the figures mean little")
+    made.add_argument("--backbone", default=backbone, help="name, as visadapt.inject takes it")
+    made.add_argument("--data", default=data, help="name or folder of the data set")
+    made.add_argument("--m", type=_width, nargs="+", default=list(widths), help="widths of the bottlenecks")
+    made.add_argument("--train", type=int, help="number of training samples")
+    made.add_argument("--epochs", type=int, help="epochs of all but the linear probe")
+    made.add_argument("--seed", type=int, default=0, help="the first seed")
+    made.add_argument("--seeds", type=int, default=1, help="how many, for mean ± standard deviation")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--sweep", action="store_true", help="learning rates on validation data, instead of the table")
+    made.add_argument("--results", type=Path, help="JSON lines to add to; results that are there are not made again")
+    made.add_argument("--markdown", type=Path, help="writes the table there")
+    made.add_argument("--out", type=Path, help="folder for the best task and the figure")
+    return made
+
+
+def _width(text: str) -> int | float:
+    width = float(text) if "." in text else int(text)
+    try:
+        check_width(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return width
+
+
+def contenders(widths: Sequence[int | float], recipes: dict[str, Recipe]) -> list[Contender]:
+    """The linear probe, norms only, a bottleneck of each width, full fine-tuning.
+
+    All of them leave running statistics as they were pretrained.
+
+    Args:
+        widths: of the bottlenecks.
+        recipes: by the method's name.
+    """
+    return [
+        Contender("linear probe", Linear(), recipes["Linear"], norms="frozen"),
+        Contender("norms only", Norms(), recipes["Norms"]),
+        *(Contender(f"bottleneck m={m}", Bottleneck(m), recipes["Bottleneck"]) for m in widths),
+        Contender("full fine-tuning", Full(), recipes["Full"]),
+    ]
+
+
+def main(
+    args: argparse.Namespace, problem: Problem, who: Sequence[Contender], grid: dict[str, Sequence[float]], caption: str
+) -> None:
+    """Sweeps or compares, and reports.
+
+    Args:
+        args: from :func:`parser`.
+        problem: what to compare on.
+        who: is compared.
+        grid: learning rates by the method's name.
+        caption: says in a sentence or two what the figures were made with.
+    """
+    command = f"python examples/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    record = Record(args.results)
+    print(f"{caption}\n")
+    if args.sweep:
+        found, _ = sweep(problem, who, grid, record, seed=args.seed, device=args.device)
+        title = "Learning rates on validation data; * is picked"
+        print(f"\n{title}\n{found}")
+        _write(args.markdown, f"{title}. {caption} Made by `{command}`.\n\n{found.markdown()}\n")
+        return
+    out = args.out or Path(tempfile.mkdtemp(prefix="visadapt-"))
+    out.mkdir(parents=True, exist_ok=True)
+    best: list[Result] = []
+
+    def keep(result: Result, model: nn.Module) -> None:
+        if result.contender.startswith("bottleneck") and (not best or result.accuracy > best[0].accuracy):
+            best[:] = [result]
+            save(model, problem.name, out / f"{problem.name}.visadapt")
+
+    seeds = range(args.seed, args.seed + args.seeds)
+    results = compare(problem, who, seeds, record, device=args.device, done=keep)
+    shown = table(results)
+    print(f"\n{shown}\n")
+    if best:
+        reload(problem, out / f"{problem.name}.visadapt", best[0], args.device)
+    else:
+        print("no adapter was trained anew, so there is no task to save: all results were on record")
+    print(f"figure: {plot(results, out / f'{problem.name}.png', problem.name)}")
+    _write(args.markdown, f"{caption} Made by `{command}`.\n\n{shown.markdown()}\n")
+
+
+def reload(problem: Problem, file: Path, result: Result, device: str) -> None:
+    """Loads a task file into a fresh backbone and shows that the accuracy is the same."""
+    fresh = problem.fresh()
+    name = load(fresh, file)
+    score = evaluate(fresh, name, problem.test, ("accuracy",), prepare=problem.prepare, device=device)["accuracy"]
+    same = "the same" if score == result.accuracy else f"NOT the {result.accuracy:.4f} it was saved with"
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a fresh backbone: "
+          f"accuracy {score:.4f}, {same}")  # fmt: skip
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path}")

@@ -1,0 +1,36 @@
+"""A progress bar where rich is installed and someone is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[str], None]
+
+
+@contextmanager
+def bar(total: int, title: str, wanted: bool) -> Iterator[Advance]:
+    """A bar of ``total`` steps on standard error; a function to call after each, with a few words to show.
+
+    Without rich, without a terminal or unwanted, that function does nothing.
+    """
+    if wanted and sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError:
+            pass
+        else:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
+            )
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                shown = progress.add_task(title, total=total, words="")
+                yield lambda words: progress.update(shown, advance=1, words=words)
+            return
+    yield lambda words: None
