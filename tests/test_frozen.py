@@ -1,0 +1,122 @@
+"""Promise 3: training a task moves that task and nothing else."""
+
+import pytest
+import torch
+
+import visadapt
+from tests.zoo import ZOO, answer, bare_part, same, snapshot, train
+
+
+def owned_by(model, task):
+    return {key: value for key, value in snapshot(model).items() if f".visadapt.{task}." in key}
+
+
+@pytest.mark.parametrize("norms", ["frozen", "affine", "full"])
+def test_the_backbone_stands_still(model, inputs, lent, member, norms) -> None:
+    visadapt.inject(model, m=4, norms=norms, num_classes=4)
+    before = owned_by(model, "default")
+    train(model, "default", inputs)
+    assert same(bare_part(model.state_dict()), lent["state"])
+    after = owned_by(model, "default")
+    assert list(after) == list(before)
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    # Adam moves whatever has a gradient; a relu may be dead for a few channels, never for a whole tensor
+    assert not {key for key in after if "running" not in key and "num_batches" not in key} - moved
+    statistics = {key for key in after if "running_" in key}
+    has_batch_norms = any("running_mean" in key for key in lent["state"])
+    assert bool(statistics) == (has_batch_norms and norms == "full")
+    assert statistics <= moved
+
+
+def test_two_tasks_trained_in_turn(model, inputs, member) -> None:
+    """The first task and the bare backbone answer bit for bit as before, whatever the second one does."""
+    bare = answer(model, inputs)
+    visadapt.inject(model, m=4, task="first", norms="full", num_classes=3)
+    train(model, "first", inputs)
+    first = answer(model, inputs, "first")
+    state = owned_by(model, "first")
+    visadapt.inject(model, m=8, task="second", norms="full", num_classes=6)
+    train(model, "second", member.inputs(seed=7))
+    assert not torch.equal(answer(model, inputs, "second")[:, :3], first)
+    assert torch.equal(answer(model, inputs, "first"), first)
+    assert torch.equal(answer(model, inputs, None), bare)
+    assert same(owned_by(model, "first"), state)
+    second = answer(model, inputs, "second")
+    train(model, "first", inputs, steps=1)
+    assert torch.equal(answer(model, inputs, "second"), second)
+    assert torch.equal(answer(model, inputs, None), bare)
+
+
+@pytest.mark.parametrize("norms", ["frozen", "affine", "full"])
+def test_a_bare_forward_in_train_mode_moves_no_statistics(tiny, image, norms) -> None:
+    visadapt.inject(tiny, m=2, norms=norms)
+    before = snapshot(tiny)
+    tiny.train()
+    with visadapt.using(tiny, None):
+        tiny(image)
+    assert same(snapshot(tiny), before)
+
+
+def test_only_full_has_statistics_of_its_own(tiny, image) -> None:
+    for policy in ("affine", "full"):
+        visadapt.inject(tiny, m=2, task=policy, norms=policy)
+    before = snapshot(tiny)
+    tiny.train()
+    for policy in ("affine", "full"):
+        with visadapt.using(tiny, policy), torch.no_grad():
+            tiny(image)
+    changed = {key for key, value in snapshot(tiny).items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all(".visadapt.full.norm." in key for key in changed)
+    assert not any("running_" in key and ".visadapt.affine." in key for key in before)
+
+
+def test_no_optimiser_over_the_whole_model_can_move_the_backbone(tiny, image) -> None:
+    """Weight decay reaches what has no gradient only if an optimiser thinks it has one."""
+    frozen = bare_part(snapshot(tiny))
+    visadapt.inject(tiny, m=2, task="a")
+    optimiser = torch.optim.AdamW(tiny.parameters(), lr=0.1, weight_decay=0.5)
+    tiny.train()
+    for _ in range(2):
+        optimiser.zero_grad()
+        tiny(image).sum().backward()
+        optimiser.step()
+    assert same(bare_part(tiny.state_dict()), frozen)
+
+
+def test_trainable_lets_gradients_flow_to_the_named_tasks_only(tiny, image) -> None:
+    for task in ("a", "b", "c"):
+        visadapt.inject(tiny, m=2, task=task, num_classes=2)
+    assert visadapt.trainable(tiny, ["a", "c"]) is tiny
+    for task, flows in (("a", True), ("b", False), ("c", True)):
+        assert {p.requires_grad for p in visadapt.parameters(tiny, task)} == {flows}
+    visadapt.trainable(tiny, "b")
+    assert {p.requires_grad for p in visadapt.parameters(tiny, "a")} == {False}
+    visadapt.activate(tiny, "b")
+    tiny(image).sum().backward()
+    assert all(p.grad is None for p in visadapt.parameters(tiny, "a"))
+    assert any(p.grad is not None for p in visadapt.parameters(tiny, "b"))
+    assert not any(p.requires_grad for name, p in tiny.named_parameters() if "visadapt" not in name)
+
+
+def test_parameters_are_the_tasks_own_and_no_others(model) -> None:
+    backbone = {id(p) for p in model.parameters()}
+    visadapt.inject(model, m=2, task="a", norms="full", num_classes=2)
+    visadapt.inject(model, m=2, task="b", norms="affine", num_classes=2)
+    a, b = ({id(p) for p in visadapt.parameters(model, task)} for task in "ab")
+    everything = {id(p) for p in model.parameters()}
+    assert a
+    assert not a & b
+    assert not (a | b) & backbone
+    assert a | b | backbone == everything
+    names = [name for name, _ in visadapt.named_parameters(model, "a")]
+    assert len(set(names)) == len(names) == len(a)
+
+
+def test_dropout_of_an_adapter_acts_in_train_mode_only(image) -> None:
+    tiny = ZOO["tiny/resnet"].make()
+    visadapt.inject(tiny, visadapt.Bottleneck(m=4, init_std=0.1, dropout=0.5), norms="frozen")
+    with torch.no_grad():
+        assert torch.equal(tiny(image), tiny(image))
+        tiny.train()
+        assert not torch.equal(tiny(image), tiny(image))

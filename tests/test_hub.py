@@ -1,0 +1,83 @@
+"""Backbones by name, without a network; and what an import costs."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+import visadapt
+from tests.zoo import ZOO, same
+from visadapt import VisadaptError
+from visadapt.hub import resolve
+
+
+def test_names_of_the_libraries(tmp_path) -> None:
+    import timm
+    import torchvision
+
+    assert type(resolve("torchvision/resnet18", weights=None)) is torchvision.models.ResNet
+    assert type(resolve("timm/resnet10t", pretrained=False, num_classes=3)) is timm.models.ResNet
+    bert = ZOO["transformers/bert"].make()
+    bert.save_pretrained(tmp_path)
+    loaded = resolve(f"hf/{tmp_path}")
+    assert type(loaded) is type(bert)
+    assert same(loaded.state_dict(), bert.state_dict())
+
+
+def test_inject_takes_a_name(tmp_path) -> None:
+    model = visadapt.inject("timm/resnet18", m=2, pretrained=False, channels=(8, 16, 24, 32), num_classes=5)
+    assert visadapt.tasks(model)["default"].num_classes == 5
+    ZOO["transformers/electra"].make().save_pretrained(tmp_path)
+    assert visadapt.summary(visadapt.inject(f"hf/{tmp_path}", m=2))["default"].sites == 4
+
+
+def test_pretrained_weights_are_what_a_name_means(monkeypatch) -> None:
+    import timm
+    import torchvision
+
+    asked = {}
+    monkeypatch.setattr(timm, "create_model", lambda name, **k: asked.update(timm=(name, k)) or nn.Identity())
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda name, **k: asked.update(torchvision=(name, k)) or nn.Identity()
+    )
+    resolve("timm/resnet50.a1_in1k")
+    resolve("torchvision/vgg16")
+    assert asked == {
+        "timm": ("resnet50.a1_in1k", {"pretrained": True}),
+        "torchvision": ("vgg16", {"weights": "DEFAULT"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"no backbone 'resnet50'.*'timm/resnet50\.a1_in1k'"),
+        ("tim/resnet50", "no backbone 'tim/resnet50'; did you mean 'timm'"),
+        ("timm/", "no backbone 'timm/'"),
+        ("timm/resnet5O", "timm has no model 'resnet5O'; did you mean .*'resnet50'"),
+        ("torchvision/vgg61", "torchvision has no model 'vgg61'; did you mean .*'vgg16'"),
+        ("bundled/resnet5", "nothing bundled is called 'resnet5'; did you mean 'resnet50'"),
+        ("hf//no/such/folder", "transformers cannot load '/no/such/folder'"),
+    ],
+)
+def test_names_that_are_none(name, message) -> None:
+    with pytest.raises(VisadaptError, match=message):
+        resolve(name)
+
+
+def test_import_takes_torch_and_safetensors_only() -> None:
+    code = (
+        "import sys, visadapt\n"
+        "heavy = {'timm', 'torchvision', 'transformers', 'accelerate', 'matplotlib', 'rich', 'datasets', 'PIL'}\n"
+        "found = heavy & set(sys.modules)\n"
+        "assert not found, found\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))\n"
+        "import torch; model(torch.zeros(1, 3, 8, 8))\n"
+        "visadapt.inject(model, visadapt.Bottleneck(m=1), where='0', example=torch.zeros(1, 3, 8, 8))\n"
+        "str(visadapt.summary(model)), str(visadapt.sites(model, '0', example=torch.zeros(1, 3, 8, 8)))\n"
+        "found = heavy & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,0 +1,64 @@
+"""A transformers model computes the loss of the task that is meant: its number of labels, its kind of problem."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import visadapt
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    visadapt.inject(model, m=4, task="five", num_classes=5, labels=list("abcde"))
+    visadapt.inject(model, m=4, task="score", num_classes=1)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 90, (4, 7))
+
+
+def test_each_task_has_its_own_loss(model, tokens):
+    with visadapt.using(model, "five"):
+        out = model(input_ids=tokens, labels=torch.tensor([4, 0, 1, 2]))
+        assert torch.equal(out.loss, torch.nn.functional.cross_entropy(out.logits, torch.tensor([4, 0, 1, 2])))
+        assert model.num_labels == 5
+        assert model.config.id2label[4] == "e"
+    with visadapt.using(model, "score"):
+        wanted = torch.randn(4)
+        out = model(input_ids=tokens, labels=wanted)
+        assert torch.equal(out.loss, torch.nn.functional.mse_loss(out.logits.squeeze(), wanted))
+        assert model.config.problem_type == "regression"
+    with visadapt.using(model, "five"):
+        assert model.config.problem_type == "single_label_classification"
+    with visadapt.using(model, None):
+        assert model.config.num_labels == model.num_labels == 3
+        assert model.config.problem_type is None
+
+
+def test_eject_and_remove_leave_the_config_as_it_was(model):
+    config = model.__dict__["config"]
+    visadapt.remove(model, "score")
+    assert model.config.num_labels == 3
+    visadapt.eject(model)
+    assert type(model) is BertForSequenceClassification
+    assert model.config is config
+    assert (config.num_labels, config.problem_type) == (3, None)
+
+
+def test_a_merged_model_knows_its_labels(tokens):
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    visadapt.inject(model, visadapt.Bottleneck(4, activation=None), task="five", num_classes=5, labels=list("abcde"))
+    plain = visadapt.merge(model, "five")
+    assert plain.config.id2label[0] == "a"
+    assert plain(input_ids=tokens, labels=torch.tensor([4, 0, 1, 2])).loss.isfinite()
+    assert model.__dict__["config"].num_labels == 3

@@ -1,0 +1,38 @@
+"""README does what it says: its example runs as written, and CI runs its very test command."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_example_runs_as_written(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (3, 10)
+    assert (tmp_path / "cifar10.visadapt").stat().st_size < 5_000_000
+    assert "cifar10" in capsys.readouterr().out
+    assert not any("visadapt" in key for key in names["model"].state_dict())
+
+
+def test_ci_runs_readmes_test_command():
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 2
+    found = subprocess.run(
+        ["grep", "-m", "1", "&& pytest$", "README.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == commands[1]
+    assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README + (ROOT / "CONTRIBUTING.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
