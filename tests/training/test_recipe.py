@@ -56,17 +56,18 @@ def test_every_step_moves_and_none_exceeds_the_peak(steps: int, warmup: float, s
 
 
 @pytest.mark.parametrize("name", ["tiny/resnet", "tiny/vgg_bn"])
-def test_no_decay_on_biases_and_norms(name: str) -> None:
+def test_rates_and_decay_of_adapters_norms_and_head(name: str) -> None:
     model = visadapt.inject(ZOO[name].make(), visadapt.Bottleneck(4, depthwise=True), num_classes=3)
     chosen = trainee(model, "default")
-    recipe = Recipe(lr=1e-2, head_lr=3e-2, weight_decay=0.3)
+    recipe = Recipe(lr=1e-2, head_lr=3e-2, norm_lr=5e-2, weight_decay=0.3)
     optimiser, _ = recipe.optimiser(chosen.parameters.items(), 10, chosen.norms, chosen.head)
     group = {id(p): g for g in optimiser.param_groups for p in g["params"]}
     assert len(group) == len(chosen.parameters) == len(visadapt.parameters(model, "default"))
     for key, parameter in chosen.parameters.items():
         matrix = key.endswith((".down.weight", ".up.weight", ".depthwise.weight", "head.weight"))
         assert group[id(parameter)]["weight_decay"] == (0.3 if matrix else 0.0), key
-        assert group[id(parameter)]["initial_lr"] == (3e-2 if ".head." in f".{key}" else 1e-2), key
+        rate = 3e-2 if ".head." in f".{key}" else 5e-2 if ".norm." in f".{key}" else 1e-2
+        assert group[id(parameter)]["initial_lr"] == rate, key
     assert any(key.endswith(".norm.weight") for key in chosen.norms)
     assert any(key.endswith("up.weight") for key in chosen.parameters)
 
@@ -92,6 +93,7 @@ def test_norms_of_a_plain_network_do_not_decay_either() -> None:
         ("lr", float("nan")),
         ("lr", "1e-3"),
         ("head_lr", 0.0),
+        ("norm_lr", -1e-3),
         ("warmup", 1.0),
         ("warmup", -0.1),
         ("weight_decay", -1),

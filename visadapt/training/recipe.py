@@ -29,6 +29,7 @@ class Recipe:
         lr: peak learning rate.
         head_lr: that of the task's head; None is ``lr``. A new head beside pretrained weights that move slowly, as in
             full fine-tuning, wants a larger one.
+        norm_lr: that of the norms outside the head; None is ``lr``.
         batch_size: samples a step.
         warmup: fraction of the steps over which the rate rises linearly.
         schedule: what follows: ``linear`` or ``cosine`` decay to 0, or ``constant``.
@@ -45,6 +46,7 @@ class Recipe:
     epochs: int = 3
     lr: float = 1e-3
     head_lr: float | None = None
+    norm_lr: float | None = None
     batch_size: int = 32
     warmup: float = 0.1
     schedule: str = "linear"
@@ -60,9 +62,10 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise VisadaptError(f"{name} is a positive int, got {value!r}")
-        for name in ("lr", "head_lr", "grad_clip", "eps"):
+        for name in ("lr", "head_lr", "norm_lr", "grad_clip", "eps"):
             value = getattr(self, name)
-            if not (value is None and name in ("head_lr", "grad_clip")) and not (_finite(value) and value > 0):
+            optional = name in ("head_lr", "norm_lr", "grad_clip")
+            if not (optional and value is None) and not (_finite(value) and value > 0):
                 raise VisadaptError(f"{name} is a positive number, got {value!r}")
         for name in ("warmup", "label_smoothing"):
             value = getattr(self, name)
@@ -99,23 +102,18 @@ class Recipe:
         Args:
             parameters: by name.
             steps: of the whole training.
-            norms: names of those that belong to norms, which never decay.
+            norms: names of those that belong to norms, which have their own rate and never decay.
             head: names of those of the head, which have their own rate.
         """
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in parameters:
             # biases, gains and every other vector: decay would pull them to a zero that means nothing there
             decays = parameter.ndim > 1 and name not in norms
-            groups.setdefault((decays, name in head), []).append(parameter)
+            own = self.head_lr if name in head else self.norm_lr if name in norms else None
+            group = (self.lr if own is None else own, self.weight_decay if decays else 0.0)
+            groups.setdefault(group, []).append(parameter)
         optimiser = torch.optim.AdamW(
-            [
-                {
-                    "params": members,
-                    "lr": self.head_lr if in_head and self.head_lr is not None else self.lr,
-                    "weight_decay": self.weight_decay if decays else 0.0,
-                }
-                for (decays, in_head), members in groups.items()
-            ],
+            [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()],
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
