@@ -51,6 +51,21 @@ def test_load_gives_back_what_was_saved(model, inputs, tmp_path, norms) -> None:
     assert torch.equal(answer(model, inputs, "again"), expected)
 
 
+def test_notes_come_back_and_add_up(flowers, tiny, tmp_path) -> None:
+    first = visadapt.save(tiny, "flowers", tmp_path / "first.visadapt", notes={"size": 64})
+    fresh = ZOO["tiny/resnet"].make()
+    visadapt.load(fresh, first)
+    assert visadapt.tasks(fresh)["flowers"].notes == {"size": 64}
+    second = visadapt.save(fresh, "flowers", tmp_path / "second.visadapt", notes={"by": ["ada", 1]})
+    assert read(second)[0]["notes"] == {"size": 64, "by": ["ada", 1]}
+
+
+def test_notes_that_are_no_json_are_refused_and_nothing_is_written(flowers, tiny, tmp_path) -> None:
+    with pytest.raises(VisadaptError, match="the notes of task 'flowers' cannot be written as JSON"):
+        visadapt.save(tiny, "flowers", tmp_path / "new.visadapt", notes={"size": torch.ones(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["flowers.visadapt"]
+
+
 LOAD_ELSEWHERE = """
 import sys, torch, visadapt
 from tests.zoo import ZOO, answer

@@ -43,6 +43,7 @@ class Task:
         labels: the classes' names, in the order of the head's outputs, where they are known.
         placements: methods and their sites.
         hosts: paths of the modules that hold a part of this task.
+        notes: what else its file remembers, as JSON values.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     labels: tuple[str, ...] | None = None
     placements: list[Placement] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Registry:

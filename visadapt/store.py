@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from visadapt import heads
 from visadapt.errors import VisadaptError, nearest
 from visadapt.families import find_sites
+from visadapt.files import replacing
 from visadapt.fingerprint import backbone_tensors, differences, fingerprint
 from visadapt.host import check_free
 from visadapt.methods import METHODS
@@ -37,19 +38,21 @@ from visadapt.sites import LAYOUTS, Site, Sites, own_modules
 FORMAT = 1
 
 
-def save(model: nn.Module, task: str, path: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> Path:
     """Writes a task to a file: its own tensors and nothing of the backbone. Atomic: a file is whole or not there.
 
     Args:
         model: an injected model.
         task: name of the task.
         path: of the file, ``flowers.visadapt`` say; an existing one is replaced.
+        notes: what else the file should remember, as JSON values: how inputs are prepared, say. They join those that
+            the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
 
     Returns:
         The path.
 
     Raises:
-        VisadaptError: there is no such task, or the folder cannot be written to.
+        VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to.
     """
     registry = registry_of(model)
     spec = registry.task(task)
@@ -64,6 +67,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str]) -> Path:
         "head": spec.head,
         "num_classes": spec.num_classes,
         "labels": spec.labels,
+        "notes": {**spec.notes, **(notes or {})},
         "placements": [
             {
                 "method": type(placement.method).__name__,
@@ -80,8 +84,12 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str]) -> Path:
         },
         "backbone": fingerprint(backbone, _own_head(backbone, spec), registry.digests),
     }
+    try:
+        written = json.dumps(description, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise VisadaptError(f"the notes of task {task!r} cannot be written as JSON: {error}") from error
     target = Path(path)
-    write_tensors(target, tensors, {"visadapt": json.dumps(description, separators=(",", ":"))})
+    write_tensors(target, tensors, {"visadapt": written})
     return target
 
 
@@ -91,24 +99,11 @@ def write_tensors(target: Path, tensors: dict[str, torch.Tensor], metadata: dict
     Raises:
         VisadaptError: the folder cannot be written to.
     """
-    try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(descriptor)
-    except OSError as error:
-        raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
-    partial = Path(name)
-    try:
-        save_file(tensors, partial, metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise VisadaptError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as partial:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise VisadaptError(f"cannot write {target}: {error}") from error
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
@@ -141,6 +136,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     heads.check_num_classes(description["num_classes"])
     spec = Task(name, description["norms"], description["head"], description["num_classes"])
     spec.labels = None if description["labels"] is None else tuple(description["labels"])
+    spec.notes = description.get("notes", {})
     digests = {} if registry is None else registry.digests
     found = fingerprint(backbone, _own_head(backbone, spec), digests)
     unlike = differences(description["backbone"], found, values=check == "weights")
@@ -205,6 +201,7 @@ def _well_formed(description: dict[str, Any]) -> bool:
     return (
         has(description, task=str, norms=str, head=str, num_classes=int | None, labels=list | None)
         and has(description, placements=list, traced=dict, backbone=dict)
+        and isinstance(description.get("notes", {}), dict)
         and all(isinstance(label, str) for label in description["labels"] or ())
         and all(has(p, method=str, options=dict, sites=list) for p in description["placements"])
         and all(isinstance(site, str) for p in description["placements"] for site in p["sites"])
