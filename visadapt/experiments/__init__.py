@@ -10,3 +10,5 @@ from visadapt.experiments.probe import fit_head as fit_head
 from visadapt.experiments.problem import Problem as Problem
 from visadapt.experiments.record import Record as Record
 from visadapt.experiments.record import Result as Result
+from visadapt.experiments.record import read_results as read_results
+from visadapt.experiments.record import write_csv as write_csv

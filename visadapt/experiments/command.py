@@ -42,7 +42,7 @@ def parser(description: str, backbone: str, data: str, widths: Sequence[int | fl
     made.add_argument("--seeds", type=int, default=1, help="how many, for mean ± standard deviation")
     made.add_argument("--device", default="cpu")
     made.add_argument("--sweep", action="store_true", help="learning rates on validation data, instead of the table")
-    made.add_argument("--results", type=Path, help="JSON lines to add to; results that are there are not made again")
+    made.add_argument("--results", type=Path, help="folder to add to; results that are there are not made again")
     made.add_argument("--markdown", type=Path, help="writes the table there")
     made.add_argument("--out", type=Path, help="folder for the best task and the figure")
     return made
@@ -100,7 +100,7 @@ def main(
     best: list[Result] = []
 
     def keep(result: Result, model: nn.Module) -> None:
-        if result.contender.startswith("bottleneck") and (not best or result.accuracy > best[0].accuracy):
+        if result.contender.startswith("bottleneck") and (not best or result.score > best[0].score):
             best[:] = [result]
             save(model, problem.name, out / f"{problem.name}.visadapt")
 
@@ -121,7 +121,7 @@ def reload(problem: Problem, file: Path, result: Result, device: str) -> None:
     fresh = problem.fresh()
     name = load(fresh, file)
     score = evaluate(fresh, name, problem.test, ("accuracy",), prepare=problem.prepare, device=device)["accuracy"]
-    same = "the same" if score == result.accuracy else f"NOT the {result.accuracy:.4f} it was saved with"
+    same = "the same" if score == result.score else f"NOT the {result.score:.4f} it was saved with"
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a fresh backbone: "
           f"accuracy {score:.4f}, {same}")  # fmt: skip
 

@@ -70,11 +70,15 @@ def run(
     costs = summary(model)
     result = Result(
         key=_key(problem, contender, seed, split),
+        experiment="compare",
+        modality="text" if isinstance(getattr(problem.train, "inputs", None), dict) else "image",
+        network=str(problem.settings.get("backbone", "")).rpartition("/")[2],
         problem=problem.name,
         contender=contender.name,
         seed=seed,
         split=split,
-        accuracy=accuracy,
+        metric="accuracy",
+        score=accuracy,
         trained=costs[task].adapters + costs[task].norms,
         head=costs[task].head,
         backbone=costs.backbone,
@@ -124,12 +128,12 @@ def compare(
     found = []
     for seed in seeds:
         for contender in contenders:
-            result = record.results.get(_key(problem, contender, seed, "test"))
+            result = record.get("compare", _key(problem, contender, seed, "test"))
             if result is None:
                 result, model = run(problem, contender, seed, device=device)
                 record.add(result)
                 done(result, model)
-            say(f"seed {seed}  {contender.name:<18} accuracy {result.accuracy:.4f}  {result.seconds:6.1f} s")
+            say(f"seed {seed}  {contender.name:<18} accuracy {result.score:.4f}  {result.seconds:6.1f} s")
             found.append(result)
     return found
 
@@ -163,12 +167,12 @@ def sweep(
         scores: dict[float, float] = {}
         for lr in grid[contender.way]:
             tried = contender.with_recipe(lr=lr)
-            result = record.results.get(_key(problem, tried, seed, "validation"))
+            result = record.get("compare", _key(problem, tried, seed, "validation"))
             if result is None:
                 result, _ = run(problem, tried, seed, split="validation", device=device)
                 record.add(result)
-            say(f"{contender.name:<18} lr {lr:g}  validation {result.accuracy:.4f}  {result.seconds:6.1f} s")
-            scores[lr] = result.accuracy
+            say(f"{contender.name:<18} lr {lr:g}  validation {result.score:.4f}  {result.seconds:6.1f} s")
+            scores[lr] = result.score
         best[contender.name] = max(scores, key=lambda lr: scores[lr])
         cells = [f"{lr:g}: {100 * s:.1f}{' *' if lr == best[contender.name] else ''}" for lr, s in scores.items()]
         rows.append((contender.name, contender.recipe.epochs, "   ".join(cells), f"{best[contender.name]:g}"))
@@ -180,7 +184,7 @@ def table(results: Sequence[Result], title: str = "") -> Table:
     rows = []
     for name in dict.fromkeys(result.contender for result in results):
         own = [result for result in results if result.contender == name]
-        scores = [100 * result.accuracy for result in own]
+        scores = [100 * result.score for result in own]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
         first = own[0]
         rows.append(

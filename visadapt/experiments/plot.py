@@ -33,7 +33,7 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "
     axes = figure.add_subplot()
     for name in dict.fromkeys(result.contender for result in results):
         own = [result for result in results if result.contender == name]
-        scores = [100 * result.accuracy for result in own]
+        scores = [100 * result.score for result in own]
         x = 100 * (own[0].trained + own[0].head) / own[0].backbone
         axes.errorbar(x, mean(scores), stdev(scores) if len(scores) > 1 else None, fmt="o", capsize=3)
         axes.annotate(name, (x, mean(scores)), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)

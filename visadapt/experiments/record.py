@@ -1,29 +1,37 @@
-"""Results: one line of JSON each, appended as they come, so that a run that was stopped goes on where it was."""
+"""Results: one JSON file each in a folder, written whole, so that what was killed goes on where it was."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visadapt.errors import VisadaptError
+from visadapt.files import replacing
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender, trained once.
+    """One figure: a contender, trained once on a problem, measured in one way.
 
     Attributes:
-        key: of everything that the figures depend on.
+        key: short for everything that the figure depends on; results of different experiments share it where they ask
+            for the very same figure.
+        experiment: that asked for it.
+        modality: ``image`` or ``text``.
+        network: the backbone's short name, such as ``resnet50``.
         problem: its name.
         contender: its name.
         seed: of the new parts, the order and dropout.
         split: ``test`` or ``validation``.
-        accuracy: on that split.
+        metric: what ``score`` is, such as ``accuracy``.
+        score: on that split.
         trained: parameters trained beside the head.
         head: parameters of the head.
         backbone: parameters of the backbone without its head.
@@ -31,14 +39,20 @@ class Result:
         bytes: of the task's file, or of a full copy of the network.
         lr: peak learning rate.
         epochs: of the training.
+        facts: the experiment's own coordinates, as JSON values.
+        machine: what it was made with: ``device``, versions, commit.
     """
 
     key: str
+    experiment: str
+    modality: str
+    network: str
     problem: str
     contender: str
     seed: int
     split: str
-    accuracy: float
+    metric: str
+    score: float
     trained: int
     head: int
     backbone: int
@@ -46,6 +60,8 @@ class Result:
     bytes: int
     lr: float
     epochs: int
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
+    machine: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def fraction(self) -> float:
@@ -53,36 +69,135 @@ class Result:
         return self.trained / self.backbone
 
 
+_FIELDS = {f.name: f for f in dataclasses.fields(Result)}
+_FROM_TEXT = {"int": int, "float": float, "str": str}
+
+
 def key_of(**facts: Any) -> str:
     """A short name for everything that a result depends on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class Record:
-    """The results in a file, by key.
+def read_results(path: str | os.PathLike[str]) -> list[Result]:
+    """All results in one ``.json`` or ``.csv`` file, or in those of a folder and of the folders in it.
 
     Args:
-        path: of the file; None keeps them in memory only.
+        path: of the folder or file.
+
+    Returns:
+        The results in the order of experiment, network, problem, contender, split, seed, facts, each once.
 
     Raises:
-        VisadaptError: the file is there but does not hold results.
+        VisadaptError: nothing is there, or a file does not hold results.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise VisadaptError(f"no folder or file of results {place}")
+    files = [place] if place.is_file() else sorted((*place.rglob("*.csv"), *place.rglob("*.json")))
+    found: dict[tuple[str, str], Result] = {}
+    for file in files:
+        if file.name.startswith("."):  # what a kill left half-written
+            continue
+        for result in _of_csv(file) if file.suffix == ".csv" else [_of_json(file)]:
+            found[result.experiment, result.key] = result
+    return sorted(found.values(), key=_order)
+
+
+def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
+    """Writes results as a table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it back.
+
+    Args:
+        results: any number.
+        path: of the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        VisadaptError: the file cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_FIELDS)
+        for result in sorted(results, key=_order):
+            values = dataclasses.asdict(result).values()
+            writer.writerow(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
+    return target
+
+
+class Record:
+    """The results in a folder, each in ``<folder>/<experiment>/<key>.json``.
+
+    Args:
+        folder: of the results; None keeps them in memory only.
+
+    Raises:
+        VisadaptError: the folder holds files that are no results.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.results: dict[str, Result] = {}
-        if self.path is not None and self.path.is_file():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
-                try:
-                    result = Result(**json.loads(line))
-                except (TypeError, ValueError) as error:
-                    raise VisadaptError(f"{self.path}, line {number} is no result of an experiment") from error
-                self.results[result.key] = result
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        there = [] if self.folder is None or not self.folder.exists() else read_results(self.folder)
+        self._results = {(result.experiment, result.key): result for result in there}
+        self._any = {result.key: result for result in there}
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def get(self, experiment: str, key: str) -> Result | None:
+        """The result of that key, if it is there."""
+        return self._results.get((experiment, key))
+
+    def elsewhere(self, key: str) -> Result | None:
+        """The same figure, made for whatever experiment."""
+        return self._any.get(key)
+
+    def of(self, experiment: str) -> list[Result]:
+        """All results of an experiment."""
+        return sorted((r for r in self._results.values() if r.experiment == experiment), key=_order)
 
     def add(self, result: Result) -> None:
         """Keeps a result, on disk at once."""
-        self.results[result.key] = result
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        self._results[result.experiment, result.key] = result
+        self._any[result.key] = result
+        if self.folder is not None:
+            write(result, self.folder)
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Writes a result to its file: ``<folder>/<experiment>/<key>.json``."""
+    target = folder / result.experiment / f"{result.key}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def _of_json(file: Path) -> Result:
+    try:
+        return Result(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise VisadaptError(f"{file} is no result of an experiment") from error
+
+
+def _of_csv(file: Path) -> list[Result]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [_of_row(row, f"{file}, line {number}") for number, row in enumerate(csv.DictReader(lines), start=2)]
+
+
+def _of_row(row: dict[str, str], where: str) -> Result:
+    try:
+        return Result(**{name: _value(_FIELDS[name].type, text) for name, text in row.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise VisadaptError(f"{where} is no result of an experiment") from error
+
+
+def _value(kind: Any, text: str) -> Any:
+    return _FROM_TEXT[kind](text) if kind in _FROM_TEXT else json.loads(text)
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    facts = json.dumps(result.facts, sort_keys=True)
+    return (result.experiment, result.network, result.problem, result.contender, result.split, result.seed, facts)

@@ -1,0 +1,83 @@
+"""Results in a folder: whole or not there, read back as they were, as JSON and as CSV."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visadapt import VisadaptError
+from visadapt.experiments import Record, Result, read_results, write_csv
+from visadapt.experiments.record import key_of
+
+
+def result(**changes: Any) -> Result:
+    made = Result(
+        key="k0",
+        experiment="tradeoff",
+        modality="image",
+        network="resnet50",
+        problem="cifar10",
+        contender="bottleneck m=8",
+        seed=0,
+        split="test",
+        metric="accuracy",
+        score=0.1 + 0.2,
+        trained=310_016,
+        head=20_490,
+        backbone=23_508_032,
+        seconds=1 / 3,
+        bytes=1_340_000,
+        lr=1e-3,
+        epochs=3,
+        facts={"m": 8, "source": None, "where": "last 4"},
+        machine={"device": "cpu", "torch": "2.6"},
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_each_result_is_a_file_of_its_own_and_reads_back_as_it_was(tmp_path: Path) -> None:
+    record = Record(tmp_path / "deep" / "results")
+    record.add(result())
+    record.add(result(key="k1", seed=1))
+    record.add(result(key="k1", experiment="compare", facts={}))
+    folder = tmp_path / "deep" / "results"
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert files == {"tradeoff/k0.json", "tradeoff/k1.json", "compare/k1.json"}
+    again = Record(folder)
+    assert len(again) == 3
+    assert again.get("tradeoff", "k0") == result()
+    assert again.get("compare", "k0") is None
+    assert again.elsewhere("k0") == result()
+    assert again.of("tradeoff") == [result(), result(key="k1", seed=1)]
+
+
+def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
+    results = [result(), result(key="k1", seed=1, score=1e-9)]
+    file = write_csv(results[::-1], tmp_path / "csv" / "tradeoff.csv")
+    assert read_results(file) == read_results(tmp_path) == results
+    assert read_results(file)[0].fraction == 310_016 / 23_508_032
+    assert write_csv(read_results(file), tmp_path / "again.csv").read_bytes() == file.read_bytes()
+    assert len(Record(tmp_path)) == 2, "what is in a table is on record"
+
+
+def test_what_a_kill_left_is_no_result_and_what_is_none_is_named(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.add(result())
+    (tmp_path / "tradeoff" / ".k1.json.abc.json").write_text('{"key": ')
+    assert read_results(tmp_path) == [result()]
+    (tmp_path / "tradeoff" / "k2.json").write_text('{"key": "k2"}')
+    with pytest.raises(VisadaptError, match=r"k2.json is no result"):
+        Record(tmp_path)
+    (tmp_path / "bad.csv").write_text("key,score\nk,1\n")
+    with pytest.raises(VisadaptError, match=r"bad.csv, line 2 is no result"):
+        read_results(tmp_path / "bad.csv")
+    with pytest.raises(VisadaptError, match="no folder or file of results"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_a_key_is_of_all_facts_and_not_of_their_order() -> None:
+    assert key_of(a=1, b={"x": 1, "y": 2}) == key_of(b={"y": 2, "x": 1}, a=1)
+    assert key_of(a=1) != key_of(a=2)
