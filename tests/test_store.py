@@ -393,7 +393,7 @@ def test_any_damage_to_the_description_is_refused_or_harmless(flowers, tmp_path,
             visadapt.eject(model)
         assert anatomy(model) == before
     assert same(model.state_dict(), state)
-    assert all(way[:3] == ("placements", 0, "options") or way[0] == "labels" for way in loaded)
+    assert all(way[:3] == ("placements", 0, "options") or way[0] in ("labels", "notes") for way in loaded)
 
 
 @given(end=st.integers(0, 2_000), share=st.floats(0, 1))

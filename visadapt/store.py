@@ -136,7 +136,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     heads.check_num_classes(description["num_classes"])
     spec = Task(name, description["norms"], description["head"], description["num_classes"])
     spec.labels = None if description["labels"] is None else tuple(description["labels"])
-    spec.notes = description.get("notes", {})
+    spec.notes = description["notes"]
     digests = {} if registry is None else registry.digests
     found = fingerprint(backbone, _own_head(backbone, spec), digests)
     unlike = differences(description["backbone"], found, values=check == "weights")
@@ -200,8 +200,7 @@ def _well_formed(description: dict[str, Any]) -> bool:
 
     return (
         has(description, task=str, norms=str, head=str, num_classes=int | None, labels=list | None)
-        and has(description, placements=list, traced=dict, backbone=dict)
-        and isinstance(description.get("notes", {}), dict)
+        and has(description, notes=dict, placements=list, traced=dict, backbone=dict)
         and all(isinstance(label, str) for label in description["labels"] or ())
         and all(has(p, method=str, options=dict, sites=list) for p in description["placements"])
         and all(isinstance(site, str) for p in description["placements"] for site in p["sites"])
