@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visadapt.errors import VisadaptError
 from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method, check_width, width
+from visadapt.methods.method import Method, check_positive, check_probability, check_width, width
 from visadapt.sites import Site
 
 if TYPE_CHECKING:
@@ -44,10 +44,8 @@ class AdaptFormer(Method):
 
     def __post_init__(self) -> None:
         check_width(self.m)
-        if not self.scale > 0:
-            raise VisadaptError(f"scale is a positive number, got {self.scale!r}")
-        if not 0 <= self.dropout < 1:
-            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+        check_positive(self.scale, "scale")
+        check_probability(self.dropout)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return ParallelBottleneck(self, site)

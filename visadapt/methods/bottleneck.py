@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from visadapt.errors import VisadaptError
 from visadapt.layers import ACTIVATIONS, Pointwise, as_nchw, in_dtype_of
-from visadapt.methods.method import Method, check_choice, check_width, is_real, width
+from visadapt.methods.method import (
+    Method,
+    check_choice,
+    check_flag,
+    check_probability,
+    check_std,
+    check_width,
+    width,
+)
 from visadapt.sites import Site
 from visadapt.stacking import Rows, pointwise
 
@@ -46,12 +54,9 @@ class Bottleneck(Method):
     def __post_init__(self) -> None:
         check_width(self.m)
         check_choice(self.activation, ACTIVATIONS, "activation")
-        if self.init_std is not None and not (is_real(self.init_std) and 0 < self.init_std <= 10):
-            raise VisadaptError(f"init_std is None (exact identity) or a positive float, got {self.init_std!r}")
-        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
-            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
-        if not isinstance(self.depthwise, bool):
-            raise VisadaptError(f"depthwise is True or False, got {self.depthwise!r}")
+        check_std(self.init_std)
+        check_probability(self.dropout)
+        check_flag(self.depthwise, "depthwise")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         if self.depthwise and site.layout == "NLC":

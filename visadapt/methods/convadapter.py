@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from visadapt.errors import VisadaptError
 from visadapt.layers import as_nchw, in_dtype_of
-from visadapt.methods.method import Method, check_choice
+from visadapt.methods.method import Method, check_choice, check_count
 from visadapt.operators import Operator, operator_of
 from visadapt.sites import Site
 
@@ -57,8 +57,7 @@ class ConvAdapter(Method):
     init: str = "zero"
 
     def __post_init__(self) -> None:
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int) or self.gamma < 1:
-            raise VisadaptError(f"gamma is a positive int, got {self.gamma!r}")
+        check_count(self.gamma, "gamma")
         check_choice(self.scheme, SCHEMES, "scheme")
         check_choice(self.init, ("zero", "release"), "init")
         object.__setattr__(self, "kinds", ("block",) if self.scheme.startswith("residual") else ("conv3x3",))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
-from visadapt.methods.method import Method
+from visadapt.methods.method import Method, check_flag, is_real
 from visadapt.operators import Operator, operator_of, rows_of
 from visadapt.sites import Site
 
@@ -43,7 +43,8 @@ class DAN(Method):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bits is not None and (isinstance(self.bits, bool) or self.bits not in range(2, 9)):
+        check_flag(self.diagonal, "diagonal")
+        if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             raise VisadaptError(f"bits is None or an int from 2 to 8, got {self.bits!r}")
         _check_alpha(self.alpha)
 
@@ -83,7 +84,7 @@ def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
 
 
 def _check_alpha(alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+    if not is_real(alpha) or not 0 <= alpha <= 1:
         raise VisadaptError(f"alpha is a number from 0 (the backbone's kernels) to 1 (the task's), got {alpha!r}")
 
 

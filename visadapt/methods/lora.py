@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.errors import VisadaptError
 from visadapt.layers import in_dtype_of, truncated_normal_
-from visadapt.methods.method import Method, check_width, width
+from visadapt.methods.method import Method, check_positive, check_probability, check_width, width
 from visadapt.operators import Operator, operator_of, plain_operator
 from visadapt.sites import Site
 
@@ -45,10 +44,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         check_width(self.r, "r")
-        if self.alpha is not None and not self.alpha > 0:
-            raise VisadaptError(f"alpha is a positive number, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+        if self.alpha is not None:
+            check_positive(self.alpha, "alpha")
+        check_probability(self.dropout)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return LoRAAdapter(self, operator_of(host, site.full_name), width(self.r, site.channels))

@@ -111,6 +111,36 @@ def is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_count(value: Any, what: str) -> None:
+    """Refuses anything but a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise VisadaptError(f"{what} is a positive int, got {value!r}")
+
+
+def check_positive(value: Any, what: str) -> None:
+    """Refuses anything but a positive number."""
+    if not is_real(value) or value <= 0:
+        raise VisadaptError(f"{what} is a positive number, got {value!r}")
+
+
+def check_probability(value: Any, what: str = "dropout") -> None:
+    """Refuses anything but a number in [0, 1)."""
+    if not is_real(value) or not 0 <= value < 1:
+        raise VisadaptError(f"{what} is a probability in [0, 1), got {value!r}")
+
+
+def check_std(value: Any, what: str = "init_std") -> None:
+    """Refuses a standard deviation that is neither None nor a positive number of sensible size."""
+    if value is not None and not (is_real(value) and 0 < value <= 10):
+        raise VisadaptError(f"{what} is None (exact identity) or a positive float, got {value!r}")
+
+
+def check_flag(value: Any, what: str) -> None:
+    """Refuses anything but True and False."""
+    if not isinstance(value, bool):
+        raise VisadaptError(f"{what} is True or False, got {value!r}")
+
+
 def check_choice(value: Any, choices: Any, what: str) -> None:
     """Refuses a value that is none of ``choices``, naming the nearest."""
     if value not in list(choices):  # a list, since what cannot be hashed is refused as well

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visadapt import heads
 from visadapt.errors import VisadaptError
 from visadapt.host import CHILD
-from visadapt.methods.method import Method
+from visadapt.methods.method import Method, check_count
 from visadapt.norms import find_norms
 from visadapt.sites import Site, own_modules
 
@@ -81,8 +81,7 @@ class TopLayers(Method):
     n: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise VisadaptError(f"n is a positive int, got {self.n!r}")
+        check_count(self.n, "n")
         object.__setattr__(self, "where", slice(-self.n, None))
 
     def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visadapt.errors import VisadaptError, nearest
 from visadapt.host import CHILD
 from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method, check_choice, check_width, width
+from visadapt.methods.method import Method, check_choice, check_probability, check_width, width
 from visadapt.operators import Operator, centre_tap, operator_of, plain_operator
 from visadapt.sites import Site
 from visadapt.stacking import Rows, pointwise
@@ -52,10 +52,11 @@ class Parallel(Method):
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_width(self.rank, "rank")
+        if self.factor_of is not None and not isinstance(self.factor_of, str):
+            raise VisadaptError(f"factor_of is the name of a task, got {self.factor_of!r}")
         if self.factor_of is not None and self.rank is None:
             raise VisadaptError("factor_of= shares a factor of a low-rank adapter: give rank= as well")
-        if not 0 <= self.dropout < 1:
-            raise VisadaptError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+        check_probability(self.dropout)
         check_choice(self.init, ("zero", "he"), "init")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
 from visadapt.layers import Pointwise, as_nchw, in_dtype_of
-from visadapt.methods.method import Method, check_choice
+from visadapt.methods.method import Method, check_choice, check_flag
 from visadapt.sites import Site
 
 
@@ -42,6 +42,7 @@ class Series(Method):
     init: str = "zero"
 
     def __post_init__(self) -> None:
+        check_flag(self.norm, "norm")
         check_choice(self.init, ("zero", "he"), "init")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:

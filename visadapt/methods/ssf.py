@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.errors import VisadaptError
 from visadapt.layers import in_dtype_of
-from visadapt.methods.method import Method
+from visadapt.methods.method import Method, check_std
 from visadapt.sites import Site
 from visadapt.stacking import Rows
 
@@ -36,8 +35,7 @@ class SSF(Method):
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        if self.init_std is not None and not 0 < self.init_std <= 10:
-            raise VisadaptError(f"init_std is None (exact identity) or a positive float, got {self.init_std!r}")
+        check_std(self.init_std)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return ScaleShift(site, self.init_std)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visadapt import heads
 from visadapt.errors import VisadaptError
 from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method
+from visadapt.methods.method import Method, check_flag, is_real
 from visadapt.methods.parallel import Parallel, ParallelAdapter
 from visadapt.operators import operator_of
 from visadapt.sites import Site
@@ -44,8 +44,9 @@ class TSA(Method):
     align: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.init <= 1:
+        if not is_real(self.init) or not 0 <= self.init <= 1:
             raise VisadaptError(f"init is ε in A = ε·I, in [0, 1]; got {self.init!r}")
+        check_flag(self.align, "align")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         adapter = ParallelAdapter(Parallel(), operator_of(host, site.full_name), site)
