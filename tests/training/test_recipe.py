@@ -14,17 +14,17 @@ from torch import nn
 import visadapt
 from tests.zoo import ZOO
 from visadapt import VisadaptError
-from visadapt.training import SCHEDULES, Recipe
+from visadapt.training import RECIPES, SCHEDULES, Recipe
 from visadapt.training.trainee import trainee
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
-    weight = nn.Parameter(torch.zeros(2, 2))
-    optimiser, schedule = recipe.optimiser([("w", weight)], steps, set(), set())
+    model = nn.Linear(2, 2, bias=False)
+    optimiser, schedule = recipe.prepared(trainee(model, None), steps)
     seen = []
     for _ in range(steps):
         seen.append(optimiser.param_groups[0]["lr"])
-        weight.grad = torch.zeros(2, 2)
+        model.weight.grad = torch.zeros(2, 2)
         optimiser.step()
         schedule.step()
     return seen
@@ -45,6 +45,32 @@ def test_cosine_and_constant_schedules() -> None:
     assert [Recipe(schedule="constant", warmup=0).factor(s, 3) for s in range(4)] == [1, 1, 1, 1]
 
 
+def test_step_schedule_falls_to_a_tenth_at_each_milestone() -> None:
+    recipe = RECIPES["rebuffi"]
+    seen = rates(recipe, 120 * 3)
+    assert seen == pytest.approx([0.1] * 240 + [0.01] * 60 + [0.001] * 60, rel=1e-12)
+
+
+def test_rebuffis_recipe_moves_as_sgd_with_momentum_and_each_parts_own_decay() -> None:
+    torch.manual_seed(0)
+    model = visadapt.inject(ZOO["tiny/resnet"].make(), visadapt.Parallel(), task="a", num_classes=3)
+    chosen = trainee(model, "a")
+    optimiser, schedule = RECIPES["rebuffi"].prepared(chosen, 300)
+    expected = {name: p.detach().clone() for name, p in chosen.parameters.items()}
+    speed = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for _ in range(2):
+        for name, p in chosen.parameters.items():
+            p.grad = torch.randn_like(p)
+            decay = 2e-3 if name.endswith("parallel.full.weight") else 5e-4 if name.endswith("head.weight") else 0.0
+            speed[name] = 0.9 * speed[name] + p.grad + decay * expected[name]
+            expected[name] = expected[name] - 0.1 * speed[name]
+        optimiser.step()
+        schedule.step()
+    assert any(name.endswith("parallel.full.weight") for name in expected)
+    for name, p in chosen.parameters.items():
+        torch.testing.assert_close(p.detach(), expected[name])
+
+
 @given(steps=st.integers(1, 400), warmup=st.floats(0, 0.99), schedule=st.sampled_from(SCHEDULES))
 def test_every_step_moves_and_none_exceeds_the_peak(steps: int, warmup: float, schedule: str) -> None:
     recipe = Recipe(warmup=warmup, schedule=schedule)
@@ -59,13 +85,14 @@ def test_every_step_moves_and_none_exceeds_the_peak(steps: int, warmup: float, s
 def test_rates_and_decay_of_adapters_norms_and_head(name: str) -> None:
     model = visadapt.inject(ZOO[name].make(), visadapt.Bottleneck(4, depthwise=True), num_classes=3)
     chosen = trainee(model, "default")
-    recipe = Recipe(lr=1e-2, head_lr=3e-2, norm_lr=5e-2, weight_decay=0.3)
-    optimiser, _ = recipe.optimiser(chosen.parameters.items(), 10, chosen.norms, chosen.head)
+    recipe = Recipe(lr=1e-2, head_lr=3e-2, norm_lr=5e-2, weight_decay=0.3, adapter_decay=0.7)
+    optimiser, _ = recipe.prepared(chosen, 10)
     group = {id(p): g for g in optimiser.param_groups for p in g["params"]}
     assert len(group) == len(chosen.parameters) == len(visadapt.parameters(model, "default"))
     for key, parameter in chosen.parameters.items():
-        matrix = key.endswith((".down.weight", ".up.weight", ".depthwise.weight", "head.weight"))
-        assert group[id(parameter)]["weight_decay"] == (0.3 if matrix else 0.0), key
+        adapter = key.endswith((".down.weight", ".up.weight", ".depthwise.weight"))
+        decay = 0.7 if adapter else 0.3 if key.endswith("head.weight") else 0.0
+        assert group[id(parameter)]["weight_decay"] == decay, key
         rate = 3e-2 if ".head." in f".{key}" else 5e-2 if ".norm." in f".{key}" else 1e-2
         assert group[id(parameter)]["initial_lr"] == rate, key
     assert any(key.endswith(".norm.weight") for key in chosen.norms)
@@ -75,7 +102,7 @@ def test_rates_and_decay_of_adapters_norms_and_head(name: str) -> None:
 def test_norms_of_a_plain_network_do_not_decay_either() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm((4, 8, 8)), nn.Flatten(), nn.Linear(9, 2))
     chosen = trainee(model, None)
-    optimiser, _ = Recipe(weight_decay=0.3).optimiser(chosen.parameters.items(), 10, chosen.norms, chosen.head)
+    optimiser, _ = Recipe(weight_decay=0.3, adapter_decay=0.7).prepared(chosen, 10)
     decays = {id(p): g["weight_decay"] > 0 for g in optimiser.param_groups for p in g["params"]}
     # a LayerNorm over maps has a weight of three dimensions, and is a norm all the same
     assert [name for name, p in model.named_parameters() if decays[id(p)]] == ["0.weight", "4.weight"]
@@ -98,6 +125,11 @@ def test_norms_of_a_plain_network_do_not_decay_either() -> None:
         ("warmup", -0.1),
         ("weight_decay", -1),
         ("weight_decay", math.inf),
+        ("adapter_decay", -1),
+        ("momentum", 1.0),
+        ("patience", 0),
+        ("milestones", (0.9, 0.5)),
+        ("milestones", (1.0,)),
         ("betas", (0.9,)),
         ("betas", (0.9, 1.0)),
         ("eps", 0),
@@ -113,5 +145,7 @@ def test_a_value_out_of_range_is_named(field: str, value: Any) -> None:
 def test_a_misspelt_schedule_names_the_nearest() -> None:
     with pytest.raises(VisadaptError, match=r"no schedule 'cosin'; did you mean 'cosine'\?"):
         Recipe(schedule="cosin")
+    with pytest.raises(VisadaptError, match=r"no optimizer 'adam'; did you mean 'adamw'\?"):
+        Recipe(optimizer="adam")
     with pytest.raises(VisadaptError, match="grad_clip"):
         Recipe().replace(grad_clip=-1.0)

@@ -8,6 +8,7 @@ from visadapt.training.history import Fit as Fit
 from visadapt.training.metrics import METRICS as METRICS
 from visadapt.training.recipe import SCHEDULES as SCHEDULES
 from visadapt.training.recipe import Recipe as Recipe
+from visadapt.training.recipes import RECIPES as RECIPES
 from visadapt.training.samples import Samples as Samples
 from visadapt.training.samples import ready as ready
 from visadapt.training.samples import tokenised as tokenised

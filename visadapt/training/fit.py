@@ -130,8 +130,7 @@ class _Loop:
         self.prepare, self.augment = prepare, augment
         self.steps = recipe.epochs * len(source)
         self.parameters = list(trained.parameters.values())
-        named = trained.parameters.items()
-        self.optimiser, self.schedule = recipe.optimiser(named, self.steps, trained.norms, trained.head)
+        self.optimiser, self.schedule = recipe.prepared(trained, self.steps)
         # one generator each: the order does not change with the augmentation
         self.order = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1)

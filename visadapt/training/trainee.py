@@ -26,6 +26,7 @@ class Trainee:
         tensors: everything that training can change (parameters and running statistics), by name.
         norms: names of parameters that belong to norms.
         head: names of parameters of the head.
+        adapters: names of parameters that the task's methods put in.
         classes: width of the head, where it is known.
         chosen: makes the context in which the model performs the task.
     """
@@ -34,6 +35,7 @@ class Trainee:
     tensors: dict[str, Tensor]
     norms: set[str]
     head: set[str]
+    adapters: set[str]
     classes: int | None
     chosen: Callable[[], AbstractContextManager[Any]]
 
@@ -61,17 +63,19 @@ def trainee(model: nn.Module, task: str | None) -> Trainee:
     found = dict(named_parameters(model, task))
     norms: set[str] = set()
     head: set[str] = set()
+    adapters: set[str] = set()
     for path, parts in registry.parts(task).items():
         for part, root in parts.items():
             for inner, module in root.named_modules():
                 at = ".".join(filter(None, (path, part, inner)))
                 own = {f"{at}.{name}" for name in module._parameters}
                 head |= own if part == "head" else set()
+                adapters |= own if part not in ("head", "norm") else set()
                 norms |= own if part == "norm" or _is_norm(module) else set()
     if not found:
         raise VisadaptError(f"task {task!r} has no parameters to train")
     tensors = named_tensors(registry, task)
-    return Trainee(found, tensors, norms, head, spec.num_classes, lambda: using(model, task))
+    return Trainee(found, tensors, norms, head, adapters, spec.num_classes, lambda: using(model, task))
 
 
 def _plain(model: nn.Module) -> Trainee:
@@ -86,6 +90,7 @@ def _plain(model: nn.Module) -> Trainee:
         dict(model.state_dict(keep_vars=True)),
         {f"{path}.{k}" if path else k for path, m in model.named_modules() if _is_norm(m) for k in m._parameters},
         {name for name in found if end and any(name.startswith(f"{path}.") for path in end.modules)},
+        set(),
         heads.width_of(model.get_submodule(end.final)) if end else None,
         nullcontext,
     )
