@@ -36,6 +36,10 @@ def injected() -> nn.Module:
     return visadapt.inject(model, m=2, task="flowers", where="layer1", num_classes=3, norms="full")
 
 
+def full() -> nn.Module:
+    return visadapt.inject(ZOO["tiny/resnet"].make(), visadapt.Full(), task="all")
+
+
 def inject(**request):
     return lambda model, place: visadapt.inject(model, **{"m": 2, "task": "birds", **request})
 
@@ -108,6 +112,10 @@ WRONG = {
         inject(task="flowers", norms="full", where="layer1"),
         r"task 'flowers' has a bottleneck at block:layer1\.0\.bn2 already",
     ),
+    "a method without sites that is there": (
+        lambda model, place: visadapt.inject(full(), visadapt.Full(), task="all"),
+        r"task 'all' has a full already: name another task",
+    ),
     "norms misspelt": (inject(norms="afine"), r"no norm policy 'afine'; did you mean 'affine'"),
     "norms is None": (inject(norms=None), r"no norm policy None"),
     "head misspelt": (inject(head="copied"), r"no head policy 'copied'; did you mean 'copy'"),
@@ -118,6 +126,8 @@ WRONG = {
     "classes are a float": (inject(num_classes=2.0), r"num_classes is a positive int, got 2\.0"),
     "classes are True": (inject(num_classes=True), r"num_classes is a positive int, got True"),
     "too few labels": (inject(num_classes=3, labels=["a", "b"]), r"2 labels for a head of 3 classes"),
+    "a label twice": (inject(num_classes=3, labels=["a", "b", "a"]), r"labels name 'a' twice"),
+    "too few labels for the backbone's head": (inject(labels=["a", "b"]), r"2 labels for a head of 10 classes"),
     "labels are a string": (inject(num_classes=3, labels="abc"), r"labels is a list of the classes' names, got 'abc'"),
     "labels are numbers": (
         inject(num_classes=2, labels=[0, 1]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def inject(
         plan = extended_plan(backbone, registry.tasks[task], chosen, sites, num_classes, labels, head, norms)
     else:
         spec = Task(task, norms, *_head_policy(backbone, head, num_classes))
-        spec.labels = _check_labels(labels, spec.num_classes)
+        spec.labels = None if labels is None else _checked_labels(backbone, labels, spec.num_classes)
         plan = new_plan(backbone, spec, [(chosen, sites)], known_norms)
     warn_if_larger(plan)
     commit(backbone, plan)
@@ -205,10 +206,16 @@ def _check_options(task: Any, num_classes: Any, labels: Any, head: Any, norms: A
         raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
 
 
-def _check_labels(labels: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...] | None:
-    if labels is not None and num_classes is not None and len(labels) != num_classes:
-        raise VisadaptError(f"{len(labels)} labels for a head of {num_classes} classes")
-    return None if labels is None else tuple(labels)
+def _checked_labels(model: nn.Module, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
+    found = heads.find_head(model)
+    own = None if found is None else heads.width_of(model.get_submodule(found.final))
+    width = own if num_classes is None else num_classes
+    if width is not None and len(labels) != width:
+        raise VisadaptError(f"{len(labels)} labels for a head of {width} classes")
+    twice = [label for label, times in Counter(labels).items() if times > 1]
+    if twice:
+        raise VisadaptError(f"labels name {twice[0]!r} twice")
+    return tuple(labels)
 
 
 def _head_policy(model: nn.Module, head: str, num_classes: int | None) -> tuple[str, int | None]:

@@ -79,10 +79,11 @@ def extended_plan(
             "without num_classes=, labels= and head=, or name another task"
         )
     plan = Plan(dataclasses.replace(task, placements=list(task.placements), hosts=list(task.hosts)), [])
-    taken = {name for placement in task.placements if placement.method.part == method.part for name in placement.sites}
-    twice = [site.full_name for site in sites if site.full_name in taken]
-    if twice:
-        raise VisadaptError(f"task {task.name!r} has a {method.part} at {twice[0]} already: name another task")
+    alike = [placement for placement in task.placements if placement.method.part == method.part]
+    taken = {name for placement in alike for name in placement.sites}
+    twice = [f" at {site.full_name}" for site in sites if site.full_name in taken]
+    if twice or (alike and not sites):
+        raise VisadaptError(f"task {task.name!r} has a {method.part}{''.join(twice[:1])} already: name another task")
     _place(model, plan, method, sites)
     return plan
 
