@@ -5,12 +5,8 @@ python examples/cifar_transfer.py --quick    # under a minute
 python examples/cifar_transfer.py --sweep    # how the learning rates below were found
 """
 
-import torch
-
-from visadapt.data import load_images, normalize
-from visadapt.experiments import Contender, Problem
+from visadapt.experiments import Contender, ImageProblem
 from visadapt.experiments.command import contenders, main, parser
-from visadapt.hub import resolve
 from visadapt.methods import Full
 from visadapt.training import Recipe
 
@@ -39,24 +35,20 @@ count = args.train or (96 if args.quick else 1000)
 size = args.size or (32 if args.quick else 64)
 epochs = args.epochs or (1 if args.quick else EPOCHS)
 
-data = load_images(args.data)
-rest, validation = data.holdout(100 if args.quick else 500)
-order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-problem = Problem(
-    name=args.data.replace("/", "-"),
-    build=lambda: resolve(args.backbone),
-    labels=data.classes,
-    train=rest.subset(order[:count]),
-    validation=validation,
-    test=data.test.subset(range(0, len(data.test), 20 if args.quick else 1)),
-    settings={"backbone": args.backbone, "size": size, "train": count, "quick": args.quick},
-    prepare=lambda images: normalize(images, size),
+problem = ImageProblem(
+    args.backbone,
+    args.data,
+    train=count,
+    validation=100 if args.quick else 500,
+    test=100 if args.quick else None,
+    size=size,
 )
+data = problem.splits
 recipes = {way: recipe if way == "Linear" else recipe.replace(epochs=epochs) for way, recipe in RECIPES.items()}
 lasting = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
-    f"{args.backbone} on {args.data}: {len(problem.train):,} training images at {size} px, {lasting} "
-    f"({recipes['Linear'].epochs} of the linear probe, on features computed once), {len(problem.test):,} test images."
+    f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {lasting} "
+    f"({recipes['Linear'].epochs} of the linear probe, on features computed once), {len(data.test):,} test images."
 )
 who = contenders(args.m, recipes)
 if args.sweep:

@@ -1,14 +1,24 @@
-"""Experiments: comparisons of ways to adapt one backbone, with the learning rate of each found on validation data."""
+"""Experiments: the papers' claims as data, each run once, its results in a folder. Imported when asked for."""
 
-from visadapt.experiments.compare import compare as compare
-from visadapt.experiments.compare import run as run
-from visadapt.experiments.compare import sweep as sweep
+from visadapt.experiments.ablation import Ablation as Ablation
+from visadapt.experiments.compare import Compare as Compare
+from visadapt.experiments.compare import sweep_table as sweep_table
 from visadapt.experiments.compare import table as table
 from visadapt.experiments.contender import Contender as Contender
+from visadapt.experiments.contenders import contender as contender
+from visadapt.experiments.decathlon import Decathlon as Decathlon
+from visadapt.experiments.experiment import Experiment as Experiment
+from visadapt.experiments.experiment import run_experiment as run_experiment
+from visadapt.experiments.images import ImageProblem as ImageProblem
+from visadapt.experiments.init_scale import InitScale as InitScale
+from visadapt.experiments.modality import Modality as Modality
 from visadapt.experiments.plot import plot as plot
-from visadapt.experiments.probe import fit_head as fit_head
 from visadapt.experiments.problem import Problem as Problem
-from visadapt.experiments.record import Record as Record
+from visadapt.experiments.problems import problem as problem
 from visadapt.experiments.record import Result as Result
 from visadapt.experiments.record import read_results as read_results
 from visadapt.experiments.record import write_csv as write_csv
+from visadapt.experiments.sequence import Sequence as Sequence
+from visadapt.experiments.texts import TextProblem as TextProblem
+from visadapt.experiments.tradeoff import Tradeoff as Tradeoff
+from visadapt.experiments.transfer import Transfer as Transfer

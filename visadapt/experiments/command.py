@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
-from visadapt.experiments.compare import compare, sweep, table
+from visadapt.experiments.compare import Compare, sweep_table, table
 from visadapt.experiments.contender import Contender
+from visadapt.experiments.experiment import run_experiment
 from visadapt.experiments.plot import plot
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.record import Record, Result
+from visadapt.experiments.record import Result
+from visadapt.experiments.train import Workplace, measure
 from visadapt.methods import Bottleneck, Full, Linear, Norms
 from visadapt.methods.method import check_width
-from visadapt.store import load, save
-from visadapt.training import Recipe, evaluate
+from visadapt.store import load
+from visadapt.training import Recipe
 
 
 def parser(description: str, backbone: str, data: str, widths: Sequence[int | float]) -> argparse.ArgumentParser:
@@ -87,31 +89,31 @@ def main(
         caption: says in a sentence or two what the figures were made with.
     """
     command = f"python examples/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-    record = Record(args.results)
     print(f"{caption}\n")
+    out = args.out or Path(tempfile.mkdtemp(prefix="visadapt-"))
+    out.mkdir(parents=True, exist_ok=True)
+    folder = args.results or out / "results"
     if args.sweep:
-        found, _ = sweep(problem, who, grid, record, seed=args.seed, device=args.device)
+        rated = tuple(dataclasses.replace(one, rates=tuple(grid[type(one.method).__name__])) for one in who)
+        wanted = Compare((problem,), rated, (args.seed,), "validation")
+        found = sweep_table(run_experiment(wanted, folder, device=args.device, progress=True))
         title = "Learning rates on validation data; * is picked"
         print(f"\n{title}\n{found}")
         _write(args.markdown, f"{title}. {caption} Made by `{command}`.\n\n{found.markdown()}\n")
         return
-    out = args.out or Path(tempfile.mkdtemp(prefix="visadapt-"))
-    out.mkdir(parents=True, exist_ok=True)
-    best: list[Result] = []
-
-    def keep(result: Result, model: nn.Module) -> None:
-        if result.contender.startswith("bottleneck") and (not best or result.score > best[0].score):
-            best[:] = [result]
-            save(model, problem.name, out / f"{problem.name}.visadapt")
-
-    seeds = range(args.seed, args.seed + args.seeds)
-    results = compare(problem, who, seeds, record, device=args.device, done=keep)
+    seeds = tuple(range(args.seed, args.seed + args.seeds))
+    adapters = tuple(one.name for one in who if one.name.startswith("bottleneck"))
+    wanted = Compare((problem,), tuple(who), seeds, keep=adapters)
+    results = run_experiment(wanted, folder, device=args.device, progress=True)
     shown = table(results)
     print(f"\n{shown}\n")
-    if best:
-        reload(problem, out / f"{problem.name}.visadapt", best[0], args.device)
+    best = max((result for result in results if result.contender in adapters), key=lambda result: result.score)
+    (key,) = (run.task_key for run in wanted.runs(lambda key: None) if run.key == best.key)
+    kept = Workplace(folder).task_file(key)
+    if kept.is_file():
+        reload(problem, shutil.copyfile(kept, out / f"{problem.name}.visadapt"), best, args.device)
     else:
-        print("no adapter was trained anew, so there is no task to save: all results were on record")
+        print("all results were on record, and the best adapter's task is not kept beside them")
     print(f"figure: {plot(results, out / f'{problem.name}.png', problem.name)}")
     _write(args.markdown, f"{caption} Made by `{command}`.\n\n{shown.markdown()}\n")
 
@@ -120,8 +122,8 @@ def reload(problem: Problem, file: Path, result: Result, device: str) -> None:
     """Loads a task file into a fresh backbone and shows that the accuracy is the same."""
     fresh = problem.fresh()
     name = load(fresh, file)
-    score = evaluate(fresh, name, problem.test, ("accuracy",), prepare=problem.prepare, device=device)["accuracy"]
-    same = "the same" if score == result.score else f"NOT the {result.score:.4f} it was saved with"
+    score = measure(fresh, name, problem, "test", Workplace(file.parent, device))
+    same = "the same" if score == result.score else f"NOT the {result.score:.4f} that it was saved with"
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a fresh backbone: "
           f"accuracy {score:.4f}, {same}")  # fmt: skip
 

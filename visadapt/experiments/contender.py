@@ -12,6 +12,7 @@ from torch import nn
 from visadapt.experiments.problem import Problem
 from visadapt.inject import inject
 from visadapt.methods import Method
+from visadapt.sites import Where
 from visadapt.training import Recipe
 
 
@@ -24,17 +25,16 @@ class Contender:
         method: what is put in.
         recipe: how it is trained.
         norms: what the task owns of the norms.
+        where: at which sites, as :func:`visadapt.inject` takes it.
+        rates: learning rates to choose from on validation data; none or one, and the recipe's own is taken.
     """
 
     name: str
     method: Method
     recipe: Recipe
     norms: str = "affine"
-
-    @property
-    def way(self) -> str:
-        """The method's name, without its options."""
-        return type(self.method).__name__
+    where: Where | None = None
+    rates: tuple[float, ...] = ()
 
     def with_recipe(self, **changes: Any) -> Contender:
         """The same with some fields of its recipe changed."""
@@ -42,14 +42,32 @@ class Contender:
 
     def described(self) -> dict[str, Any]:
         """Everything that its figures depend on, as JSON values."""
-        options = {"method": self.way, "options": self.method.options(), "norms": self.norms}
-        return {**options, "recipe": dataclasses.asdict(self.recipe)}
+        return {
+            "method": type(self.method).__name__,
+            "options": self.method.options(),
+            "norms": self.norms,
+            "where": None if self.where is None else str(self.where),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
 
-    def put(self, problem: Problem, seed: int) -> nn.Module:
-        """A fresh backbone with this contender's task, named as the problem; its new parts are drawn by ``seed``."""
-        model = problem.fresh()
+    def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
+        """This contender's task, named as the problem, in a model; its new parts are drawn by ``seed``.
+
+        Args:
+            problem: that the task is for.
+            seed: of what is drawn.
+            model: a backbone with or without other tasks; None for a fresh one.
+        """
+        model = problem.fresh() if model is None else model
+        classes = problem.splits.classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            classes = len(problem.labels)
-            return inject(model, self.method, task=problem.name, num_classes=classes, labels=problem.labels,
-                          norms=self.norms)  # fmt: skip
+            return inject(
+                model,
+                self.method,
+                task=problem.name,
+                num_classes=len(classes),
+                labels=classes,
+                norms=self.norms,
+                where=self.where,
+            )

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import ClassVar
 
 from visadapt.errors import VisadaptError, nearest
+from visadapt.experiments.compare import swept
+from visadapt.experiments.contender import Contender
+from visadapt.experiments.experiment import Experiment
+from visadapt.experiments.problem import Problem
+from visadapt.experiments.record import Result, key_of
+from visadapt.experiments.run import Found, Run
+from visadapt.experiments.train import Workplace
 
 FINE_TUNED = {
     "imagenet": 59.87,
@@ -59,3 +70,79 @@ def _named(accuracies: Accuracies, order: Accuracies) -> dict[str, float]:
     if len(accuracies) != len(names):
         raise VisadaptError(f"{len(accuracies)} accuracies for {len(names)} tasks")
     return dict(zip(names, accuracies, strict=True))
+
+
+@dataclass(frozen=True)
+class Decathlon(Experiment):
+    """Contenders on all problems, and for each seed the score that sums them up.
+
+    A score is relative to the mean error of ``baseline`` over all seeds. Its result has the problem ``all``, the metric
+    ``decathlon`` and the sums of what the problems' tasks cost; facts: ``problems``, their names, and ``total``, the
+    parameters of all tasks and the backbone as a multiple of the backbone.
+
+    Args:
+        problems: the domains, all on one backbone.
+        contenders: whom to score.
+        baseline: full fine-tuning.
+        seeds: each a training of every problem.
+    """
+
+    name: ClassVar[str] = "decathlon"
+
+    problems: tuple[Problem, ...]
+    contenders: tuple[Contender, ...]
+    baseline: Contender
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def runs(self, found: Found) -> list[Run]:
+        runs: list[Run] = []
+        made: dict[tuple[str, str], list[Result]] = {}
+        everyone = (self.baseline, *(who for who in self.contenders if who != self.baseline))
+        for problem in self.problems:
+            for who in everyone:
+                own = swept(self.name, problem, who, self.seeds, found)
+                runs += own
+                results = [found(run.key) for run in own if run.split == "test"]
+                made[problem.name, who.name] = [result for result in results if result is not None]
+        if any(len(results) < len(self.seeds) for results in made.values()):
+            return runs
+        names = [problem.name for problem in self.problems]
+        baselines = {name: 100 * mean(r.score for r in made[name, self.baseline.name]) for name in names}
+        for who in everyone:
+            for number in range(len(self.seeds)):
+                runs.append(Sum(tuple(made[name, who.name][number] for name in names), baselines))
+        return runs
+
+
+@dataclass(frozen=True)
+class Sum(Run):
+    """A contender's score over all problems.
+
+    Args:
+        parts: its result on each.
+        baselines: accuracies in % to compare with, by problem.
+    """
+
+    parts: tuple[Result, ...]
+    baselines: dict[str, float]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (key_of(parts=[part.key for part in self.parts], baselines=self.baselines),)
+
+    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
+        own = {part.problem: 100 * part.score for part in self.parts}
+        first = self.parts[0]
+        total = 1 + sum(part.trained + part.head for part in self.parts) / first.backbone
+        yield dataclasses.replace(
+            first,
+            key=self.keys[0],
+            problem="all",
+            metric="decathlon",
+            score=score(own, self.baselines),
+            trained=sum(part.trained for part in self.parts),
+            head=sum(part.head for part in self.parts),
+            seconds=sum(part.seconds for part in self.parts),
+            bytes=sum(part.bytes for part in self.parts),
+            facts={"problems": list(own), "total": total},
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,32 +11,28 @@ from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
 from visadapt.registry import registry_of, unwrapped
-from visadapt.training import Fit, Recipe, Samples, fit
-from visadapt.training.engine import Engine
-from visadapt.training.evaluate import Prepare, outputs
-from visadapt.training.samples import Batches, ready
-from visadapt.training.trainee import trainee
+from visadapt.training import Fit, Recipe, Samples, fit, predict
 
 
 def fit_head(
     model: nn.Module,
     task: str,
-    train: Any,
+    train: Samples,
     recipe: Recipe,
     *,
-    prepare: Prepare | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Fit:
     """Trains a task that owns nothing but a head: one pass of the frozen backbone, then as many of the head as told.
 
-    The backbone is run in eval mode, so there is no dropout in it, and without augmentation.
+    The backbone is run in eval mode, so there is no dropout in it.
 
     Args:
         model: an injected model.
         task: that owns a head of one module and nothing else.
-        train: as in :func:`visadapt.training.fit`.
+        train: with labels.
         recipe: of the head's training.
         prepare: as in :func:`visadapt.training.fit`.
         seed: of the order.
@@ -49,12 +45,19 @@ def fit_head(
     parts = registry_of(model).parts(task)
     if not is_probe(model, task):
         raise VisadaptError(f"task {task!r} is no linear probe: it must own one head and nothing else")
-    engine = Engine(model, device)
-    source = Batches(train, 100, "training")
     (path, owned), *_ = parts.items()
     with _inputs_of(unwrapped(model).get_submodule(path)) as features:
-        _, labels = outputs(model, trainee(model, task), source, engine, prepare or ready)
-    return fit(owned["head"], None, Samples(torch.cat(features), labels), None, recipe, seed=seed, progress=progress)
+        predict(model, task, train, prepare=prepare, device=device)
+    return fit(
+        owned["head"],
+        None,
+        Samples(torch.cat(features), train.labels),
+        None,
+        recipe,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
 
 
 def is_probe(model: nn.Module, task: str) -> bool:
@@ -66,7 +69,7 @@ def is_probe(model: nn.Module, task: str) -> bool:
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().cpu()))
     try:
         yield seen
     finally:

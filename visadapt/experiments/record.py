@@ -131,15 +131,15 @@ class Record:
     """The results in a folder, each in ``<folder>/<experiment>/<key>.json``.
 
     Args:
-        folder: of the results; None keeps them in memory only.
+        folder: of the results; it need not be there yet.
 
     Raises:
         VisadaptError: the folder holds files that are no results.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        there = [] if self.folder is None or not self.folder.exists() else read_results(self.folder)
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        there = read_results(self.folder) if self.folder.exists() else []
         self._results = {(result.experiment, result.key): result for result in there}
         self._any = {result.key: result for result in there}
 
@@ -160,10 +160,13 @@ class Record:
 
     def add(self, result: Result) -> None:
         """Keeps a result, on disk at once."""
+        write(result, self.folder)
+        self.remember(result)
+
+    def remember(self, result: Result) -> None:
+        """Knows of a result that is on disk already."""
         self._results[result.experiment, result.key] = result
         self._any[result.key] = result
-        if self.folder is not None:
-            write(result, self.folder)
 
 
 def write(result: Result, folder: Path) -> Path:

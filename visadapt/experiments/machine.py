@@ -1,0 +1,47 @@
+"""What figures were made with: device, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = ("torch", "timm", "transformers")
+
+
+def machine(device: torch.device | str | None = None) -> dict[str, str]:
+    """Facts about where and with what a result is made.
+
+    Args:
+        device: that is computed on; None is the CPU.
+
+    Returns:
+        ``device``, ``python``, the version of each library that is installed, and ``commit`` in a git checkout, marked
+        ``-dirty`` where files differ from it.
+    """
+    chosen = torch.device("cpu" if device is None else device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{chosen.type} {platform.machine()}"
+    return {"device": name, "python": platform.python_version(), **_versions(), **_commit()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    return {name: metadata.version(name) for name in _LIBRARIES if name in installed}
+
+
+@cache
+def _commit() -> dict[str, str]:
+    top = Path(__file__).parents[2]
+    if not (top / ".git").exists():
+        return {}
+    command = ("git", "-C", str(top), "describe", "--always", "--dirty", "--exclude", "*")
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": said.strip()}

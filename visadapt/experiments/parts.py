@@ -1,0 +1,93 @@
+"""A task's parts, taken as a start by another task, or left out for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.errors import VisadaptError
+from visadapt.experiments.problem import Problem
+from visadapt.registry import joined, named_tensors, registry_of, unwrapped
+from visadapt.sites import sites
+
+
+def body(model: nn.Module, task: str) -> dict[str, Tensor]:
+    """All tensors of a task but those of its head, by name: adapters, norm copies, weights of its own."""
+    registry = registry_of(model)
+    heads = tuple(f"{joined(path, 'head')}." for path, owned in registry.parts(task).items() if "head" in owned)
+    return {name: tensor for name, tensor in named_tensors(registry, task).items() if not name.startswith(heads)}
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, task: str, source: Mapping[str, Tensor]) -> None:
+    """Gives a task another's values, in all but the head.
+
+    Args:
+        model: that has the task.
+        task: its name.
+        source: values by the names that :func:`body` gives; other names are passed by.
+
+    Raises:
+        VisadaptError: a value is missing, or has another shape. Nothing was changed then.
+    """
+    own = body(model, task)
+    for name, tensor in own.items():
+        if name not in source or source[name].shape != tensor.shape:
+            raise VisadaptError(f"task {task!r} cannot start from the other: that has no {name} of its shape")
+    for name, tensor in own.items():
+        tensor.copy_(source[name])
+
+
+@lru_cache(maxsize=32)
+def layers(problem: Problem, kinds: tuple[str, ...]) -> int:
+    """How many layers a problem's backbone has, counted by its sites of some kinds."""
+    return 1 + max(site.depth for site in sites(problem.fresh()) if site.kind in kinds)
+
+
+def depths(model: nn.Module, task: str) -> dict[str, int]:
+    """At which depth each host of a task stands; those outside all blocks (the stem, the head) are not among them."""
+    found: dict[str, int] = {}
+    places = sites(unwrapped(model))
+    for path in registry_of(model).task(task).hosts:
+        for site in places:
+            if path == site.host or (site.block and f"{path}.".startswith(f"{site.block}.")):
+                found[path] = site.depth
+                break
+    return found
+
+
+@contextmanager
+def without(model: nn.Module, task: str, at: Container[int], *, norms: bool) -> Iterator[nn.Module]:
+    """Within the block, a task acts without its parts at some depths; the backbone's own act there.
+
+    Not for several threads at once: the parts are really taken out, and put back in the same order.
+
+    Args:
+        model: an injected model.
+        task: its name.
+        at: depths, as :func:`visadapt.sites` counts them.
+        norms: whether the task's own norms there go too; otherwise they stay in place.
+
+    Yields:
+        The same model.
+    """
+    registry = registry_of(model)
+    taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    at_hosts = {path for path, depth in depths(model, task).items() if depth in at}
+    try:
+        for path, owned in registry.parts(task).items():
+            if path in at_hosts:
+                modules: dict[str, Any] = owned._modules
+                taken.append((modules, dict(modules)))
+                for name in [name for name in modules if name != "head" and (norms or name != "norm")]:
+                    del modules[name]
+        yield model
+    finally:
+        for modules, before in taken:
+            modules.clear()
+            modules.update(before)
