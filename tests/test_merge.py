@@ -581,6 +581,19 @@ def test_a_conv_that_does_more_to_its_weight_is_refused() -> None:
         visadapt.eject(model)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("method", [Series(norm=False), Parallel(), LoRA(r=2), SSF()], ids=str)
+def test_a_weight_that_is_computed_anew_takes_nothing(tiny, image, norm, method) -> None:
+    norm(tiny.layer1[0].conv1)
+    expected = answer(tiny, {"x": image})
+    visadapt.inject(tiny, method, task="task", where="layer1.0.conv1", norms="frozen")
+    assert torch.equal(answer(tiny, {"x": image}, "task"), expected)
+    stir(tiny, "task")
+    assert not torch.equal(answer(tiny, {"x": image}, "task"), expected)
+    with pytest.raises(VisadaptError, match=r"at layer1\.0\.conv1 cannot be merged: .*weight is computed anew"):
+        visadapt.merge(tiny, probe=False)
+
+
 def test_the_error_on_the_probe_is_logged(tiny, image, caplog) -> None:
     prepared(tiny, LINEAR)
     with caplog.at_level(logging.INFO, logger="visadapt.merge"):

@@ -142,9 +142,10 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     """The operator of a host whose output is its weight's and nothing else's, so that a kernel can be added to it.
 
     Raises:
-        VisadaptError: its forward does more, such as standardising the weight.
+        VisadaptError: its forward does more, such as standardising the weight, or its weight is no parameter.
     """
     operator = operator_of(host, what)
+    check_weight(host, what)
     cls = plain_class(host)
     known = (nn.Conv2d.forward, nn.Linear.forward)
     if cls.forward not in known and not operator.transposed and operator.padding is not None:
@@ -152,6 +153,16 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     if getattr(host, "padding_mode", "zeros") != "zeros" and not operator.centred:
         raise VisadaptError(f"{what} pads with its input ({host.padding_mode}), its adapter with zeros")
     return operator
+
+
+def check_weight(host: nn.Module, what: str) -> None:
+    """Refuses a host whose weight is not a parameter of its own.
+
+    Raises:
+        VisadaptError: it is computed anew for every forward.
+    """
+    if host._parameters.get("weight") is None:
+        raise VisadaptError(f"{what}: its weight is computed anew in every forward (weight norm, pruning, …)")
 
 
 def centre_tap(operator: Operator, matrix: Tensor, host: nn.Module) -> Tensor:

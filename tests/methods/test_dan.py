@@ -128,6 +128,14 @@ def test_beside_gpt2s_transposed_weights() -> None:
     torch.testing.assert_close(part(layer._parameters)["weight"], expected)
 
 
+def test_a_kernel_that_is_no_parameter_is_refused(tiny) -> None:
+    nn.utils.parametrizations.weight_norm(tiny.layer1[0].conv1)
+    with pytest.raises(v.VisadaptError, match=r"conv3x3:layer1\.0\.conv1: its weight is computed anew"):
+        v.inject(tiny, v.DAN())
+    assert not v.tasks(tiny)
+    v.inject(tiny, v.DAN(), where=range(1, 8))
+
+
 @pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"bits": True}, {"alpha": 1.5}])
 def test_options_are_checked(options) -> None:
     with pytest.raises(v.VisadaptError, match=next(iter(options))):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method, check_flag, is_real
-from visadapt.operators import Operator, operator_of, rows_of
+from visadapt.operators import Operator, check_weight, operator_of, rows_of
 from visadapt.sites import Site
 
 
@@ -33,7 +33,7 @@ class DAN(Method):
             switch α). :func:`set_alpha` sets it afterwards.
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution or linear.
+        VisadaptError: an option is out of range; a site is no convolution or linear, or its weight no parameter.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
@@ -49,7 +49,9 @@ class DAN(Method):
         _check_alpha(self.alpha)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
-        return Controller(self, operator_of(host, site.full_name), host._parameters.get("bias") is not None)
+        operator = operator_of(host, site.full_name)
+        check_weight(host, site.full_name)
+        return Controller(self, operator, host._parameters.get("bias") is not None)
 
 
 def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
