@@ -12,7 +12,7 @@ from torch import nn
 
 from visadapt.errors import VisadaptError
 from visadapt.host import CHILD, LEAN, unfreeze, widened_class
-from visadapt.sites import own_modules
+from visadapt.sites import own_modules, own_parameters
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def build_head(model: nn.Module, head: Head, num_classes: int | None, dtype: tor
     """
     made: dict[str, nn.Module] = {}
     for path in head.modules:
-        module = plain_copy(model.get_submodule(path))
-        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
-        module = module.to(dtype).requires_grad_(True)
+        own = model.get_submodule(path)
+        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in own_parameters(own))
+        # a head of a thousand classes is not copied only to be replaced by one of ten
+        renewed = num_classes is not None and path in head.finals
+        module = _renewed(own, cast("int", num_classes), model, dtype) if renewed else plain_copy(own).to(dtype)
+        module.requires_grad_(True)
         for last in head.finals if num_classes is not None else ():
-            if last == path or last.startswith(f"{path}."):
-                inner = last.removeprefix(path).removeprefix(".")
-                final = _renewed(module.get_submodule(inner), cast("int", num_classes), model)
-                if inner:
-                    module.set_submodule(inner, final)
-                else:
-                    module = final
+            if last.startswith(f"{path}."):
+                inner = last.removeprefix(f"{path}.")
+                final = module.get_submodule(inner)
+                module.set_submodule(inner, _renewed(final, cast("int", num_classes), model, dtype))
         if low and dtype == torch.float32:
             module.__class__ = widened_class(type(module))
         made[path] = module
@@ -123,7 +123,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A copy of a backbone's module without any trace of tasks."""
     # a memo that already knows what is visadapt's makes deepcopy pass it by
     memo: dict[int, None] = {}
-    for inner in module.modules():
+    for inner in own_modules(module).values():
         ours = (inner._modules.get(CHILD), inner.__dict__.get(LEAN), inner.__dict__.get("_visadapt"))
         memo |= {id(each): None for each in ours if each is not None}
     copied = copy.deepcopy(module, memo)
@@ -133,18 +133,16 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _renewed(final: nn.Module, num_classes: int, model: nn.Module) -> nn.Module:
+def _renewed(final: nn.Module, num_classes: int, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     weight = final.weight
     assert isinstance(weight, nn.Parameter)
     fresh: nn.Module
     if isinstance(final, nn.Linear):
-        fresh = nn.Linear(
-            final.in_features, num_classes, final.bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        fresh = nn.Linear(final.in_features, num_classes, final.bias is not None, device=weight.device, dtype=dtype)
     else:
         assert isinstance(final, nn.Conv2d)
         fresh = nn.Conv2d(
-            final.in_channels, num_classes, 1, bias=final.bias is not None, device=weight.device, dtype=weight.dtype
+            final.in_channels, num_classes, 1, bias=final.bias is not None, device=weight.device, dtype=dtype
         )
     # transformers draws its heads at the scale of its config; torch's own default is as good elsewhere
     std = getattr(getattr(model, "config", None), "initializer_range", None)

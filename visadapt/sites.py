@@ -249,7 +249,12 @@ def _traced(model: nn.Module, glob: str, example: Any) -> list[Site]:
 
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters, without those of visadapt's tasks."""
-    return sum(p.numel() for name, p in module.named_parameters() if "visadapt" not in name.split("."))
+    return sum(p.numel() for p in own_parameters(module))
+
+
+def own_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """The backbone's parameters, each once; tasks, of which there may be thousands, are not looked into."""
+    return {p for inner in own_modules(module).values() for p in inner._parameters.values() if p is not None}
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -272,5 +277,5 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype that adapters of this backbone are kept in: fp64 beside fp64, fp32 beside everything else."""
-    low = {p.dtype for p in model.parameters()}
-    return torch.float64 if low == {torch.float64} else torch.float32
+    double = {p.dtype for p in own_parameters(model)} == {torch.float64}
+    return torch.float64 if double else torch.float32

@@ -245,25 +245,19 @@ def _own_head(model: nn.Module, task: Task) -> tuple[str, ...]:
 
 
 def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:
-    expected = {
-        joined(host, f"{name}.{key}"): (part, key)
-        for host, name, part in parts
-        for key in part.state_dict(keep_vars=True)
-    }
+    places = [(joined(host, f"{name}."), part, part.state_dict(keep_vars=True)) for host, name, part in parts]
+    expected = {f"{at}{key}": own for at, _, state in places for key, own in state.items()}
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the task does not"
         raise VisadaptError(f"{path} {what} ({len(missing)} missing, {len(extra)} unexpected tensors)")
-    for key, (part, name) in expected.items():
-        own = part.state_dict(keep_vars=True)[name]
+    for key, own in expected.items():
         if own.shape != tensors[key].shape:
             raise VisadaptError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(own.shape)}")
-    for host, name, part in parts:
-        at = joined(host, f"{name}.")
-        values = {key.removeprefix(at): t for key, t in tensors.items() if key.startswith(at)}
-        device = next((t.device for t in part.state_dict().values()), torch.device("cpu"))
+    for at, part, state in places:
         # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses,
         # and the kernels that torch picks for these round differently
-        part.load_state_dict({key: value.to(device, copy=True) for key, value in values.items()}, assign=True)
+        values = {key: tensors[f"{at}{key}"].to(own.device, copy=True) for key, own in state.items()}
+        part.load_state_dict(values, assign=True)
         part.requires_grad_(True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from visadapt.errors import VisadaptError
@@ -21,8 +22,8 @@ from visadapt.sites import Site, Sites, own_modules
 
 FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
 
-# a trace takes a second or so, and a model is asked for its sites at inject, save and merge
-_TRACED: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
+# a trace takes a second or so, and a model is asked for its sites at every inject, load, save and merge
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
 
 
 def find_sites(model: nn.Module, example: Any = None) -> Sites:
@@ -36,21 +37,24 @@ def find_sites(model: nn.Module, example: Any = None) -> Sites:
         VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
     """
     modules = own_modules(model)
-    found = structural(model, modules)
-    if found and covers(found, model, modules):
-        return _sorted(found)
-    state = hash(tuple((path, plain_class(module)) for path, module in modules.items()))
-    known = _TRACED.get(model)
-    if example is None and known is not None and known[0] == state:
+    looks = hash(tuple((path, plain_class(module), _shapes(module)) for path, module in modules.items()))
+    known = _KNOWN.get(model)
+    if example is None and known is not None and known[0] == looks:
         return known[1]
-    try:
-        traced_sites = _sorted(traced.find(model, modules, example))
-    except VisadaptError:
-        if found and example is None:
-            return _sorted(found)
-        raise
-    _TRACED[model] = (state, traced_sites)
-    return traced_sites
+    found = structural(model, modules)
+    sites = _sorted(found)
+    if not found or not covers(found, model, modules):
+        try:
+            sites = _sorted(traced.find(model, modules, example))
+        except VisadaptError:
+            if not found or example is not None:
+                raise
+    _KNOWN[model] = (looks, sites)
+    return sites
+
+
+def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
+    return tuple(p.shape for p in module._parameters.values() if p is not None)
 
 
 def structural(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from visadapt.sites import Site, parameter_count
+from visadapt.sites import Site, own_modules, parameter_count
 
 
 def last_norm(block: nn.Module) -> str | None:
@@ -34,7 +34,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         if channels is None:
             channels = next(p for p in block._modules[last].parameters()).numel()  # type: ignore[union-attr]
         size = parameter_count(block)
-        for name, module in block.named_modules():
+        for name, module in own_modules(block).items():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and not name.startswith("downsample"):
                 host = f"{at}{name}"
                 if host in modules and not name.startswith(("se.", "se_module.")):
