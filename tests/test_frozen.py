@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 import visadapt
-from tests.zoo import ZOO, answer, bare_part, same, snapshot, train
+from tests.zoo import ZOO, anatomy, answer, bare_part, same, snapshot, train
 
 
 def owned_by(model, task):
@@ -69,6 +70,19 @@ def test_only_full_has_statistics_of_its_own(tiny, image) -> None:
     assert changed
     assert all(".visadapt.full.norm." in key for key in changed)
     assert not any("running_" in key and ".visadapt.affine." in key for key in before)
+
+
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_power_iteration_stands_still(tiny, image, normed) -> None:
+    """Spectral norm, old and new, moves its vectors in every forward in train mode."""
+    normed(tiny.layer1[0].conv1)
+    bare, before, classes = answer(tiny, {"x": image}), snapshot(tiny), anatomy(tiny)
+    visadapt.inject(tiny, m=2, norms="full")
+    train(tiny, "default", {"x": image})
+    assert same(bare_part(snapshot(tiny)), before)
+    assert torch.equal(answer(tiny, {"x": image}, None), bare)
+    visadapt.eject(tiny)
+    assert anatomy(tiny) == classes
 
 
 def test_no_optimiser_over_the_whole_model_can_move_the_backbone(tiny, image) -> None:

@@ -261,8 +261,9 @@ def detach(host: nn.Module, task: str) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Makes a stateful module's statistics stand still."""
-    if is_stateful(module) and plain_class(module) is type(module):
+    """Makes what a module moves in train mode stand still: running statistics, the vectors of a power iteration."""
+    iterates = any(name.endswith("_u") and f"{name[:-1]}v" in module._buffers for name in module._buffers)
+    if (is_stateful(module) or iterates) and plain_class(module) is type(module):
         module.__class__ = frozen_class(type(module))
 
 
