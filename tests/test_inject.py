@@ -131,6 +131,48 @@ def test_hooks_see_what_the_adapter_gives(tiny, image) -> None:
     assert torch.equal(seen[0], seen[2])
 
 
+def replaced_head(model):
+    model.fc = nn.Linear(32, 4)
+    return "fc"
+
+
+def synchronised(model):
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return "bn1"
+
+
+@pytest.mark.parametrize("replace", [replaced_head, synchronised])
+def test_a_host_that_was_replaced_since_is_noticed(tiny, tmp_path, replace) -> None:
+    """Its adapters would no longer act, and nobody would know."""
+    visadapt.inject(tiny, m=2, num_classes=3)
+    path = replace(tiny)
+    with pytest.raises(VisadaptError, match=rf"^{path} was replaced after the inject.*'default'"):
+        visadapt.parameters(tiny)
+    with pytest.raises(VisadaptError, match=rf"^{path} was replaced after the inject.*'default'"):
+        visadapt.save(tiny, "default", tmp_path / "task.visadapt")
+    assert not list(tmp_path.iterdir())
+    visadapt.eject(tiny)
+    visadapt.inject(tiny, m=2, num_classes=3)
+    assert visadapt.parameters(tiny)
+
+
+def test_a_host_inside_a_wrapper_is_where_it_was(tiny, image) -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    visadapt.inject(tiny, m=2)
+    before = len(visadapt.parameters(tiny))
+    tiny.layer1 = Twice(tiny.layer1)
+    assert len(visadapt.parameters(tiny)) == before
+    stir(tiny, "default")
+    assert not torch.equal(answer(tiny, {"x": image}, "default"), answer(tiny, {"x": image}, None))
+
+
 def test_modes_of_the_parts_follow_the_model(tiny) -> None:
     tiny.train()
     visadapt.inject(tiny, m=2, norms="full", num_classes=3)

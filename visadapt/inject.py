@@ -148,7 +148,9 @@ def eject(model: nn.Module) -> nn.Module:
         remove(backbone, name)
     for guard in registry.guards:
         guard.remove()
-    for module in backbone.modules():
+    for module in own_modules(backbone).values():
+        # what replaced a host may have taken its children over
+        module._modules.pop(host.CHILD, None)
         host.unfreeze(module)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name in registry.trained)

@@ -13,6 +13,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.fingerprint import Digests
 from visadapt.host import CHILD, Parts
 from visadapt.methods.method import Method
+from visadapt.sites import own_modules
 
 NORM_POLICIES = ("frozen", "affine", "full")
 HEAD_POLICIES = ("auto", "new", "copy", "frozen")
@@ -144,6 +145,22 @@ def registry_of(model: Any) -> Registry:
     if registry is None:
         raise VisadaptError(f"this {type(model).__name__} has no tasks: call visadapt.inject(model, …) first")
     return registry
+
+
+def check_hosts(model: nn.Module, name: str) -> None:
+    """Refuses a model in which another module stands where one holds a task's parts: they would never act again.
+
+    Raises:
+        VisadaptError: there is no such task, or a module was replaced.
+    """
+    registry = registry_of(model)
+    there = set(own_modules(unwrapped(model)).values())
+    for path in registry.task(name).hosts:
+        if registry.hosts[path] not in there:
+            raise VisadaptError(
+                f"{path} was replaced after the inject (as nn.SyncBatchNorm.convert_sync_batchnorm does, or model.fc = "
+                f"…), so task {name!r} does not act there: change the backbone first, then inject"
+            )
 
 
 def check_task_name(name: Any) -> None:

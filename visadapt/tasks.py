@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visadapt import heads
 from visadapt.errors import VisadaptError
-from visadapt.registry import _USING, AUTO, Registry, Task, find_registry, joined, registry_of, unwrapped
+from visadapt.registry import _USING, AUTO, Registry, Task, check_hosts, find_registry, joined, registry_of, unwrapped
 from visadapt.sites import parameter_count
 from visadapt.table import Table
 
@@ -139,8 +139,9 @@ def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Para
     """A task's parameters by name (``host.part.tensor``, as in its file), for optimisers with groups.
 
     Raises:
-        VisadaptError: there is no such task.
+        VisadaptError: there is no such task, or a module that holds its parts was replaced.
     """
+    check_hosts(model, task)
     for path, parts in registry_of(model).parts(task).items():
         for name, parameter in parts.named_parameters():
             yield joined(path, name), parameter
