@@ -62,3 +62,14 @@ def test_a_merged_model_knows_its_labels(tokens):
     assert plain.config.id2label[0] == "a"
     assert plain(input_ids=tokens, labels=torch.tensor([4, 0, 1, 2])).loss.isfinite()
     assert model.__dict__["config"].num_labels == 3
+
+
+def test_save_pretrained_writes_the_backbones_config_whatever_task_is_active(model, tokens, tmp_path):
+    with visadapt.using(model, None):
+        expected = model(input_ids=tokens).logits
+    visadapt.activate(model, "five")
+    model.save_pretrained(tmp_path)
+    assert model.config.num_labels == 5
+    again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.config.num_labels == 3
+    assert torch.equal(again(input_ids=tokens).logits, expected)

@@ -9,6 +9,7 @@ from torch import nn
 
 from visadapt.host import cached, subclass
 from visadapt.registry import Registry, Task
+from visadapt.tasks import using
 
 
 def is_labelled(model: nn.Module) -> bool:
@@ -72,9 +73,16 @@ def _set_num_labels(self: nn.Module, number: int) -> None:
 @cached
 def labelled_class(plain: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose ``config`` and ``num_labels`` are those of the active task."""
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the head that is saved under its own name is the backbone's, and so must be the config beside it
+        with using(self, None):
+            return plain.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
+
     return subclass(
         plain,
         labelled_class,
         config=property(_config, _set_config),
         num_labels=property(_num_labels, _set_num_labels),
+        save_pretrained=save_pretrained,
     )
