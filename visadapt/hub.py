@@ -86,6 +86,9 @@ def _bundled(name: str, **build: Any) -> nn.Module:
     return builders[name](**build)
 
 
+WEIGHTLESS: dict[str, dict[str, Any]] = {"timm": {"pretrained": False}, "torchvision": {"weights": None}}
+"""What to build with, by place, where the shapes of a network are enough and its weights need not be fetched."""
+
 PLACES: dict[str, Callable[..., nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,

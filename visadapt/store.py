@@ -26,6 +26,7 @@ from visadapt.plan import commit, new_plan
 from visadapt.registry import (
     NORM_POLICIES,
     Task,
+    check_hosts,
     check_task_name,
     find_registry,
     joined,
@@ -34,6 +35,7 @@ from visadapt.registry import (
     unwrapped,
 )
 from visadapt.sites import LAYOUTS, Site, Sites, own_modules
+from visadapt.table import Table
 
 FORMAT = 1
 
@@ -56,6 +58,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     """
     registry = registry_of(model)
     spec = registry.task(task)
+    check_hosts(model, task)
     backbone = unwrapped(model)
     if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
         raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
@@ -187,6 +190,30 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
     if not isinstance(version, int) or not _well_formed(description):
         raise VisadaptError(f"{path} is a safetensors file, but visadapt did not write it")
     return description, tensors
+
+
+def contents(path: str | os.PathLike[str]) -> Table:
+    """What a task file holds, as a table; the backbone is not needed.
+
+    Raises:
+        VisadaptError: there is no such file, or it is no task file.
+    """
+    description, tensors = read(path)
+    labels = description["labels"]
+    shown = "–" if labels is None else ", ".join(labels[:12]) + (f", … ({len(labels)})" if len(labels) > 12 else "")
+    rows = [
+        ("task", description["task"]),
+        ("methods", " + ".join(str(_method(path, entry)) for entry in description["placements"])),
+        ("sites", f"{sum(len(entry['sites']) for entry in description['placements'])}"),
+        ("norms", description["norms"]),
+        ("head", description["head"]),
+        ("classes", "–" if description["num_classes"] is None else f"{description['num_classes']}"),
+        ("labels", shown),
+        ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
+        ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
+        *((key, json.dumps(value)) for key, value in description["notes"].items()),
+    ]
+    return Table(("", str(path)), rows)
 
 
 def _well_formed(description: dict[str, Any]) -> bool:

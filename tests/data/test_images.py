@@ -10,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from visadapt.data import ImageSet, ImageSplit, augment, bundled, load_images, normalize
+from visadapt.data import (
+    ImageSet,
+    ImageSplit,
+    augment,
+    bundled,
+    image_files,
+    load_images,
+    normalize,
+    read_images,
+    renumbered,
+)
 from visadapt.errors import VisadaptError
 
 BUNDLED = {"cifar10": (5000, 2000, 32), "mnist": (2000, 1000, 28), "fashion-mnist": (2000, 1000, 28)}
@@ -310,3 +320,33 @@ def test_augment_can_do_nothing() -> None:
     assert torch.equal(augment(images, seeded(0), flip=False, crop_padding=0), images)
     with pytest.raises(VisadaptError, match="crop_padding is -1"):
         augment(images, seeded(0), crop_padding=-1)
+
+
+def test_a_namesake_of_a_set_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"the set 'mnist' is loaded, not .*'\./mnist'"):
+        assert load_images("mnist").name == "mnist"
+
+
+def test_pictures_by_themselves(folder: Path) -> None:
+    files = image_files(folder / "train")
+    assert [file.name for file in files] == ["0.png", "1.png", "2.png"] * 2
+    assert image_files(files[0]) == [files[0]]
+    images = read_images(files, 8)
+    assert images.shape == (6, 3, 8, 8)
+    assert torch.equal(images[0], load_images(folder, size=8).train.images[0])
+    with pytest.raises(VisadaptError, match=r"no picture and no folder .*trian; did you mean 'train'"):
+        image_files(folder / "trian")
+    (folder / "empty").mkdir()
+    with pytest.raises(VisadaptError, match="there is no picture"):
+        image_files(folder / "empty")
+
+
+def test_renumbered_by_name(folder: Path) -> None:
+    found = renumbered(load_images(folder), ["ape", "dog", "cat"])
+    assert found.classes == ("ape", "dog", "cat")
+    assert found.train.labels.tolist() == [2, 2, 2, 1, 1, 1]
+    assert found.test.labels.tolist() == [2, 2, 1, 1]
+    with pytest.raises(VisadaptError, match=r"has a class 'cat', which the task has not; did you mean 'cats'"):
+        renumbered(load_images(folder), ["cats", "dog"])

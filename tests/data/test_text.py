@@ -267,3 +267,10 @@ def test_minilm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         minilm_path()
     (package / "model" / "config.json").write_text("{}")
     assert minilm_path() == package / "model"
+
+
+def test_a_namesake_of_a_set_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tweets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"the set 'tweets' is loaded, not .*'\./tweets'"):
+        assert load_text("tweets").name == "tweets"

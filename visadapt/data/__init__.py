@@ -3,7 +3,10 @@
 from visadapt.data.bundled import path as path
 from visadapt.data.images import ImageSet as ImageSet
 from visadapt.data.images import ImageSplit as ImageSplit
+from visadapt.data.images import image_files as image_files
 from visadapt.data.images import load_images as load_images
+from visadapt.data.images import read_images as read_images
+from visadapt.data.split import renumbered as renumbered
 from visadapt.data.text import TextSet as TextSet
 from visadapt.data.text import TextSplit as TextSplit
 from visadapt.data.text import load_text as load_text

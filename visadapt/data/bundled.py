@@ -1,5 +1,6 @@
 """Finds the files that come with the library."""
 
+import warnings
 from pathlib import Path
 
 from visadapt.errors import VisadaptError, nearest
@@ -38,3 +39,9 @@ def path(name: str) -> Path:
     if name not in names():
         raise VisadaptError(f"no bundled file {name!r}{nearest(name, names())}")
     return folder() / name
+
+
+def warn_of_namesake(name: str) -> None:
+    """Warns where a set's name is that of a folder or file here as well: the set is what is loaded."""
+    if Path(name).exists():
+        warnings.warn(f"the set {name!r} is loaded, not what is called so here: that is './{name}'", stacklevel=3)

@@ -120,6 +120,8 @@ def load_images(
     name = str(name_or_path)
     if size is not None and size < 1:
         raise VisadaptError(f"size is {size}, it must be at least 1 pixel")
+    if name in (*_BUNDLED, "digits"):
+        bundled.warn_of_namesake(name)
     if name in _BUNDLED:
         found = _bundled(name)
     elif name == "digits":
@@ -201,17 +203,60 @@ def _folder(path: Path, size: int | None) -> ImageSet:
     return ImageSet(path.name, tuple(classes), *parts)
 
 
+def image_files(place: str | Path) -> list[Path]:
+    """A picture file itself, or all picture files in a folder and the folders in it, sorted.
+
+    Args:
+        place: the file or folder.
+
+    Raises:
+        VisadaptError: there is no such file or folder, or no picture in it.
+    """
+    path = Path(place)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise VisadaptError(f"no picture and no folder {place}{nearest(path.name, siblings)}")
+    found = _picture_files(path)
+    if not found:
+        raise VisadaptError(f"{place}: there is no picture")
+    return found
+
+
+def read_images(files: Iterable[str | Path], size: int) -> Tensor:
+    """Reads pictures: the shorter side is resized to ``size`` pixels, and the centre square kept.
+
+    Args:
+        files: their paths.
+        size: side of the squares in pixels.
+
+    Returns:
+        uint8, ``(N, 3, size, size)``.
+
+    Raises:
+        VisadaptError: a file is no picture, or there is none.
+    """
+    return _stack(((_opened(Path(file)), 0) for file in files), size, "images").images
+
+
 def _pictures(split: Path, classes: Sequence[str]) -> Iterable[tuple["Image", int]]:
-    pil = _pil()
     for label, name in enumerate(classes):
-        for file in sorted((split / name).rglob("*")):
-            if file.suffix.lower() in _SUFFIXES:
-                try:
-                    with pil.open(file) as image:
-                        image.load()
-                        yield image, label
-                except OSError as error:
-                    raise VisadaptError(f"{file} is not a picture that can be read: {error}") from error
+        yield from ((_opened(file), label) for file in _picture_files(split / name))
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+
+
+def _opened(file: Path) -> "Image":
+    try:
+        with _pil().open(file) as image:
+            image.load()
+            loaded: Image = image
+            return loaded
+    except OSError as error:
+        raise VisadaptError(f"{file} is not a picture that can be read: {error}") from error
 
 
 def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str) -> ImageSplit:

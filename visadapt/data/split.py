@@ -1,9 +1,15 @@
-"""Splits labelled samples in two, class by class."""
+"""Splits labelled samples in two, class by class; gives labels the numbers that another list of classes has."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, nearest
+
+Set = TypeVar("Set", bound=Any)
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -33,3 +39,26 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     left = torch.ones(total, dtype=torch.bool)
     left[chosen] = False
     return left.nonzero().flatten(), chosen.sort().values
+
+
+def renumbered(data: Set, labels: Sequence[str]) -> Set:
+    """A data set whose classes are numbered as a task's labels: a folder that lacks one numbers the others differently.
+
+    Args:
+        data: an ``ImageSet`` or a ``TextSet``.
+        labels: the names of the task's labels.
+
+    Raises:
+        VisadaptError: a class of the data is none of the labels; the nearest is named.
+    """
+    for name in data.classes:
+        if name not in labels:
+            raise VisadaptError(f"{data.name} has a class {name!r}, which the task has not{nearest(name, labels)}")
+    numbers = torch.tensor([list(labels).index(name) for name in data.classes])
+    splits = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    moved = {
+        name: dataclasses.replace(split, labels=numbers[split.labels])
+        for name, split in splits.items()
+        if name in ("train", "validation", "test")
+    }
+    return dataclasses.replace(data, classes=tuple(labels), **moved)

@@ -143,6 +143,7 @@ def load_text(
     """
     name = str(name_or_path)
     if name in _BUNDLED:
+        bundled.warn_of_namesake(name)
         return _bundled(name)
     if name in _PRESETS:
         if root is None:

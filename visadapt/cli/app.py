@@ -1,0 +1,88 @@
+"""The commands, put together; every error that is a user's to mend is one line on standard error."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from visadapt import __version__
+from visadapt.cli.evaluate import evaluate
+from visadapt.cli.export import export
+from visadapt.cli.merge import merge
+from visadapt.cli.predict import predict
+from visadapt.cli.sites import sites
+from visadapt.cli.summary import summary
+from visadapt.cli.train import train
+from visadapt.errors import VisadaptError
+
+
+class Commands(TyperGroup):
+    """Exit codes: 0 done, 1 refused or failed, 2 wrongly called, 130 interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _said
+                return super().invoke(ctx)
+        except (VisadaptError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print("interrupted: nothing was left half-written", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
+def _said(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+app = typer.Typer(
+    name="visadapt",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Prints it.")] = False,
+) -> None:
+    """One frozen pretrained network, many tasks: small residual adapters, a file each."""
+
+
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    sites: ("bundled/resnet50", "timm/convnext_tiny --where mlp"),
+    summary: ("flowers.visadapt", "bundled/resnet50 --method Parallel", "hf/bert-base-uncased --m 64"),
+    train: (
+        "photos/ --backbone bundled/resnet50 --size 64 --m 32 --out photos.visadapt",
+        "reviews.tsv --backbone bundled/minilm --text 0 --label 1 --no-header --out reviews.visadapt",
+        "cifar10 --backbone bundled/resnet50 --size 64 --method Parallel --option rank=8 --out cifar10.visadapt",
+    ),
+    evaluate: ("photos.visadapt photos/", "tweets.visadapt tweets --metric accuracy --metric macro_f1 --json"),
+    predict: (
+        "rose.jpg holiday/ --task flowers.visadapt --task places.visadapt",
+        "- --task tweets.visadapt --format table < lines.txt",
+    ),
+    merge: ("flowers.visadapt --out flowers.safetensors",),
+    export: ("flowers.visadapt --out flowers.onnx", "tweets.visadapt --out tweets.pt2"),
+}
+
+for command, examples in EXAMPLES.items():
+    name = command.__name__
+    shown = "\n".join(["\b", "Examples:", *(f"  visadapt {name} {example}" for example in examples)])
+    app.command(name, epilog=shown, no_args_is_help=True)(command)

@@ -1,0 +1,40 @@
+"""``visadapt export``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+import visadapt
+from visadapt.cli.opening import with_tasks
+from visadapt.cli.options import Force, OtherBackbone, Out, TaskFile, unwritten
+from visadapt.cli.showing import say
+from visadapt.errors import VisadaptError
+from visadapt.export import FORMATS
+from visadapt.export import export as write
+from visadapt.inputs import ImageInputs
+from visadapt.tasks import tasks
+
+
+def export(
+    task: TaskFile,
+    out: Out,
+    merged: Annotated[bool, typer.Option("--merge", help="Merges the task into the weights first.")] = False,
+    backbone: OtherBackbone = None,
+    force: Force = False,
+) -> None:
+    """Writes a task's network as ONNX (….onnx) or as a torch.export program (….pt2), for batches of any size."""
+    target = unwritten(out, force)
+    if target.suffix not in FORMATS:
+        raise VisadaptError(f"{target} would be exported as {' or '.join(FORMATS)}, by its suffix")
+    model, prepared = with_tasks([task], backbone)
+    ((name, inputs),) = prepared.items()
+    example = inputs(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)) if isinstance(inputs, ImageInputs) else None
+    labels = tasks(model)[name].labels
+    if merged:
+        write(visadapt.merge(model, name), target, example=example, labels=labels)
+    else:
+        write(model, target, task=name, example=example, labels=labels)
+    say(f"{target}: {target.stat().st_size / 1e6:.2f} MB")

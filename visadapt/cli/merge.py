@@ -1,0 +1,32 @@
+"""``visadapt merge``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+import visadapt
+from visadapt.cli.opening import with_tasks
+from visadapt.cli.options import Force, OtherBackbone, Out, TaskFile, unwritten
+from visadapt.cli.showing import say
+from visadapt.store import write_tensors
+from visadapt.tasks import tasks
+
+
+def merge(
+    task: TaskFile,
+    out: Out,
+    fold: Annotated[bool, typer.Option("--fold", help="Folds every BatchNorm into the conv before it.")] = False,
+    backbone: OtherBackbone = None,
+    force: Force = False,
+) -> None:
+    """Writes the weights of a plain network that does what the task does (safetensors), or says why there is none."""
+    target = unwritten(out, force)
+    model, (name,) = with_tasks([task], backbone)
+    plain = visadapt.merge(model, name, fold=fold)
+    labels = tasks(model)[name].labels
+    weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in plain.state_dict().items()}
+    write_tensors(target, weights, {} if labels is None else {"labels": json.dumps(labels)})
+    say(f"{target}: the state_dict of a {type(plain).__name__}, {target.stat().st_size / 1e6:.2f} MB")

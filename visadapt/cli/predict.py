@@ -1,0 +1,114 @@
+"""``visadapt predict``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from torch import Tensor, nn
+
+from visadapt.cli.opening import with_tasks
+from visadapt.cli.options import BatchSize, Device, Force, OtherBackbone, Precision, unwritten
+from visadapt.cli.showing import show
+from visadapt.data import image_files
+from visadapt.errors import VisadaptError
+from visadapt.files import replacing
+from visadapt.inputs import ImageInputs, Inputs
+from visadapt.methods.method import check_choice
+from visadapt.table import Table
+from visadapt.tasks import tasks
+from visadapt.training import predict as logits
+from visadapt.training.progress import bar
+
+FORMATS = ("jsonl", "table")
+
+
+def predict(
+    inputs: Annotated[list[str], typer.Argument(help="Pictures and folders of them; or files of texts, one a line, "
+                                                     "and - for standard input.")],
+    task: Annotated[list[Path], typer.Option(help="A task's file; repeat it for many tasks of one backbone.")],
+    top: Annotated[int, typer.Option(min=1, help="How many labels of each input, the likeliest first.")] = 1,
+    form: Annotated[str, typer.Option("--format", help=f"{' or '.join(FORMATS)}.")] = "jsonl",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Writes there, not to standard output.")] = None,
+    batch_size: BatchSize = 100,
+    device: Device = None,
+    precision: Precision = "fp32",
+    backbone: OtherBackbone = None,
+    force: Force = False,
+) -> None:  # fmt: skip
+    """Names the class of every picture or line of text, by one task or by many on one backbone."""
+    check_choice(form, FORMATS, "format")
+    if out is not None:
+        unwritten(out, force)
+    model, prepared = with_tasks(task, backbone)
+    seen = {isinstance(each, ImageInputs) for each in prepared.values()}
+    if len(seen) > 1:
+        raise VisadaptError("some of the tasks take pictures and some texts")
+    names = _pictures(inputs) if seen.pop() else _lines(inputs)
+    answers = _answers(model, prepared, names, batch_size, top, {"device": device, "precision": precision})
+    with _written(out) as file:
+        if form == "jsonl":
+            for answer in answers:
+                print(json.dumps(answer, ensure_ascii=False), file=file, flush=file is sys.stdout)
+        else:
+            rows = [(a["input"], a["task"], t["label"], f"{t['score']:.3f}") for a in answers for t in a["top"]]
+            table = Table(("input", "task", "label", "score"), rows)
+            show(table) if out is None else print(table, file=file)
+
+
+def _pictures(places: Iterable[str]) -> list[str]:
+    return [str(file) for place in places for file in image_files(place)]
+
+
+def _lines(places: Iterable[str]) -> list[str]:
+    lines: list[str] = []
+    for place in places:
+        try:
+            text = sys.stdin.read() if place == "-" else Path(place).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise VisadaptError(f"{place} cannot be read as a file of texts: {error}") from error
+        lines += [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise VisadaptError("there is no text to predict on")
+    return lines
+
+
+def _answers(
+    model: nn.Module, tasks_: dict[str, Inputs], names: list[str], batch: int, top: int, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Batch by batch, so that the pictures of a large folder are never in memory all at once."""
+    known = tasks(model)
+    rest = iter(names)
+    with bar(-(-len(names) // batch), "predicting", True) as advance:
+        while chunk := list(islice(rest, batch)):
+            found = {
+                task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options).softmax(-1)
+                for task, inputs in tasks_.items()
+            }
+            for row, name in enumerate(chunk):
+                for task, scores in found.items():
+                    yield {"input": name, "task": task, "top": _top(scores[row], known[task].labels, top)}
+            advance(chunk[-1][:40])
+
+
+def _top(scores: Tensor, labels: tuple[str, ...] | None, top: int) -> list[dict[str, Any]]:
+    best = scores.topk(min(top, len(scores)))
+    return [
+        {"label": str(index) if labels is None else labels[index], "score": round(score, 4)}
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+@contextmanager
+def _written(out: Path | None) -> Iterator[TextIO]:
+    if out is None:
+        yield sys.stdout
+        return
+    with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file

@@ -1,0 +1,35 @@
+"""``visadapt summary``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import visadapt
+from visadapt.cli.opening import shaped
+from visadapt.cli.options import Build, Method, MethodOption, Norms, Where, Width, number, pairs
+from visadapt.cli.putting import chosen
+from visadapt.cli.showing import show
+from visadapt.hub import PLACES
+from visadapt.store import contents
+
+
+def summary(
+    target: Annotated[str, typer.Argument(help="A task's file, or a backbone's name.")],
+    method: Method = "Bottleneck",
+    m: Width = None,
+    option: MethodOption = None,
+    norms: Norms = "affine",
+    where: Where = None,
+    build: Build = None,
+) -> None:
+    """Says what a task's file holds, or what a method would cost in a backbone."""
+    if target.partition("/")[0] not in PLACES or Path(target).is_file():
+        show(contents(target))
+        return
+    model = shaped(target, pairs(build, "--build"))
+    terms = [number(term) for term in where or ()]
+    visadapt.inject(model, chosen(method, m, option), norms=norms, where=terms or None)
+    show(visadapt.summary(model))

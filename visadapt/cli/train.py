@@ -1,0 +1,88 @@
+"""``visadapt train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import visadapt
+from visadapt.cli.opening import opened
+from visadapt.cli.options import (
+    BatchSize,
+    Build,
+    Device,
+    Force,
+    Header,
+    Label,
+    Method,
+    MethodOption,
+    Norms,
+    Out,
+    Precision,
+    Root,
+    Text,
+    Where,
+    Width,
+    columns,
+    number,
+    pairs,
+    unwritten,
+)
+from visadapt.cli.putting import chosen
+from visadapt.cli.showing import say, show
+from visadapt.data import augment
+from visadapt.inputs import described, inputs_of
+from visadapt.training import METRICS, Recipe, fit
+from visadapt.training import evaluate as measure
+
+
+def train(
+    data: Annotated[str, typer.Argument(help="A folder of pictures (train/CLASS/…, test/CLASS/…), a .tsv or .csv file "
+                                             "or a folder of them, or a set's name such as cifar10 or tweets.")],
+    out: Out,
+    backbone: Annotated[str, typer.Option(help="Such as timm/resnet50, hf/bert-base-uncased, bundled/minilm.")],
+    task: Annotated[str | None, typer.Option(help="The task's name; the file's, without suffix, if not given.")] = None,
+    method: Method = "Bottleneck",
+    m: Width = None,
+    option: MethodOption = None,
+    norms: Norms = "affine",
+    where: Where = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch_size: BatchSize = 32,
+    metric: Annotated[str, typer.Option(help=f"Of the best epoch: {', '.join(METRICS)}.")] = "accuracy",
+    flips_and_shifts: Annotated[bool, typer.Option("--augment", help="Mirrors and shifts training pictures.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the backbone's by default.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text; longer ones are cut.")] = None,
+    text: Text = None,
+    label: Label = None,
+    header: Header = True,
+    root: Root = None,
+    seed: Annotated[int, typer.Option(help="Of the new parts, the order and the augmentation.")] = 0,
+    device: Device = None,
+    precision: Precision = "fp32",
+    build: Build = None,
+    force: Force = False,
+) -> None:  # fmt: skip
+    """Trains a task on pictures or texts and writes it to a file, with its labels and how its inputs are prepared."""
+    target = unwritten(out, force)
+    recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
+    adapter = chosen(method, m, option)
+    loading = pairs(build, "--build")
+    model = opened(backbone, loading)
+    splits = inputs_of(model, backbone, size, length).load(data, seed=seed, **columns(text, label, header, root))
+    name = target.stem if task is None else task
+    torch.manual_seed(seed)
+    visadapt.inject(model, adapter, task=name, labels=splits.classes, num_classes=len(splits.classes), norms=norms,
+                    where=[number(term) for term in where or ()] or None)  # fmt: skip
+    shared: dict[str, Any] = {"prepare": splits.inputs, "device": device, "precision": precision}
+    history = fit(model, name, splits.train, splits.validation, recipe, metric=metric, seed=seed,
+                  augment=augment if flips_and_shifts else None, **shared)  # fmt: skip
+    show(history.table())
+    score = measure(model, name, splits.test, (metric,), **shared)[metric]
+    notes = {"backbone": {"name": backbone, "build": loading}, "inputs": described(splits.inputs)}
+    visadapt.save(model, name, target, notes=notes)
+    say(f"{metric} on {len(splits.test):,} test samples: {score:.4f}")
+    say(f"{target}: {len(splits.classes)} classes, {target.stat().st_size / 1e6:.2f} MB")
