@@ -305,6 +305,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(member, inputs) -> None
         assert plain is None or torch.equal(plain, checkpointed)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_in_backward_is_the_same_task(tiny, image, reentrant) -> None:
+    """Checkpointing runs blocks once more in backward, where a using that ended, or of another thread, is not seen."""
+    for task in "ab":
+        visadapt.inject(tiny, Bottleneck(m=2, init_std=0.1), task=task)
+    tiny.train()
+    plain = copy.deepcopy(tiny)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    layer = tiny.layer2.forward
+    tiny.layer2.forward = lambda x: (
+        checkpoint(layer, x, use_reentrant=reentrant) if torch.is_grad_enabled() else layer(x)
+    )
+
+    def gradients(model, inside):
+        model.zero_grad()
+        with visadapt.using(model, "a"):
+            loss = model(image).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [p.grad for p in visadapt.parameters(model, "a")]
+
+    expected = gradients(plain, inside=False)
+    for found in (lambda: gradients(tiny, inside=True), lambda: gradients(visadapt.activate(tiny, "a"), inside=False)):
+        for one, other in zip(found(), expected, strict=True):
+            torch.testing.assert_close(one, other)
+    visadapt.activate(tiny, "b")
+    with pytest.raises(visadapt.VisadaptError, match=r"computed again in backward.*backward\(\) inside"):
+        gradients(tiny, inside=False)
+    with torch.no_grad(), visadapt.using(visadapt.activate(tiny, "b"), "a"):
+        tiny(image)
+    tiny(image).sum().backward()
+
+
 @members("transformers/bert")
 def test_the_library_of_the_backbone_saves_it_as_ever(model, inputs, adapted, tmp_path) -> None:
     """save_pretrained of an ejected model is the vanilla one; from_pretrained knows nothing of adapters."""

@@ -109,7 +109,7 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = cast("Parts", self._modules[CHILD])
-        task = parts._registry.current()
+        task = parts._registry.acting()
         if isinstance(task, tuple):
             from visadapt.mixed import run_mixed
 

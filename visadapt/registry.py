@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError, nearest
@@ -67,10 +68,11 @@ class Registry:
         trained: names of the backbone's parameters that required a gradient before the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
-        lean: whether :func:`visadapt.lean` was called.
+        lean: how lean :func:`visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         traced: sites that no family knows, by full name, as they were traced.
         active: the task chosen by ``activate``; None is the bare backbone.
+        hidden: whether a forward with gradients was another task's, by ``using``, since then.
     """
 
     def __init__(self) -> None:
@@ -79,12 +81,13 @@ class Registry:
         self.norms: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
         self.active: Any = None
+        self.hidden = False
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.guards: tuple[Any, ...] = ()
         self.decider: Any = None
         self.digests: Digests = {}
-        self.lean = False
+        self.lean: Any = None
 
     def current(self) -> Any:
         """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
@@ -92,6 +95,25 @@ class Registry:
         if using is not None and id(self) in using:
             return using[id(self)]
         return self.active
+
+    def acting(self) -> Any:
+        """The same for a forward that happens now.
+
+        Raises:
+            VisadaptError: it happens within backward, out of sight of the ``using`` of the forward that it repeats.
+        """
+        task = self.current()
+        if torch.compiler.is_compiling():
+            return task
+        if id(self) in (_USING.get() or ()):
+            self.hidden = self.hidden or (torch.is_grad_enabled() and task != self.active)
+        elif self.hidden and torch._C._current_graph_task_id() != -1:
+            raise VisadaptError(
+                "a part of the model is computed again in backward (gradient checkpointing), which does not see the "
+                "using() of its forward: call backward() inside that block, or choose by activate() (on a GPU always: "
+                "backward is another thread's there); what only evaluates belongs under torch.no_grad()"
+            )
+        return task
 
     def task(self, name: Any) -> Task:
         """The task of that name.

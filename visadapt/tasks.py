@@ -31,7 +31,7 @@ def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Mo
         VisadaptError: there is no such task; the nearest is named.
     """
     registry = registry_of(model)
-    registry.active = _checked(model, registry, task)
+    registry.active, registry.hidden = _checked(model, registry, task), False
     return model
 
 
@@ -41,6 +41,9 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
 
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
     padded with −inf; :func:`visadapt.split` takes the logits apart again.
+
+    Gradient checkpointing runs parts of the forward again in backward, which has to be inside the block too; on a GPU,
+    where backward is another thread's, choose by :func:`activate`.
 
     Args:
         model: an injected model.
