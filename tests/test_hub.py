@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import visadapt
@@ -32,6 +34,34 @@ def test_inject_takes_a_name(tmp_path) -> None:
     assert visadapt.summary(visadapt.inject(f"hf/{tmp_path}", m=2))["default"].sites == 4
 
 
+def test_timms_own_folders(tmp_path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    saved = timm.create_model("resnet10t", num_classes=3)
+    save_for_hf(saved, tmp_path)
+    loaded = resolve(f"timm/local-dir:{tmp_path}")
+    assert loaded.num_classes == 3
+    assert same(loaded.state_dict(), saved.state_dict())
+    file = timm.create_model("resnet10t")
+    torch.save(file.state_dict(), tmp_path / "weights.pth")
+    found = resolve("timm/resnet10t", pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")})
+    assert same(found.state_dict(), file.state_dict())
+
+
+def test_torchvisions_own_cache(tmp_path, monkeypatch) -> None:
+    """Pretrained weights by name, from where torchvision keeps what it once fetched."""
+    import torchvision
+
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    saved = torchvision.models.squeezenet1_1()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(saved.state_dict(), cache / Path(weights.url).name)
+    assert same(resolve("torchvision/squeezenet1_1").state_dict(), saved.state_dict())
+
+
 def test_pretrained_weights_are_what_a_name_means(monkeypatch) -> None:
     import timm
     import torchvision
@@ -58,12 +88,41 @@ def test_pretrained_weights_are_what_a_name_means(monkeypatch) -> None:
         ("timm/resnet5O", "timm has no model 'resnet5O'; did you mean .*'resnet50'"),
         ("torchvision/vgg61", "torchvision has no model 'vgg61'; did you mean .*'vgg16'"),
         ("bundled/resnet5", "nothing bundled is called 'resnet5'; did you mean 'resnet50'"),
-        ("hf//no/such/folder", "transformers cannot load '/no/such/folder'"),
+        ("hf//no/such/folder", "cannot load 'hf//no/such/folder': .*no/such/folder"),
+        ("timm/local-dir:/no/such", "cannot load 'timm/local-dir:/no/such': "),
+        ("timm/resnet18.no_such_tag", r"cannot load 'timm/resnet18\.no_such_tag': .*no_such_tag"),
     ],
 )
 def test_names_that_are_none(name, message) -> None:
     with pytest.raises(VisadaptError, match=message):
         resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torchvision/vgg11", {"weights": "IMAGENET_V9"}, r"cannot load 'torchvision/vgg11'.*IMAGENET_V9"),
+        ("torchvision/vgg11", {"wieghts": None}, r"cannot load 'torchvision/vgg11'.*wieghts"),
+        ("bundled/resnet50", {"num_clases": 3}, r"cannot load 'bundled/resnet50'.*num_clases"),
+    ],
+)
+def test_what_a_library_does_not_take_is_said_in_its_words(name, options, message, monkeypatch) -> None:
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("no network in tests"))
+    with pytest.raises(VisadaptError, match=message):
+        resolve(name, **options)
+
+
+def test_a_builder_that_does_not_take_what_inject_does_not_know_either() -> None:
+    import torchvision
+
+    with pytest.raises(VisadaptError, match=r"the builder 'resnet18' cannot be called.*'num_clases'"):
+        visadapt.inject(torchvision.models.resnet18, m=2, num_clases=3)
+
+    def broken():
+        return None + 1
+
+    with pytest.raises(TypeError, match="NoneType"):
+        visadapt.inject(broken)
 
 
 def test_import_takes_torch_and_safetensors_only() -> None:

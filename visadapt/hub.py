@@ -23,7 +23,7 @@ def resolve(source: Any, **build: Any) -> nn.Module:
         The module.
 
     Raises:
-        VisadaptError: the source or the name is unknown; the nearest is named.
+        VisadaptError: the source or the name is unknown (the nearest is named), or what it names cannot be loaded.
     """
     if isinstance(source, str):
         place, _, name = source.partition("/")
@@ -32,22 +32,35 @@ def resolve(source: Any, **build: Any) -> nn.Module:
                 f"no backbone {source!r}{nearest(place, PLACES)} (names look like 'timm/resnet50.a1_in1k', "
                 "'torchvision/vgg16', 'hf/bert-base-uncased' or 'bundled/resnet50')"
             )
-        return PLACES[place](name, **build)
+        try:
+            return PLACES[place](name, **build)
+        except VisadaptError:
+            raise
+        except Exception as error:  # each library has its own for no network, no such file, an option it does not take
+            raise VisadaptError(f"cannot load {source!r}: {error}") from error
     if callable(source):
-        model = source(**build)
-        if isinstance(model, nn.Module):
-            return model
-        raise VisadaptError(
-            f"the builder {getattr(source, '__name__', source)!r} gave {type(model).__name__}, no module"
-        )
+        return _built(source, getattr(source, "__name__", repr(source)), build)
     raise VisadaptError(f"expected a module, a builder or a name, got {type(source).__name__}")
+
+
+def _built(builder: Callable[..., Any], name: str, build: dict[str, Any]) -> nn.Module:
+    try:
+        model = builder(**build)
+    except TypeError as error:
+        if not any(repr(key) in str(error) for key in build):
+            raise  # a mistake inside the builder
+        raise VisadaptError(f"the builder {name!r} cannot be called: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise VisadaptError(f"the builder {name!r} gave {type(model).__name__}, no module")
+    return model
 
 
 def _timm(name: str, **build: Any) -> nn.Module:
     import timm
 
-    model_name = name.partition(".")[0].removeprefix("hf_hub:")
-    if not timm.is_model(model_name):
+    model_name = name.partition(".")[0]
+    # "hf-hub:…" and "local-dir:…" are timm's own places
+    if ":" not in name and not timm.is_model(model_name):
         raise VisadaptError(f"timm has no model {name!r}{nearest(model_name, timm.list_models())}")
     model: nn.Module = timm.create_model(name, **{"pretrained": True, **build})
     return model
@@ -67,10 +80,7 @@ def _transformers(name: str, **build: Any) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
     except ImportError as error:
         raise VisadaptError("'hf/…' needs transformers: pip install 'visadapt[text]'") from error
-    try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, **build)
-    except (OSError, ValueError) as error:
-        raise VisadaptError(f"transformers cannot load {name!r}: {error}") from error
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, **build)
     return model
 
 
