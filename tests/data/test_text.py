@@ -245,6 +245,28 @@ def test_hugging_face(hub: dict[str, FakeSplit]) -> None:
     assert [len(p) for p in parts(found)] == [18, 2, 2]
 
 
+@pytest.mark.slow
+def test_hugging_face_from_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself, on Parquet files as the hub keeps them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+    )
+    labels = {"train": [0, 1] * 10, "validation": [1, 0], "test": [-1, -1]}  # a secret test, as GLUE has
+    (tmp_path / "set").mkdir()
+    for split, own in labels.items():
+        rows = {"sentence": [f"{split} {i}" for i in range(len(own))], "label": own}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    found = load_text(f"hf/{tmp_path / 'set'}")
+    assert found.classes == ("negative", "positive")
+    assert found.test.texts == ["validation 0", "validation 1"]
+    assert found.test.labels.tolist() == [1, 0]
+    assert [len(p) for p in parts(found)] == [18, 2, 2]
+    with pytest.raises(VisadaptError, match="could not load '.*/none'"):
+        load_text(f"hf/{tmp_path / 'none'}")
+
+
 def test_hugging_face_faults(hub: dict[str, FakeSplit], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VisadaptError, match="could not load 'imdb': no imdb"):
         load_text("hf/imdb")
