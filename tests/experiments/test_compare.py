@@ -3,130 +3,187 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import visadapt
-from tests.zoo import ZOO
+from tests.experiments.conftest import EVERYONE, small, who
 from visadapt import VisadaptError
-from visadapt.data import load_images
-from visadapt.experiments import Contender, Problem, Record, Result, compare, fit_head, plot, run, sweep, table
-from visadapt.experiments.command import contenders
-from visadapt.experiments.probe import is_probe
+from visadapt.experiments import (
+    Compare,
+    Contender,
+    ImageProblem,
+    Result,
+    plot,
+    read_results,
+    run_experiment,
+    sweep_table,
+    table,
+)
+from visadapt.experiments.probe import fit_head, is_probe
+from visadapt.experiments.run import Training
+from visadapt.experiments.train import Workplace
+from visadapt.methods import Bottleneck, Linear
 from visadapt.training import Recipe, evaluate, fit
 
-RECIPES = {way: Recipe(epochs=1, lr=1e-2) for way in ("Linear", "Norms", "Bottleneck", "Full")}
-WHO = contenders([4], RECIPES)
+
+def run(experiment: Compare, folder: Path) -> tuple[list[Result], int]:
+    """The results, and how many of them were made anew."""
+    said: list[str] = []
+    return run_experiment(experiment, folder, say=said.append), len(said)
 
 
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    data = load_images("digits", size=16)
-    return Problem(
-        name="digits",
-        build=ZOO["tiny/resnet"].make,
-        labels=data.classes,
-        train=data.train.subset(range(96)),
-        validation=data.train.subset(range(96, 160)),
-        test=data.test.subset(range(100)),
-        settings={"train": 96},
-    )
-
-
-def test_each_contender_trains_what_its_name_says(problem: Problem) -> None:
-    backbone = problem.build()
+def test_each_contender_trains_what_its_name_says(problem: ImageProblem, workplace: Workplace) -> None:
+    backbone = problem.fresh()
     norms = sum(p.numel() for n, p in backbone.named_parameters() if "bn" in n or "downsample.1" in n)
     whole = sum(p.numel() for n, p in backbone.named_parameters() if not n.startswith("fc."))
     adapters = sum(2 * 4 * c + c + 4 for c in (8, 8, 16, 16, 24, 24, 32, 32))
-    for contender, expected in zip(WHO, (0, norms, norms + adapters, whole), strict=True):
-        result, model = run(problem, contender)
+    for contender, expected in zip(EVERYONE, (0, norms, norms + adapters, whole), strict=True):
+        training = Training("compare", problem, contender, 0, keep=True)
+        (result,) = training.results(training.keys, workplace)
         assert result.trained == expected, contender.name
         assert result.backbone == whole
         assert result.head == 32 * 10 + 10
         assert result.bytes > 4 * (result.trained + result.head)
         assert result.fraction == expected / whole
-        assert 0 <= result.accuracy <= 1
-        assert result.accuracy == evaluate(model, "digits", problem.test)["accuracy"]
+        assert (result.network, result.problem, result.modality) == ("resnet18", "digits", "image")
+        assert torch.__version__.startswith(result.machine["torch"])
+        model, _ = training.trained(workplace)
+        again = evaluate(model, "digits", problem.splits.test, ("accuracy",), prepare=problem.prepare)["accuracy"]
+        assert result.score == again
         assert is_probe(model, "digits") is (contender.name == "linear probe")
 
 
-def test_results_are_kept_and_not_made_again(problem: Problem, tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "results.jsonl"
-    seen: list[str] = []
+def test_finished_results_are_not_made_again(problem: ImageProblem, tmp_path: Path) -> None:
+    first, made = run(Compare((problem,), EVERYONE[:2], (0,)), tmp_path)
+    assert made == 2
+    assert read_results(tmp_path) == first
+    more, made = run(Compare((problem,), EVERYONE[:3], (0, 1)), tmp_path)
+    assert made == 4, "two of six were there"
+    assert set(map(str, first)) <= set(map(str, more))
+    _, made = run(Compare((small(train=63),), EVERYONE[:1], (0,)), tmp_path)
+    assert made == 1, "another subset is another result"
+    one = next((tmp_path / "compare").glob("*.json"))
+    one.unlink()
+    _, made = run(Compare((problem,), EVERYONE[:3], (0, 1)), tmp_path)
+    assert made <= 1, "what is gone is made again, and nothing else"
 
-    def done(result: Result, model: torch.nn.Module) -> None:
-        seen.append(result.contender)
 
-    first = compare(problem, WHO[:2], [0], Record(file), say=lambda _: None, done=done)
-    assert seen == ["linear probe", "norms only"]
-    more = compare(problem, WHO[:3], [0, 1], Record(file), say=lambda _: None, done=done)
-    assert more[:2] == first
-    assert seen == ["linear probe", "norms only", "bottleneck m=4", "linear probe", "norms only", "bottleneck m=4"]
-    assert len(file.read_text().splitlines()) == 6
-    changed = dataclasses.replace(problem, settings={"train": 95})
-    compare(changed, WHO[:1], [0], Record(file), say=lambda _: None, done=done)
-    assert len(seen) == 7, "another setting is another result"
-    file.write_text("{}\n")
-    with pytest.raises(VisadaptError, match=r"results.jsonl, line 1 is no result"):
-        Record(file)
+def test_another_experiment_takes_over_what_is_known(problem: ImageProblem, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(Compare):
+        name = "other"
+
+    (first,), _ = run(Compare((problem,), EVERYONE[:1], (0,)), tmp_path)
+    renamed = dataclasses.replace(EVERYONE[0], name="the same by another name")
+    (taken,), made = run(Other((problem,), (renamed,), (0,)), tmp_path)
+    assert made == 0
+    assert taken == dataclasses.replace(first, experiment="other", contender=renamed.name)
+    assert (tmp_path / "other" / f"{first.key}.json").is_file()
 
 
 def test_the_table_has_mean_and_deviation_of_the_seeds() -> None:
-    common: dict[str, Any] = {"problem": "p", "split": "test", "trained": 30, "head": 5, "backbone": 1000}
-    common |= {"seconds": 2.0, "bytes": 4_000_000, "lr": 1e-3, "epochs": 3}
-    results = [Result(key=str(s), contender="a", seed=s, accuracy=a, **common) for s, a in enumerate((0.5, 0.6, 0.7))]
+    results = [a_result(contender="a", seed=s, score=a) for s, a in enumerate((0.5, 0.6, 0.7))]
     shown = table(results)
     assert list(shown.rows[0]) == ["a", "60.0 ± 10.0", "30", "3.00 %", "5", "2", "4.00 MB"]
     assert "±" not in str(table(results[:1]))
 
 
-def test_the_sweep_looks_at_validation_data_only(problem: Problem, tmp_path: Path) -> None:
-    blind = dataclasses.replace(problem, test=None)
-    file = tmp_path / "sweep.jsonl"
-    grid = {"Linear": (1e-5, 1e-1), "Bottleneck": (1e-5, 3e-2)}
-    who = [WHO[0].with_recipe(epochs=20), WHO[2].with_recipe(epochs=4)]
-    shown, best = sweep(blind, who, grid, Record(file), say=lambda _: None)
-    assert best == {"linear probe": 1e-1, "bottleneck m=4": 3e-2}
-    assert "0.1: " in str(shown)
-    assert str(shown).count("*") == 2
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {line["split"] for line in lines} == {"validation"}
-    assert [line["lr"] for line in lines] == [1e-5, 1e-1, 1e-5, 3e-2]
+def test_learning_rates_are_chosen_on_validation_data(problem: ImageProblem, tmp_path: Path) -> None:
+    probe = dataclasses.replace(who(Linear(), "linear probe", epochs=20), rates=(1e-5, 1e-1))
+    results, made = run(Compare((problem,), (probe,), (0, 1)), tmp_path)
+    assert made == 4
+    assert [(r.split, r.lr, r.seed) for r in results] == [
+        ("validation", 1e-5, 0),
+        ("validation", 1e-1, 0),
+        ("test", 1e-1, 0),
+        ("test", 1e-1, 1),
+    ]
+    swept, made = run(Compare((problem,), (probe,), (0,), "validation"), tmp_path)
+    assert made == 0, "a sweep alone is the first half of a comparison"
+    shown = sweep_table(swept)
+    assert shown.rows[0][-1] == "0.1"
+    assert str(shown).count("*") == 1
 
 
-def test_a_probe_on_cached_features_is_a_probe(problem: Problem) -> None:
+def folder_of_digits(at: Path, other: bool) -> str:
+    """An ImageFolder of digits, whose test labels may be others than they should be."""
+    splits = small("digits").splits
+    for name, samples in (("train", splits.train), ("test", splits.test)):
+        for number, (image, label) in enumerate(zip(samples.inputs, samples.labels, strict=True)):
+            digit = (int(label) + (other and name == "test")) % 10
+            place = at / "same" / name / str(digit)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:03}.png")
+    return str(at / "same")
+
+
+def test_a_sweep_does_not_depend_on_test_data(tmp_path: Path) -> None:
+    probe = dataclasses.replace(who(Linear(), "linear probe", epochs=20), rates=(1e-3, 1e-2, 1e-1))
+    found = []
+    for other in (False, True):
+        data = folder_of_digits(tmp_path / str(other), other)
+        asked = small(data, train=None, validation=30, test=None)
+        assert asked.name == "same"
+        results, _ = run(Compare((asked,), (probe,), (0,)), tmp_path / f"results-{other}")
+        found.append(results)
+    first, second = ([(r.split, r.lr, r.score) for r in results] for results in found)
+    assert first[:-1] == second[:-1], "validation scores"
+    assert first[-1][:2] == second[-1][:2], "the rate that was picked"
+    assert first[-1][2] != second[-1][2], "the test score alone is another"
+    assert {r.key for r in found[0]}.isdisjoint(r.key for r in found[1]), "other data is another result"
+
+
+def test_a_probe_on_cached_features_is_a_probe(problem: ImageProblem) -> None:
     recipe = Recipe(epochs=3, lr=1e-2)
-    models = [WHO[0].put(problem, 0) for _ in range(2)]
-    fit_head(models[0], "digits", problem.train, recipe, seed=4)
-    fit(models[1], "digits", problem.train, recipe=recipe, seed=4)
+    models = [EVERYONE[0].put(problem, 0) for _ in range(2)]
+    data = problem.splits.train
+    fit_head(models[0], "digits", data, recipe, prepare=problem.prepare, seed=4)
+    fit(models[1], "digits", data, recipe=recipe, prepare=problem.prepare, seed=4)
     found = [dict(visadapt.named_parameters(model, "digits")) for model in models]
     for name, parameter in found[0].items():
         assert torch.allclose(parameter, found[1][name], atol=1e-5), name
     with pytest.raises(VisadaptError, match="task 'digits' is no linear probe"):
-        fit_head(WHO[1].put(problem, 0), "digits", problem.train, recipe)
+        fit_head(EVERYONE[1].put(problem, 0), "digits", data, recipe)
 
 
-def test_contenders_start_alike_for_the_same_seed(problem: Problem) -> None:
+def test_late_parts_are_trained_on_maps_that_are_kept(problem: ImageProblem, workplace: Workplace) -> None:
+    late = dataclasses.replace(who(epochs=2), norms="frozen", where=range(6, 8))
+    kept, _ = Training("compare", problem, late, 0).trained(workplace)
+    plain = late.put(problem, 0)
+    fit(plain, "digits", problem.splits.train, recipe=late.recipe, prepare=problem.prepare, seed=0)
+    found = dict(visadapt.named_parameters(kept, "digits"))
+    for name, parameter in visadapt.named_parameters(plain, "digits"):
+        assert torch.allclose(parameter, found[name], atol=1e-5), name
+
+
+def test_contenders_start_alike_for_the_same_seed(problem: ImageProblem) -> None:
     torch.manual_seed(7)
     expected = torch.rand(2)
     torch.manual_seed(7)
-    contender = Contender("b", visadapt.Bottleneck(4), Recipe())
+    contender = Contender("b", Bottleneck(4), Recipe())
     a, b, c = (contender.put(problem, seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected), "the caller's random numbers moved"
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
+def a_result(**changes: Any) -> Result:
+    common: dict[str, Any] = {"experiment": "compare", "modality": "image", "network": "n", "problem": "p"}
+    common |= {"contender": "c", "seed": 0, "split": "test", "metric": "accuracy", "score": 0.5, "trained": 30}
+    common |= {"head": 5, "backbone": 1000, "seconds": 2.0, "bytes": 4_000_000, "lr": 1e-3, "epochs": 3}
+    made = {**common, **changes}
+    return Result(key=f"{made['contender']}{made['seed']}", **made)
+
+
 def test_the_plot_is_a_picture_with_a_point_for_each(tmp_path: Path) -> None:
-    common: dict[str, Any] = {"problem": "p", "split": "test", "head": 5, "backbone": 1000, "seconds": 2.0}
-    common |= {"bytes": 1, "lr": 1e-3, "epochs": 3}
     results = [
-        Result(key=f"{n}{s}", contender=n, seed=s, accuracy=0.5 + 0.1 * s, trained=t, **common)
-        for n, t in (("linear probe", 0), ("adapter", 30), ("full", 1000))
+        a_result(contender=name, seed=s, score=0.5 + 0.1 * s, trained=t)
+        for name, t in (("linear probe", 0), ("adapter", 30), ("full", 1000))
         for s in (0, 1)
     ]
     svg = plot(results, tmp_path / "made" / "p.svg", "a title").read_text()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from visadapt import VisadaptError
-from visadapt.experiments import Record, Result, read_results, write_csv
-from visadapt.experiments.record import key_of
+from visadapt.experiments import Result, read_results, write_csv
+from visadapt.experiments.record import Record, key_of
 
 
 def result(**changes: Any) -> Result:

@@ -74,7 +74,7 @@ class Removal(Run):
         who = self.training
         problem, task = who.problem, who.problem.name
         model, seconds = who.trained(workplace)
-        paid = costs(model, task)
+        paid = costs(model, task, seconds)
         labels = problem.splits.validation.labels
         assert labels is not None
         # one class for all is a correlation of zero

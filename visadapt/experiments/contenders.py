@@ -19,18 +19,17 @@ _SPOKEN = {
 }
 _METHODS = {**{name.lower(): cls for name, cls in METHODS.items()}, **{k: METHODS[v] for k, v in _SPOKEN.items()}}
 
-# new parts move fast, pretrained weights slowly, and beside these a new head wants its own rate
-_NEW, _OWN = (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
+# pretrained weights move slowly, and beside them a new head wants its own rate; gains and biases are few and move fast
+_WEIGHTS, _PARTS, _VECTORS = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 
 
-def contender(name: str, modality: str = "image", epochs: int | None = None) -> Contender:
-    """A contender of the catalogue.
+def contender(name: str, epochs: int = 3) -> Contender:
+    """A contender of the catalogue; the middle one of its learning rates is its recipe's.
 
     Args:
         name: a method's, then its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
             ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``.
-        modality: ``image`` or ``text``.
-        epochs: of the training; None for the catalogue's: 3, and 30 of a linear probe, whose features are kept.
+        epochs: of the training, but for a linear probe, which has 30 on features that are kept.
 
     Raises:
         VisadaptError: there is no such method or option.
@@ -38,9 +37,9 @@ def contender(name: str, modality: str = "image", epochs: int | None = None) -> 
     words = name.split()
     options = [word for word in words if "=" in word]
     method = _method(" ".join(word for word in words if "=" not in word), options)
-    probe, own = isinstance(method, Linear), isinstance(method, Full | TopLayers)
-    recipe = Recipe(epochs=30 if probe else epochs or 3, lr=1e-4 if own else 1e-3, head_lr=1e-3 if own else None)
-    rates = _OWN if own else tuple(3 * rate for rate in _NEW) if isinstance(method, Norms | Biases) else _NEW
+    own = isinstance(method, Full | TopLayers)
+    rates = _WEIGHTS if own else _VECTORS if isinstance(method, Norms | Biases) else _PARTS
+    recipe = Recipe(epochs=30 if isinstance(method, Linear) else epochs, lr=rates[1], head_lr=1e-3 if own else None)
     # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
     return Contender(name, method, recipe, norms, rates=rates)

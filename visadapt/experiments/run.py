@@ -15,9 +15,8 @@ from visadapt.experiments.machine import machine
 from visadapt.experiments.parts import start_from
 from visadapt.experiments.problem import Problem
 from visadapt.experiments.record import Result, key_of
-from visadapt.experiments.train import Workplace, costs, measure, train
-from visadapt.store import load, read, save
-from visadapt.tasks import tasks
+from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
+from visadapt.store import read
 
 Found = Callable[[str], "Result | None"]
 """Gives the result of a key, or None if it is yet to be made."""
@@ -84,7 +83,7 @@ class Training(Run):
     def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
         model, seconds = self.trained(workplace)
         score = measure(model, self.problem.name, self.problem, self.split, workplace)
-        yield self.result(self.key, score, seconds, workplace, costs(model, self.problem.name))
+        yield self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
 
     def result(self, key: str, score: float, seconds: float, workplace: Workplace, paid: dict[str, int]) -> Result:
         """A result of this contender on this problem."""
@@ -118,14 +117,13 @@ class Training(Run):
         file = workplace.task_file(self.task_key)
         if file.is_file():
             model = self.problem.fresh().to(workplace.device)
-            task = load(model, file)
-            return model, float(tasks(model)[task].notes["seconds"])
+            return model, kept(model, file)
         model = self.contender.put(self.problem, self.seed)
         if self.start is not None:
             start_from(model, self.problem.name, self.start.tensors(workplace))
         seconds = train(model, self.problem, self.contender, self.seed, workplace)
         if self.keep:
-            save(model, self.problem.name, file, notes={"seconds": seconds})
+            keep(model, self.problem.name, file, seconds)
         return model, seconds
 
     def tensors(self, workplace: Workplace) -> dict[str, Tensor]:

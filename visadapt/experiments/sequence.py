@@ -18,10 +18,8 @@ from visadapt.experiments.parts import body, start_from
 from visadapt.experiments.problem import Problem
 from visadapt.experiments.record import Result, key_of
 from visadapt.experiments.run import Found, Run, Training
-from visadapt.experiments.train import Workplace, costs, measure, train
+from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
 from visadapt.methods import Full
-from visadapt.store import load, save
-from visadapt.tasks import tasks
 from visadapt.training import Samples, predict
 
 
@@ -97,7 +95,7 @@ class Chain(Run):
         total = 0
         for last, problem in enumerate(self.problems):
             seconds = self._learn(model, last, workplace)
-            paid = costs(model, problem.name)
+            paid = costs(model, problem.name, seconds)
             total += paid["head"] + (0 if self.shared else paid["trained"])
             for asked, earlier in enumerate(self.problems[: last + 1]):
                 key = self._key(last, asked)
@@ -110,14 +108,13 @@ class Chain(Run):
         problem = self.problems[last]
         file = workplace.task_file(self._history(last))
         if file.is_file():
-            load(model, file)
-            seconds = float(tasks(model)[problem.name].notes["seconds"])
+            seconds = kept(model, file)
         else:
             self.who.put(problem, self.seed, model)
             if self.shared and last > 0:
                 start_from(model, problem.name, body(model, self.problems[last - 1].name))
             seconds = train(model, problem, self.who, self.seed, workplace)
-            save(model, problem.name, file, notes={"seconds": seconds})
+            keep(model, problem.name, file, seconds)
         if self.shared:
             for earlier in self.problems[:last]:
                 start_from(model, earlier.name, body(model, problem.name))
@@ -132,5 +129,5 @@ class Chain(Run):
         logits = predict(model, task, Samples(inputs), prepare=problem.prepare, device=workplace.device)
         outputs = hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
         who = Training("sequence", problem, self.who, self.seed)
-        result = who.result(key, score, seconds, workplace, costs(model, task))
+        result = who.result(key, score, seconds, workplace, costs(model, task, seconds))
         return dataclasses.replace(result, facts={**facts, "outputs": outputs})

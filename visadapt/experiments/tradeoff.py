@@ -26,7 +26,7 @@ class Tradeoff(Experiment):
         widths: m.
         layers: n.
         seeds: each a training.
-        epochs: of every training; None for those of the catalogue.
+        epochs: of every training.
         sweep: whether each contender's learning rate is chosen on validation data, or the catalogue's is taken.
     """
 
@@ -36,21 +36,21 @@ class Tradeoff(Experiment):
     widths: tuple[int, ...] = tuple(2**i for i in range(10))
     layers: tuple[int, ...] = (1, 2, 4)
     seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int | None = None
+    epochs: int = 3
     sweep: bool = True
 
     def runs(self, found: Found) -> list[Training]:
         return [
             run
             for problem in self.problems
-            for who, facts in self._contenders(problem)
+            for who, facts in self._contenders()
             for run in swept(self.name, problem, who, self.seeds, found, facts=facts)
         ]
 
-    def _contenders(self, problem: Problem) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    def _contenders(self) -> Iterator[tuple[Contender, dict[str, Any]]]:
         told = [(f"bottleneck m={m}", {"m": m}) for m in self.widths]
         told += [(f"top layers n={n}", {"n": n}) for n in self.layers]
         told += [("norms only", {}), ("full fine-tuning", {})]
         for name, facts in told:
-            who = contender(name, problem.modality, self.epochs)
+            who = contender(name, self.epochs)
             yield (who if self.sweep else dataclasses.replace(who, rates=())), facts

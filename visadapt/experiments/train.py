@@ -15,8 +15,8 @@ from visadapt.experiments.contender import Contender
 from visadapt.experiments.probe import fit_head, is_probe
 from visadapt.experiments.problem import Problem
 from visadapt.frozen import CachedPrefix, cache_prefix
-from visadapt.store import save
-from visadapt.tasks import summary
+from visadapt.store import load, save
+from visadapt.tasks import summary, tasks
 from visadapt.training import evaluate, fit
 
 
@@ -96,10 +96,20 @@ def measure(model: nn.Module, task: str, problem: Problem, split: str, workplace
     return evaluate(model, task, data, (metric,), prepare=problem.prepare, device=workplace.device)[metric]
 
 
-def costs(model: nn.Module, task: str) -> dict[str, int]:
+def keep(model: nn.Module, task: str, file: Path, seconds: float) -> Path:
+    """Writes a task's file, which remembers how long the training took."""
+    return save(model, task, file, notes={"seconds": seconds})
+
+
+def kept(model: nn.Module, file: Path) -> float:
+    """Reads a task's file into a model, and gives the seconds that it remembers."""
+    return float(tasks(model)[load(model, file)].notes["seconds"])
+
+
+def costs(model: nn.Module, task: str, seconds: float) -> dict[str, int]:
     """What a task costs: parameters ``trained`` beside the ``head``, all of the ``backbone``, ``bytes`` of its file."""
     told = summary(model)
     row = told[task]
     with tempfile.TemporaryDirectory() as folder:
-        size = save(model, task, Path(folder) / "task.visadapt").stat().st_size
+        size = keep(model, task, Path(folder) / "task.visadapt", seconds).stat().st_size
     return {"trained": row.adapters + row.norms, "head": row.head, "backbone": told.backbone, "bytes": size}
