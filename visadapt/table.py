@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 
@@ -45,6 +46,18 @@ class Table:
         rule = ["--:" if right else "---" for right in self._right()]
         rows = [self.headings, rule, *self.rows]
         return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+    def html(self) -> str:
+        """The same as an HTML table, numbers of class ``number``, the title as its caption."""
+        right = self._right()
+
+        def row(tag: str, cells: Sequence[Any]) -> str:
+            kinds = [" class='number'" if number else "" for number in right]
+            return "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+
+        body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in self.rows)
+        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{caption}<thead><tr>{row('th', self.headings)}</tr></thead><tbody>{body}</tbody></table>"
 
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable

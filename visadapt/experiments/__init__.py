@@ -12,7 +12,6 @@ from visadapt.experiments.experiment import run_experiment as run_experiment
 from visadapt.experiments.images import ImageProblem as ImageProblem
 from visadapt.experiments.init_scale import InitScale as InitScale
 from visadapt.experiments.modality import Modality as Modality
-from visadapt.experiments.plot import plot as plot
 from visadapt.experiments.problem import Problem as Problem
 from visadapt.experiments.problems import problem as problem
 from visadapt.experiments.record import Result as Result

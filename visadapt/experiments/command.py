@@ -14,12 +14,12 @@ from pathlib import Path
 from visadapt.experiments.compare import Compare, sweep_table, table
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.experiment import run_experiment
-from visadapt.experiments.plot import plot
 from visadapt.experiments.problem import Problem
 from visadapt.experiments.record import Result
 from visadapt.experiments.train import Workplace, measure
 from visadapt.methods import Bottleneck, Full, Linear, Norms
 from visadapt.methods.method import check_width
+from visadapt.report import plot
 from visadapt.store import load
 from visadapt.training import Recipe
 
