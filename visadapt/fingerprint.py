@@ -63,7 +63,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = (), known: Digests | 
             continue
         look = _look(tensor)
         if name not in known or known[name][0] != look:
-            known[name] = (look, hashlib.sha256(_bytes(tensor)).digest())
+            known[name] = (look, hashlib.sha256(raw(tensor)).digest())
         group = group_of(name)
         shapes.setdefault(group, hashlib.sha256()).update(f"{name}{tuple(tensor.shape)}".encode())
         values.setdefault(group, hashlib.sha256()).update(known[name][1])
@@ -78,7 +78,8 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.shape, tensor.dtype, sample
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, to be hashed."""
     # dtype is part of the values: a backbone rounded to half precision is another backbone
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

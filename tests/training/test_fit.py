@@ -96,35 +96,36 @@ class _Scripted(nn.Module):
         return self.fc(x)
 
 
+class _Validation:
+    """Ten samples, as long as the loop asks: each epoch the labels are right as often as the script says."""
+
+    def __init__(self, model: nn.Module, scores: list[float]) -> None:
+        self.model, self.scores = model, iter(scores)
+        self.seen: list[dict[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Any:
+        self.seen.append(state(self.model))
+        right = round(10 * next(self.scores))
+        x = torch.ones(10, 1)
+        guess = self.model(x).argmax(-1)
+        yield x, torch.where(torch.arange(10) < right, guess, 1 - guess)
+
+
 def test_the_best_epoch_is_kept_when_the_last_is_worse() -> None:
-    # The training labels are the opposite of what validation wants for the second half of the data: one class is
-    # learnt first (its inputs are large), which validation likes, and unlearnt later, which it does not.
-    epochs = 6
+    scores = [0.2, 0.9, 0.5, 0.9, 0.1, 0.3]
     model = _Scripted()
-    seen: list[dict[str, Tensor]] = []
-    scores = iter([0.2, 0.9, 0.5, 0.9, 0.1, 0.3])
-
-    class Validation:
-        """Two samples, as long as the loop asks: each epoch the labels are right as often as the script says."""
-
-        def __len__(self) -> int:
-            return 1
-
-        def __iter__(self) -> Any:
-            seen.append(state(model))
-            right = round(10 * next(scores))
-            x = torch.ones(10, 1)
-            guess = model(x).argmax(-1)
-            yield x, torch.where(torch.arange(10) < right, guess, 1 - guess)
-
+    validation = _Validation(model, scores)
     data = (torch.randn(64, 1), torch.randint(2, (64,)))
-    result = fit(model, None, data, Validation(), Recipe(epochs=epochs, lr=0.1))
-    assert [epoch.score for epoch in result.epochs] == pytest.approx([0.2, 0.9, 0.5, 0.9, 0.1, 0.3])
+    result = fit(model, None, data, validation, Recipe(epochs=6, lr=0.1))
+    assert [epoch.score for epoch in result.epochs] == pytest.approx(scores)
     # of two that are equal the earlier is kept
     assert result.best == 2
     assert result.score == pytest.approx(0.9)
-    assert torch.equal(model.fc.weight, seen[1]["fc.weight"])
-    assert not torch.equal(model.fc.weight, seen[-1]["fc.weight"])
+    assert torch.equal(model.fc.weight, validation.seen[1]["fc.weight"])
+    assert not torch.equal(model.fc.weight, validation.seen[-1]["fc.weight"])
 
 
 def test_overfitting_keeps_the_best_state_of_a_real_task(injected: nn.Module, digits: ImageSet) -> None:
@@ -267,6 +268,65 @@ def test_label_smoothing_is_in_the_loss() -> None:
     assert result.epochs[0].loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("parts", [3, 100])
+def test_a_batch_in_parts_moves_the_parameters_as_the_whole_does(digits: ImageSet, parts: int) -> None:
+    sizes: list[int] = []
+
+    def prepare(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return normalize(batch)
+
+    def trained(accumulate: int) -> tuple[list[float], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = visadapt.inject(ZOO["tiny/resnet"].make(), m=8, task="digits", num_classes=10)
+        data = digits.train.subset(range(40))
+        result = fit(model, "digits", data, recipe=SHORT, augment=augment, accumulate=accumulate, prepare=prepare)
+        return [epoch.loss for epoch in result.epochs], state(model)
+
+    losses, expected = trained(1)
+    assert sizes == [32, 8, 32, 8]
+    sizes.clear()
+    again, found = trained(parts)
+    assert sizes == ([11, 11, 10, 3, 3, 2] * 2 if parts == 3 else [1] * 80)
+    assert losses == pytest.approx(again, rel=1e-5)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_real_values_are_fitted_by_least_squares() -> None:
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 3
+    model = nn.Linear(3, 1)
+    before = F.mse_loss(model(x)[:, 0], y).item()
+    recipe = Recipe(epochs=12, lr=0.1, batch_size=20, weight_decay=0)
+    result = fit(model, None, (x[:160], y[:160]), (x[160:], y[160:]), recipe, metric="pearson")
+    assert result.score == pytest.approx(1, abs=1e-3)
+    found = evaluate(model, None, (x, y), ("pearson", "spearman", "loss"))
+    assert found["spearman"] > 0.99
+    assert found["loss"] == pytest.approx(F.mse_loss(model(x)[:, 0], y).item(), rel=1e-5)
+    assert found["loss"] < 0.02 * before
+
+
+def test_real_values_need_one_output_and_a_metric_of_theirs(injected: nn.Module, digits: ImageSet) -> None:
+    data = normalize(digits.train.images), digits.train.labels.float()
+    with pytest.raises(VisadaptError, match="real values for labels; the head has 10 outputs, not one"):
+        fit(injected, "digits", data, data, metric="pearson")
+    with pytest.raises(VisadaptError, match="accuracy is a metric of classes, and the labels are real values"):
+        fit(injected, "digits", data, data)
+    with pytest.raises(VisadaptError, match="real values for labels; the head has 2 outputs, not one"):
+        fit(nn.Linear(3, 2), None, [(torch.zeros(4, 3), torch.zeros(4))])
+
+
+def test_training_stops_where_the_score_has_not_been_better_for_so_many_epochs() -> None:
+    model, scores = _Scripted(), [0.2, 0.9, 0.5, 0.9, 0.1, 0.3]
+    data = (torch.randn(64, 1), torch.randint(2, (64,)))
+    result = fit(model, None, data, _Validation(model, scores), Recipe(epochs=6, lr=0.1, patience=2))
+    assert [epoch.score for epoch in result.epochs] == pytest.approx(scores[:4])
+    assert (result.best, result.steps) == (2, 8)
+    with pytest.raises(VisadaptError, match="patience=2 waits for a better score, but there is no validation data"):
+        fit(model, None, data, recipe=Recipe(patience=2))
+
+
 @pytest.mark.parametrize(
     ("task", "change", "words"),
     [
@@ -275,6 +335,7 @@ def test_label_smoothing_is_in_the_loss() -> None:
         ("digits", {"recipe": {"lr": 1}}, "recipe is a visadapt.training.Recipe, got dict"),
         ("digits", {"metric": "acuracy"}, r"no metric 'acuracy'; did you mean 'accuracy'\?"),
         ("digits", {"precision": "bf61"}, r"no precision 'bf61'; did you mean 'bf16'\?"),
+        ("digits", {"accumulate": 0}, "accumulate is a positive int, got 0"),
         ("digits", {"device": "cpuu"}, "device 'cpuu' cannot be used here"),
         ("digits", {"train": (torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 10]))}, "label 10; the head has 10"),
         ("digits", {"train": (torch.zeros(2, 3, 16, 16), torch.tensor([0, -1]))}, "training data has label -1"),

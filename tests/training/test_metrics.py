@@ -1,14 +1,16 @@
-"""Metrics, against scikit-learn's on random logits and by hand."""
+"""Metrics, against scikit-learn's and SciPy's on random outputs and by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as reference
 
-from visadapt.training.metrics import METRICS, confusion
+from visadapt import VisadaptError
+from visadapt.training.metrics import METRICS, check_metric
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
@@ -19,19 +21,51 @@ def test_they_agree_with_scikit_learn(seed: int, count: int, classes: int) -> No
     logits = torch.randn(count, classes, generator=generator)
     truth, guess = labels.numpy(), logits.argmax(-1).numpy()
     assert METRICS["accuracy"](logits, labels) == pytest.approx(reference.accuracy_score(truth, guess))
-    assert METRICS["macro_f1"](logits, labels) == pytest.approx(reference.f1_score(truth, guess, average="macro"))
-    assert METRICS["matthews"](logits, labels) == pytest.approx(reference.matthews_corrcoef(truth, guess), abs=1e-12)
+    macro = reference.f1_score(truth, guess, average="macro")
+    assert METRICS["macro_f1"](logits, labels) == pytest.approx(macro, rel=1e-5)
     assert METRICS["loss"](logits, labels) == pytest.approx(
         reference.log_loss(truth, logits.double().softmax(-1).numpy(), labels=range(classes)), rel=1e-6
     )
+    if classes == 2:
+        f1 = reference.f1_score(truth, guess, zero_division=0)
+        assert METRICS["f1"](logits, labels) == pytest.approx(f1, rel=1e-5)
+    assume(len({*truth.tolist()}) > 1 and len({*guess.tolist()}) > 1)
+    matthews = reference.matthews_corrcoef(truth, guess)
+    assert METRICS["matthews"](logits, labels) == pytest.approx(matthews, abs=1e-6)
 
 
-def test_confusion_counts_true_class_by_row() -> None:
-    logits = torch.eye(3)[torch.tensor([0, 1, 1, 2])]
-    assert confusion(logits, torch.tensor([0, 1, 2, 2])).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+@given(seed=st.integers(0, 10_000), count=st.integers(3, 60))
+def test_correlations_agree_with_scipy(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(count, 1, generator=generator)
+    # with ties, which share their ranks
+    values = (outputs[:, 0] + torch.randn(count, generator=generator)).round()
+    assume(len(values.unique()) > 1)
+    theirs = stats.pearsonr(outputs[:, 0].double(), values.double()).statistic
+    assert METRICS["pearson"](outputs, values) == pytest.approx(theirs, abs=1e-6)
+    theirs = stats.spearmanr(outputs[:, 0], values).statistic
+    assert METRICS["spearman"](outputs, values) == pytest.approx(theirs, abs=1e-5)
+    assert METRICS["loss"](outputs, values) == pytest.approx(((outputs[:, 0] - values) ** 2).mean().item(), rel=1e-5)
+
+
+def test_matthews_of_answers_that_are_all_alike_is_nought() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0]]).repeat(4, 1)
+    assert METRICS["matthews"](logits, torch.tensor([0, 1, 2, 1])) == 0
 
 
 def test_top5_of_seven_and_of_three_classes() -> None:
     logits = torch.arange(7.0).repeat(7, 1)
     assert METRICS["top5"](logits, torch.arange(7)) == pytest.approx(5 / 7)
     assert METRICS["top5"](torch.randn(4, 3), torch.tensor([0, 1, 2, 0])) == 1
+
+
+def test_a_metric_of_other_labels_is_refused() -> None:
+    with pytest.raises(VisadaptError, match="accuracy is a metric of classes, and the labels are real values"):
+        check_metric("accuracy", torch.zeros(3))
+    with pytest.raises(VisadaptError, match="spearman is a metric of real values, and the labels are classes"):
+        check_metric("spearman", torch.arange(3))
+    with pytest.raises(VisadaptError, match=r"no metric 'pearsons'; did you mean 'pearson'"):
+        check_metric("pearsons")
+    check_metric("loss", torch.zeros(3))
+    with pytest.raises(VisadaptError, match="f1 is of two classes, the head has 3: macro_f1"):
+        METRICS["f1"](torch.zeros(2, 3), torch.tensor([0, 1]))

@@ -34,10 +34,11 @@ def test_every_form_gives_the_same_batches(data: Any) -> None:
     batches = Batches(data, 4, "training")
     assert len(batches) == 3
     seen = list(batches.epoch())
-    inputs = torch.cat([x["x"] if isinstance(x, dict) else x for x, _ in seen])
+    inputs = torch.cat([x["x"] if isinstance(x, dict) else x for x, _, _ in seen])
     assert torch.equal(inputs, X)
-    assert torch.equal(torch.cat([y for _, y in seen]), Y)  # type: ignore[misc]
-    assert [len(y) for _, y in seen] == [4, 4, 2]  # type: ignore[arg-type]
+    assert torch.equal(torch.cat([y for _, y, _ in seen]), Y)  # type: ignore[misc]
+    assert [len(y) for _, y, _ in seen] == [4, 4, 2]  # type: ignore[arg-type]
+    assert [rows for _, _, rows in seen] == [4, 4, 2]
     assert len(list(batches.epoch())) == 3, "a second epoch is as long as the first"
 
 
@@ -47,18 +48,35 @@ def test_shuffling_keeps_inputs_and_labels_together_and_follows_the_generator() 
     for seed in (0, 0, 1):
         generator = torch.Generator().manual_seed(seed)
         seen = list(batches.epoch(generator))
-        x, y = torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])  # type: ignore[misc]
+        x, y = torch.cat([x for x, _, _ in seen]), torch.cat([y for _, y, _ in seen])  # type: ignore[misc]
         assert torch.equal(x[:, 0].long() % 3, y)
         assert torch.equal(x.sort(0).values, X)
         orders.append(x[:, 0].tolist())
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize(("count", "processes"), [(10, 2), (10, 3), (9, 2), (2, 3), (1, 4)])
+def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, processes: int) -> None:
+    whole = list(Batches((X[:count], Y[:count]), 4, "training").epoch())
+    parts = []
+    for rank in range(processes):
+        batches = Batches((X[:count], Y[:count]), 4, "training")
+        batches.rank, batches.processes = rank, processes
+        parts.append(list(batches.epoch()))
+    for step, (x, y, rows) in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert len({len(share.inputs) for share in shares}) == 1
+        assert torch.equal(torch.cat([share.inputs for share in shares])[:rows], x)
+        assert torch.equal(torch.cat([share.labels for share in shares])[:rows], y)  # type: ignore[misc, arg-type]
+        assert {share.rows for share in shares} == {rows}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         ((X, Y[:5]), "5 labels for 10 inputs"),
-        ((X, Y.float()), "labels are class indices, int64"),
+        ((X, Y.int()), "labels are class indices, int64"),
+        ((X, Y.bool()), "labels are class indices, int64"),
         ((X, Y[:, None]), r"of \(10, 1\)"),
         (({"a": X, "b": X[:3]}, Y), "inputs of different lengths: 3, 10"),
         ((X[:0], Y[:0]), "the training data is empty"),
@@ -89,7 +107,7 @@ def test_bytes_become_normalised_images_and_floats_stay() -> None:
     assert torch.equal(ready(images), normalize(images))
     assert ready(X) is X
     split = ImageSplit(images, torch.tensor([0, 1]))
-    inputs, labels = next(Batches(split, 2, "training").epoch())
+    inputs, labels, _ = next(Batches(split, 2, "training").epoch())
     assert torch.equal(inputs, images)
     assert torch.equal(labels, split.labels)  # type: ignore[arg-type]
 

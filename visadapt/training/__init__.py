@@ -5,6 +5,8 @@ from visadapt.training.evaluate import predict as predict
 from visadapt.training.fit import fit as fit
 from visadapt.training.history import Epoch as Epoch
 from visadapt.training.history import Fit as Fit
+from visadapt.training.log import JsonLines as JsonLines
+from visadapt.training.log import TensorBoard as TensorBoard
 from visadapt.training.metrics import METRICS as METRICS
 from visadapt.training.recipe import SCHEDULES as SCHEDULES
 from visadapt.training.recipe import Recipe as Recipe

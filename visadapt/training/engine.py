@@ -1,8 +1,8 @@
-"""Where a step is computed: device, precision, backward. The one file that another engine would replace."""
+"""Where a step is computed: accelerate's processes and devices, and the model as one of its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,85 +12,129 @@ from torch import Tensor, nn
 from visadapt.errors import VisadaptError
 from visadapt.frozen.prefix import Resumable
 from visadapt.methods.method import check_choice
+from visadapt.training.extras import optional
 
 PRECISIONS = ("fp32", "bf16")
 
 
 class Engine:
-    """Plain torch, one process.
+    """accelerate, with the device and the precision that one training asks for.
+
+    accelerate fixes both for the life of a process, in which trainings may differ.
 
     Args:
         model: what will be run; moved to the device in place.
-        device: None for where the model is.
-        precision: ``fp32``, or ``bf16`` for autocast with parameters and gradients kept as they are.
+        device: None for where the model is, or among several processes for the device that accelerate gives each.
+        precision: ``fp32``, or ``bf16`` for autocast with parameters and gradients kept as they are; None for what
+            ``accelerate launch`` was told.
+        accumulate: parts that each step's batch is computed in; ``accelerate launch`` may say so too.
 
     Raises:
-        VisadaptError: there is no such device here, or no such precision.
+        VisadaptError: there is no such device here, or no such precision; accelerate is not installed.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str | None = None, precision: str = "fp32") -> None:
-        check_choice(precision, PRECISIONS, "precision")
-        self.precision = precision
-        first = next((p for p in model.parameters()), None)
-        self.device = torch.device("cpu") if first is None else first.device
-        if device is not None:
-            try:
-                self.device = torch.device(device)
-                model.to(self.device)
-            except (RuntimeError, AssertionError) as error:
-                raise VisadaptError(
-                    f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}"
-                ) from error
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        if precision is not None:
+            check_choice(precision, PRECISIONS, "precision")
+        accelerate = optional("accelerate", "training")
+        self.accelerator = accelerate.Accelerator(
+            # without it, processes that torchrun started on a machine with CPUs only would not know of each other
+            cpu=not torch.accelerator.is_available(),
+            device_placement=False,
+            gradient_accumulation_steps=accumulate,
+            dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True),
+        )
+        self.rank: int = self.accelerator.process_index
+        self.processes: int = self.accelerator.num_processes
+        self.parts: int = self.accelerator.gradient_accumulation_steps
+        self.device = self._chosen(model, device)
+        told = self.accelerator.mixed_precision
+        self.precision = precision or ("fp32" if told == "no" else told)
+        check_choice(self.precision, PRECISIONS, "precision")
+        try:
+            model.to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise VisadaptError(
+                f"device {str(self.device)!r} cannot be used here: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _chosen(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
+        try:
+            chosen = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise VisadaptError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        if self.processes == 1:
+            first = next((p for p in model.parameters()), torch.empty(0))
+            return first.device if chosen is None else chosen
+        given: torch.device = self.accelerator.device
+        if chosen is not None and chosen.type != given.type:
+            raise VisadaptError(
+                f"device={str(device)!r} among {self.processes} processes that accelerate runs on {given.type}: leave "
+                "it out, or say `accelerate launch --cpu`"
+            )
+        return given
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What numbers depend on, as JSON values."""
+        return {"precision": self.precision, "processes": self.processes, "parts of a batch": self.parts}
 
     def place(self, batch: Any) -> Any:
         """A batch on the device: tensors, and mappings and sequences of them."""
-        if isinstance(batch, Tensor):
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, Mapping):
-            return {key: self.place(value) for key, value in batch.items()}
-        if isinstance(batch, Sequence) and not isinstance(batch, str):
-            return tuple(self.place(value) for value in batch)
-        return batch
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self.device, non_blocking=True)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The parts of all processes, laid end to end."""
+        whole: Tensor = self.accelerator.gather(tensor)
+        return whole
+
+    def agree(self, tensors: list[Tensor]) -> None:
+        """Gives all processes the first one's values, in place."""
+        from accelerate.utils import broadcast
+
+        broadcast(tensors)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward is computed."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss."""
-        torch.autograd.backward(loss)
-
-    def clip(self, parameters: list[nn.Parameter], limit: float | None) -> float:
-        """The norm of the whole gradient, scaled down to ``limit`` where it is larger. Not finite, it stays so."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if limit is not None and bool(norm.isfinite()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm.item()
-
-    def seeded(self, seed: int) -> AbstractContextManager[Any]:
-        """A context whose random numbers (dropout's) follow from ``seed`` and leave the caller's as they were."""
-        return _Seeded(seed, self.device)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
 
 
-class _Seeded:
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed = seed
-        devices = [device] if device.type == "cuda" else []
-        self.fork = torch.random.fork_rng(devices=devices)
+class Performer(nn.Module):
+    """A model from the batch as it comes to float32 logits: the module whose gradients the processes share.
 
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
+    Args:
+        model: that performs the task which is chosen around it.
+        prepare: makes what the model takes of a batch of inputs on the device.
+        engine: where it is computed.
+    """
 
-    def __exit__(self, *exception: Any) -> None:
-        self.fork.__exit__(*exception)
+    prepare: Callable[[Any], Any]
+
+    def __init__(self, model: nn.Module, prepare: Callable[[Any], Any], engine: Engine) -> None:
+        super().__init__()
+        self.model, self.engine = model, engine
+        # a transform may be a module, but it is no part of the model
+        self.__dict__["prepare"] = prepare
+
+    def forward(self, inputs: Any) -> Tensor:
+        """The logits, ``(N, C)``.
+
+        Raises:
+            VisadaptError: the model gives something else.
+        """
+        with self.engine.autocast():
+            return _logits(self.model, self.prepare(inputs)).float()
 
 
-def call(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits for a batch: a tensor, keyword arguments, a tuple of arguments, or what can be resumed."""
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
     if isinstance(inputs, Resumable):
         out = inputs.resume()
     elif isinstance(inputs, Mapping):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.errors import VisadaptError
-from visadapt.methods.method import check_choice
-from visadapt.training.engine import Engine, call
-from visadapt.training.metrics import METRICS
+from visadapt.training.engine import Engine, Performer
+from visadapt.training.metrics import METRICS, check_metric
+from visadapt.training.objective import check_labels
 from visadapt.training.samples import Batches, ready
 from visadapt.training.trainee import Trainee, trainee
 
@@ -28,7 +27,7 @@ def evaluate(
     prepare: Prepare | None = None,
     batch_size: int = 100,
     device: torch.device | str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
 ) -> dict[str, float]:
     """Metrics of a task, in eval mode; the model is left in the mode it was in.
 
@@ -40,7 +39,7 @@ def evaluate(
         prepare: as in :func:`fit`.
         batch_size: samples a forward, where the data does not batch itself.
         device: None for where the model is.
-        precision: ``fp32`` or ``bf16``.
+        precision: as in :func:`fit`.
 
     Returns:
         The metrics by name.
@@ -48,12 +47,14 @@ def evaluate(
     Raises:
         VisadaptError: no such task, metric or device; the data has no labels or is empty.
     """
-    for name in metrics:
-        check_choice(name, METRICS, "metric")
     source = Batches(data, batch_size, "evaluation")
-    engine = Engine(model, device, precision)
-    logits, labels = outputs(model, _chosen(model, task), source, engine, prepare or ready)
+    for name in metrics:
+        check_metric(name, source.labels)
+    performer = Performer(model, prepare or ready, Engine(model, device, precision))
+    logits, labels = outputs(performer, _chosen(model, task), source)
     assert labels is not None
+    for name in metrics:
+        check_metric(name, labels)
     return {name: METRICS[name](logits, labels) for name in metrics}
 
 
@@ -65,7 +66,7 @@ def predict(
     prepare: Prepare | None = None,
     batch_size: int = 100,
     device: torch.device | str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
 ) -> Tensor:
     """Logits of a task for inputs, with or without labels.
 
@@ -76,7 +77,7 @@ def predict(
         prepare: as in :func:`fit`.
         batch_size: samples a forward, where the data does not batch itself.
         device: None for where the model is.
-        precision: ``fp32`` or ``bf16``.
+        precision: as in :func:`fit`.
 
     Returns:
         float32 logits ``(N, classes)`` on the CPU, in the data's order.
@@ -85,39 +86,32 @@ def predict(
         VisadaptError: no such task or device, or no data.
     """
     source = Batches(data, batch_size, "prediction", labelled=False)
-    return outputs(model, _chosen(model, task), source, Engine(model, device, precision), prepare or ready)[0]
+    performer = Performer(model, prepare or ready, Engine(model, device, precision))
+    return outputs(performer, _chosen(model, task), source)[0]
 
 
 def _chosen(model: nn.Module, task: str | None) -> Trainee | None:
     return None if task is None else trainee(model, task)
 
 
-def outputs(
-    model: nn.Module, chosen: Trainee | None, source: Batches, engine: Engine, prepare: Prepare
-) -> tuple[Tensor, Tensor | None]:
-    """All logits of an epoch in float32, and all labels if there are any, on the CPU."""
+def outputs(performer: Performer, chosen: Trainee | None, source: Batches) -> tuple[Tensor, Tensor | None]:
+    """All logits of an epoch in float32, and all labels if there are any, on the CPU of every process."""
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    was = model.training
-    model.eval()
+    engine = performer.engine
+    source.share(engine)
+    was = performer.model.training
+    performer.eval()
     try:
         with torch.no_grad(), chosen.chosen() if chosen else nullcontext():
-            for inputs, target in source.epoch():
-                with engine.autocast():
-                    out = call(model, prepare(engine.place(inputs)))
-                logits.append(out.float().cpu())
+            for inputs, target, rows in source.epoch():
+                out = performer(engine.place(inputs))
+                logits.append(engine.gather(out)[:rows].cpu())
                 if target is not None:
-                    labels.append(target.cpu())
+                    labels.append(engine.gather(engine.place(target))[:rows].cpu())
     finally:
-        model.train(was)
+        performer.model.train(was)
     every = torch.cat(labels) if labels else None
     if every is not None:
         check_labels(every, logits[0].shape[-1], source.what)
     return torch.cat(logits), every
-
-
-def check_labels(labels: Tensor, classes: int, what: str) -> None:
-    """Refuses labels that a head of ``classes`` outputs cannot give."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise VisadaptError(f"the {what} data has label {low if low < 0 else high}; the head has {classes} classes")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from visadapt.errors import VisadaptError
+from visadapt.methods.method import check_choice
+from visadapt.training.extras import optional
+from visadapt.training.objective import losses
+
+# torchmetrics takes seconds to import, which those who only count hits are spared
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -20,40 +26,66 @@ def top5(logits: Tensor, labels: Tensor) -> float:
     return (best == labels[:, None]).any(-1).double().mean().item()
 
 
+def f1(logits: Tensor, labels: Tensor) -> float:
+    """F1 of class 1, for heads of two classes.
+
+    Raises:
+        VisadaptError: the head has another number of classes.
+    """
+    if logits.shape[-1] != 2:
+        raise VisadaptError(f"f1 is of two classes, the head has {logits.shape[-1]}: macro_f1 is of any number")
+    return _torchmetrics("f1").f1_score(logits.argmax(-1), labels, task="binary").item()  # type: ignore[no-any-return]
+
+
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of each class that occurs in labels or predictions, averaged with equal weights."""
-    table = confusion(logits, labels)
-    hits, predicted, true = table.diagonal(), table.sum(0), table.sum(1)
-    occurs = predicted + true > 0
-    return (2 * hits[occurs] / (predicted + true)[occurs]).mean().item()
+    options: dict[str, Any] = {"task": "multiclass", "num_classes": logits.shape[-1], "average": "macro"}
+    return _torchmetrics("macro_f1").f1_score(logits, labels, **options).item()  # type: ignore[no-any-return]
 
 
 def matthews(logits: Tensor, labels: Tensor) -> float:
-    """Matthews' correlation coefficient for any number of classes; 0 where predictions or labels are all alike."""
-    table = confusion(logits, labels)
-    hits, total, predicted, true = table.trace(), table.sum(), table.sum(0), table.sum(1)
-    covariance = hits * total - predicted @ true
-    spread = (total**2 - predicted @ predicted) * (total**2 - true @ true)
-    return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
+    """Matthews' correlation coefficient for any number of classes."""
+    options: dict[str, Any] = {"task": "multiclass", "num_classes": logits.shape[-1]}
+    return _torchmetrics("matthews").matthews_corrcoef(logits, labels, **options).item()  # type: ignore[no-any-return]
+
+
+def pearson(logits: Tensor, labels: Tensor) -> float:
+    """Linear correlation of the one output with real-valued labels."""
+    return _torchmetrics("pearson").pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
+
+
+def spearman(logits: Tensor, labels: Tensor) -> float:
+    """Correlation of the ranks of the one output and of real-valued labels."""
+    return _torchmetrics("spearman").spearman_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
 
 
 def loss(logits: Tensor, labels: Tensor) -> float:
-    """Mean cross entropy, in nats; smaller is better."""
-    return F.cross_entropy(logits.double(), labels).item()
-
-
-def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """How often (true class, predicted class) occurs: float64, ``(C, C)``."""
-    classes = logits.shape[-1]
-    pairs = labels * classes + logits.argmax(-1)
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
+    """Mean cross entropy in nats, or mean squared error of real values; smaller is better."""
+    return losses(logits.double(), labels).mean().item()
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "top5": top5,
+    "f1": f1,
     "macro_f1": macro_f1,
     "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
     "loss": loss,
 }
 """By name, as ``fit`` and ``evaluate`` take them."""
+
+_OF_REALS = ("pearson", "spearman")
+
+
+def check_metric(name: str, labels: Tensor | None = None) -> None:
+    """Refuses a metric that there is not, or that is not of such labels."""
+    check_choice(name, METRICS, "metric")
+    if labels is not None and name != "loss" and labels.is_floating_point() != (name in _OF_REALS):
+        kinds = ("real values", "classes") if name in _OF_REALS else ("classes", "real values")
+        raise VisadaptError(f"{name} is a metric of {kinds[0]}, and the labels are {kinds[1]}")
+
+
+def _torchmetrics(name: str) -> Any:
+    return optional("torchmetrics.functional", f"the metric {name}")

@@ -10,8 +10,8 @@ Advance = Callable[[str], None]
 
 
 @contextmanager
-def bar(total: int, title: str, wanted: bool) -> Iterator[Advance]:
-    """A bar of ``total`` steps on standard error; a function to call after each, with a few words to show.
+def bar(total: int, title: str, wanted: bool, done: int = 0) -> Iterator[Advance]:
+    """A bar of ``total`` steps on standard error, ``done`` of them; a function to call after each, with words to show.
 
     Without rich, without a terminal or unwanted, that function does nothing.
     """
@@ -30,7 +30,7 @@ def bar(total: int, title: str, wanted: bool) -> Iterator[Advance]:
                 TextColumn("{task.fields[words]}"),
             )
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                shown = progress.add_task(title, total=total, words="")
+                shown = progress.add_task(title, total=total, completed=done, words="")
                 yield lambda words: progress.update(shown, advance=1, words=words)
             return
     yield lambda words: None

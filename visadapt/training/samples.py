@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
+
+if TYPE_CHECKING:
+    from visadapt.training.engine import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +21,8 @@ class Samples:
 
     Args:
         inputs: a tensor ``(N, …)``, or a dict of such tensors by the model's argument names.
-        labels: class indices, int64, ``(N,)``; None where there are none to compare with.
+        labels: class indices, int64, or real values to predict, floating point, ``(N,)``; None where there are none to
+            compare with.
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -31,9 +35,9 @@ class Samples:
             raise VisadaptError(f"inputs of different lengths: {', '.join(str(n) for n in sorted(counts))}")
         if self.labels is None:
             return
-        if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
-            shape = tuple(self.labels.shape)
-            raise VisadaptError(f"labels are class indices, int64 of shape (N,); got {self.labels.dtype} of {shape}")
+        if self.labels.ndim != 1 or not (self.labels.dtype == torch.int64 or self.labels.is_floating_point()):
+            got = f"{self.labels.dtype} of {tuple(self.labels.shape)}"
+            raise VisadaptError(f"labels are class indices, int64 of shape (N,), or real values; got {got}")
         if len(self.labels) not in counts:
             raise VisadaptError(f"{len(self.labels)} labels for {counts.pop()} inputs")
 
@@ -41,7 +45,7 @@ class Samples:
         first = next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs
         return len(first)
 
-    def take(self, index: Tensor) -> tuple[Any, Tensor | None]:
+    def take(self, index: Tensor | slice) -> tuple[Any, Tensor | None]:
         """The samples at these indices: inputs, labels."""
         if isinstance(self.inputs, dict):
             inputs: Any = {key: value[index] for key, value in self.inputs.items()}
@@ -72,6 +76,7 @@ class Batches:
         self.what = what
         self.batch_size = batch_size
         self.labelled = labelled
+        self.rank, self.processes = 0, 1
         self.samples = _samples(data, what)
         self.loader: Iterable[Any] | None = None
         if self.samples is None:
@@ -92,19 +97,64 @@ class Batches:
             return len(self.loader)  # type: ignore[arg-type]
         return -(-len(self.samples) // self.batch_size)
 
-    def epoch(self, shuffle: torch.Generator | None = None) -> Iterator[tuple[Any, Tensor | None]]:
-        """One pass: (inputs, labels) a batch, in a new order if there is a generator to shuffle with."""
+    @property
+    def labels(self) -> Tensor | None:
+        """All labels, where they are in memory."""
+        return None if self.samples is None else self.samples.labels
+
+    def share(self, engine: Engine) -> None:
+        """Has each of several processes read a part of every batch, all equally long.
+
+        Raises:
+            VisadaptError: the data is an iterable that cannot be shared.
+        """
+        self.rank, self.processes = engine.rank, engine.processes
+        if self.samples is not None or self.processes == 1:
+            return
+        if not isinstance(self.loader, torch.utils.data.DataLoader):
+            raise VisadaptError(f"{self.processes} processes can share tensors or a DataLoader as {self.what} data")
+        try:
+            self.loader = engine.accelerator.prepare_data_loader(self.loader)
+        except ValueError as error:
+            raise VisadaptError(f"{self.processes} processes cannot share the {self.what} data: {error}") from error
+
+    def epoch(self, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
+        """One pass, in a new order if there is a generator to shuffle with."""
         if self.samples is None:
-            for batch in self.loader or ():
-                part = _samples(batch, self.what)
-                if part is None or (self.labelled and part.labels is None):
-                    raise VisadaptError(f"a batch of the {self.what} data is no pair of inputs and labels")
-                yield part.inputs, part.labels
+            yield from self._loaded()
             return
         count = len(self.samples)
         order = torch.arange(count) if shuffle is None else torch.randperm(count, generator=shuffle)
-        for start in range(0, count, self.batch_size):
-            yield self.samples.take(order[start : start + self.batch_size])
+        for whole in torch.split(order, self.batch_size):
+            size = -(-len(whole) // self.processes)
+            own = torch.arange(self.rank * size, (self.rank + 1) * size) % len(whole)
+            yield Batch(*self.samples.take(whole[own]), len(whole))
+
+    def _loaded(self) -> Iterator[Batch]:
+        loader: Any = self.loader
+        for batch in loader:
+            part = _samples(batch, self.what)
+            if part is None or (self.labelled and part.labels is None):
+                raise VisadaptError(f"a batch of the {self.what} data is no pair of inputs and labels")
+            rows = len(part) * self.processes
+            if self.processes > 1 and loader.end_of_dataloader and loader.remainder > 0:
+                rows = loader.remainder
+            yield Batch(part.inputs, part.labels, rows)
+
+
+class Batch(NamedTuple):
+    """What a process computes of a batch.
+
+    Attributes:
+        inputs: its part of the batch.
+        labels: theirs.
+        rows: samples in the whole batch. Laid end to end, the parts of all processes begin with these; what follows is
+            there to make them equally long.
+    """
+
+    inputs: Any
+    labels: Tensor | None
+    rows: int
 
 
 def _samples(data: Any, what: str) -> Samples | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,20 @@ def trainee(model: nn.Module, task: str | None) -> Trainee:
         raise VisadaptError(f"task {task!r} has no parameters to train")
     tensors = named_tensors(registry, task)
     return Trainee(found, tensors, norms, head, adapters, spec.num_classes, lambda: using(model, task))
+
+
+@contextmanager
+def alone(model: nn.Module, trained: Trainee, processes: int) -> Iterator[None]:
+    """Has nothing else ask for a gradient among several processes: DDP refuses what a step does not use."""
+    own = {id(p) for p in trained.parameters.values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own] if processes > 1 else []
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _plain(model: nn.Module) -> Trainee:
