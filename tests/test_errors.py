@@ -155,6 +155,8 @@ WRONG = {
     "parameters": (lambda model, place: visadapt.parameters(model, "rose"), r"no task 'rose'"),
     "named_parameters": (lambda m, place: list(visadapt.named_parameters(m, "rose")), r"no task 'rose'"),
     "trainable": (lambda model, place: visadapt.trainable(model, ["flowers", "rose"]), r"no task 'rose'"),
+    "trainable of nothing": (lambda model, place: visadapt.trainable(model, None), r"no task None; there is: flowers"),
+    "unmerge of no model": (lambda model, place: visadapt.unmerge(None), r"expected a torch\.nn\.Module, got NoneType"),
     "remove": (lambda model, place: visadapt.remove(model, "rose"), r"no task 'rose'"),
     "save": (lambda model, place: visadapt.save(model, "rose", place / "x"), r"no task 'rose'"),
     "activate a bare model": (

@@ -595,13 +595,16 @@ def test_a_weight_that_is_computed_anew_takes_nothing(tiny, image, norm, method)
 
 
 def test_the_error_on_the_probe_is_logged(tiny, image, caplog) -> None:
-    prepared(tiny, LINEAR)
+    prepared(tiny, LINEAR, num_classes=None)
     with caplog.at_level(logging.INFO, logger="visadapt.merge"):
         visadapt.merge(tiny, "task", probe=image)
     said = caplog.messages[-1]
     found = re.fullmatch(r"merged 'task': largest error (\S+) where outputs reach (\S+)", said)
     assert found
     assert 0 <= float(found[1]) < 1e-4 < float(found[2])
+    error, largest = visadapt.merge_error(tiny, visadapt.merge(tiny, "task", probe=False), "task", image)
+    assert (f"{error:.2g}", f"{largest:.3g}") == found.groups()
+    assert visadapt.merge_error(tiny, ZOO["tiny/resnet"].make(), "task", image)[0] > 0.1
     caplog.clear()
     visadapt.merge(tiny, "task", probe=False)
     assert not caplog.messages

@@ -5,7 +5,7 @@ from visadapt.errors import VisadaptError
 from visadapt.folding import fold
 from visadapt.frozen import cache_prefix, lean, unlean
 from visadapt.inject import eject, inject, remove
-from visadapt.merge import merge, unmerge
+from visadapt.merge import merge, merge_error, unmerge
 from visadapt.methods import (
     DAN,
     METHODS,
@@ -64,6 +64,7 @@ __all__ = [
     "load",
     "load_decider",
     "merge",
+    "merge_error",
     "named_parameters",
     "parameters",
     "remove",

@@ -177,7 +177,8 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
         VisadaptError: there is no such task.
     """
     registry = registry_of(model)
-    wanted = {registry.task(name).name for name in ([task] if isinstance(task, str) else task)}
+    several = isinstance(task, Sequence) and not isinstance(task, str)
+    wanted = {registry.task(name).name for name in (task if several else [task])}
     for name in registry.tasks:
         for parts in registry.parts(name).values():
             parts.requires_grad_(name in wanted)
