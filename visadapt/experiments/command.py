@@ -102,7 +102,7 @@ def main(
         _write(args.markdown, f"{title}. {caption} Made by `{command}`.\n\n{found.markdown()}\n")
         return
     seeds = tuple(range(args.seed, args.seed + args.seeds))
-    adapters = tuple(one.name for one in who if one.name.startswith("bottleneck"))
+    adapters = tuple(one.name for one in who if not isinstance(one.method, Linear | Norms | Full))
     wanted = Compare((problem,), tuple(who), seeds, keep=adapters)
     results = run_experiment(wanted, folder, device=args.device, progress=True)
     shown = table(results)

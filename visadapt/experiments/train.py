@@ -103,7 +103,8 @@ def keep(model: nn.Module, task: str, file: Path, seconds: float) -> Path:
 
 def kept(model: nn.Module, file: Path) -> float:
     """Reads a task's file into a model, and gives the seconds that it remembers."""
-    return float(tasks(model)[load(model, file)].notes["seconds"])
+    task = load(model, file)
+    return float(tasks(model)[task].notes["seconds"])
 
 
 def costs(model: nn.Module, task: str, seconds: float) -> dict[str, int]:
