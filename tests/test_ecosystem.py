@@ -1,9 +1,11 @@
 """What surrounds a model in practice goes on working: ONNX, FSDP2, transformers' Trainer, timm's EMA and optimisers."""
 
+import os
 import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +98,63 @@ def test_fsdp2_on_two_processes(tmp_path):
         )
     )
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert "both agree" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_ddp_on_two_processes(tmp_path):
+    """One task, then a mixed batch of two: DDP, which refuses parameters without a gradient, has nothing to refuse."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import torch, torch.distributed as dist, torch.multiprocessing as mp, visadapt
+            from torch.nn.parallel import DistributedDataParallel
+            from tests.zoo import ZOO
+
+            def build(tasks):
+                model = ZOO["tiny/resnet"].make()
+                for seed, task in enumerate("ab"):
+                    torch.manual_seed(seed)
+                    visadapt.inject(model, visadapt.Bottleneck(m=4, init_std=0.1), task=task, num_classes=5)
+                visadapt.trainable(model, list(tasks))
+                return model.train()
+
+            def steps(model, plain, batch, tasks):
+                optimiser = torch.optim.SGD([p for t in tasks for p in visadapt.parameters(plain, t)], lr=0.1)
+                for x, y, chosen in batch:
+                    optimiser.zero_grad()
+                    with visadapt.using(plain, chosen):
+                        torch.nn.functional.cross_entropy(model(x), y).backward()
+                    optimiser.step()
+                return {name: p.detach() for t in tasks for name, p in visadapt.named_parameters(plain, t)}
+
+            def job(rank, folder):
+                dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+                generator = torch.Generator().manual_seed(1)
+                x, y = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 5
+                mine = slice(4 * rank, 4 * rank + 4)
+                for tasks in ("a", "ab"):
+                    names = ["a"] * 8 if tasks == "a" else list("abbaabba")
+                    whole, half = build(tasks), build(tasks)
+                    choose = lambda own: "a" if tasks == "a" else own
+                    expected = steps(whole, whole, [(x, y, choose(names))] * 2, tasks)
+                    shared = DistributedDataParallel(half)
+                    found = steps(shared, half, [(x[mine], y[mine], choose(names[mine]))] * 2, tasks)
+                    for name, value in expected.items():
+                        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+                dist.destroy_process_group()
+
+            if __name__ == "__main__":
+                mp.spawn(job, args=(sys.argv[1],), nprocs=2)
+                print("both agree")
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert "both agree" in done.stdout, done.stderr[-3000:]
 
 

@@ -1,6 +1,8 @@
 """inject, eject and remove: what they take and give back."""
 
 import inspect
+import os
+import time
 from functools import partial
 
 import pytest
@@ -24,6 +26,23 @@ def test_a_builder_is_called_with_what_inject_does_not_know() -> None:
     assert model.fc.out_features == 1000
     assert visadapt.tasks(model)["default"].num_classes == 7
     assert visadapt.summary(visadapt.inject(partial(tiny_of, seed=3), m=2))["default"].sites == 8
+
+
+def test_a_resnet50_is_injected_in_a_moment() -> None:
+    """Within 150 ms of its build; the processor's time, which a busy machine does not stretch."""
+    import torchvision
+
+    model = torchvision.models.resnet50(weights=None)
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        visadapt.inject(model, m=32)
+        taken.append(time.process_time() - start)
+        adapters = visadapt.summary(model)["default"].adapters
+        visadapt.eject(model)
+    widths = [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
+    assert adapters == sum(2 * 32 * d + d + 32 for d in widths)
+    assert min(taken) < 0.15 * float(os.environ.get("VISADAPT_PATIENCE", "1"))
 
 
 @pytest.mark.parametrize(
