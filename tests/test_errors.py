@@ -141,6 +141,10 @@ WRONG = {
     # the model itself
     "an option misspelt": (inject(num_clases=3), r"inject takes no 'num_clases'; did you mean 'num_classes'"),
     "no model": (lambda model, place: visadapt.inject(5), r"expected a module, a builder or a name, got int"),
+    "a model that was never run": (
+        lambda model, place: visadapt.inject(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)), m=2),
+        r"2 has uninitialised parameters: run the model once, then inject",
+    ),
     "a builder of no model": (lambda model, place: visadapt.inject(dict), r"the builder 'dict' gave dict, no module"),
     "a name that is none": (lambda model, place: visadapt.inject("resnet"), r"no backbone 'resnet'"),
     "tasks of no model": (

@@ -303,12 +303,16 @@ def unfreeze(module: nn.Module) -> None:
 
 
 def check_free(model: nn.Module, names: dict[str, nn.Module]) -> None:
-    """Refuses a model in which a module is already carried by another injected model."""
+    """Refuses a model of which a module is carried by another injected model already, or has no weights yet."""
     for name, module in names.items():
         if plain_class(module) is not type(module) or CHILD in module._modules:
             raise VisadaptError(
                 f"{name or type(model).__name__} is already part of another injected model: call visadapt.inject on "
                 "that one, or visadapt.eject it first"
+            )
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise VisadaptError(
+                f"{name or type(model).__name__} has uninitialised parameters: run the model once, then inject"
             )
 
 
