@@ -98,6 +98,14 @@ def test_no_optimiser_over_the_whole_model_can_move_the_backbone(tiny, image) ->
     assert same(bare_part(tiny.state_dict()), frozen)
 
 
+def test_gradients_from_before_move_nothing(tiny, image) -> None:
+    tiny(image).sum().backward()
+    frozen = snapshot(tiny)
+    visadapt.inject(tiny, m=2)
+    torch.optim.SGD(tiny.parameters(), lr=0.1).step()
+    assert same(bare_part(tiny.state_dict()), frozen)
+
+
 def test_trainable_lets_gradients_flow_to_the_named_tasks_only(tiny, image) -> None:
     for task in ("a", "b", "c"):
         visadapt.inject(tiny, m=2, task=task, num_classes=2)

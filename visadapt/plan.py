@@ -126,6 +126,7 @@ def commit(model: nn.Module, plan: Plan) -> None:
         registry.norms = find_norms(modules)
         registry.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
+        model.zero_grad()  # an optimiser moves whatever has a gradient
         for module in modules.values():
             host.freeze(module)
             host.unfuse(module, registry)
