@@ -12,6 +12,7 @@ from torch import nn
 
 from visadapt import heads, host, labelled
 from visadapt.errors import VisadaptError
+from visadapt.frozen.layers import lean_part
 from visadapt.methods.method import Method
 from visadapt.norms import find_norms
 from visadapt.registry import Placement, Registry, Task, find_registry
@@ -141,6 +142,8 @@ def commit(model: nn.Module, plan: Plan) -> None:
         module = model.get_submodule(path)
         part.train(model.training)
         host.attach(module, registry, task.name, name, part)
+        if registry.lean is not None:
+            lean_part(part, registry.lean)
         registry.hosts[path] = module
         if path not in task.hosts:
             task.hosts.append(path)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
+# times this, eight bytes of 0 or 1 have their bits side by side in the highest byte, and eight bits are spread over the
+# highest bits of eight bytes: the powers 2^0, 2^9, … 2^63 shift by nine, so that no two terms ever meet
+_SHIFTS = sum(1 << 9 * i for i in range(8)) - (1 << 64)
+_LOWEST = sum(1 << 8 * i for i in range(8))
 
 
 def pack(mask: Tensor) -> Tensor:
     """A bool tensor, in its memory order, as bytes of eight elements: ``(⌈n/8⌉,)`` uint8."""
-    flat = _in_memory_order(mask)
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy()))
-    eights = torch.nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (eights * torch.tensor(_WEIGHTS, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+    flat = _in_memory_order(mask).view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
+    return (words.mul(_SHIFTS) >> 56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
     """The bool tensor that :func:`pack` took, which had this shape and memory format."""
-    count = shape.numel()
-    if bits.device.type == "cpu":
-        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.bool)
-    else:
-        weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=bits.device)
-        flat = (bits[:, None] & weights).ne(0).view(-1)[:count]
+    words = bits.to(torch.int64).mul_(_SHIFTS).bitwise_right_shift_(7).bitwise_and_(_LOWEST)
+    flat = words.view(torch.bool)[: shape.numel()]
     if memory_format is torch.channels_last:
         n, c, h, w = shape
         return flat.view(n, h, w, c).permute(0, 3, 1, 2)
     return flat.view(shape)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where the mask says so, else 0."""
+    # by its bits: torch's CPU kernels that mix bool and float are many times slower
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return mask.view(torch.int8).to(integer).neg_().bitwise_and_(x.view(integer)).view(x.dtype)
 
 
 def format_of(x: Tensor) -> torch.memory_format:

@@ -6,14 +6,19 @@ layer that does not learn need not remember what its own gradient would be made 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from visadapt.frozen.bits import format_of, pack, unpack
+from visadapt.frozen.bits import format_of, masked, pack, unpack
+
+if TYPE_CHECKING:
+    from visadapt.methods.bottleneck import BottleneckAdapter
 
 
 class FrozenConv(Function):
@@ -48,21 +53,25 @@ class FrozenConv(Function):
 
 
 class MaskedReLU(Function):
-    """y = max(x, 0): keeps one bit an element, where y is positive."""
+    """y = min(max(x, 0), limit): keeps one bit an element, where y is neither 0 nor the limit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        y = x.relu_() if inplace else x.relu()
+    def forward(ctx: Any, x: Tensor, inplace: bool, limit: float | None = None) -> Tensor:
+        if limit is None:
+            y = x.relu_() if inplace else x.relu()
+        else:
+            y = x.clamp_(0, limit) if inplace else x.clamp(0, limit)
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, ctx.format = y.shape, format_of(y)
-        ctx.bits = pack(y > 0)
+        ctx.save_for_backward(pack(y > 0 if limit is None else (y > 0) & (y < limit)))
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * unpack(ctx.bits, ctx.shape, ctx.format), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (bits,) = ctx.saved_tensors
+        return masked(grad, unpack(bits, ctx.shape, ctx.format)), None, None
 
 
 class IndexedMaxPool(Function):
@@ -73,12 +82,146 @@ class IndexedMaxPool(Function):
         y: Tensor
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
         ctx.settings, ctx.shape, ctx.format = settings, x.shape, format_of(x)
-        ctx.indices = indices.int()
+        ctx.save_for_backward(indices.int())
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
-        found = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *ctx.settings, ctx.indices.long())
+        found = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *ctx.settings, indices.long())
         return found, None
+
+
+class Activation(Function):
+    """y = φ(x) for an elementwise φ: keeps x, in the dtype that is chosen, and nothing that φ makes on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], keep: torch.dtype) -> Tensor:
+        ctx.function, ctx.dtype = function, x.dtype
+        ctx.save_for_backward(x.to(keep))
+        return function(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        leaf = x.to(ctx.dtype).detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(leaf)
+        return torch.autograd.grad(y, leaf, grad)[0], None, None
+
+
+class LayerNorm(Function):
+    """y = γ·(x − μ)/σ + β: keeps x in the dtype that is chosen, μ and σ in their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+        keep: torch.dtype,
+    ) -> Tensor:
+        y: Tensor
+        y, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.dtype = shape, x.dtype
+        ctx.save_for_backward(x.to(keep), mean, rstd, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x.to(ctx.dtype), ctx.shape, mean, rstd, weight, bias, needed
+        )
+        return (*found, None, None, None)
+
+
+class OwnBatchNorm(Function):
+    """y = γ·(x − μ)/σ + β with the statistics frozen and γ, β a task's own: keeps x, in the dtype that is chosen.
+
+    What follows need not keep y: :meth:`output` gives it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, keep: torch.dtype
+    ) -> Tensor:
+        ctx.eps, ctx.dtype = eps, x.dtype
+        ctx.save_for_backward(x.to(keep), weight, bias, mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def output(node: Any) -> Tensor:
+        """y, made again of what a node of the graph keeps."""
+        x, weight, bias, mean, var = node.saved_tensors
+        return F.batch_norm(x.to(node.dtype), mean, var, weight, bias, eps=node.eps)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _, mean, var = ctx.saved_tensors
+        found = torch.ops.aten.native_batch_norm_backward(
+            grad, x.to(ctx.dtype), weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3])
+        )
+        return (*found, None, None, None, None)
+
+
+class Bottleneck(Function):
+    """a(h) = h + W2·φ(W1·h + b1) + b2: keeps h once, or nothing of it where a norm has it, and W1·h + b1.
+
+    φ(·) is made again, at the width of the bottleneck; so is W1·h + b1 where h is kept in a narrower dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, adapter: BottleneckAdapter, keep: torch.dtype, *weights: Tensor) -> Tensor:
+        # the norm's node goes backward after this one, and is part of the same graph anyway
+        ctx.norm = h.grad_fn if isinstance(h.grad_fn, OwnBatchNorm._backward_cls) else None  # type: ignore[attr-defined]
+        z = adapter.down(h)
+        ctx.adapter, ctx.dtype = adapter, h.dtype
+        ctx.save_for_backward(None if ctx.norm is not None else h.to(keep), z if keep == h.dtype else None, *weights)
+        y: Tensor = adapter.up(adapter.activation(z))
+        return y.add_(h)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, z, w1, _, w2, _ = ctx.saved_tensors
+        h = OwnBatchNorm.output(ctx.norm) if h is None else h.to(ctx.dtype)
+        z, layout = ctx.adapter.down(h) if z is None else z, ctx.adapter.layout
+        leaf = z.detach().requires_grad_()
+        with torch.enable_grad():
+            active = ctx.adapter.activation(leaf)
+        inner = _pointwise_backward(grad, active.detach(), w2, layout)
+        (before,) = torch.autograd.grad(active, leaf, inner[0])
+        outer = _pointwise_backward(before, h, w1, layout, ctx.needs_input_grad[0])
+        return None if outer[0] is None else outer[0].add_(grad), None, None, *outer[1:], *inner[1:]
+
+
+def _pointwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, layout: str, needed: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of y = W·x + b at every position: of x (if needed), W and b."""
+    if layout == "NCHW":
+        found = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight[:, :, None, None],
+            [len(weight)],
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [needed, True, True],
+        )
+        return found[0], found[1].view_as(weight), found[2]
+    flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return grad @ weight if needed else None, flat.t() @ inputs, flat.sum(0)

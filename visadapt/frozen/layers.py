@@ -9,10 +9,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.folding import carried
-from visadapt.frozen.functions import FrozenConv, IndexedMaxPool, MaskedReLU
-from visadapt.host import CHILD, LEAN, Maker, Parts, cached, is_stateful, subclass
-from visadapt.registry import Registry
+from visadapt.folding import carried, is_foldable
+from visadapt.frozen.functions import (
+    Activation,
+    Bottleneck,
+    FrozenConv,
+    IndexedMaxPool,
+    LayerNorm,
+    MaskedReLU,
+    OwnBatchNorm,
+)
+from visadapt.host import (
+    CHILD,
+    LEAN,
+    Maker,
+    Parts,
+    cached,
+    frozen_class,
+    hosting_class,
+    is_stateful,
+    plain_class,
+    subclass,
+)
+from visadapt.methods.bottleneck import BottleneckAdapter
+from visadapt.registry import AUTO, Registry
+
+
+@dataclass
+class Lean:
+    """How lean a model is; its lean layers share this.
+
+    Attributes:
+        keep: the dtype in which floats are kept for the backward pass, None for their own.
+    """
+
+    keep: torch.dtype | None = None
 
 
 @dataclass
@@ -37,11 +68,8 @@ class Pair:
             # the compiler fuses a norm with what is around it, and decides by itself what to keep
             return False
         task = self.registry.current()
-        if task is None:
-            return True
-        if not isinstance(task, str):
-            return False
-        return not _owns(self.conv, task) and not _owns(self.norm, task, "norm")
+        tasks = task if isinstance(task, tuple) else (task,)
+        return task != AUTO and not any(_owns(self.conv, t) or _owns(self.norm, t, "norm") for t in set(tasks))
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The folded kernel and bias."""
@@ -62,10 +90,10 @@ class Pair:
         return self.folded[1], self.folded[2]
 
 
-def _owns(module: nn.Module, task: str, part: str | None = None) -> bool:
+def _owns(module: nn.Module, task: str | None, part: str | None = None) -> bool:
     """Whether a task has parts at a module, or this very part."""
     parts = module._modules.get(CHILD)
-    if not isinstance(parts, Parts) or task not in parts:
+    if task is None or not isinstance(parts, Parts) or task not in parts:
         return False
     return part is None or part in cast("nn.ModuleDict", parts[task])
 
@@ -80,8 +108,9 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
     """A frozen conv that keeps no input, with the norm behind it folded in where it may be."""
 
     def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
-        pair: Pair | None = self.__dict__[LEAN]
-        weight, bias = (self.weight, self.bias) if pair is None or not pair.active() else pair.weights()
+        pair: Pair | Lean = self.__dict__[LEAN]
+        folds = isinstance(pair, Pair) and pair.active()
+        weight, bias = cast("Pair", pair).weights() if folds else (self.weight, self.bias)
         ordinary = self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not ordinary or not _remembers(x) or torch.is_autocast_enabled(x.device.type):
             return cast("Tensor", self._conv_forward(x, weight, bias))
@@ -109,10 +138,12 @@ def lean_norm(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_relu(plain: type[nn.Module]) -> type[nn.Module]:
-    """A ReLU that keeps one bit an element."""
+    """A ReLU or ReLU6 that keeps one bit an element."""
 
-    def forward(self: nn.ReLU, x: Tensor) -> Tensor:
-        out: Tensor = MaskedReLU.apply(x, self.inplace) if _remembers(x) else nn.ReLU.forward(self, x)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not _remembers(x):
+            return cast("Tensor", plain.forward(self, x))
+        out: Tensor = MaskedReLU.apply(x, self.inplace, self.max_val if isinstance(self, nn.ReLU6) else None)
         return out
 
     return subclass(plain, lean_relu, forward=forward)
@@ -133,19 +164,128 @@ def lean_pool(plain: type[nn.Module]) -> type[nn.Module]:
     return subclass(plain, lean_pool, forward=forward)
 
 
+@cached
+def lean_activation(plain: type[nn.Module]) -> type[nn.Module]:
+    """A smooth activation that keeps its input in the dtype that ``lean`` was told."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        keep = _keep(self, x)
+        if keep is None or not _remembers(x):
+            return cast("Tensor", plain.forward(self, x))
+        out: Tensor = Activation.apply(x, lambda z: plain.forward(self, z), keep)
+        return out
+
+    return subclass(plain, lean_activation, forward=forward)
+
+
+@cached
+def lean_layer_norm(plain: type[nn.Module]) -> type[nn.Module]:
+    """A LayerNorm, the backbone's or a task's, that keeps its input in the dtype that ``lean`` was told."""
+
+    def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        keep = _keep(self, x)
+        if keep is None or not (_remembers(x) or _learns(self.weight)) or not _is_plain(x, self.weight):
+            return cast("Tensor", plain.forward(self, x))
+        out: Tensor = LayerNorm.apply(x, self.weight, self.bias, self.normalized_shape, self.eps, keep)
+        return out
+
+    return subclass(plain, lean_layer_norm, forward=forward)
+
+
+@cached
+def lean_own_norm(plain: type[nn.Module]) -> type[nn.Module]:
+    """A task's BatchNorm on frozen statistics, whose output an adapter behind it need not keep."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not _learns(self.weight) or not _is_plain(x, self.weight):
+            return cast("Tensor", plain.forward(self, x))
+        stats = self.running_mean, self.running_var, self.eps
+        out: Tensor = OwnBatchNorm.apply(x, self.weight, self.bias, *stats, _keep(self, x) or x.dtype)
+        for module in carried(self):
+            out = module(out)
+        return out
+
+    return subclass(plain, lean_own_norm, forward=forward)
+
+
+@cached
+def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
+    """An adapter that keeps its input once, or not at all where the norm before it does."""
+
+    def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
+        drops = self.training and self.dropout > 0
+        if drops or self.depthwise is not None or not _learns(self.down.weight) or not _is_plain(h, self.down.weight):
+            return cast("Tensor", plain.forward(self, h))
+        weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, *weights)
+        return out
+
+    return subclass(plain, lean_bottleneck, forward=forward)
+
+
+def _keep(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype to keep ``x`` in, if ``lean`` was told one that is narrower than its own."""
+    keep: torch.dtype | None = module.__dict__[LEAN].keep
+    return keep if keep is not None and keep.itemsize < x.element_size() else None
+
+
+def _learns(weight: Tensor) -> bool:
+    """Whether autograd (and not a compiler) looks for this parameter's gradient."""
+    return weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether a function of both computes in the one dtype that they have."""
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
 def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
-    """What makes a module's lean class, or None if it is as lean as it can be."""
+    """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
     forward = type(module).forward if CHILD not in module._modules else type(module)._visadapt_base.forward  # type: ignore[attr-defined]
     if forward is nn.Conv2d.forward and isinstance(module, nn.Conv2d):
         return lean_conv
     if module in paired and is_stateful(module):
         return lean_norm
-    if forward is nn.ReLU.forward:
+    if forward is nn.ReLU.forward or (forward is nn.ReLU6.forward and isinstance(module, nn.ReLU6)):
         return lean_relu
     if forward is nn.MaxPool2d.forward and isinstance(module, nn.MaxPool2d) and not module.return_indices:
         return lean_pool
+    if forward is nn.LayerNorm.forward:
+        return lean_layer_norm
+    smooth = any(name in type(module).__name__ for name in ("GELU", "SiLU")) and not getattr(module, "inplace", False)
+    if smooth and not module._parameters and not module._modules:
+        return lean_activation
     return None
+
+
+def part_maker_for(part: nn.Module) -> Maker | None:
+    """The same for a part of a task."""
+    if type(part) is BottleneckAdapter:
+        return lean_bottleneck
+    if type(part) is frozen_class(plain_class(part)) and is_foldable(part):
+        return lean_own_norm
+    if type(part).forward is nn.LayerNorm.forward:
+        return lean_layer_norm
+    return None
+
+
+def lean_part(part: nn.Module, settings: Lean) -> None:
+    """Makes a part of a task lean, and the activation that a norm carries, if they can be."""
+    inner = carried(part) if is_foldable(part) else []
+    for module, make in ((part, part_maker_for(part)), *((m, maker_for(m, set())) for m in inner)):
+        if make is not None:
+            module.__dict__[LEAN] = settings
+            swap(module, make)
+
+
+def swap(module: nn.Module, make: Maker | None) -> None:
+    """Puts a lean class under the hosting one, or takes it out (``make`` is None)."""
+    cls = type(module)
+    hosts = CHILD in module._modules
+    base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
+    base = base._visadapt_base if make is None else make(base)
+    module.__class__ = hosting_class(base) if hosts else base

@@ -4,37 +4,46 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.errors import VisadaptError
 from visadapt.folding import pairs
-from visadapt.frozen.layers import Pair, maker_for
-from visadapt.host import CHILD, LEAN, Maker, hosting_class
+from visadapt.frozen.layers import Lean, Pair, lean_part, maker_for, swap
+from visadapt.host import LEAN
 from visadapt.registry import registry_of, unwrapped
 from visadapt.sites import own_modules
 
 
-def lean(model: nn.Module, *, example: Any = None) -> nn.Module:
+def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = None) -> nn.Module:
     """Makes the frozen layers of an injected model lean, for training and for inference.
 
     An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
-    one bit an element, max-pools their indices. Gradients and outputs are those of the plain model up to rounding (a
-    folded norm rounds otherwise). Nothing in ``state_dict`` changes; :func:`unlean` undoes it exactly.
+    one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
+    stands behind a BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain
+    model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; :func:`unlean` undoes it
+    exactly.
 
     Args:
         model: an injected model. Tasks may come and go afterwards.
+        keep: a dtype in which to keep what the backward pass needs of an adapter's, a norm's or an activation's input,
+            such as ``torch.bfloat16``: half the bytes, outputs as before, gradients rounded to that dtype's precision.
+            None keeps everything in its own. A model that is lean already goes on with this one.
         example: an input to find out with which norm follows which conv, as :func:`visadapt.sites` takes it.
 
     Returns:
         The same model.
 
     Raises:
-        VisadaptError: the model was never injected.
+        VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
     """
     registry = registry_of(model)
     backbone = unwrapped(model)
-    if registry.lean:
+    if keep is not None and not (isinstance(keep, torch.dtype) and keep.is_floating_point):
+        raise VisadaptError(f"keep is a floating-point dtype such as torch.bfloat16, or None; got {keep!r}")
+    if registry.lean is not None:
+        registry.lean.keep = keep
         return model
     try:
         found = pairs(backbone, example)
@@ -45,12 +54,16 @@ def lean(model: nn.Module, *, example: Any = None) -> nn.Module:
     for conv_path, norm_path in found:
         conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
         folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm))
+    registry.lean = Lean(keep)
     for module in own_modules(backbone).values():
         make = maker_for(module, set(folded))
         if make is not None:
-            module.__dict__[LEAN] = folded.get(module)
-            _swap(module, make)
-    registry.lean = True
+            module.__dict__[LEAN] = folded.get(module, registry.lean)
+            swap(module, make)
+    for name in registry.tasks:
+        for parts in registry.parts(name).values():
+            for part in parts.values():
+                lean_part(part, registry.lean)
     return model
 
 
@@ -67,17 +80,8 @@ def unlean(model: nn.Module) -> nn.Module:
         VisadaptError: the model was never injected.
     """
     registry = registry_of(model)
-    for module in own_modules(unwrapped(model)).values():
-        if module.__dict__.pop(LEAN, "none") != "none":
-            _swap(module, None)
-    registry.lean = False
+    for module in unwrapped(model).modules():
+        if module.__dict__.pop(LEAN, None) is not None:
+            swap(module, None)
+    registry.lean = None
     return model
-
-
-def _swap(module: nn.Module, make: Maker | None) -> None:
-    """Puts a lean class under the hosting one, or takes it out (``make`` is None)."""
-    cls = type(module)
-    hosts = CHILD in module._modules
-    base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
-    base = base._visadapt_base if make is None else make(base)
-    module.__class__ = hosting_class(base) if hosts else base
