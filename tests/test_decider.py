@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import visadapt
 from visadapt import VisadaptError
@@ -73,6 +75,33 @@ def test_it_is_saved_and_loaded(decided, images, tmp_path):
     visadapt.fit_decider(decided, {task: [torch.zeros(2, 3, 32, 32)] for task in images})
     visadapt.load_decider(decided, path)
     assert visadapt.decide(decided, x) == expected
+
+
+def test_its_file_knows_its_backbone_and_is_whole(decided, images, tmp_path):
+    path = visadapt.save_decider(decided, tmp_path / "which.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name, message in (("mean", "mean"), ("linear.weight", "linear.weight")):
+        save_file({key: t for key, t in tensors.items() if key != name}, tmp_path / "bad", metadata)
+        with pytest.raises(VisadaptError, match=f"(?s)holds no whole decider.*{message}"):
+            visadapt.load_decider(decided, tmp_path / "bad")
+    for text in ("{", "[]", '{"tasks": 3, "backbone": {}}', '{"tasks": ["mnist"]}'):
+        save_file(tensors, tmp_path / "bad", {"visadapt_decider": text})
+        with pytest.raises(VisadaptError, match="holds no decider"):
+            visadapt.load_decider(decided, tmp_path / "bad")
+    with torch.no_grad():
+        decided.layer3[0].conv1.weight += 1e-3
+    with pytest.raises(VisadaptError, match=r"fitted on another backbone than this ResNet: other weights in layer3\.0"):
+        visadapt.load_decider(decided, path)
+    assert visadapt.decide(decided, images["mnist"][:2])
+
+
+def test_a_backbones_head_has_no_part_in_its_features(decided, tmp_path):
+    path = visadapt.save_decider(decided, tmp_path / "which.safetensors")
+    with torch.no_grad():
+        decided.fc.weight += 1
+    visadapt.load_decider(decided, path)
 
 
 def test_fitting_it_leaves_the_model_and_random_numbers_alone(model, images):

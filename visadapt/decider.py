@@ -6,6 +6,7 @@ linear layer on the features that the bare backbone gives its head, since the ba
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from visadapt import heads
 from visadapt.errors import VisadaptError
+from visadapt.fingerprint import differences, fingerprint
 from visadapt.registry import registry_of, unwrapped
 from visadapt.store import write_tensors
 from visadapt.trace import bare, call
@@ -153,7 +155,8 @@ def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if decider is None:
         raise VisadaptError("this model has no decider to save: visadapt.fit_decider makes one")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decider.state_dict().items()}
-    write_tensors(Path(path), tensors, {"visadapt_decider": "\n".join(decider.tasks)})
+    description = {"tasks": decider.tasks, "backbone": _backbone(model)}
+    write_tensors(Path(path), tensors, {"visadapt_decider": json.dumps(description, separators=(",", ":"))})
     return Path(path)
 
 
@@ -161,21 +164,36 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     """Reads a decider into an injected model.
 
     Raises:
-        VisadaptError: no such file, or no decider in it; a task it knows is not in the model.
+        VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone (what differs is
+            named); a task it knows is not in the model.
     """
     registry = registry_of(model)
     if not Path(path).is_file():
         raise VisadaptError(f"no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            names = (file.metadata() or {}).get("visadapt_decider", "")
+            description = json.loads((file.metadata() or {}).get("visadapt_decider", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        tasks, backbone = list(description["tasks"]), dict(description["backbone"])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise VisadaptError(f"{path} holds no decider ({error})") from error
-    if not names:
-        raise VisadaptError(f"{path} holds no decider")
-    tasks = tuple(registry.task(name).name for name in names.split("\n"))
-    decider = Decider(tasks, tensors["mean"], tensors["std"])
-    decider.load_state_dict(tensors)
+    unlike = differences(backbone, _backbone(model), values=True)
+    if unlike:
+        raise VisadaptError(
+            f"{path} was fitted on another backbone than this {type(unwrapped(model)).__name__}: {unlike}"
+        )
+    names = tuple(registry.task(name).name for name in tasks)
+    try:
+        decider = Decider(names, tensors["mean"], tensors["std"])
+        decider.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise VisadaptError(f"{path} holds no whole decider ({error})") from error
     registry.decider = decider.requires_grad_(False).eval()
     return decider
+
+
+def _backbone(model: nn.Module) -> dict[str, list[str]]:
+    """The fingerprint of what gives the features: the backbone without its head."""
+    backbone = unwrapped(model)
+    head = heads.find_head(backbone)
+    return fingerprint(backbone, head.modules if head else (), registry_of(model).digests)
