@@ -16,6 +16,7 @@ from torch import nn
 
 from visadapt.errors import VisadaptError
 from visadapt.families import convnext, densenet, mbconv, resnet, traced, transformer, vgg, vit
+from visadapt.families.branches import is_matrix
 from visadapt.heads import find_head
 from visadapt.host import plain_class
 from visadapt.sites import Site, Sites, own_modules
@@ -75,7 +76,7 @@ def covers(found: list[Site], model: nn.Module, modules: dict[str, nn.Module]) -
     for path, module in modules.items():
         if path in inside or path.startswith(starts) or isinstance(module, nn.Sequential | nn.ModuleList):
             continue
-        if sum(map(traced.is_matrix, own_modules(module).values())) < 2 or any(
+        if sum(map(is_matrix, own_modules(module).values())) < 2 or any(
             start.startswith(f"{path}.") for start in starts
         ):
             continue
