@@ -335,6 +335,7 @@ def test_training_stops_where_the_score_has_not_been_better_for_so_many_epochs()
         ("digits", {"recipe": {"lr": 1}}, "recipe is a visadapt.training.Recipe, got dict"),
         ("digits", {"metric": "acuracy"}, r"no metric 'acuracy'; did you mean 'accuracy'\?"),
         ("digits", {"precision": "bf61"}, r"no precision 'bf61'; did you mean 'bf16'\?"),
+        ("digits", {"checkpoint_every": 3}, "checkpoint_every=3 needs a checkpoint, the file to write"),
         ("digits", {"accumulate": 0}, "accumulate is a positive int, got 0"),
         ("digits", {"device": "cpuu"}, "device 'cpuu' cannot be used here"),
         ("digits", {"train": (torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 10]))}, "label 10; the head has 10"),

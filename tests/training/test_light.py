@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from visadapt import VisadaptError
+from visadapt.training import METRICS, TensorBoard, fit, predict
 
 
 def _run(code: str) -> None:
@@ -15,7 +23,8 @@ def test_the_core_brings_no_training_and_the_training_no_optional_library() -> N
     _run(
         "import sys, visadapt; assert 'visadapt.training' not in sys.modules\n"
         "import visadapt.training, visadapt.experiments.command\n"
-        "gone = {'rich', 'matplotlib', 'accelerate', 'transformers', 'timm', 'torchvision', 'PIL', 'sklearn'}\n"
+        "gone = {'rich', 'matplotlib', 'accelerate', 'torchmetrics', 'tensorboard'}\n"
+        "gone |= {'transformers', 'timm', 'torchvision', 'PIL', 'sklearn'}\n"
         "assert not gone & set(sys.modules), gone & set(sys.modules)"
     )
 
@@ -32,3 +41,20 @@ def test_fit_works_without_rich_and_with_it_on_no_terminal() -> None:
             "sys.stderr = Tty()\n"
             "fit(torch.nn.Linear(2, 2), None, (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])), recipe=Recipe(epochs=1))"
         )
+
+
+def test_what_needs_a_library_that_is_not_there_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for library in ("accelerate", "torchmetrics", "torchmetrics.functional", "tensorboard"):
+        monkeypatch.setitem(sys.modules, library, None)
+    model, data = nn.Linear(2, 2), (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
+    for call in (fit, predict):
+        with pytest.raises(VisadaptError, match=r"training needs accelerate: pip install 'visadapt\[train\]'"):
+            call(model, None, data)
+    with pytest.raises(VisadaptError, match=r"the metric matthews needs torchmetrics: pip install 'visadapt\[train\]'"):
+        METRICS["matthews"](*data)
+    with pytest.raises(
+        VisadaptError, match=r"TensorBoard's log needs tensorboard: pip install 'visadapt\[tensorboard\]"
+    ):
+        TensorBoard(tmp_path)

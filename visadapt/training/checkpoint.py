@@ -86,7 +86,9 @@ class Checkpoint:
             group["lr"] = rate
         loop.optimiser.load_state_dict(state)
         loop.schedule.load_state_dict(notes["schedule"])
-        loop.began, here = ({k: v[loop.engine.rank] for k, v in part(name).items()} for name in ("began", "here"))
+        # copied: torch crashes on a state that is a row of a larger tensor
+        own = loop.engine.rank
+        loop.began, here = ({k: v[own].clone() for k, v in part(name).items()} for name in ("began", "here"))
         loop.random.restore(here)
 
     def write(self, loop: Loop) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward is computed."""
-        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
+        # switched off as well as on: accelerate may have been told otherwise
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class Performer(nn.Module):

@@ -89,6 +89,8 @@ def fit(
     """
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    if checkpoint_every is not None and checkpoint is None:
+        raise VisadaptError(f"checkpoint_every={checkpoint_every} needs a checkpoint, the file to write")
     trained = trainee(model, task)
     source = Batches(train, recipe.batch_size, "training")
     held = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
