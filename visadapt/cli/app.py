@@ -12,9 +12,11 @@ from typer.core import TyperGroup
 
 from visadapt import __version__
 from visadapt.cli.evaluate import evaluate
+from visadapt.cli.experiment import experiment
 from visadapt.cli.export import export
 from visadapt.cli.merge import merge
 from visadapt.cli.predict import predict
+from visadapt.cli.report import report
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
 from visadapt.cli.train import train
@@ -80,6 +82,12 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     merge: ("flowers.visadapt --out flowers.safetensors",),
     export: ("flowers.visadapt --out flowers.onnx", "tweets.visadapt --out tweets.pt2"),
+    experiment: (
+        "tradeoff --problem bundled/minilm:tweets --problem bundled/minilm:movies --train 1000 --results results",
+        "compare --problem bundled/resnet50:cifar10 --contender 'bottleneck m=8' --contender 'full fine-tuning' "
+        "--results results --processes 2",
+    ),
+    report: ("results --out docs/results",),
 }
 
 for command, examples in EXAMPLES.items():

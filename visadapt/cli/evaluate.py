@@ -42,11 +42,14 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of splits that the data does not bring; train's for the same.")] = 0,
     batch_size: BatchSize = 100,
     device: Device = None,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     backbone: OtherBackbone = None,
     as_json: Annotated[bool, typer.Option("--json", help="Prints one JSON object.")] = False,
 ) -> None:
-    """Measures a task on labelled data, whose classes are found among the task's labels by name."""
+    """Measures a task on labelled data.
+
+    Classes are found among the task's labels by their names.
+    """
     check_choice(split, SPLITS, "split")
     metrics = metric or ["accuracy", "loss"]
     for name in metrics:

@@ -25,7 +25,11 @@ def export(
     backbone: OtherBackbone = None,
     force: Force = False,
 ) -> None:
-    """Writes a task's network as ONNX (….onnx) or as a torch.export program (….pt2), for batches of any size."""
+    """Writes a network as ONNX or torch.export program.
+
+    By the suffix, ….onnx or ….pt2; for batches of any size. Its input is what the backbone takes: normalised pictures,
+    or tokens and their mask.
+    """
     target = unwritten(out, force)
     if target.suffix not in FORMATS:
         raise VisadaptError(f"{target} would be exported as {' or '.join(FORMATS)}, by its suffix")

@@ -22,7 +22,10 @@ def merge(
     backbone: OtherBackbone = None,
     force: Force = False,
 ) -> None:
-    """Writes the weights of a plain network that does what the task does (safetensors), or says why there is none."""
+    """Writes a plain network's weights that do the same.
+
+    A safetensors file of the backbone's own keys; or the reason why the task cannot be merged exactly.
+    """
     target = unwritten(out, force)
     model, (name,) = with_tasks([task], backbone)
     plain = visadapt.merge(model, name, fold=fold)

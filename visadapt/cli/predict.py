@@ -38,11 +38,14 @@ def predict(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Writes there, not to standard output.")] = None,
     batch_size: BatchSize = 100,
     device: Device = None,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     backbone: OtherBackbone = None,
     force: Force = False,
 ) -> None:  # fmt: skip
-    """Names the class of every picture or line of text, by one task or by many on one backbone."""
+    """Names the class of each picture or line of text.
+
+    Many tasks of one backbone may be asked at once; the backbone is in memory once.
+    """
     check_choice(form, FORMATS, "format")
     if out is not None:
         unwritten(out, force)

@@ -25,7 +25,10 @@ def summary(
     where: Where = None,
     build: Build = None,
 ) -> None:
-    """Says what a task's file holds, or what a method would cost in a backbone."""
+    """Says what a file holds, or what a method costs.
+
+    Of a task's file, what is in it; of a backbone, what the method would train there.
+    """
     if target.partition("/")[0] not in PLACES or Path(target).is_file():
         show(contents(target))
         return

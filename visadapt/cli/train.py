@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -10,7 +11,6 @@ import typer
 import visadapt
 from visadapt.cli.opening import opened
 from visadapt.cli.options import (
-    BatchSize,
     Build,
     Device,
     Force,
@@ -34,7 +34,8 @@ from visadapt.cli.putting import chosen
 from visadapt.cli.showing import say, show
 from visadapt.data import augment
 from visadapt.inputs import described, inputs_of
-from visadapt.training import METRICS, Recipe, fit
+from visadapt.methods.method import check_choice
+from visadapt.training import METRICS, RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
 
 
@@ -49,9 +50,10 @@ def train(
     option: MethodOption = None,
     norms: Norms = "affine",
     where: Where = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    batch_size: BatchSize = 32,
+    recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")] = "houlsby",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data; by default the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step; by default the recipe's.")] = None,
     metric: Annotated[str, typer.Option(help=f"Of the best epoch: {', '.join(METRICS)}.")] = "accuracy",
     flips_and_shifts: Annotated[bool, typer.Option("--augment", help="Mirrors and shifts training pictures.")] = False,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the backbone's by default.")] = None,
@@ -62,13 +64,23 @@ def train(
     root: Root = None,
     seed: Annotated[int, typer.Option(help="Of the new parts, the order and the augmentation.")] = 0,
     device: Device = None,
-    precision: Precision = "fp32",
+    precision: Precision = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Written after each epoch; the same command goes on from it after a stop.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="A line of JSON an epoch.")] = None,
     build: Build = None,
     force: Force = False,
 ) -> None:  # fmt: skip
-    """Trains a task on pictures or texts and writes it to a file, with its labels and how its inputs are prepared."""
+    """Trains a task on pictures or texts, and writes its file.
+
+    The file keeps the labels, the backbone's name and how inputs are prepared, so that predict needs nothing else.
+    """
     target = unwritten(out, force)
-    recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
+    check_choice(recipe, RECIPES, "recipe")
+    told = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    steps = RECIPES[recipe].replace(**{name: value for name, value in told.items() if value is not None})
+    logs = () if log is None else (JsonLines(log),)
     adapter = chosen(method, m, option)
     loading = pairs(build, "--build")
     model = opened(backbone, loading)
@@ -78,8 +90,8 @@ def train(
     visadapt.inject(model, adapter, task=name, labels=splits.classes, num_classes=len(splits.classes), norms=norms,
                     where=[number(term) for term in where or ()] or None)  # fmt: skip
     shared: dict[str, Any] = {"prepare": splits.inputs, "device": device, "precision": precision}
-    history = fit(model, name, splits.train, splits.validation, recipe, metric=metric, seed=seed,
-                  augment=augment if flips_and_shifts else None, **shared)  # fmt: skip
+    history = fit(model, name, splits.train, splits.validation, steps, metric=metric, seed=seed, checkpoint=checkpoint,
+                  augment=augment if flips_and_shifts else None, log=logs, **shared)  # fmt: skip
     show(history.table())
     score = measure(model, name, splits.test, (metric,), **shared)[metric]
     notes = {"backbone": {"name": backbone, "build": loading}, "inputs": described(splits.inputs)}

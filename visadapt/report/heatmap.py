@@ -46,6 +46,7 @@ def heatmaps(panels: Sequence[Axes], look: Look, matrices: Sequence[Matrix], nam
     figure = panels[0].figure
     assert figure is not None
     bar = figure.colorbar(image, ax=list(panels), fraction=0.04, pad=0.02)
-    bar.ax.set_ylim(min(0, values.min()), max(0, values.max()))
+    if values.any():
+        bar.ax.set_ylim(min(0, values.min()), max(0, values.max()))
     bar.set_label("points")
     bar.outline.set_visible(False)  # type: ignore[operator]

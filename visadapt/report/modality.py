@@ -27,24 +27,25 @@ def modality(results: Sequence[Result]) -> Section | None:
     flat = grouped([r for r in own if "where" not in r.facts], lambda r: r.network)
     deep = grouped([r for r in own if "where" in r.facts], lambda r: r.network)
     gaps = {network: found for network, group in flat.items() if (found := against_full(group))}
-    if not gaps:
-        return None
+    claims = tuple(claim for network, group in deep.items() if (claim := _upper(network, group)))
     best = [
-        f"{signed(max(adapters))} on {network}"
+        f"the best adapter on {network} is at {signed(max(adapters))} points"
         for network, found in gaps.items()
         if (adapters := [gap for name, gap in found.items() if is_adapter(name)])
     ]
+    if not best and not claims:
+        return None
     return Section(
         "modality",
         "Images and text on one axis",
-        f"The best adapter against full fine-tuning, in points: {listed(best)}.",
+        f"Against full fine-tuning {listed(best)}." if best else f"{claims[0].case}: {claims[0].measured}.",
         "First, every method is a mark: what it trains, and how far it is from full fine-tuning of the same backbone "
         "in the mean over problems. Then, adapters stand in the first or in the last k layers only, with the norms "
         "frozen, against adapters in all of them: Houlsby et al. 2019 (§3.6) find that upper layers suffice on text, "
         "Rebuffi et al. 2018 (§4.2) that both ends need adapting on images.",
-        (_scatter(flat, gaps), *((_depth(deep),) if deep else ())),
+        (*((_scatter(flat, gaps),) if gaps else ()), *((_depth(deep),) if deep else ())),
         tuple(_table(network, group, gaps.get(network, {})) for network, group in flat.items()),
-        tuple(claim for network, group in deep.items() if (claim := _upper(network, group))),
+        claims,
     )
 
 

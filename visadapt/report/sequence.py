@@ -45,7 +45,7 @@ def sequence(results: Several[Result]) -> Section | None:
         "weights that are trained on do.",
         tuple(d for network, group in networks.items() for d in (_bars(network, group), _lines(network, group))),
         tuple(_table(network, group) for network, group in networks.items()),
-        tuple(_unforgotten(network, group) for network, group in networks.items()),
+        tuple(claim for network, group in networks.items() if (claim := _unforgotten(network, group))),
     )
 
 
@@ -138,7 +138,7 @@ def _table(network: str, results: Several[Result]) -> Table:
     return Table(headings, rows, title)
 
 
-def _unforgotten(network: str, results: Several[Result]) -> Claim:
+def _unforgotten(network: str, results: Several[Result]) -> Claim | None:
     pairs = [
         (r.facts["outputs"], learned[r.problem, r.seed].facts["outputs"])
         for name, group in _contenders(results).items()
@@ -146,6 +146,8 @@ def _unforgotten(network: str, results: Several[Result]) -> Claim:
         for r in group
         if r.facts["after"] != r.problem
     ]
+    if not pairs:
+        return None
     same = sum(now == then for now, then in pairs)
     return Claim(
         "Nothing is forgotten: earlier tasks give the same logits, to the last bit",

@@ -1,0 +1,219 @@
+"""What the sections say of results whose figures are known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.report import made
+from visadapt import VisadaptError
+from visadapt.report import Look, build
+from visadapt.report.ablation import ablation
+from visadapt.report.compare import compare
+from visadapt.report.decathlon import decathlon
+from visadapt.report.init_scale import init_scale
+from visadapt.report.modality import modality
+from visadapt.report.numbers import against_full, amount, file_name, is_adapter, listed, signed, told
+from visadapt.report.sequence import sequence
+from visadapt.report.tradeoff import tradeoff
+from visadapt.report.transfer import transfer
+
+
+def at(experiment: str, contender: str, score: float, **more) -> made.Result:
+    """A result with this score in %, and no noise."""
+    options = {"network": "resnet50", "problem": "cifar10", "seed": 0, **more}
+    return made.result(experiment, contender=contender, points=0, score=score / 100, **options)
+
+
+def test_compare_takes_the_mean_over_problems() -> None:
+    results = [
+        at("compare", "full fine-tuning", 90),
+        at("compare", "full fine-tuning", 80, problem="mnist"),
+        at("compare", "bottleneck m=8", 89),
+        at("compare", "bottleneck m=8", 78, problem="mnist"),
+        at("compare", "bottleneck m=8", 80, problem="mnist", seed=1),
+    ]
+    assert against_full(results) == {"full fine-tuning": 0, "bottleneck m=8": pytest.approx(-1)}
+    section = compare(results)
+    assert "bottleneck m=8 at −1.0 points with 1.3 % on resnet50" in section.finding
+    (table,) = section.tables
+    assert [row[:4] for row in table.rows] == [
+        ("full fine-tuning", "90.0", "80.0", "85.0"),
+        ("bottleneck m=8", "89.0", "79.0 ± 1.4", "84.0"),
+    ]
+    assert "bottleneck m=8 −1.0" in section.drawings[0].alt
+
+
+def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -> None:
+    def results(chosen: float) -> list[made.Result]:
+        scores = {
+            "bottleneck m=8": (85, chosen),
+            "lora r=8": (84, 91),
+            "parallel": (99, 99),
+            "full fine-tuning": (80, 90),
+        }
+        return [
+            at("compare", name, score, split=split)
+            for name, pair in scores.items()
+            for split, score in zip(("validation", "test"), pair, strict=True)
+        ]
+
+    (holds,), (fails,) = compare(results(89.7)).claims, compare(results(89.5)).claims
+    assert (holds.holds, fails.holds) == (True, False)
+    assert holds.measured == "bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problems"
+    # parallel, better in both, trains 5.35 %, more than is allowed
+    assert holds.case == "image"
+
+
+def test_a_contender_that_skipped_a_problem_is_not_chosen() -> None:
+    results = [
+        at("compare", name, 90, problem=problem, split=split)
+        for name in ("bottleneck m=8", "full fine-tuning")
+        for problem in ("cifar10", "mnist")
+        for split in ("validation", "test")
+        if (name, problem, split) != ("bottleneck m=8", "mnist", "validation")
+    ]
+    assert compare(results).claims == ()
+
+
+def test_tradeoff() -> None:
+    def results(wide: float) -> list[made.Result]:
+        return [
+            at("tradeoff", "full fine-tuning", 90),
+            at("tradeoff", "norms only", 85),
+            *(
+                at("tradeoff", f"bottleneck m={m}", score, facts={"m": m}, fraction=m / 1000)
+                for m, score in ((1, 80), (8, 89), (256, wide))
+            ),
+            *(
+                at("tradeoff", f"top layers n={n}", score, facts={"n": n}, fraction=n / 5)
+                for n, score in ((1, 86), (2, 88.5))
+            ),
+        ]
+
+    section = tradeoff(results(89.5))
+    flat, fewer = section.claims
+    assert (flat.holds, flat.measured) == (True, "0.5 points between m = 256 and m = 8, of 2 widths")
+    assert (fewer.holds, fewer.measured) == (True, "top 2: −1.5 points at 40 %; adapters reach that at 0.8 %")
+    assert [row[0] for row in section.tables[0].rows][:3] == ["bottleneck m=1", "norms only", "bottleneck m=8"]
+    flat, _ = tradeoff(results(87)).claims
+    assert (flat.holds, flat.measured) == (False, "2.0 points between m = 8 and m = 256, of 2 widths")
+
+
+def test_ablation() -> None:
+    spans = {None: 90, (0, 0): 89.5, (1, 1): 87, (0, 1): 62}
+    results = [
+        at("ablation", "bottleneck m=64", score - (norms == "reverted"), split="validation", modality="text",
+           facts={"first": span and span[0], "last": span and span[1], "norms": norms, "majority": 0.6})
+        for norms in ("kept", "reverted")
+        for span, score in spans.items()
+    ]  # fmt: skip
+    section = ablation(results)
+    single, lower, majority = section.claims
+    assert (single.holds, single.measured) == (False, "−3.0 points at worst")
+    assert (lower.holds, lower.measured) == (True, "a lower layer −0.5 points, an upper one −3.0, in the mean")
+    assert (majority.holds, majority.measured) == (True, "62.0 % are left; the majority class has 60.0 %")
+    assert section.tables[0].rows[0][3:] == ("−3.0 (layer 1)", "−0.5", "−3.0", "−28.0")
+    images = [dataclasses.replace(r, modality="image") for r in results]
+    assert [claim.text for claim in ablation(images).claims] == [single.text, majority.text]
+
+
+def test_init_scale() -> None:
+    scores = {1e-7: 90, 10.0**-2: 89.5, 1.0: 40}
+    results = [at("init_scale", "b", score, split="validation", facts={"std": std}) for std, score in scores.items()]
+    stopped = at("init_scale", "b", 30, seed=1, split="validation", facts={"std": 1.0, "stopped": "nan"})
+    section = init_scale([*results, stopped])
+    (claim,) = section.claims
+    assert (claim.holds, claim.measured) == (True, "0.5 points between the means; beyond, −55.0 points at worst")
+    assert "1 of 4 trainings ended" in section.finding
+
+
+@pytest.mark.parametrize("later", ["same", "other"])
+def test_sequence_asks_for_the_very_logits(later: str) -> None:
+    def step(position: int, after: str, problem: str, score: float, outputs: str) -> made.Result:
+        facts = {"position": position, "after": after, "total": 1.1 + position / 10, "outputs": outputs}
+        return at("sequence", "bottleneck m=8", score, problem=problem, facts=facts)
+
+    results = [
+        step(0, "cifar10", "cifar10", 80, "same"),
+        step(1, "mnist", "cifar10", 80, later),
+        step(1, "mnist", "mnist", 90, "x"),
+    ]
+    section = sequence(results)
+    (claim,) = section.claims
+    assert claim.holds == (later == "same")
+    assert claim.measured == f"{int(later == 'same')} of 1 later measurements"
+    assert "2 tasks on resnet50 by bottleneck m=8 take 1.20 times" in section.finding
+
+
+def test_sequential_fine_tuning_forgets() -> None:
+    section = sequence(list(made.sequence()))
+    rows = {row[0]: row[-1] for row in section.tables[0].rows}
+    assert rows["bottleneck m=8"] == "0.0"
+    assert float(rows["sequential fine-tuning"].replace("−", "-")) < -10
+    assert all(claim.holds for claim in section.claims)
+
+
+def test_transfer() -> None:
+    results = [
+        at("transfer", "b", score, problem=target, facts={"source": source})
+        for target, source, score in (
+            ("cifar10", None, 80),
+            ("cifar10", "mnist", 82.5),
+            ("mnist", None, 95),
+            ("mnist", "cifar10", 94),
+        )
+    ]
+    section = transfer(results)
+    assert "by −1.0 to +2.5 points; most is gained on cifar10 from mnist" in section.finding
+    assert "cifar10 from mnist +2.5" in section.drawings[0].alt
+    assert section.tables[0].rows[0] == ("cifar10", "80.0", "–", "82.5")
+
+
+@pytest.mark.parametrize(("kind", "upper", "holds"), [("text", 89.5, True), ("text", 85, False), ("image", 85, True)])
+def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
+    places = {("first 2", 2): 80, ("last 2", 2): upper, ("all", 4): 90}
+    results = [
+        at("modality", f"b, {where}", score, modality=kind, facts={"where": where, "k": k, "layers": 4})
+        for (where, k), score in places.items()
+    ]
+    results += [at("modality", name, 90, modality=kind) for name in ("full fine-tuning", "bottleneck m=8")]
+    (claim,) = modality(results).claims
+    assert claim.holds == holds
+    assert claim.measured == f"last 2 of 4 layers: {signed(upper - 90)} points, first 2: −10.0"
+
+
+def test_depth_alone_is_a_section_too() -> None:
+    section = modality([r for r in made.modality() if "where" in r.facts])
+    assert [drawing.name for drawing in section.drawings] == ["modality-depth"]
+    assert "resnet50: last 8 of 16 layers" in section.finding or "minilm: last 2 of 6 layers" in section.finding
+
+
+def test_one_task_is_a_sequence_too() -> None:
+    section = sequence([r for r in made.sequence() if r.facts["position"] == 0])
+    assert all(drawing.render(Look()) for drawing in section.drawings)
+    assert section.claims == (), "nothing later to compare with"
+
+
+def test_decathlon() -> None:
+    section = decathlon(list(made.decathlon()))
+    assert section.finding.startswith("parallel scores highest, 791 of 3,000, over cifar10, fashion-mnist and mnist")
+    assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
+
+
+def test_sections_without_results_are_left_out() -> None:
+    report = build(list(made.transfer()))
+    assert [section.name for section in report.sections] == ["transfer"]
+    assert report.made_with == ("36 results: device cpu x86_64, python 3.11, torch 2.14.1, commit abc1234",)
+    with pytest.raises(VisadaptError, match="0 results are too few for a report"):
+        build([])
+
+
+def test_numbers_in_words() -> None:
+    assert [signed(x) for x in (0.44, -1.25, -0.04, 0.0)] == ["+0.4", "−1.2", "0.0", "0.0"]
+    assert [amount(x) for x in (0.2259, 5.35, 99.7, 100)] == ["0.23", "5.3", "100", "100"]
+    assert [listed(["a", "b", "c"][:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
+    assert told([]) == "–"
+    assert file_name("ablation", "resnet50", "bottleneck m=8") == "ablation-resnet50-bottleneck-m-8"
+    assert [is_adapter(name) for name in ("bottleneck m=8", "top layers n=2", "norms only")] == [True, False, False]
