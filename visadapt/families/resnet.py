@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from visadapt.sites import Site, own_modules, parameter_count
+from visadapt.families.convs import conv3x3
+from visadapt.sites import Site, parameter_count
 
 
 def last_norm(block: nn.Module) -> str | None:
@@ -34,15 +35,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         if channels is None:
             channels = next(p for p in block._modules[last].parameters()).numel()  # type: ignore[union-attr]
         size = parameter_count(block)
-        for name, module in own_modules(block).items():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and not name.startswith("downsample"):
-                host = f"{at}{name}"
-                if host in modules and not name.startswith(("se.", "se_module.")):
-                    adapts = parameter_count(module)
-                    follows = name.replace("conv", "bn") if name.startswith("conv") else ""
-                    norm = f"{at}{follows}" if follows in block._modules else ""
-                    site = Site(host, "conv3x3", module.out_channels, "NCHW", depth, stage, path, adapts, (host,), norm)
-                    found.append(site)
+        found += conv3x3({p: m for p, m in modules.items() if p.startswith(at)}, depth, stage, path)
         linear = (f"{at}{last.replace('bn', 'conv')}", f"{at}{last}") if end == last else ()
         found.append(Site(f"{at}{end}", "block", int(channels), "NCHW", depth, stage, path, size, linear))
         depth += 1
