@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 import visadapt
+from tests.methods.cases import CASES
+from tests.zoo import ZOO, output, stir
 from visadapt import lean, unlean
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.frozen.functions import (
@@ -311,3 +313,28 @@ def test_lean_refuses_what_cannot_keep_floats(keep):
     with pytest.raises(visadapt.VisadaptError, match=r"torch\.bfloat16"):
         lean(model, keep=keep)
     assert not any("_visadapt_lean" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("keep", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("member", "case"),
+    [(m, c) for m in ("tiny/resnet", "transformers/bert") for c in CASES if CASES[c].suits(ZOO[m])],
+)
+def test_what_a_task_trains_of_the_backbone_is_not_taken_for_frozen(member, case, keep):
+    model, inputs = ZOO[member].make().double(), ZOO[member].inputs()
+    if "x" in inputs:
+        inputs = {"x": inputs["x"].double()}
+    CASES[case].put(model, "t")
+    stir(model, "t")
+
+    def learn():
+        logits = output(model, inputs)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), visadapt.parameters(model, "t"))
+
+    logits, gradients = learn()
+    lean(model, keep=keep)
+    found, lean_gradients = learn()
+    torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-10)
+    close = {"rtol": 1e-7, "atol": 1e-10} if keep is None else {"rtol": 1e-4, "atol": 1e-5}
+    for mine, theirs in zip(lean_gradients, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)

@@ -237,6 +237,13 @@ def on_tensor(out: Any, function: Any) -> Any:
     return (function(out[0]), *out[1:])
 
 
+def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
+    """A task's parts at a module, by name; it may well have none."""
+    parts = host._modules.get(CHILD)
+    own = parts._modules.get(task) if isinstance(parts, Parts) else None
+    return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
+
+
 def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:
     """Gives ``host`` a part of ``task``, swapping the host's class if it is the first."""
     if CHILD not in host._modules:

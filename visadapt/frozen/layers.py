@@ -23,12 +23,13 @@ from visadapt.host import (
     CHILD,
     LEAN,
     Maker,
-    Parts,
     cached,
     frozen_class,
     hosting_class,
     is_stateful,
+    parts_of,
     plain_class,
+    role,
     subclass,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
@@ -54,12 +55,14 @@ class Pair:
         registry: of the model, to ask which task is meant.
         conv: the conv.
         norm: the norm.
+        around: the modules that hold one of them, whose parts may give it other weights.
         folded: W' = s·W and b' = s·b + t, made at the first use and again after the norm or conv was changed or moved.
     """
 
     registry: Registry
     conv: nn.Conv2d
     norm: _BatchNorm
+    around: tuple[nn.Module, ...]
     folded: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def active(self) -> bool:
@@ -69,7 +72,15 @@ class Pair:
             return False
         task = self.registry.current()
         tasks = task if isinstance(task, tuple) else (task,)
-        return task != AUTO and not any(_owns(self.conv, t) or _owns(self.norm, t, "norm") for t in set(tasks))
+        return task != AUTO and not any(self._owned(t) for t in set(tasks) if t is not None)
+
+    def _owned(self, task: str) -> bool:
+        """Whether a task changes what is folded."""
+        return (
+            bool(parts_of(self.conv, task))
+            or "norm" in parts_of(self.norm, task)
+            or any(role(part) == "weights" for module in self.around for part in parts_of(module, task).values())
+        )
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The folded kernel and bias."""
@@ -90,14 +101,6 @@ class Pair:
         return self.folded[1], self.folded[2]
 
 
-def _owns(module: nn.Module, task: str | None, part: str | None = None) -> bool:
-    """Whether a task has parts at a module, or this very part."""
-    parts = module._modules.get(CHILD)
-    if task is None or not isinstance(parts, Parts) or task not in parts:
-        return False
-    return part is None or part in cast("nn.ModuleDict", parts[task])
-
-
 def _remembers(x: Tensor) -> bool:
     """Whether autograd (and not a compiler, which is lean by itself) records what happens to ``x``."""
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -112,7 +115,9 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
         folds = isinstance(pair, Pair) and pair.active()
         weight, bias = cast("Pair", pair).weights() if folds else (self.weight, self.bias)
         ordinary = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not ordinary or not _remembers(x) or torch.is_autocast_enabled(x.device.type):
+        # to a task whose own weights these are they are not frozen
+        learns = _learns(weight) or (bias is not None and _learns(bias))
+        if not ordinary or learns or not _remembers(x) or torch.is_autocast_enabled(x.device.type):
             return cast("Tensor", self._conv_forward(x, weight, bias))
         settings = (self.stride, self.padding, self.dilation, self.groups)
         out: Tensor = FrozenConv.apply(x, weight, bias, *settings)

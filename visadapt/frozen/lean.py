@@ -53,7 +53,8 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     folded: dict[nn.Module, Pair] = {}
     for conv_path, norm_path in found:
         conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
-        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm))
+        around = tuple(backbone.get_submodule(path) for path in {*_upwards(conv_path), *_upwards(norm_path)})
+        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm), around)
     registry.lean = Lean(keep)
     for module in own_modules(backbone).values():
         make = maker_for(module, set(folded))
@@ -85,3 +86,9 @@ def unlean(model: nn.Module) -> nn.Module:
             swap(module, None)
     registry.lean = None
     return model
+
+
+def _upwards(path: str) -> list[str]:
+    """A module's path and those of all that hold it."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(len(names) + 1)]
