@@ -77,3 +77,10 @@ def test_columns_line_up_whatever_is_in_them(rows) -> None:
     for line, row in zip(lines, rows, strict=True):
         cells = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
         assert cells == [str(cell) for cell in row]
+
+
+def test_signed_numbers_are_numbers_in_html_as_well() -> None:
+    html = Table(("a<b", "change"), [("x & y", "−1.5"), ("z", "+0.2")], title='"T"').html()
+    assert "<caption>&quot;T&quot;</caption>" in html
+    assert "<th>a&lt;b</th><th class='number'>change</th>" in html
+    assert "<td>x &amp; y</td><td class='number'>−1.5</td>" in html

@@ -24,7 +24,7 @@ class Table:
 
     def _right(self) -> list[bool]:
         def number(cell: Any) -> bool:
-            return not isinstance(cell, str) or cell[:1].isdigit() or cell in ("", "–")
+            return not isinstance(cell, str) or cell.lstrip("+−")[:1].isdigit() or cell in ("", "–")
 
         return [bool(self.rows) and all(number(row[i]) for row in self.rows) for i in range(len(self.headings))]
 
