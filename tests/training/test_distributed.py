@@ -74,7 +74,8 @@ def stopped_and_resumed(folder: Path) -> None:
             return normalize(batch)
 
         try:
-            fit(model, "digits", train, recipe=RECIPE, checkpoint=file, checkpoint_every=1, prepare=prepare)
+            options: dict[str, Any] = {"checkpoint": file, "checkpoint_every": 1} if file else {}
+            fit(model, "digits", train, recipe=RECIPE, prepare=prepare, **options)
         except KeyboardInterrupt:
             assert stop
         states.append({name: t.clone() for name, t in model.state_dict().items()})

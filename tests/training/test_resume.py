@@ -140,8 +140,8 @@ def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: P
 
         loader = DataLoader(Noisy(digits), batch_size=16, shuffle=True)
         recipe = RECIPE.replace(epochs=2)
-        options: dict[str, Any] = {"recipe": recipe, "checkpoint": file, "checkpoint_every": 1, "prepare": prepare}
-        return told(fit(model, "digits", loader, **options)), state(model)
+        options: dict[str, Any] = {} if file is None else {"checkpoint": file, "checkpoint_every": 1}
+        return told(fit(model, "digits", loader, recipe=recipe, prepare=prepare, **options)), state(model)
 
     expected = run(None, 0)
     file = tmp_path / "digits.checkpoint"
@@ -158,8 +158,8 @@ def test_a_plain_network_trained_by_sgd(digits: ImageSet, tmp_path: Path, layout
         model = ZOO["tiny/resnet"].make().to(memory_format=layout)
         recipe = RECIPE.replace(optimizer="sgd", lr=1e-3)
         data = digits.train.subset(range(100))
-        result = fit(model, None, data, recipe=recipe, checkpoint=file, checkpoint_every=1, prepare=prepare)
-        return told(result), state(model)
+        options: dict[str, Any] = {} if file is None else {"checkpoint": file, "checkpoint_every": 1}
+        return told(fit(model, None, data, recipe=recipe, prepare=prepare, **options)), state(model)
 
     expected = run(None, normalize)
     file = tmp_path / "plain.checkpoint"
