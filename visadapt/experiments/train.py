@@ -14,7 +14,8 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.probe import fit_head, is_probe
 from visadapt.experiments.problem import Problem
-from visadapt.frozen import CachedPrefix, cache_prefix
+from visadapt.frozen import CachedPrefix, cache_prefix, lean, unlean
+from visadapt.methods import Full
 from visadapt.store import load, save
 from visadapt.tasks import summary, tasks
 from visadapt.training import evaluate, fit
@@ -46,7 +47,8 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     """Trains the task that :meth:`Contender.put` made, in place.
 
     A linear probe is trained on features that are computed once. So is, for images, what lies above the first part
-    that is trained; where nothing lies below it, the whole network is run in every step.
+    that is trained; where nothing lies below it, the whole network is run in every step. What stays frozen is lean
+    meanwhile.
 
     Returns:
         Seconds that it took.
@@ -60,14 +62,19 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     if is_probe(model, task):
         fit_head(model, task, data, recipe, prepare=problem.prepare, **options)
         return time.perf_counter() - start
+    if not isinstance(contender.method, Full):
+        lean(model)
     cached = _cached(model, problem, workplace)
-    if cached is None:
-        fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
-    else:
-        try:
+    try:
+        if cached is None:
+            fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
+        else:
             fit(model, task, (cached.rows, data.labels), None, recipe, prepare=cached, **options)
-        finally:
+    finally:
+        if cached is not None:
             cached.prefix.close()
+        # a folded norm rounds otherwise, and the task's file must give the very same figures
+        unlean(model)
     return time.perf_counter() - start
 
 
