@@ -122,7 +122,6 @@ def test_after_squeeze_and_excitation(model) -> None:
         (visadapt.sites(NET)[0], [0], {"conv3x3"}),
         (visadapt.sites(NET, "layer2"), [2, 3], {"block", "conv3x3"}),
     ],
-    ids=repr,
 )
 def test_every_form_of_where(where, depths, kinds) -> None:
     found = visadapt.sites(NET, where)

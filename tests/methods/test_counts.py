@@ -81,6 +81,11 @@ class WRN284(nn.Module):
 RESNET50 = torchvision.models.resnet50
 
 
+def named(value) -> str:
+    """The same in every process, as the address in a function's own text is not."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("model", "method", "count"),
     [
@@ -91,7 +96,7 @@ RESNET50 = torchvision.models.resnet50
         (RESNET50, v.DAN(), 1_257_472),
         (RESNET50, v.TSA(), 1_257_472),
     ],
-    ids=str,
+    ids=named,
 )
 def test_numbers(model, method, count) -> None:
     assert adapters(model, method)[0] == count
@@ -119,7 +124,7 @@ def test_dan_on_a_wide_resnet(method, count) -> None:
         (RESNET50, v.Bottleneck(m=64), 8.29),
         (RESNET50, v.Bottleneck(m=256), 33.0),
     ],
-    ids=str,
+    ids=named,
 )
 @pytest.mark.filterwarnings("ignore:the bottleneck at")
 def test_percentages(model, method, percent) -> None:
