@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -259,6 +260,16 @@ def test_bf16_autocast_learns_and_leaves_parameters_in_fp32(injected: nn.Module,
     result = fit(injected, "digits", digits.train.subset(range(64)), recipe=SHORT, precision="bf16")
     assert result.epochs[-1].loss < result.epochs[0].loss
     assert {p.dtype for p in visadapt.parameters(injected, "digits")} == {torch.float32}
+
+
+def test_a_script_may_be_amid_an_accumulation_of_its_own(injected: nn.Module, digits: ImageSet) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=4)
+    with accelerator.accumulate(nn.Linear(2, 2)):
+        assert not accelerator.sync_gradients
+    before = state(injected)
+    fit(injected, "digits", digits.train.subset(range(32)), recipe=Recipe(epochs=1))
+    moved = {name for name, tensor in state(injected).items() if not torch.equal(tensor, before[name])}
+    assert {name for name in moved if name.endswith("up.weight")}
 
 
 def test_label_smoothing_is_in_the_loss() -> None:

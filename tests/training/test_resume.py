@@ -127,7 +127,8 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
         return self.images[i] + 0.1 * torch.randn(()), self.labels[i]
 
 
-def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["torch's generator", "its own generator"])
+def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: Path, own: bool) -> None:
     def run(file: Path | None, stop: int) -> tuple[Any, dict[str, Tensor]]:
         model, left = made(), stop
 
@@ -138,7 +139,8 @@ def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: P
                 raise Killed
             return batch
 
-        loader = DataLoader(Noisy(digits), batch_size=16, shuffle=True)
+        generator = torch.Generator().manual_seed(5) if own else None
+        loader = DataLoader(Noisy(digits), batch_size=16, shuffle=True, generator=generator)
         recipe = RECIPE.replace(epochs=2)
         options: dict[str, Any] = {} if file is None else {"checkpoint": file, "checkpoint_every": 1}
         return told(fit(model, "digits", loader, recipe=recipe, prepare=prepare, **options)), state(model)

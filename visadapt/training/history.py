@@ -15,7 +15,7 @@ class Epoch:
         number: from 1.
         loss: mean training loss of its steps, while the parameters moved.
         score: the metric on the validation data afterwards; None without such data.
-        seconds: it took, validation included.
+        seconds: it took, validation included; of one that was resumed, what was left of it.
     """
 
     number: int

@@ -67,12 +67,14 @@ class Loop:
         self.trained, self.source, self.recipe, self.augment, self.random = trained, source, recipe, augment, random
         self.engine = performer.engine
         source.share(self.engine)
+        random.follow(source.generator)
         self.run = Run()
         self.steps = recipe.epochs * len(source)
         self.kept = trained.snapshot()
         self.began = random.state()
-        prepared = self.engine.accelerator.prepare(performer, *recipe.prepared(trained, self.steps))
-        self.performer, self.optimiser, self.schedule = prepared
+        # not accelerate's own optimiser: it waits for an accumulation that a script may have begun before it came here
+        self.optimiser, self.schedule = recipe.prepared(trained, self.steps)
+        self.performer = self.engine.accelerator.prepare(performer)
 
     @property
     def over(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 class Randomness:
     """Generators for the order and the augmentation, and torch's own numbers, which dropout draws.
 
-    As a context: these follow from the seed inside, and the caller's are outside as they were.
+    As a context: torch's own follow from the seed inside, and are outside as they were.
 
     Args:
         seed: of all of them.
@@ -25,6 +25,7 @@ class Randomness:
         # one generator each: the order does not change with the augmentation
         self.order = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1 + rank)
+        self._generators = {"order": self.order, "noise": self.noise}
         self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def __enter__(self) -> Randomness:
@@ -35,17 +36,23 @@ class Randomness:
     def __exit__(self, *exception: Any) -> None:
         self._fork.__exit__(*exception)
 
+    def follow(self, generator: torch.Generator | None) -> None:
+        """Keeps in mind where a generator is that the training data brings, if it brings one."""
+        if generator is not None:
+            self._generators["data"] = generator
+
     def state(self) -> dict[str, Tensor]:
         """Where all of them are."""
-        found = {"order": self.order.get_state(), "noise": self.noise.get_state(), "torch": torch.get_rng_state()}
+        found = {name: generator.get_state() for name, generator in self._generators.items()}
+        found["torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
             found["cuda"] = torch.cuda.get_rng_state(self.device)
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Goes back to where they were."""
-        self.order.set_state(state["order"])
-        self.noise.set_state(state["noise"])
+        for name, generator in self._generators.items():
+            generator.set_state(state[name])
         torch.set_rng_state(state["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)

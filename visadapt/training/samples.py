@@ -102,6 +102,13 @@ class Batches:
         """All labels, where they are in memory."""
         return None if self.samples is None else self.samples.labels
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What a loader shuffles with, if not with torch's own random numbers."""
+        owners = (self.loader, getattr(self.loader, "sampler", None))
+        found = [getattr(o, name, None) for o in owners for name in ("synchronized_generator", "generator")]
+        return next((generator for generator in found if isinstance(generator, torch.Generator)), None)
+
     def share(self, engine: Engine) -> None:
         """Has each of several processes read a part of every batch, all equally long.
 
