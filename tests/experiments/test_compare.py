@@ -18,7 +18,6 @@ from visadapt.experiments import (
     Contender,
     ImageProblem,
     Result,
-    plot,
     read_results,
     run_experiment,
     sweep_table,
@@ -178,14 +177,3 @@ def a_result(**changes: Any) -> Result:
     common |= {"head": 5, "backbone": 1000, "seconds": 2.0, "bytes": 4_000_000, "lr": 1e-3, "epochs": 3}
     made = {**common, **changes}
     return Result(key=f"{made['contender']}{made['seed']}", **made)
-
-
-def test_the_plot_is_a_picture_with_a_point_for_each(tmp_path: Path) -> None:
-    results = [
-        a_result(contender=name, seed=s, score=0.5 + 0.1 * s, trained=t)
-        for name, t in (("linear probe", 0), ("adapter", 30), ("full", 1000))
-        for s in (0, 1)
-    ]
-    svg = plot(results, tmp_path / "made" / "p.svg", "a title").read_text()
-    assert "<svg" in svg
-    assert plot(results[:1], tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
