@@ -279,29 +279,29 @@ WRONG = {
     ),
     "task file of another kind": ("evaluate {place}/tweets.tsv x", 1, "tweets.tsv is no task file"),
     "no such data": (
-        "train mnst {sees} --out {tmp}/o.visadapt",
+        "train mnst SEES --out {tmp}/o.visadapt",
         1,
         "no image set and no folder 'mnst'; did you mean 'mnist'",
     ),
-    "folder that is not laid out": ("train {place} {sees} --out {tmp}/o.visadapt", 1, "expected a folder 'train'"),
+    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "expected a folder 'train'"),
     "texts for a backbone that sees": (
-        "train {place}/tweets.tsv {sees} --out {tmp}/o.visadapt",
+        "train {place}/tweets.tsv SEES --out {tmp}/o.visadapt",
         1,
         "no image set and no folder",
     ),
     "length of pictures": (
-        "train {place}/photos {sees} --length 8 --out {tmp}/o.visadapt",
+        "train {place}/photos SEES --length 8 --out {tmp}/o.visadapt",
         1,
         "pictures, which have a size but no length",
     ),
     "no such column": (
-        "train {place}/tweets.tsv {reads} --label lable --out {tmp}/o.visadapt",
+        "train {place}/tweets.tsv READS --label lable --out {tmp}/o.visadapt",
         1,
         "no column 'lable'; did you mean 'label'",
     ),
-    "rate of zero": ("train {place}/photos {sees} --lr 0 --out {tmp}/o.visadapt", 1, "lr is a positive number, got 0"),
+    "rate of zero": ("train {place}/photos SEES --lr 0 --out {tmp}/o.visadapt", 1, "lr is a positive number, got 0"),
     "recipe misspelt": (
-        "train {place}/photos {sees} --recipe houlsbi --out {tmp}/o.visadapt",
+        "train {place}/photos SEES --recipe houlsbi --out {tmp}/o.visadapt",
         1,
         "no recipe 'houlsbi'; did you mean 'houlsby'",
     ),
@@ -317,7 +317,7 @@ WRONG = {
         "was trained on another backbone",
     ),
     "task file that is there": (
-        "train {place}/photos {sees} --out {place}/photos.visadapt",
+        "train {place}/photos SEES --out {place}/photos.visadapt",
         1,
         "exists already: --force replaces it",
     ),
@@ -375,7 +375,7 @@ def test_what_is_wrong_is_said_in_a_line(place: Path, tmp_path: Path, case: str)
     known = {"place": place, "tmp": tmp_path}
     parts, reads = [], ["--backbone", f"hf/{place / 'bert'}"]
     for word in words.split():
-        parts += {"{sees}": SEES, "{reads}": reads}.get(word, [word.format(**known)])
+        parts += {"SEES": SEES, "READS": reads}.get(word, [word.format(**known)])
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*")}
     result = run(*parts, code=code)
     assert expected.format(**known) in result.stderr
