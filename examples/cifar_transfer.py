@@ -11,12 +11,12 @@ from visadapt.methods import Full, Parallel
 from visadapt.training import Recipe
 
 # Peak learning rates: the best on 1,500 validation images, none of them trained on and none from the test split.
-# Found by: python examples/cifar_transfer.py --sweep --m 32
+# Found by: python examples/cifar_transfer.py --sweep --m 32 (its table: docs/cifar10-sweep.md)
 # Full fine-tuning, too, does better with the pretrained running statistics than with batch statistics: the sweep shows
 # both, the table its better one.
 EPOCHS = 1
 RECIPES = {
-    "Linear": Recipe(epochs=30, lr=3e-3),
+    "Linear": Recipe(epochs=30, lr=1e-3),
     "Norms": Recipe(epochs=EPOCHS, lr=1e-2),
     "Bottleneck": Recipe(epochs=EPOCHS, lr=3e-3, norm_lr=3e-3),
     "Parallel": Recipe(epochs=EPOCHS, lr=1e-3, norm_lr=3e-3),
