@@ -1,36 +1,43 @@
-"""What a training step costs: adapters on a frozen ResNet-50, lean and plain, over full fine-tuning.
+"""A training step of ResNet-50: bottleneck adapters on the lean backbone, over full fine-tuning and peft's LoRA.
 
-python benchmarks/train_step.py --size 96 --batch 16
-python benchmarks/train_step.py --size 96 --batch 16 --peft    # needs peft: LoRA with as many trained parameters
+python -m benchmarks.train_step --size 96
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import csv
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+import importlib.util
+from collections.abc import Iterator
 
 import torch
 import torchvision
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import visadapt
+from benchmarks.measure import (
+    Row,
+    Step,
+    best,
+    bytes_kept,
+    exact,
+    given,
+    in_a_process_of_its_own,
+    interleaved,
+    operations,
+    peak_bytes,
+    profile,
+    ratio,
+    tell,
+)
 
-CLASSES = 10
+CLASSES, M = 10, 32
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def adapted(net: nn.Module, norms: str, lean: bool, m: int) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A bottleneck of width m after every block, and what it trains."""
-    visadapt.inject(net, m=m, task="t", num_classes=CLASSES, norms=norms)
-    if lean:
-        visadapt.lean(net)
-    return net, visadapt.parameters(net, "t")
+def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A bottleneck after every block, lean, and what it trains."""
+    visadapt.inject(net, m=M, task="t", num_classes=CLASSES, norms=norms)
+    return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
 
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -39,10 +46,11 @@ def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     return net, list(net.parameters())
 
 
-def lora(net: nn.Module, count: int) -> tuple[nn.Module, list[nn.Parameter]]:
-    """peft's LoRA on the 3×3 convs, at the rank whose parameters come nearest to ``count``."""
+def lora(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+    """peft's LoRA on the 3×3 convs, at the rank whose parameters come nearest to the adapters'."""
     from peft import LoraConfig, get_peft_model
 
+    count = sum(p.numel() for p in adapted(copy.deepcopy(net), "frozen")[1])
     net.fc = nn.Linear(net.fc.in_features, CLASSES)
     convs = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     each = sum(m.in_channels * 9 + m.out_channels for m in map(net.get_submodule, convs))
@@ -50,135 +58,70 @@ def lora(net: nn.Module, count: int) -> tuple[nn.Module, list[nn.Parameter]]:
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-class Step:
-    """One contender: forward, backward and an AdamW step on the same batch."""
-
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> None:
-        self.model, self.x, self.y = model.train(), x, y
-        self.trained = sum(p.numel() for p in parameters)
-        self.optimiser = torch.optim.AdamW(parameters, lr=1e-5)
-
-    def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
-
-    def run(self) -> float:
-        """Seconds of one step."""
-        start = time.perf_counter()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.loss().backward()
-        self.optimiser.step()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def kept(self) -> int:
-        """Bytes that autograd keeps for the backward pass, beside parameters, buffers and the batch."""
-        held = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), self.x)}
-        found: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in held:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss()
-        # what the lean functions keep is no saved tensor of autograd's
-        return sum(found.values()) + _hidden(loss.grad_fn)
+CONTENDERS = {
+    "full fine-tuning": full,
+    "bottleneck": lambda net: adapted(net, "frozen"),
+    "bottleneck, bfloat16 kept": lambda net: adapted(net, "frozen", torch.bfloat16),
+    "bottleneck, own norms": lambda net: adapted(net, "affine"),
+    "bottleneck, own norms, bfloat16 kept": lambda net: adapted(net, "affine", torch.bfloat16),
+    "peft LoRA": lora,
+}
 
 
-def _hidden(root: object) -> int:
-    """Bytes that custom autograd functions hold as attributes."""
-    total, seen, stack = 0, set(), [root]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for name in ("bits", "indices"):
-            value = getattr(node, name, None)
-            if isinstance(value, Tensor):
-                total += value.untyped_storage().nbytes()
-        stack.extend(following for following, _ in node.next_functions)  # type: ignore[attr-defined]
-    return total
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=96, help="of the images, in pixels")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--m", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--peft", action="store_true")
-    parser.add_argument("--out", type=Path, help="a CSV file to write as well")
-    given = parser.parse_args()
+def step(name: str, memory_format: str, size: int, batch: int, device: str) -> tuple[Step, torch.Tensor]:
+    """One contender on random images, and these."""
+    chosen = FORMATS[memory_format]
     torch.manual_seed(0)
-    net = torchvision.models.resnet50(weights=None)
-    x = torch.randn(given.batch, 3, given.size, given.size, device=given.device)
-    y = torch.arange(given.batch, device=given.device) % CLASSES
-    memory_format = torch.channels_last if given.channels_last else torch.contiguous_format
-    makers: dict[str, Callable[[nn.Module], tuple[nn.Module, list[nn.Parameter]]]] = {
-        "full fine-tuning": full,
-        "bottleneck, norms frozen": lambda n: adapted(n, "frozen", False, given.m),
-        "bottleneck, norms frozen, lean": lambda n: adapted(n, "frozen", True, given.m),
-        "bottleneck, norms affine": lambda n: adapted(n, "affine", False, given.m),
-        "bottleneck, norms affine, lean": lambda n: adapted(n, "affine", True, given.m),
-    }
-    if given.peft:
-        count = sum(p.numel() for p in adapted(copy.deepcopy(net), "frozen", False, given.m)[1])
-        makers["peft LoRA, 3×3 convs"] = lambda n: lora(n, count)
-    steps = {}
-    for name, make in makers.items():
-        model, parameters = make(copy.deepcopy(net).to(given.device, memory_format=memory_format))
-        steps[name] = Step(model, parameters, x.to(memory_format=memory_format), y)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(given.repeats + 1):
-        for name, step in steps.items():
-            taken = step.run()
-            if repeat:
-                times[name].append(taken)
-    whole, kept = times["full fine-tuning"], {name: step.kept() for name, step in steps.items()}
-    rows = [
-        (
-            "contender",
-            "device",
-            "torch",
-            "format",
-            "size",
-            "batch",
-            "trained",
-            "median_ms",
-            "time / full",
-            "kept_MB",
-            "kept / full",
-        )
-    ]
-    for name, each in times.items():
-        ratio = statistics.median(a / b for a, b in zip(each, whole, strict=True))
-        device = torch.cuda.get_device_name() if x.is_cuda else f"cpu, {torch.get_num_threads()} threads"
-        rows.append(
-            (
-                name,
-                device,
-                torch.__version__,
-                str(memory_format).removeprefix("torch."),
-                given.size,
-                given.batch,
-                steps[name].trained,
-                f"{1e3 * statistics.median(each):.0f}",
-                f"{ratio:.2f}",
-                f"{kept[name] / 1e6:.1f}",
-                f"{kept[name] / kept['full fine-tuning']:.2f}",
-            )
-        )
-    csv.writer(sys.stdout).writerows(rows)
-    if given.out is not None:
-        with given.out.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+    x = torch.randn(batch, 3, size, size).to(device, memory_format=chosen)
+    net = torchvision.models.resnet50(weights=None).to(device, memory_format=chosen)
+    model, parameters = CONTENDERS[name](net)
+    labels = torch.arange(batch, device=device) % CLASSES
+    return Step(model, parameters, lambda net: net(x), labels), x
+
+
+def peak(name: str, size: int, batch: int, device: str) -> int:
+    """Bytes that training takes at its peak: model, gradients, the optimiser's state and all that a step keeps."""
+
+    def train() -> None:
+        run, _ = step(name, "channels_last", size, batch, device)
+        run()
+        run()
+
+    return peak_bytes(train, device)
+
+
+def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
+    """All figures of one image size."""
+    at = f"ResNet-50, m={M}, batch {batch}, {size} px"
+    names = [name for name in CONTENDERS if name != "peft LoRA" or importlib.util.find_spec("peft")]
+    kept = {}
+    for name in names:
+        made, x = step(name, "channels_last", size, batch, device)
+        kept[name] = bytes_kept(made.model, made.loss, [x])
+    for name in names[1:]:
+        yield exact(f"bytes kept: {name} / full fine-tuning", at, kept[name] / kept["full fine-tuning"])
+    counted = {name: operations(step(name, "contiguous", size, 2, device)[0]) for name in names}
+    for name in names[1:]:
+        yield exact(f"operations: {name} / full fine-tuning", at, counted[name] / counted["full fine-tuning"])
+    peaks = {name: in_a_process_of_its_own(peak, name, size, batch, device) for name in names[:2]}
+    yield exact("peak memory: bottleneck / full fine-tuning", at, peaks["bottleneck"] / peaks["full fine-tuning"])
+    steps = {f"{name}, {kind}": step(name, kind, size, batch, device)[0] for name in names for kind in FORMATS}
+    times = interleaved(steps, repeats, device)
+    for kind in FORMATS:
+        for name in names[1:]:
+            figure = f"step: {name} / full fine-tuning, both {kind}"
+            yield ratio(figure, at, times, f"{name}, {kind}", f"full fine-tuning, {kind}")
+    quickest = {name: best(times, [f"{name}, {kind}" for kind in FORMATS]) for name in names}
+    for name in names[1:]:
+        figure = f"step: {name} / full fine-tuning, each in its best format"
+        yield ratio(figure, at, times, quickest[name], quickest["full fine-tuning"])
+    yield from profile("bottleneck", f"{at}, {quickest['bottleneck']}", steps[quickest["bottleneck"]])
+    if "peft LoRA" in names:
+        counts = " / ".join(f"{steps[f'{name}, contiguous'].trained:,}" for name in ("bottleneck", "peft LoRA"))
+        figure = "step: bottleneck / peft LoRA, each in its best format"
+        yield ratio(figure, f"{at}, {counts} trained", times, quickest["bottleneck"], quickest["peft LoRA"])
 
 
 if __name__ == "__main__":
-    main()
+    told = given(__doc__, size=96, batch=16, repeats=5)
+    tell(measure(told.size, told.batch, told.repeats, told.device))

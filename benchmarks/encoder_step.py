@@ -1,0 +1,85 @@
+"""A training step of a BERT-base-sized encoder: bottleneck adapters over full fine-tuning and adapter-hub's adapters.
+
+python -m benchmarks.encoder_step
+
+adapters pins transformers 4.57, so it is measured where it is installed: in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import visadapt
+from benchmarks.measure import Row, Step, bytes_kept, exact, given, interleaved, operations, profile, ratio, tell
+
+M = 64
+
+
+def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Houlsby's two adapters a layer, lean, and what they train."""
+    visadapt.inject(net, m=M, task="t", norms=norms)
+    return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
+
+
+def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Ordinary fine-tuning: every weight."""
+    return net, list(net.parameters())
+
+
+def adapter_hub(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The same adapters by adapter-hub's library."""
+    import adapters
+
+    adapters.init(net)
+    config = adapters.DoubleSeqBnConfig(reduction_factor=net.config.hidden_size / M, non_linearity="gelu")
+    net.add_adapter("t", config=config)
+    net.train_adapter("t")
+    return net, [p for p in net.parameters() if p.requires_grad]
+
+
+CONTENDERS = {
+    "full fine-tuning": full,
+    "bottleneck": lambda net: adapted(net, "frozen"),
+    "bottleneck, own norms": lambda net: adapted(net, "affine"),
+    "bottleneck, own norms, bfloat16 kept": lambda net: adapted(net, "affine", torch.bfloat16),
+    "adapter-hub": adapter_hub,
+}
+
+
+def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> Iterator[Row]:
+    """All figures."""
+    at = f"{layers} layers of BERT-base, m={M}, batch {batch}, {length} tokens"
+    net = BertForSequenceClassification(BertConfig(num_hidden_layers=layers))
+    tokens = torch.randint(1000, 30000, (batch, length), device=device)
+    mask = torch.ones_like(tokens)
+    labels = torch.arange(batch, device=device) % 2
+    names = [name for name in CONTENDERS if name != "adapter-hub" or importlib.util.find_spec("adapters")]
+    steps = {}
+    for name in names:
+        model, parameters = CONTENDERS[name](copy.deepcopy(net).to(device))
+        steps[name] = Step(model, parameters, lambda net: net(tokens, attention_mask=mask).logits, labels)
+    kept = {name: bytes_kept(step.model, step.loss, [tokens, mask]) for name, step in steps.items()}
+    for name in names[1:]:
+        yield exact(f"bytes kept: {name} / full fine-tuning, BERT", at, kept[name] / kept["full fine-tuning"])
+    counted = {name: operations(run) for name, run in steps.items()}
+    for name in names[1:]:
+        yield exact(f"operations: {name} / full fine-tuning, BERT", at, counted[name] / counted["full fine-tuning"])
+    times = interleaved(steps, repeats, device)
+    yield from profile("bottleneck, BERT", at, steps["bottleneck"])
+    for name in names[1:]:
+        yield ratio(f"step: {name} / full fine-tuning, BERT", at, times, name, "full fine-tuning")
+    if "adapter-hub" in names:
+        for name in ("bottleneck", "bottleneck, own norms"):
+            counts = f"{steps[name].trained:,} / {steps['adapter-hub'].trained:,} trained"
+            yield ratio(f"step: {name} / adapter-hub, BERT", f"{at}, {counts}", times, name, "adapter-hub")
+
+
+if __name__ == "__main__":
+    told = given(__doc__, batch=8, length=128, layers=12, repeats=5)
+    tell(measure(told.batch, told.length, told.layers, told.repeats, told.device))

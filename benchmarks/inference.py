@@ -1,0 +1,68 @@
+"""A forward of ResNet-50 without gradients: merged and folded, and with its adapters, over the plain backbone.
+
+python -m benchmarks.inference
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torchvision
+from torch import nn
+
+import visadapt
+from benchmarks.measure import Row, best, exact, given, interleaved, operations, ratio, tell
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def merged(net: nn.Module) -> nn.Module:
+    """Parallel adapters, written into the kernels, and the norms behind them too."""
+    visadapt.inject(net, visadapt.Parallel(), task="t", num_classes=1000)
+    return visadapt.merge(net, "t", fold=True)
+
+
+def unmerged(net: nn.Module, norms: str, lean: bool) -> nn.Module:
+    """A bottleneck of width 32 after every block."""
+    visadapt.inject(net, m=32, task="t", num_classes=1000, norms=norms)
+    return visadapt.lean(net) if lean else net
+
+
+CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain backbone": lambda net: net,
+    "merged and folded": merged,
+    "bottleneck m=32": lambda net: unmerged(net, "affine", False),
+    "bottleneck m=32, own norms, lean": lambda net: unmerged(net, "affine", True),
+    "bottleneck m=32, lean": lambda net: unmerged(net, "frozen", True),
+}
+
+
+def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
+    """All figures."""
+    at = f"ResNet-50, batch {batch}, {size} px"
+    net, x = torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, size, size)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, make in CONTENDERS.items():
+        for kind, chosen in FORMATS.items():
+            model = make(copy.deepcopy(net)).eval().to(device, memory_format=chosen)
+            runs[f"{name}, {kind}"] = partial(model, x.to(device, memory_format=chosen))
+    with torch.no_grad():
+        counted = {name: operations(run) for name, run in runs.items()}
+        times = interleaved(runs, repeats, device)
+    quickest = {name: best(times, [f"{name}, {kind}" for kind in FORMATS]) for name in CONTENDERS}
+    for name in list(CONTENDERS)[1:]:
+        share = counted[f"{name}, contiguous"] / counted["plain backbone, contiguous"]
+        yield exact(f"operations: {name} / plain backbone", at, share)
+        for kind in FORMATS:
+            figure = f"inference: {name} / plain backbone, both {kind}"
+            yield ratio(figure, at, times, f"{name}, {kind}", f"plain backbone, {kind}")
+        figure = f"inference: {name} / plain backbone, each in its best format"
+        yield ratio(figure, at, times, quickest[name], quickest["plain backbone"])
+
+
+if __name__ == "__main__":
+    told = given(__doc__, size=224, batch=8, repeats=7)
+    tell(measure(told.size, told.batch, told.repeats, told.device))

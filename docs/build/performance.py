@@ -1,0 +1,54 @@
+"""Writes docs/performance.md from what ``python -m benchmarks`` has measured.
+
+python docs/build/performance.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.__main__ import RESULTS, read, table, told
+from visadapt.table import Table
+
+TARGET = Path(__file__).parent.parent / "performance.md"
+
+INTRO = """# Performance
+
+Made by `python docs/build/performance.py` from what `python -m benchmarks` has measured; no figure is typed by hand.
+Each is a ratio of two contenders that took turns in one process, so that what else the machine did slowed both: the
+median over the repeats, with quartiles. "By operations" is the same ratio if every multiplication of a convolution or
+matrix product took equally long: what is below that is won from norms, activations and the optimiser, what is above it
+is lost to them. Bytes are those that autograd keeps for the backward pass, counted through its saved-tensor hooks.
+
+A *bottleneck* is `Bottleneck(m)` with the norms frozen, made lean by `visadapt.lean(model)`; *own norms* is the default
+policy, under which every norm's weight wants a gradient, and so its input kept; *bfloat16 kept* is
+`visadapt.lean(model, keep=torch.bfloat16)`.
+"""
+
+
+def section(path: Path) -> str:
+    """One file of results."""
+    rows = read(path)
+    first = rows[0]
+    title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
+    parts = [title, f"![share of each goal](../benchmarks/results/{path.stem}.svg)", table(rows).markdown()]
+    profiles: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        if row["figure"].startswith("profile: "):
+            _, contender, operator = row["figure"].split(": ", 2)
+            profiles.setdefault(f"{contender}; {row['setting']}", []).append((operator, told(row)[0]))
+    for what, shares in profiles.items():
+        parts += [f"Where a step's time goes ({what}):", Table(("operator", "share"), shares).markdown()]
+    others = [(r["figure"], r["setting"], *told(r)) for r in rows if not r["figure"].startswith("profile: ")]
+    parts += ["All that was measured:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
+    return "\n\n".join(parts)
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([INTRO, *map(section, sorted(RESULTS.glob("performance-*.csv")))]) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page())
