@@ -317,7 +317,7 @@ def check_free(model: nn.Module, names: dict[str, nn.Module]) -> None:
                 f"{name or type(model).__name__} is already part of another injected model: call visadapt.inject on "
                 "that one, or visadapt.eject it first"
             )
-        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+        if any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values()):
             raise VisadaptError(
                 f"{name or type(model).__name__} has uninitialised parameters: run the model once, then inject"
             )

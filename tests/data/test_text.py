@@ -263,7 +263,7 @@ def test_hugging_face_from_local_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.test.texts == ["validation 0", "validation 1"]
     assert found.test.labels.tolist() == [1, 0]
     assert [len(p) for p in parts(found)] == [18, 2, 2]
-    with pytest.raises(VisadaptError, match="could not load '.*/none'"):
+    with pytest.raises(VisadaptError, match=r"could not load '.*/none'"):
         load_text(f"hf/{tmp_path / 'none'}")
 
 
