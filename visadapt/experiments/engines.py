@@ -66,7 +66,11 @@ def ray(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
     if ours:
         # on a cluster that is there, its processors are its own affair
         own = None if os.environ.get("RAY_ADDRESS") else processes
-        cluster.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
+        try:
+            cluster.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
+        except Exception as error:  # Ray says by a bare one that a node was too slow to start
+            cluster.shutdown()
+            raise VisadaptError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
     try:
         threads = max(1, torch.get_num_threads() // processes)
         remote = cluster.remote(num_cpus=1, max_retries=1)(_on_node)
