@@ -23,6 +23,7 @@ from visadapt.frozen.functions import (
     FrozenConv,
     IndexedMaxPool,
     LayerNorm,
+    MaskedDropout,
     MaskedReLU,
     OwnBatchNorm,
 )
@@ -112,6 +113,16 @@ def test_outputs_and_gradients_are_those_of_the_plain_model(name, norms):
     assert torch.equal(again, logits)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(plain_gradients, gradients, strict=True))
     assert plain_kept == kept
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_gradients_in_single_precision_where_no_norm_is_folded(name):
+    model, x = injected(name, "affine", torch.float32), torch.randn(2, 3, 64, 64)
+    logits, gradients, _ = step(model, x)
+    found, lean_gradients, _ = step(lean(model), x)
+    assert torch.equal(found, logits)
+    for mine, theirs in zip(lean_gradients, gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize(
@@ -247,6 +258,17 @@ def test_bottleneck_passes_gradcheck(layout, activation):
     assert gradcheck(lambda h, *weights: Bottleneck.apply(h, adapter, h.dtype, *weights), (h, *weights))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 4, 6, 6)])
+def test_dropout_draws_what_torchs_own_draws(shape):
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    found = []
+    for function in (lambda x: F.dropout(x, 0.3), lambda x: MaskedDropout.apply(x, 0.3)):
+        torch.manual_seed(0)
+        y = function(x)
+        found.append((y, *torch.autograd.grad(y, x, grad), torch.rand(3)))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
 def test_norms_and_activations_pass_gradcheck():
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -292,13 +314,22 @@ def test_a_copy_is_lean_for_itself():
     assert step(low, x)[2] < kept == step(clone, x)[2]
 
 
-def test_lean_composes_with_autocast_and_compile():
-    model, x = injected("resnet18", dtype=torch.float32), torch.randn(2, 3, 64, 64)
-    lean(model)
-    expected = model(x)
+@pytest.mark.parametrize("norms", ["frozen", "affine"])
+def test_lean_composes_with_autocast(norms):
+    model, x = injected("resnet18", norms, torch.float32), torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (model(x).float() - expected).abs().max() < 0.1 * expected.abs().max()
-    compiled = torch.compile(model, backend="aot_eager")
+        _, gradients, kept = step(model, x)
+        _, lean_gradients, lean_kept = step(lean(model), x)
+    mine, theirs = (torch.cat([g.flatten() for g in each]) for each in (lean_gradients, gradients))
+    assert mine.dtype == torch.float32
+    assert (mine - theirs).norm() < 0.1 * theirs.norm()
+    assert lean_kept < 0.7 * kept
+
+
+def test_lean_composes_with_compile():
+    model, x = injected("resnet18", dtype=torch.float32), torch.randn(2, 3, 64, 64)
+    expected = lean(model)(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 

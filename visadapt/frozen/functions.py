@@ -16,13 +16,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from visadapt.frozen.bits import format_of, masked, pack, unpack
+from visadapt.layers import in_dtype_of
 
 if TYPE_CHECKING:
     from visadapt.methods.bottleneck import BottleneckAdapter
 
 
 class FrozenConv(Function):
-    """y = W∗x + b with W and b frozen: keeps neither input nor output; ∂L/∂x needs W alone."""
+    """y = W∗x + b with W and b frozen: keeps neither input nor output; ∂L/∂x needs W alone.
+
+    It computes in the dtype of x, which autocast may have chosen; no copy of W in that dtype is kept.
+    """
 
     @staticmethod
     def forward(
@@ -37,17 +41,19 @@ class FrozenConv(Function):
     ) -> Tensor:
         ctx.weight, ctx.settings = weight, (stride, padding, dilation, groups)
         ctx.shape, ctx.dtype, ctx.format = x.shape, x.dtype, format_of(x)
-        y: Tensor = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+        kernel, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y: Tensor = torch.ops.aten.convolution(x, kernel, shift, stride, padding, dilation, False, [0, 0], groups)
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stride, padding, dilation, groups = ctx.settings
+        needed = [True, False, False]
         # only the shape and layout of the input are read when nothing but its own gradient is asked for
         like = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device, memory_format=ctx.format)
         found, _, _ = torch.ops.aten.convolution_backward(
-            grad, like, ctx.weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            grad, like, ctx.weight.to(ctx.dtype), None, stride, padding, dilation, False, [0, 0], groups, needed
         )
         return found, None, None, None, None, None, None
 
@@ -72,6 +78,28 @@ class MaskedReLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
         return masked(grad, unpack(bits, ctx.shape, ctx.format)), None, None
+
+
+class MaskedDropout(Function):
+    """y = x·z/(1 − p) with z drawn from {0, 1}: keeps z, one bit an element, by the random numbers of torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        if x.device.type == "cpu":
+            noise = torch.empty_like(x).bernoulli_(1 - p)
+            mask = noise.bool()
+            y = noise.div_(1 - p).mul_(x)
+        else:
+            y, mask = torch.native_dropout(x, p, True)
+        ctx.p, ctx.shape, ctx.format = p, y.shape, format_of(y)
+        ctx.save_for_backward(pack(mask))
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return masked(grad, unpack(bits, ctx.shape, ctx.format)).mul_(1 / (1 - ctx.p)), None
 
 
 class IndexedMaxPool(Function):
@@ -183,25 +211,28 @@ class Bottleneck(Function):
     def forward(ctx: Any, h: Tensor, adapter: BottleneckAdapter, keep: torch.dtype, *weights: Tensor) -> Tensor:
         # the norm's node goes backward after this one, and is part of the same graph anyway
         ctx.norm = h.grad_fn if isinstance(h.grad_fn, OwnBatchNorm._backward_cls) else None  # type: ignore[attr-defined]
-        z = adapter.down(h)
-        ctx.adapter, ctx.dtype = adapter, h.dtype
-        ctx.save_for_backward(None if ctx.norm is not None else h.to(keep), z if keep == h.dtype else None, *weights)
+        z = adapter.down(in_dtype_of(weights[0], h))
+        ctx.adapter, ctx.dtype = adapter, z.dtype
+        kept = None if ctx.norm is not None else h.to(keep)
+        ctx.save_for_backward(kept, z if keep == h.dtype or z.dtype != h.dtype else None, *weights)
         y: Tensor = adapter.up(adapter.activation(z))
-        return y.add_(h)
+        return y.to(h.dtype).add_(h)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, z, w1, _, w2, _ = ctx.saved_tensors
-        h = OwnBatchNorm.output(ctx.norm) if h is None else h.to(ctx.dtype)
+        # in the dtype that the forward computed in, which autocast may have chosen
+        h = (OwnBatchNorm.output(ctx.norm) if h is None else h).to(ctx.dtype)
         z, layout = ctx.adapter.down(h) if z is None else z, ctx.adapter.layout
+        w1, w2, through = w1.to(ctx.dtype), w2.to(ctx.dtype), grad.to(ctx.dtype)
         leaf = z.detach().requires_grad_()
         with torch.enable_grad():
             active = ctx.adapter.activation(leaf)
-        inner = _pointwise_backward(grad, active.detach(), w2, layout)
+        inner = _pointwise_backward(through, active.detach(), w2, layout)
         (before,) = torch.autograd.grad(active, leaf, inner[0])
         outer = _pointwise_backward(before, h, w1, layout, ctx.needs_input_grad[0])
-        return None if outer[0] is None else outer[0].add_(grad), None, None, *outer[1:], *inner[1:]
+        return None if outer[0] is None else outer[0].to(grad.dtype).add_(grad), None, None, *outer[1:], *inner[1:]
 
 
 def _pointwise_backward(

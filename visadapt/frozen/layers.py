@@ -16,6 +16,7 @@ from visadapt.frozen.functions import (
     FrozenConv,
     IndexedMaxPool,
     LayerNorm,
+    MaskedDropout,
     MaskedReLU,
     OwnBatchNorm,
 )
@@ -117,8 +118,10 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
         ordinary = self.padding_mode == "zeros" and not isinstance(self.padding, str)
         # to a task whose own weights these are they are not frozen
         learns = _learns(weight) or (bias is not None and _learns(bias))
-        if not ordinary or learns or not _remembers(x) or torch.is_autocast_enabled(x.device.type):
+        if not ordinary or learns or not _remembers(x):
             return cast("Tensor", self._conv_forward(x, weight, bias))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         settings = (self.stride, self.padding, self.dilation, self.groups)
         out: Tensor = FrozenConv.apply(x, weight, bias, *settings)
         return out
@@ -152,6 +155,19 @@ def lean_relu(plain: type[nn.Module]) -> type[nn.Module]:
         return out
 
     return subclass(plain, lean_relu, forward=forward)
+
+
+@cached
+def lean_dropout(plain: type[nn.Module]) -> type[nn.Module]:
+    """A dropout that keeps one bit an element."""
+
+    def forward(self: nn.Dropout, x: Tensor) -> Tensor:
+        if not (self.training and 0 < self.p < 1 and not self.inplace and _remembers(x)):
+            return cast("Tensor", plain.forward(self, x))
+        out: Tensor = MaskedDropout.apply(x, self.p)
+        return out
+
+    return subclass(plain, lean_dropout, forward=forward)
 
 
 @cached
@@ -202,7 +218,7 @@ def lean_own_norm(plain: type[nn.Module]) -> type[nn.Module]:
     """A task's BatchNorm on frozen statistics, whose output an adapter behind it need not keep."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not _learns(self.weight) or not _is_plain(x, self.weight):
+        if not _learns(self.weight):
             return cast("Tensor", plain.forward(self, x))
         stats = self.running_mean, self.running_var, self.eps
         out: Tensor = OwnBatchNorm.apply(x, self.weight, self.bias, *stats, _keep(self, x) or x.dtype)
@@ -219,7 +235,7 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
         drops = self.training and self.dropout > 0
-        if drops or self.depthwise is not None or not _learns(self.down.weight) or not _is_plain(h, self.down.weight):
+        if drops or self.depthwise is not None or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, *weights)
@@ -257,6 +273,8 @@ def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
         return lean_norm
     if forward is nn.ReLU.forward or (forward is nn.ReLU6.forward and isinstance(module, nn.ReLU6)):
         return lean_relu
+    if forward is nn.Dropout.forward:
+        return lean_dropout
     if forward is nn.MaxPool2d.forward and isinstance(module, nn.MaxPool2d) and not module.return_indices:
         return lean_pool
     if forward is nn.LayerNorm.forward:

@@ -86,7 +86,8 @@ class BottleneckAdapter(nn.Module):
             z = as_nchw(self.depthwise, z, self.layout)
         z = F.dropout(self.activation(z), self.dropout, self.training)
         delta: Tensor = self.up(z)
-        return h + delta.to(h.dtype)
+        # into the branch's own memory, which nothing else reads
+        return delta.to(h.dtype).add_(h)
 
     def as_affine(self) -> tuple[Tensor, Tensor]:
         """M = I + W2·W1 and c = W2·b1 + b2 of a linear bottleneck, for merging."""
@@ -107,4 +108,4 @@ class BottleneckAdapter(nn.Module):
             convs = [cast("nn.Conv2d", a.depthwise) for a in adapters]
             z = rows.join([as_nchw(conv, rows.take(z, g), first.layout) for g, conv in enumerate(convs)])
         z = F.dropout(first.activation(z), first.dropout, first.training)
-        return h + pointwise([a.up for a in adapters], rows, z, first.layout).to(h.dtype)
+        return pointwise([a.up for a in adapters], rows, z, first.layout).to(h.dtype).add_(h)
