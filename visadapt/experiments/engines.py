@@ -66,11 +66,7 @@ def ray(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
     if ours:
         # on a cluster that is there, its processors are its own affair
         own = None if os.environ.get("RAY_ADDRESS") else processes
-        try:
-            cluster.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
-        except Exception as error:  # Ray says by a bare one that a node was too slow to start
-            cluster.shutdown()
-            raise VisadaptError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
+        _start(cluster, own)
     try:
         threads = max(1, torch.get_num_threads() // processes)
         remote = cluster.remote(num_cpus=1, max_retries=1)(_on_node)
@@ -82,6 +78,17 @@ def ray(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
     finally:
         if ours:
             cluster.shutdown()
+
+
+def _start(cluster: Any, own: int | None, tries: int = 3) -> None:
+    # Ray gives its own node half a minute to start, which a busy machine may well not keep
+    try:
+        cluster.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
+    except Exception as error:  # Ray says by a bare one that a node was too slow
+        cluster.shutdown()
+        if tries == 1:
+            raise VisadaptError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
+        _start(cluster, own, tries - 1)
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": ray}
