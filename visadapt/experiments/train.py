@@ -14,8 +14,7 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.probe import fit_head, is_probe
 from visadapt.experiments.problem import Problem
-from visadapt.frozen import CachedPrefix, cache_prefix, lean, unlean
-from visadapt.methods import Full
+from visadapt.frozen import CachedPrefix, cache_prefix
 from visadapt.store import load, save
 from visadapt.tasks import summary, tasks
 from visadapt.training import evaluate, fit
@@ -47,8 +46,7 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     """Trains the task that :meth:`Contender.put` made, in place.
 
     A linear probe is trained on features that are computed once. So is, for images, what lies above the first part
-    that is trained; where nothing lies below it, the whole network is run in every step. What stays frozen is lean
-    meanwhile.
+    that is trained; where nothing lies below it, the whole network is run in every step.
 
     Returns:
         Seconds that it took.
@@ -62,19 +60,14 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     if is_probe(model, task):
         fit_head(model, task, data, recipe, prepare=problem.prepare, **options)
         return time.perf_counter() - start
-    if not isinstance(contender.method, Full):
-        lean(model)
     cached = _cached(model, problem, workplace)
-    try:
-        if cached is None:
-            fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
-        else:
+    if cached is None:
+        fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
+    else:
+        try:
             fit(model, task, (cached.rows, data.labels), None, recipe, prepare=cached, **options)
-    finally:
-        if cached is not None:
+        finally:
             cached.prefix.close()
-        # a folded norm rounds otherwise, and the task's file must give the very same figures
-        unlean(model)
     return time.perf_counter() - start
 
 
