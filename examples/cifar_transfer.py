@@ -52,8 +52,8 @@ caption = (
     f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {lasting} "
     f"({recipes['Linear'].epochs} of the linear probe, on features computed once), {len(data.test):,} test images."
 )
-*others, full = contenders(args.m, recipes)
-who = [*others, Contender("parallel r=C/8", Parallel(rank=0.125), recipes["Parallel"]), full]
+who = contenders(args.m, recipes)
 if args.sweep:
+    who.append(Contender("parallel r=C/8", Parallel(rank=0.125), recipes["Parallel"]))
     who.append(Contender("full, batch statistics", Full(), recipes["Full"], norms="full"))
 main(args, problem, who, GRID, caption)
