@@ -32,6 +32,13 @@ def test_ci_runs_readmes_test_command():
     assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_results_are_those_that_the_example_printed():
+    printed = (ROOT / "docs" / "cifar10.md").read_text()
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 6
+    assert "\n".join(rows) in README
+
+
 def test_every_linked_file_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README + (ROOT / "CONTRIBUTING.md").read_text())
     assert links
