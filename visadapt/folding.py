@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.errors import VisadaptError
 from visadapt.host import is_stateful, plain_class
+from visadapt.norms import scale_and_shift
 from visadapt.registry import find_registry
 from visadapt.trace import trace_flow
 
@@ -68,14 +69,21 @@ def pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
+def folded(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The kernel s·W and the bias s·b + t that do what a conv and the eval-mode norm behind it do."""
+    scale, shift = scale_and_shift(norm)
+    if conv.bias is not None:
+        shift = conv.bias.double() * scale + shift
+    kernel = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    dtype = conv.weight.dtype
+    return kernel.to(dtype, memory_format=torch.preserve_format), shift.to(dtype)
+
+
+@torch.no_grad()
 def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm) -> None:
-    mean, var = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
-    scale = torch.rsqrt(var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
-    shift = (bias - mean) * scale + (0 if norm.bias is None else norm.bias.double())
-    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
-    conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+    kernel, bias = folded(conv, norm)
+    conv.weight.copy_(kernel)
+    conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
 
 
 def _rest(norm: nn.Module) -> nn.Module:

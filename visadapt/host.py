@@ -134,9 +134,6 @@ def _number_of_layers(self: nn.Module) -> int:
     return sum(name != CHILD for name in self._modules)
 
 
-ROLES = ("before", "weights", "instead", "beside", "after")
-
-
 def role(part: nn.Module) -> str:
     """How a part acts at its host; its class says so, and one that says nothing stands ``"instead"`` of it.
 
@@ -242,6 +239,15 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
     parts = host._modules.get(CHILD)
     own = parts._modules.get(task) if isinstance(parts, Parts) else None
     return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
+
+
+def swap(module: nn.Module, make: Maker | None) -> None:
+    """Puts the class that ``make`` makes under the hosting one, or takes the topmost out there (``make`` is None)."""
+    cls = type(module)
+    hosts = CHILD in module._modules
+    base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
+    base = base._visadapt_base if make is None else make(base)
+    module.__class__ = hosting_class(base) if hosts else base
 
 
 def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:

@@ -1,8 +1,11 @@
-"""Norms: which modules of a backbone are norms that a task can own."""
+"""Norms: which modules of a backbone are norms that a task can own, and what a BatchNorm computes in eval mode."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
+
+import torch
+from torch import Tensor, nn
 
 _TORCH_NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -23,3 +26,11 @@ def is_norm(module: nn.Module) -> bool:
 def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The norms among a backbone's modules, by path."""
     return {path: module for path, module in modules.items() if is_norm(module)}
+
+
+def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """s = γ/√(σ²+ε) and t = β − μ·s in fp64: in eval mode a BatchNorm is s⊙x + t."""
+    mean, var = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    return scale, (0 if norm.bias is None else norm.bias.double()) - mean * scale

@@ -135,7 +135,12 @@ def operator_of(host: nn.Module, what: str) -> Operator:
 
 def is_operator(module: nn.Module) -> bool:
     """Whether a module is one of these."""
-    return isinstance(module, nn.Conv2d | nn.Linear) or plain_class(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Conv2d) or is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear, torch's or GPT-2's."""
+    return isinstance(module, nn.Linear) or plain_class(module).__name__ == "Conv1D"
 
 
 def plain_operator(host: nn.Module, what: str) -> Operator:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.host import is_stateful, plain_class
+from visadapt.host import is_stateful, plain_class, role
 
 
 class Rows:
@@ -111,7 +111,7 @@ def stack_norms(
     norms = []
     for parts in groups:
         own = parts._modules.get("norm")
-        if any(part is not own and _stands_instead(part) for part in parts.values()):
+        if any(part is not own and role(part) in ("instead", "weights") for part in parts.values()):
             return None
         norms.append(host if own is None else own)
     if any(plain_class(norm) is not plain_class(host) for norm in norms):
@@ -167,10 +167,6 @@ def _layer_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) ->
         return (y * weight).to(y.dtype if wide is x else x.dtype)
     bias = rows.gather([norm.bias for norm in norms]).view(view)
     return torch.addcmul(bias, y.to(weight.dtype), weight).to(y.dtype if wide is x else x.dtype)
-
-
-def _stands_instead(part: nn.Module) -> bool:
-    return getattr(type(part), "role", "instead") in ("instead", "weights")
 
 
 def pointwise(modules: Sequence[Any], rows: Rows, x: Tensor, layout: str) -> Tensor:

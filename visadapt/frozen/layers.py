@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.folding import carried, is_foldable
+from visadapt.folding import carried, folded, is_foldable
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
@@ -26,12 +26,12 @@ from visadapt.host import (
     Maker,
     cached,
     frozen_class,
-    hosting_class,
     is_stateful,
     parts_of,
     plain_class,
     role,
     subclass,
+    swap,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.registry import AUTO, Registry
@@ -89,16 +89,7 @@ class Pair:
         tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.weight, conv.bias]
         now = tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
         if self.folded is None or self.folded[0] != now:
-            with torch.no_grad():
-                mean, var = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
-                scale = torch.rsqrt(var.double() + norm.eps)
-                scale = scale if norm.weight is None else scale * norm.weight.double()
-                shift = (0 if conv.bias is None else conv.bias.double()) - mean.double()
-                shift = shift * scale + (0 if norm.bias is None else norm.bias.double())
-                weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-                kernel = weight.to(conv.weight.dtype, memory_format=torch.preserve_format)
-                self.folded = (now, kernel, shift.to(conv.weight.dtype))
-        assert self.folded is not None
+            self.folded = (now, *folded(conv, norm))
         return self.folded[1], self.folded[2]
 
 
@@ -303,12 +294,3 @@ def lean_part(part: nn.Module, settings: Lean) -> None:
         if make is not None:
             module.__dict__[LEAN] = settings
             swap(module, make)
-
-
-def swap(module: nn.Module, make: Maker | None) -> None:
-    """Puts a lean class under the hosting one, or takes it out (``make`` is None)."""
-    cls = type(module)
-    hosts = CHILD in module._modules
-    base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
-    base = base._visadapt_base if make is None else make(base)
-    module.__class__ = hosting_class(base) if hosts else base

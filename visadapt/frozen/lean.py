@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.errors import VisadaptError
 from visadapt.folding import pairs
-from visadapt.frozen.layers import Lean, Pair, lean_part, maker_for, swap
-from visadapt.host import LEAN
+from visadapt.frozen.layers import Lean, Pair, lean_part, maker_for
+from visadapt.host import LEAN, swap
 from visadapt.registry import registry_of, unwrapped
 from visadapt.sites import own_modules
 

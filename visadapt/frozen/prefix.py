@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
-from visadapt.fingerprint import fingerprint
+from visadapt.fingerprint import fingerprint, raw
 from visadapt.flow import Call, Flow
-from visadapt.host import CHILD, cached, hosting_class, subclass
+from visadapt.host import cached, subclass, swap
 from visadapt.registry import Registry, registry_of, unwrapped
 from visadapt.sites import own_modules
 from visadapt.tasks import using
@@ -87,7 +87,7 @@ class Prefix:
         modules = own_modules(self.model)
         for path, shape in spared.items():
             modules[path].__dict__[SPENT] = shape
-            _swap(modules[path], spare=True)
+            swap(modules[path], sparing_class)
         self.spared = [modules[path] for path in spared]
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Prefix:
         """Gives the spared modules their classes back."""
         for module in self.spared:
             if module.__dict__.pop(SPENT, "none") != "none":
-                _swap(module, spare=False)
+                swap(module, None)
         self.spared = []
 
 
@@ -150,14 +150,6 @@ def _cut(flow: Flow, hosts: set[str]) -> Call | None:
         if above and all(p >= cut or p in inputs for v in above for p in v.parents):
             best = c
     return best
-
-
-def _swap(module: nn.Module, spare: bool) -> None:
-    cls: Any = type(module)
-    hosts = CHILD in module._modules
-    base = cls._visadapt_base if hosts else cls
-    base = sparing_class(base) if spare else base._visadapt_base
-    module.__class__ = hosting_class(base) if hosts else base
 
 
 @dataclass
@@ -282,7 +274,7 @@ def _key(registry: Registry, prefix: Prefix, inputs: Any, first: Any, views: int
     parts += [*(first.values() if isinstance(first, dict) else first if isinstance(first, tuple) else [first])]
     for part in parts:
         digest.update(str((part.dtype, tuple(part.shape))).encode())
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(part))
     description = [fingerprint(prefix.model, known=registry.digests), prefix.path, views, seed, digest.hexdigest()]
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 

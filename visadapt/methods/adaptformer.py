@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from visadapt.errors import VisadaptError
 from visadapt.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, check_positive, check_probability, check_width, width
+from visadapt.operators import is_linear
 from visadapt.sites import Site
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _beside(model: nn.Module, site: Site) -> tuple[str, bool]:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    return sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in module.modules()) >= 2
+    return sum(is_linear(m) for m in module.modules()) >= 2
 
 
 class ParallelBottleneck(nn.Module):

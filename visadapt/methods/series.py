@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visadapt.errors import VisadaptError
 from visadapt.layers import Pointwise, as_nchw, in_dtype_of
 from visadapt.methods.method import Method, check_choice, check_flag
+from visadapt.norms import scale_and_shift
 from visadapt.sites import Site
 
 
@@ -83,6 +84,5 @@ class SeriesAdapter(nn.Module):
             return identity + a, None
         if self.norm.training:
             raise VisadaptError("its inner norm uses its batch's statistics in train mode; call eval() first")
-        mean, var = (cast("Tensor", b).double() for b in (self.norm.running_mean, self.norm.running_var))
-        scale = self.norm.weight.double() / (var + self.norm.eps).sqrt()
-        return identity + a * scale, a @ (self.norm.bias.double() - mean * scale)
+        scale, shift = scale_and_shift(self.norm)
+        return identity + a * scale, a @ shift
