@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.data import load_images, load_text, minilm_path, normalize, read_images, renumbered
+from visadapt.data import load_images, load_text, normalize, read_images, renumbered, tokenizer_of
 from visadapt.data.text import TextSplit
 from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from visadapt.errors import VisadaptError
@@ -118,13 +118,7 @@ class TextInputs:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        name = str(minilm_path()) if self.tokenizer == "bundled/minilm" else self.tokenizer.removeprefix("hf/")
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise VisadaptError(f"transformers cannot load the tokenizer of {self.tokenizer!r}: {error}") from error
+        return tokenizer_of(self.tokenizer)
 
 
 Inputs = ImageInputs | TextInputs

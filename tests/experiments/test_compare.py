@@ -20,13 +20,12 @@ from visadapt.experiments import (
     Result,
     read_results,
     run_experiment,
-    sweep_table,
-    table,
 )
 from visadapt.experiments.probe import fit_head, is_probe
 from visadapt.experiments.run import Training
 from visadapt.experiments.train import Workplace
 from visadapt.methods import Bottleneck, Linear
+from visadapt.report import sweep_table, table
 from visadapt.training import Recipe, evaluate, fit
 
 

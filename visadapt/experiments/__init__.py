@@ -2,8 +2,6 @@
 
 from visadapt.experiments.ablation import Ablation as Ablation
 from visadapt.experiments.compare import Compare as Compare
-from visadapt.experiments.compare import sweep_table as sweep_table
-from visadapt.experiments.compare import table as table
 from visadapt.experiments.contender import Contender as Contender
 from visadapt.experiments.contenders import contender as contender
 from visadapt.experiments.decathlon import Decathlon as Decathlon

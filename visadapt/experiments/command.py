@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from visadapt.experiments.compare import Compare, sweep_table, table
+from visadapt.experiments.compare import Compare
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.experiment import run_experiment
 from visadapt.experiments.problem import Problem
@@ -19,7 +19,7 @@ from visadapt.experiments.record import Result
 from visadapt.experiments.train import Workplace, measure
 from visadapt.methods import Bottleneck, Full, Linear, Norms
 from visadapt.methods.method import check_width
-from visadapt.report import plot
+from visadapt.report import plot, sweep_table, table
 from visadapt.store import load
 from visadapt.training import Recipe
 

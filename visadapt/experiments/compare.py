@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any, ClassVar
 
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.experiment import Experiment
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.record import Result
 from visadapt.experiments.run import Found, Training
-from visadapt.table import Table
 
 
 @dataclass(frozen=True)
@@ -84,38 +81,3 @@ def swept(
     finals = [Training(experiment, problem, contender, seed, split, facts, keep=keep) for seed in seeds]
     keys = {final.key for final in finals}
     return [*(trial for trial in trials if trial.key not in keys), *finals]
-
-
-def table(results: Sequence[Result], title: str = "") -> Table:
-    """One row a contender: score (mean and standard deviation over seeds), parameters, seconds, file size."""
-    rows = []
-    for name in dict.fromkeys(result.contender for result in results):
-        own = [result for result in results if result.contender == name]
-        scores = [100 * result.score for result in own]
-        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-        first = own[0]
-        rows.append(
-            (
-                name,
-                f"{mean(scores):.1f}{spread}",
-                f"{first.trained:,}",
-                f"{100 * first.fraction:.2f} %",
-                f"{first.head:,}",
-                f"{mean(result.seconds for result in own):.0f}",
-                f"{first.bytes / 1e6:.2f} MB",
-            )
-        )
-    headings = ("method", "accuracy, %", "trained", "of backbone", "head", "seconds", "file")
-    return Table(headings, rows, title)
-
-
-def sweep_table(results: Sequence[Result], title: str = "") -> Table:
-    """One row a contender: its validation score in % at each learning rate, the best starred."""
-    rows = []
-    for name in dict.fromkeys(result.contender for result in results):
-        own = [result for result in results if result.contender == name and result.split == "validation"]
-        own.sort(key=lambda result: result.lr)
-        best = max(own, key=lambda result: result.score)
-        cells = [f"{r.lr:g}: {100 * r.score:.1f}{' *' if r == best else ''}" for r in own]
-        rows.append((name, best.epochs, "   ".join(cells), f"{best.lr:g}"))
-    return Table(("method", "epochs", "validation score in % by learning rate", "picked"), rows, title)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from visadapt.data import TextSplit, load_text, minilm_path
-from visadapt.errors import VisadaptError
+from visadapt.data import TextSplit, load_text, tokenizer_of
 from visadapt.experiments.problem import Problem, Splits, drawn
 from visadapt.training import Samples, tokenised
 
@@ -31,7 +30,7 @@ class TextProblem(Problem):
 
     def load(self) -> Splits:
         data = load_text(self.data, root=self.root)
-        tokenizer = self._tokenizer()
+        tokenizer = tokenizer_of(self.network)
 
         def samples(split: TextSplit, most: int | None) -> Samples:
             # the shortest first, so that batches in order have little padding
@@ -44,14 +43,3 @@ class TextProblem(Problem):
             samples(data.validation, self.validation),
             samples(data.test, self.test),
         )
-
-    def _tokenizer(self) -> Any:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise VisadaptError("problems of text need transformers: pip install 'visadapt[text]'") from error
-        source = str(minilm_path()) if self.network == "bundled/minilm" else self.network.removeprefix("hf/")
-        try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise VisadaptError(f"transformers finds no tokenizer of {source!r}: {error}") from error

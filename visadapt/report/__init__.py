@@ -9,4 +9,6 @@ from visadapt.report.page import page as page
 from visadapt.report.section import Claim as Claim
 from visadapt.report.section import Section as Section
 from visadapt.report.size import plot as plot
+from visadapt.report.tables import sweep_table as sweep_table
+from visadapt.report.tables import table as table
 from visadapt.report.write import write as write
