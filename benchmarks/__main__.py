@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.goals import GOALS, goal_of
+from visadapt.files import replacing
 from visadapt.table import Table
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,12 +68,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
     """Writes them whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)
 
 
 def run(job: Job, python: str, device: str) -> list[dict[str, str]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from visadapt.cli.options import number, pairs
-from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS, Method
 from visadapt.methods.method import check_choice
 
@@ -17,9 +14,4 @@ def chosen(name: str, m: str | None, options: list[str] | None) -> Method:
         VisadaptError: no such method, no such option of it, or a value that it does not take.
     """
     check_choice(name, METHODS, "method")
-    given = {**({} if m is None else {"m": number(m)}), **pairs(options, "--option")}
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
-    for key in given:
-        if key not in known:
-            raise VisadaptError(f"{name} has no option {key!r}{nearest(key, known)}")
-    return METHODS[name](**given)
+    return METHODS[name].of({**({} if m is None else {"m": number(m)}), **pairs(options, "--option")})

@@ -52,10 +52,8 @@ def _method(word: str, options: list[str]) -> Method:
     given: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in cls.__dataclass_fields__:
-            raise VisadaptError(f"{cls.__name__} has no option {key!r}{nearest(key, cls.__dataclass_fields__)}")
         try:
             given[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             given[key] = value
-    return cls(**given)
+    return cls.of(given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,19 @@ class Method:
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
     where: ClassVar[Where | None] = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Method:
+        """The method with these options, by name, as command lines and catalogues spell them.
+
+        Raises:
+            VisadaptError: it has no such option (the nearest is named), or does not take the value.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise VisadaptError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
+        return cls(**options)
 
     @property
     def part(self) -> str:
