@@ -1,6 +1,6 @@
 """One frozen ResNet-50, CIFAR-10: linear probe, norms, adapters and full fine-tuning, side by side.
 
-python examples/cifar_transfer.py            # about seven minutes on two cores, offline
+python examples/cifar_transfer.py            # about six minutes on two cores, offline
 python examples/cifar_transfer.py --quick    # under a minute
 python examples/cifar_transfer.py --sweep    # how the learning rates below were found
 """
