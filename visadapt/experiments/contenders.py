@@ -7,7 +7,7 @@ from typing import Any
 
 from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments.contender import Contender
-from visadapt.methods import METHODS, Biases, Full, Linear, Method, Norms, TopLayers
+from visadapt.methods import METHODS, Biases, Bottleneck, ConvAdapter, Full, Linear, Method, Norms, TopLayers
 from visadapt.training import Recipe
 
 _SPOKEN = {
@@ -19,8 +19,11 @@ _SPOKEN = {
 }
 _METHODS = {**{name.lower(): cls for name, cls in METHODS.items()}, **{k: METHODS[v] for k, v in _SPOKEN.items()}}
 
-# pretrained weights move slowly, and beside them a new head wants its own rate; gains and biases are few and move fast
-_WEIGHTS, _PARTS, _VECTORS = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+# around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
+# new head wants its own rate; gains and biases are few and move fast; a bottleneck bears more than what is linear
+_WEIGHTS, _LINEAR = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
+_BOTTLENECK, _VECTORS = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+_NORMS = 3e-3
 
 
 def contender(name: str, epochs: int = 3) -> Contender:
@@ -37,9 +40,15 @@ def contender(name: str, epochs: int = 3) -> Contender:
     words = name.split()
     options = [word for word in words if "=" in word]
     method = _method(" ".join(word for word in words if "=" not in word), options)
-    own = isinstance(method, Full | TopLayers)
-    rates = _WEIGHTS if own else _VECTORS if isinstance(method, Norms | Biases) else _PARTS
-    recipe = Recipe(epochs=30 if isinstance(method, Linear) else epochs, lr=rates[1], head_lr=1e-3 if own else None)
+    own, vectors = isinstance(method, Full | TopLayers), isinstance(method, Norms | Biases)
+    nonlinear = isinstance(method, Bottleneck | ConvAdapter)
+    rates = _WEIGHTS if own else _VECTORS if vectors else _BOTTLENECK if nonlinear else _LINEAR
+    recipe = Recipe(
+        epochs=30 if isinstance(method, Linear) else epochs,
+        lr=rates[1],
+        head_lr=1e-3 if own else None,
+        norm_lr=None if own or vectors or isinstance(method, Linear) else _NORMS,
+    )
     # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
     return Contender(name, method, recipe, norms, rates=rates)
