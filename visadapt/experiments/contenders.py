@@ -22,12 +22,11 @@ _METHODS = {**{name.lower(): cls for name, cls in METHODS.items()}, **{k: METHOD
 # around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
 # new head wants its own rate; gains and biases are few and move fast; a bottleneck bears more than what is linear
 _WEIGHTS, _LINEAR = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
-_BOTTLENECK, _VECTORS = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-_NORMS = 3e-3
+_BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def contender(name: str, epochs: int = 3) -> Contender:
-    """A contender of the catalogue; the middle one of its learning rates is its recipe's.
+    """A contender of the catalogue; the second of its learning rates is its recipe's.
 
     Args:
         name: a method's, then its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
@@ -40,18 +39,18 @@ def contender(name: str, epochs: int = 3) -> Contender:
     words = name.split()
     options = [word for word in words if "=" in word]
     method = _method(" ".join(word for word in words if "=" not in word), options)
-    own, vectors = isinstance(method, Full | TopLayers), isinstance(method, Norms | Biases)
-    nonlinear = isinstance(method, Bottleneck | ConvAdapter)
-    rates = _WEIGHTS if own else _VECTORS if vectors else _BOTTLENECK if nonlinear else _LINEAR
-    recipe = Recipe(
-        epochs=30 if isinstance(method, Linear) else epochs,
-        lr=rates[1],
-        head_lr=1e-3 if own else None,
-        norm_lr=None if own or vectors or isinstance(method, Linear) else _NORMS,
-    )
+    if isinstance(method, Linear):
+        rates, recipe = _HEAD, Recipe(epochs=30)
+    elif isinstance(method, Full | TopLayers):
+        rates, recipe = _WEIGHTS, Recipe(epochs=epochs, head_lr=1e-3)
+    elif isinstance(method, Norms | Biases):
+        rates, recipe = _VECTORS, Recipe(epochs=epochs)
+    else:
+        rates = _BOTTLENECK if isinstance(method, Bottleneck | ConvAdapter) else _LINEAR
+        recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
-    return Contender(name, method, recipe, norms, rates=rates)
+    return Contender(name, method, recipe.replace(lr=rates[1]), norms, rates=rates)
 
 
 def _method(word: str, options: list[str]) -> Method:
