@@ -22,7 +22,7 @@ _METHODS = {**{name.lower(): cls for name, cls in METHODS.items()}, **{k: METHOD
 # around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
 # new head wants its own rate; gains and biases are few and move fast; a bottleneck bears more than what is linear
 _WEIGHTS, _LINEAR = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
-_BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2)
+_BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 def contender(name: str, epochs: int = 3) -> Contender:
