@@ -103,7 +103,7 @@ def test_fsdp2_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_ddp_on_two_processes(tmp_path):
-    """One task, then a mixed batch of two: DDP, which refuses parameters without a gradient, has nothing to refuse."""
+    """One task, then a mixed batch, plain and lean: DDP, which refuses parameters without a gradient, finds none."""
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(
@@ -135,12 +135,12 @@ def test_ddp_on_two_processes(tmp_path):
                 generator = torch.Generator().manual_seed(1)
                 x, y = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 5
                 mine = slice(4 * rank, 4 * rank + 4)
-                for tasks in ("a", "ab"):
+                for tasks, lean in (("a", False), ("ab", False), ("a", True), ("ab", True)):
                     names = ["a"] * 8 if tasks == "a" else list("abbaabba")
                     whole, half = build(tasks), build(tasks)
                     choose = lambda own: "a" if tasks == "a" else own
                     expected = steps(whole, whole, [(x, y, choose(names))] * 2, tasks)
-                    shared = DistributedDataParallel(half)
+                    shared = DistributedDataParallel(visadapt.lean(half) if lean else half)
                     found = steps(shared, half, [(x[mine], y[mine], choose(names[mine]))] * 2, tasks)
                     for name, value in expected.items():
                         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 import visadapt
 from tests.methods.cases import CASES
 from tests.zoo import ZOO, output, stir
-from visadapt import lean, unlean
+from visadapt import lean, sites, unlean
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.frozen.functions import (
     Activation,
@@ -222,6 +222,21 @@ def test_frozen_conv_passes_gradcheck(settings, format):
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [7, 25])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+def test_the_gradient_of_a_frozen_pointwise_conv_is_that_of_torchs_own(stride, side, format):
+    conv = nn.Conv2d(6, 8, 1, stride).double()
+    x = torch.randn(2, 6, side, side + 1, dtype=torch.float64).to(memory_format=format).requires_grad_()
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups
+    y = FrozenConv.apply(x, conv.weight.detach(), conv.bias.detach(), *settings)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, grad)
+    (wanted,) = torch.autograd.grad(conv(x), x, grad)
+    torch.testing.assert_close(found, wanted)
+    assert format_of(found) is format
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_relu_and_pool_pass_gradcheck(format):
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64).to(memory_format=format).requires_grad_()
     assert gradcheck(lambda x: MaskedReLU.apply(x, False), x)
@@ -246,10 +261,11 @@ def test_masked_lets_through_what_the_mask_says():
         assert torch.equal(masked(x.to(dtype), mask), torch.tensor([1.0, -2.0, 0.0, 0.0], dtype=dtype))
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
+@pytest.mark.parametrize("layout", ["NCHW", "large", "NHWC", "NLC"])
 @pytest.mark.parametrize("activation", ["gelu", "relu", None])
 def test_bottleneck_passes_gradcheck(layout, activation):
-    shape = {"NCHW": (2, 6, 3, 3), "NHWC": (2, 3, 3, 6), "NLC": (2, 5, 6)}[layout]
+    shape = {"NCHW": (2, 6, 3, 3), "large": (1, 6, 12, 11), "NHWC": (2, 3, 3, 6), "NLC": (2, 5, 6)}[layout]
+    layout = layout.replace("large", "NCHW")
     method = visadapt.Bottleneck(m=4, activation=activation, init_std=1.0)
     adapter = BottleneckAdapter(method, Site("at", "block", 6, layout, 0)).double()
     h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -324,6 +340,28 @@ def test_lean_composes_with_autocast(norms):
     assert mine.dtype == torch.float32
     assert (mine - theirs).norm() < 0.1 * theirs.norm()
     assert lean_kept < 0.7 * kept
+
+
+@pytest.mark.parametrize("name", ["seresnet50", "vit", "bert"])
+def test_lean_composes_with_computing_again(name):
+    """The backbone's own checkpointing: what lies between its marks is computed once more in backward, not kept."""
+    model, x = injected(name, "affine"), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    _, gradients, _ = step(model, x)
+    lean(model.train())
+    if name == "bert":
+        # its name until transformers 5
+        enable = (
+            getattr(model.bert, "activation_checkpointing_enable", None) or model.bert.gradient_checkpointing_enable
+        )
+        enable()
+    else:
+        model.set_grad_checkpointing()
+    calls = []
+    model.get_submodule(sites(model)[0].host).register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    _, found, _ = step(model, x)
+    assert len(calls) == 2
+    for mine, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
 
 
 def test_lean_composes_with_compile():

@@ -66,6 +66,37 @@ def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -
     assert holds.case == "image"
 
 
+def test_validation_counts_where_all_seeds_were_trained() -> None:
+    def tried(name: str, points: float, seeds: int, lr: float) -> list[made.Result]:
+        return [at("compare", name, points, split="validation", seed=seed, lr=lr) for seed in range(seeds)]
+
+    results = [
+        *(at("compare", name, 80, split="test") for name in ("bottleneck m=8", "lora r=8", "full fine-tuning")),
+        # one lucky trial at another rate does not make a method the better one
+        *tried("bottleneck m=8", 84, 3, 1e-3),
+        *tried("bottleneck m=8", 99, 1, 3e-3),
+        *tried("lora r=8", 85, 3, 1e-3),
+    ]
+    (claim,) = compare(results).claims
+    assert claim.measured.startswith("lora r=8: ")
+
+
+@pytest.mark.parametrize(("points", "holds"), [(82, True), (80, False)])
+def test_a_nonlinear_bottleneck_against_a_linear_one_of_its_size(points: float, holds: bool) -> None:
+    results = [
+        at("compare", name, points if name == "bottleneck m=8" else 81, problem=problem)
+        for name in ("bottleneck m=8", "bottleneck m=8 activation=None", "bottleneck m=32")
+        for problem in ("cifar10", "mnist")
+    ]
+    (claim,) = compare(results).claims
+    assert claim.holds is holds
+    sign, better = ("+", 2) if holds else ("−", 0)
+    assert claim.measured == (
+        f"bottleneck m=8: {sign}1.0 points at equal parameters, in the mean of 2 pairs, of which it is better in "
+        f"{better}"
+    )
+
+
 def test_a_contender_that_skipped_a_problem_is_not_chosen() -> None:
     results = [
         at("compare", name, 90, problem=problem, split=split)

@@ -32,7 +32,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` where the mask says so, else 0."""
     # by its bits: torch's CPU kernels that mix bool and float are many times slower
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return mask.view(torch.int8).to(integer).neg_().bitwise_and_(x.view(integer)).view(x.dtype)
+    return mask.view(torch.int8).neg().to(integer).bitwise_and_(x.view(integer)).view(x.dtype)
 
 
 def format_of(x: Tensor) -> torch.memory_format:

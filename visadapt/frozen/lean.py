@@ -23,7 +23,8 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
     stands behind a BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain
     model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; :func:`unlean` undoes it
-    exactly.
+    exactly. To compute again what is kept, adapters' inputs too, switch on the backbone's own checkpointing: timm's
+    ``set_grad_checkpointing()``, say.
 
     Args:
         model: an injected model. Tasks may come and go afterwards.
