@@ -6,6 +6,8 @@ python -m benchmarks.bookkeeping
 from __future__ import annotations
 
 import copy
+import cProfile
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,17 @@ def seconds(run: Callable[[Any], object], repeats: int, prepare: Callable[[], An
     return found[1:]
 
 
+def shares(run: Callable[[], object], of: Callable[..., object], least: float = 3) -> Iterator[tuple[str, float]]:
+    """The functions that ``of`` calls, by their share in % of its time in a run, from ``least`` up."""
+    profiler = cProfile.Profile()
+    profiler.runcall(run)
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    code = of.__code__  # type: ignore[attr-defined]
+    at = (code.co_filename, code.co_firstlineno, code.co_name)
+    found = {key[2]: 100 * callers[at][3] / stats[at][3] for key, (*_, callers) in stats.items() if at in callers}
+    return ((name, share) for name, share in sorted(found.items(), key=lambda item: -item[1]) if share >= least)
+
+
 def imports(modules: str) -> float:
     """Seconds that a fresh interpreter takes to import."""
     start = time.perf_counter()
@@ -55,6 +68,7 @@ def measure(tasks: int, repeats: int, folder: Path) -> Iterator[Row]:
         visadapt.inject(model, m=1, task=f"task{number}", num_classes=10, norms="frozen")
         if number == 1 or number == tasks - 1:
             yield from _beside(model, number + 1, repeats, file)
+    imports("torch, visadapt")  # from here on the disk is not what is measured
     importing = [imports("torch, visadapt") - imports("torch") for _ in range(min(repeats, 5))]
     yield milliseconds("import visadapt", "beyond torch", importing)
 
@@ -69,6 +83,8 @@ def _beside(model: torch.nn.Module, tasks: int, repeats: int, file: Path) -> Ite
 
     yield milliseconds("inject one more", at, seconds(lambda n: visadapt.inject(model, m=32, task=n), repeats, without))
     yield milliseconds("load", at, seconds(lambda name: visadapt.load(model, file, task=name), repeats, without))
+    for name, share in shares(lambda: visadapt.load(model, file, task=without()), visadapt.load):
+        yield Row(f"profile: load: {name}", at, share, share, share, "%", 1)
     without()
     yield milliseconds("save", at, seconds(lambda _: visadapt.save(model, "first", file), repeats))
     yield milliseconds("switch", at, seconds(lambda _: visadapt.activate(model, "first"), repeats))
