@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.goals import GOALS, goal_of
+from benchmarks.goals import GOALS, Goal, goal_of
 from visadapt.files import replacing
 from visadapt.table import Table
 
@@ -82,17 +82,24 @@ def run(job: Job, python: str, device: str) -> list[dict[str, str]]:
     return [{"job": job.name, **json.loads(line), **facts} for line in said.splitlines()]
 
 
+def with_goals(rows: list[dict[str, str]]) -> list[tuple[Goal, dict[str, str]]]:
+    """The figures that have a goal, in the order of the goals."""
+    return [(goal, row) for goal in GOALS for row in rows if goal_of(row["figure"], row["setting"]) is goal]
+
+
+def missed(goal: Goal, row: dict[str, str]) -> bool:
+    """Whether a figure is above its goal."""
+    return float(row["value"]) > goal.most
+
+
 def table(rows: list[dict[str, str]]) -> Table:
-    """The figures with a goal, in the order of the goals."""
+    """The figures with a goal, each beside it."""
     shown = []
-    for goal in GOALS:
-        for row in rows:
-            if goal_of(row["figure"], row["setting"]) is not goal:
-                continue
-            limit = next((r for r in rows if r["figure"] == goal.limit and r["setting"] == row["setting"]), None)
-            verdict = "met" if float(row["value"]) <= goal.most else "missed"
-            by_operations = "" if limit is None else told(limit)[0]
-            shown.append((row["figure"], row["setting"], *told(row), f"≤ {goal.most:.4g}", verdict, by_operations))
+    for goal, row in with_goals(rows):
+        limit = next((r for r in rows if r["figure"] == goal.limit and r["setting"] == row["setting"]), None)
+        verdict = "missed" if missed(goal, row) else "met"
+        by_operations = "" if limit is None else told(limit)[0]
+        shown.append((row["figure"], row["setting"], *told(row), f"≤ {goal.most:.4g}", verdict, by_operations))
     return Table(("figure", "measured on", "median", "quartiles", "goal", "", "by operations"), shown)
 
 
@@ -107,7 +114,7 @@ def chart(rows: list[dict[str, str]], path: Path) -> None:
     """Each figure with a goal, as a bar of its share of that goal."""
     from matplotlib.figure import Figure
 
-    bars = [(goal, row) for goal in GOALS for row in rows if goal_of(row["figure"], row["setting"]) is goal]
+    bars = with_goals(rows)
     figure = Figure(figsize=(10, 0.35 * len(bars) + 1), layout="constrained")
     axes = figure.subplots()
     shares = [float(row["value"]) / goal.most for goal, row in bars]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
 import visadapt
-from benchmarks.measure import Row, exact, given, operations, spread, tell
+from benchmarks.measure import Row, exact, given, operations, profile, spread, tell
 from visadapt.frozen import CachedPrefix
 
 
@@ -25,10 +26,8 @@ def epoch(cached: CachedPrefix, labels: Tensor, batch: int, optimiser: torch.opt
         optimiser.step()
 
 
-def epochs(
-    where: object, x: Tensor, labels: Tensor, batch: int, cost: Callable[[Callable[[], None]], float]
-) -> tuple[float, float]:
-    """What the first epoch costs, which makes the cache, and the second."""
+def epochs(where: object, x: Tensor, labels: Tensor, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The first epoch, which makes the cache, and a later one."""
     model = torchvision.models.resnet50(weights=None).to(x.device)
     visadapt.inject(model, m=32, where=where, task="t", num_classes=10, norms="frozen")
     visadapt.lean(model).train()
@@ -39,7 +38,14 @@ def epochs(
         caches.append(visadapt.cache_prefix(model, "t", x, batch_size=batch))
         epoch(caches[0], labels, batch, optimiser)
 
-    return cost(first), cost(lambda: epoch(caches[0], labels, batch, optimiser))
+    return first, lambda: epoch(caches[0], labels, batch, optimiser)
+
+
+def later_over_first(cost: Callable[[Callable[[], None]], float], *setting: Any) -> float:
+    """What a later epoch costs over what the first does."""
+    first, later = epochs(*setting)
+    whole = cost(first)
+    return cost(later) / whole
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -54,11 +60,14 @@ def measure(size: int, images: int, batch: int, repeats: int, device: str) -> It
     x, labels = torch.randn(images, 3, size, size, device=device), torch.arange(images, device=device) % 10
     at = f"ResNet-50, m=32, {images} images, batch {batch}, {size} px"
     for where, what in (("layer4", "last stage"), (slice(-1, None), "last block")):
-        first, later = epochs(where, x, labels, batch, operations)
-        yield exact(f"operations: a later epoch on the prefix cache / the first ({what} adapted)", at, later / first)
-        taken = [epochs(where, x, labels, batch, seconds) for _ in range(repeats)]
-        ratios = [later / first for first, later in taken]
+        setting = (where, x, labels, batch)
+        figure = f"a later epoch on the prefix cache / the first ({what} adapted)"
+        yield exact(f"operations: {figure}", at, later_over_first(operations, *setting))
+        ratios = [later_over_first(seconds, *setting) for _ in range(repeats)]
         yield spread(f"prefix cache: a later epoch / the first ({what} adapted)", at, ratios, "×")
+        first, later = epochs(*setting)
+        first()
+        yield from profile(f"a later epoch on the prefix cache, {what} adapted", at, later)
 
 
 if __name__ == "__main__":

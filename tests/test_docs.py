@@ -6,16 +6,28 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import RESULTS, missed, read, with_goals
+from benchmarks.goals import GOALS
 from visadapt import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_page_of_methods_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("methods_page", DOCS / "build" / "methods.py")
+@pytest.mark.parametrize("name", ["methods", "performance"])
+def test_a_page_is_current(name) -> None:
+    spec = importlib.util.spec_from_file_location(f"{name}_page", DOCS / "build" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert (DOCS / "methods.md").read_text() == script.page(), "run python docs/build/methods.py"
+    assert (DOCS / f"{name}.md").read_text() == script.page(), f"run python docs/build/{name}.py"
+
+
+def test_every_goal_was_measured_and_every_miss_has_its_reason() -> None:
+    files = sorted(RESULTS.glob("performance-*.csv"))
+    assert files
+    for file in files:
+        measured = with_goals(read(file))
+        assert {goal for goal, _ in measured} == set(GOALS)
+        assert [goal.figure for goal, row in measured if missed(goal, row) and not goal.why] == []
 
 
 @pytest.mark.parametrize("page", ["add-a-method.md"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.__main__ import RESULTS, read, table, told
+from benchmarks.__main__ import RESULTS, missed, read, table, told, with_goals
 from visadapt.table import Table
 
 TARGET = Path(__file__).parent.parent / "performance.md"
@@ -33,6 +33,13 @@ def section(path: Path) -> str:
     first = rows[0]
     title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
     parts = [title, f"![share of each goal](../benchmarks/results/{path.stem}.svg)", table(rows).markdown()]
+    reasons: dict[str, list[str]] = {}
+    for goal, row in with_goals(rows):
+        if missed(goal, row):
+            reasons.setdefault(goal.why, []).append(f"{goal.figure}{goal.at and ', '}{goal.at} ({told(row)[0]})")
+    if reasons:
+        parts += ["What is missed, and where the time goes (the profiles are below):"]
+        parts += ["\n".join(f"* **{'; '.join(figures)}.** {why}" for why, figures in reasons.items())]
     profiles: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         if row["figure"].startswith("profile: "):
