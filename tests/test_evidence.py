@@ -1,0 +1,100 @@
+"""The evidence: what it asks for, how it tunes, and that it goes on from what is published."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from benchmarks import evidence
+from benchmarks.evidence import STAGES, Data, Lab
+from tests.report import made
+from visadapt.experiments import Compare, contender, write_csv
+from visadapt.experiments.run import Training
+
+
+def score(run: Training) -> float:
+    """Best at the highest rate."""
+    return 0.5 + run.contender.recipe.lr
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every experiment that is asked for; a comparison has made-up results."""
+    experiments = []
+
+    def run(experiment, folder, **options):
+        experiments.append(experiment)
+        if not isinstance(experiment, Compare):
+            return []
+        return [
+            dataclasses.replace(
+                made.result("compare", "resnet50", "cifar10", run.contender.name, run.seed, 0),
+                lr=run.contender.recipe.lr,
+                score=score(run),
+            )
+            for run in experiment.runs(lambda key: None)
+        ]
+
+    monkeypatch.setattr(evidence, "run_experiment", run)
+    return experiments
+
+
+def test_what_is_not_settled_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
+    problem = Data().images()[0]
+    who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8", "lora r=8"), 1, problem)
+    assert [one.name for one in who] == ["linear probe", "bottleneck m=8", "lora r=8"]
+    assert [one.recipe.lr for one in who] == [0.1, contender("bottleneck m=8").recipe.lr, 3e-3]
+    assert not any(one.rates for one in who)
+    (sweep,) = asked
+    assert (sweep.problems, sweep.split, sweep.seeds) == ((problem,), "validation", (0,))
+    assert [one.name for one in sweep.contenders] == ["linear probe", "lora r=8"]
+
+
+def test_only_bundled_data_where_nothing_else_is_given(asked, tmp_path):
+    for stage in STAGES:
+        stage(Data(), Lab(tmp_path, 1, "cpu"))
+    problems = {problem for experiment in asked for problem in experiment.problems}
+    assert {p.network for p in problems} == {"bundled/resnet50", "bundled/minilm"}
+    assert {p.name for p in problems} == {
+        "cifar10", "fashion-mnist", "mnist", "tweets", "products", "movies", "editorials",
+    }  # fmt: skip
+    assert {type(experiment).name for experiment in asked} == {
+        "compare", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
+    }  # fmt: skip
+
+
+def test_what_is_given_is_used_too(asked, tmp_path):
+    (tmp_path / "signs.zip").touch()
+    data = Data(tmp_path / "glue", tmp_path / "signs.zip", tmp_path / "vgg.safetensors")
+    for stage in STAGES:
+        stage(data, Lab(tmp_path, 1, "cpu"))
+    names = {problem.name for experiment in asked for problem in experiment.problems}
+    assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "tweets", "mnist"} <= names
+    assert any(problem.backbone == "vgg16" for experiment in asked for problem in experiment.problems)
+
+
+def test_what_was_published_is_known_and_what_is_made_is_published(asked, tmp_path, monkeypatch):
+    published = tmp_path / "evidence.csv"
+    write_csv(made.every(), published)
+    seen = []
+
+    def stage(data, lab):
+        seen.extend(path.name for path in lab.folder.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "STAGES", (stage,))
+    monkeypatch.setattr("sys.argv", ["evidence", str(tmp_path / "results"), "--out", str(published)])
+    before = published.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        evidence.main()
+    assert seen == ["published.csv"]
+    assert published.read_bytes() == before
+
+
+def test_an_unknown_stage_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evidence", str(tmp_path / "results"), "--only", "compair"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "no stage 'compair'" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
