@@ -40,7 +40,7 @@ PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
 SEEDS = (0, 1, 2)
 IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
 
-# the catalogue's rate of these is what a sweep on these very networks found (docs/cifar10-sweep.md, docs/tweets-sweep.md);
+# the catalogue's rate of these is what sweeps of these networks found (docs/cifar10-sweep.md, docs/tweets-sweep.md);
 # that of the others is found here, on the validation data of the first problem
 SETTLED = ("norms only", "biases", "bottleneck m=8", "bottleneck m=32", "bottleneck m=64", "full fine-tuning")
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
