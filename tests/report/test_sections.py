@@ -61,7 +61,7 @@ def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -
 
     (holds,), (fails,) = compare(results(89.7)).claims, compare(results(89.5)).claims
     assert (holds.holds, fails.holds) == (True, False)
-    assert holds.measured == "bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problems"
+    assert holds.measured == "bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problem"
     # parallel, better in both, trains 5.35 %, more than is allowed
     assert holds.case == "image"
 

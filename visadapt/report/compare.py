@@ -13,6 +13,7 @@ from visadapt.report.numbers import (
     against_full,
     amount,
     average,
+    counted,
     file_name,
     grouped,
     is_adapter,
@@ -90,7 +91,8 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
         return figure
 
     words = "; ".join(f"{name} {signed(gaps[name])}" for name in reversed(names))
-    alt = f"Dot plot for {network}, points against full fine-tuning in the mean over {len(problems)} problems: {words}."
+    over = counted(len(problems), "problem")
+    alt = f"Dot plot for {network}, points against full fine-tuning in the mean over {over}: {words}."
     return Drawing(file_name("compare", network), alt, draw)
 
 
@@ -132,13 +134,14 @@ def _bar(modality: str, results: Sequence[Result]) -> Claim | None:
     if not validated:
         return None
     chosen = max(validated, key=lambda name: validated[name])
+    over = counted(len(problems), "problem")
     return Claim(
         f"Adapters are within {CLOSE} points of full fine-tuning at ≤ {ALLOWED} % trained parameters, one method and "
         "size, chosen on validation data",
         "Houlsby et al. 2019, Table 1",
         modality,
         gaps[chosen] >= -CLOSE,
-        f"{chosen}: {signed(gaps[chosen])} points at {amount(cost[chosen])} %, mean of {len(problems)} problems",
+        f"{chosen}: {signed(gaps[chosen])} points at {amount(cost[chosen])} %, mean of {over}",
     )
 
 
@@ -161,7 +164,7 @@ def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
     if not gaps or results[0].modality != "image":
         return None
     said = [
-        f"{name}: {signed(mean(each))} points at equal parameters, in the mean of {len(each)} pairs, "
+        f"{name}: {signed(mean(each))} points at equal parameters, in the mean of {counted(len(each), 'pair')}, "
         f"of which it is better in {sum(gap > 0 for gap in each)}"
         for name, each in gaps.items()
     ]

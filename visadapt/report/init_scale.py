@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
 from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import average, grouped, percent, signed, told
+from visadapt.report.numbers import average, counted, grouped, percent, signed, told
 from visadapt.report.section import Claim, Section
 from visadapt.table import Table
 
@@ -35,8 +35,8 @@ def init_scale(results: Sequence[Result]) -> Section | None:
         "init_scale",
         "How large the first weights may be",
         f"Up to a standard deviation of {STABLE:g} the score stays within {WITHIN:g} point on "
-        f"{sum(claim.holds for claim in claims)} of {len(claims)} problems; {stopped} of {len(own)} trainings ended in "
-        "numbers that are not finite.",
+        f"{sum(claim.holds for claim in claims)} of {counted(len(claims), 'problem')}; {stopped} of {len(own)} trainings "
+        "ended in numbers that are not finite.",
         "The adapters' projections are drawn with standard deviations from tiny to 1 and then trained by one recipe, "
         "as in Houlsby et al. 2019, Fig. 6, right. A line is the mean over seeds on validation data, its band reaches "
         "from the worst to the best seed.",

@@ -77,6 +77,11 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
+def counted(count: int, word: str) -> str:
+    """``1 problem``, ``3 problems``."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def against_full(results: Sequence[Result]) -> dict[str, float]:
     """Contender → points by which it is above full fine-tuning, in the mean over the problems that both were run on."""
     problems = grouped(results, lambda r: (r.network, r.problem))
