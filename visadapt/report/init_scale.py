@@ -35,8 +35,8 @@ def init_scale(results: Sequence[Result]) -> Section | None:
         "init_scale",
         "How large the first weights may be",
         f"Up to a standard deviation of {STABLE:g} the score stays within {WITHIN:g} point on "
-        f"{sum(claim.holds for claim in claims)} of {counted(len(claims), 'problem')}; {stopped} of {len(own)} trainings "
-        "ended in numbers that are not finite.",
+        f"{sum(claim.holds for claim in claims)} of {counted(len(claims), 'problem')}; {stopped} of {len(own)} "
+        "trainings ended in numbers that are not finite.",
         "The adapters' projections are drawn with standard deviations from tiny to 1 and then trained by one recipe, "
         "as in Houlsby et al. 2019, Fig. 6, right. A line is the mean over seeds on validation data, its band reaches "
         "from the worst to the best seed.",
