@@ -11,10 +11,9 @@ images, --vgg16 has the convolutions of VGG-16; what is not given is left out. S
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -117,14 +116,12 @@ class Lab:
         for who in open_ones:
             own = [result for result in results if result.contender == who.name]
             rates[who.name] = max(own, key=lambda result: result.score).lr
-        return tuple(
-            dataclasses.replace(who.with_recipe(lr=rates.get(who.name, who.recipe.lr)), rates=()) for who in made
-        )
+        return tuple(replace(who.with_recipe(lr=rates.get(who.name, who.recipe.lr)), rates=()) for who in made)
 
     def compare(self, problems: Iterable[Problem], who: tuple[Contender, ...]) -> None:
         """On validation data, to choose by, and on test data: trained once for both, but for full fine-tuning."""
         asked = tuple(problems)
-        small = tuple(one for one in who if one.name != "full fine-tuning")
+        small = tuple(one for one in who if not one.name.startswith("full fine-tuning"))
         names = tuple(one.name for one in small)
         for at in asked:
             self.run(Compare((at,), small, SEEDS, "validation", names))
@@ -176,6 +173,12 @@ def tradeoff(data: Data, lab: Lab) -> None:
     lab.run(Tradeoff(data.images()[:1], widths=(2, 8, 32, 128, 256), epochs=IMAGE_EPOCHS, sweep=False))
 
 
+def longer(data: Data, lab: Lab) -> None:
+    """Whether what adapters lack on few texts is time."""
+    who = [contender(name, epochs=10) for name in ("bottleneck m=8", "full fine-tuning")]
+    lab.compare(data.texts()[:1], tuple(replace(one, name=f"{one.name}, 10 epochs", rates=()) for one in who))
+
+
 def sequence(data: Data, lab: Lab) -> None:
     full = contender("full fine-tuning", TEXT_EPOCHS)
     lab.run(Sequence(data.texts()[:5], (contender("bottleneck m=64", TEXT_EPOCHS),), full))
@@ -191,7 +194,7 @@ def transfer(data: Data, lab: Lab) -> None:
 def modality(data: Data, lab: Lab) -> None:
     for problems, names, epochs in ((data.texts()[:1], TEXT, TEXT_EPOCHS), (data.images()[:1], IMAGE, IMAGE_EPOCHS)):
         who = lab.tuned(names, epochs, problems[0])
-        deep = dataclasses.replace(who[2], rates=())
+        deep = replace(who[2], rates=())
         lab.run(Modality(problems, who, deep, SEEDS))
 
 
@@ -201,6 +204,7 @@ STAGES: tuple[Stage, ...] = (
     init_scale,
     ablation,
     tradeoff,
+    longer,
     compare,
     sequence,
     modality,
