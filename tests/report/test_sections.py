@@ -130,6 +130,9 @@ def test_tradeoff() -> None:
     assert [row[0] for row in section.tables[0].rows][:3] == ["bottleneck m=1", "norms only", "bottleneck m=8"]
     flat, _ = tradeoff(results(87)).claims
     assert (flat.holds, flat.measured) == (False, "2.0 points between m = 8 and m = 256, of 2 widths")
+    again = at("tradeoff", "bottleneck m=8", 87, facts={"m": 8}, fraction=8 / 1000, seed=1)
+    flat, _ = tradeoff([*results(87), again]).claims
+    assert flat.measured == "1.0 points between m = 8 and m = 256, of 2 widths; seeds alone spread by ± 1.4"
 
 
 def test_ablation() -> None:
@@ -158,6 +161,9 @@ def test_init_scale() -> None:
     (claim,) = section.claims
     assert (claim.holds, claim.measured) == (True, "0.5 points between the means; beyond, −55.0 points at worst")
     assert "1 of 4 trainings ended" in section.finding
+    again = [dataclasses.replace(r, seed=2, score=r.score - 0.02) for r in results[:2]]
+    (claim,) = init_scale([*results, *again]).claims
+    assert claim.measured == "0.5 points between the means; seeds alone spread by ± 1.4; beyond, −49.0 points at worst"
 
 
 @pytest.mark.parametrize("later", ["same", "other"])

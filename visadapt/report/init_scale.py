@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
 from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import average, counted, grouped, percent, signed, told
+from visadapt.report.numbers import average, by_chance, counted, grouped, percent, signed, told
 from visadapt.report.section import Claim, Section
 from visadapt.table import Table
 
@@ -80,10 +80,10 @@ def _table(problems: Problems) -> Table:
 
 
 def _stable(case: tuple[str, str], results: Sequence[Result]) -> Claim | None:
-    means = {std: average(group) for std, group in _by_std(results).items()}
     # 1e-2 computed as a power may be a hair above
-    small = [value for std, value in means.items() if std <= STABLE * 1.001]
-    large = [value for std, value in means.items() if std > STABLE * 1.001]
+    groups = [group for std, group in _by_std(results).items() if std <= STABLE * 1.001]
+    small = list(map(average, groups))
+    large = [average(group) for std, group in _by_std(results).items() if std > STABLE * 1.001]
     if len(small) < 2:
         return None
     gap = max(small) - min(small)
@@ -93,5 +93,5 @@ def _stable(case: tuple[str, str], results: Sequence[Result]) -> Claim | None:
         "Houlsby et al. 2019, §3.6",
         ", ".join(case),
         gap <= WITHIN,
-        f"{gap:.1f} points between the means{above}",
+        f"{gap:.1f} points between the means{by_chance(groups)}{above}",
     )

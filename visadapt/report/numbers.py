@@ -39,6 +39,12 @@ def spread(results: Sequence[Result]) -> float:
     return stdev(percent(results)) if len(results) > 1 else 0.0
 
 
+def by_chance(groups: Iterable[Sequence[Result]]) -> str:
+    """What seeds alone do, to be read beside a difference of means: ``; seeds alone spread by ± 1.2``."""
+    spreads = [spread(group) for group in groups if len(group) > 1]
+    return f"; seeds alone spread by ± {mean(spreads):.1f}" if spreads else ""
+
+
 def told(results: Sequence[Result]) -> str:
     """``75.2 ± 0.6``, or ``75.2`` of a single result; ``–`` of none."""
     if not results:

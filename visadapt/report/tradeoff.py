@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
 from visadapt.report.look import Drawing, Look, plain_ticks
-from visadapt.report.numbers import FULL, against_full, amount, average, file_name, grouped, share, signed, told
+from visadapt.report.numbers import (
+    FULL,
+    against_full,
+    amount,
+    average,
+    by_chance,
+    file_name,
+    grouped,
+    share,
+    signed,
+    told,
+)
 from visadapt.report.section import Claim, Section
 from visadapt.table import Table
 
@@ -114,12 +125,13 @@ def _flat(network: str, results: Sequence[Result]) -> Claim | None:
         return None
     best, worst = max(means, key=lambda m: means[m]), min(means, key=lambda m: means[m])
     gap = means[best] - means[worst]
+    groups = grouped([r for r in results if r.facts.get("m") in means], lambda r: (r.problem, r.facts["m"])).values()
     return Claim(
         f"The score hardly depends on the width from m = 8 to 256: means within {WITHIN:g} point",
         "Houlsby et al. 2019, §3.6",
         network,
         gap <= WITHIN,
-        f"{gap:.1f} points between m = {best} and m = {worst}, of {len(means)} widths",
+        f"{gap:.1f} points between m = {best} and m = {worst}, of {len(means)} widths{by_chance(groups)}",
     )
 
 
