@@ -5,8 +5,6 @@ python examples/text_transfer.py --quick    # under a minute
 python examples/text_transfer.py --sweep    # other learning rates, on validation texts
 """
 
-from transformers import logging
-
 from visadapt.experiments import TextProblem
 from visadapt.experiments.command import contenders, main, parser
 from visadapt.training import Recipe
@@ -27,8 +25,6 @@ GRID = {
     "Full": (3e-5, 1e-4, 3e-4),
 }
 
-logging.set_verbosity_error()  # transformers warns that the head is new: it is meant to be
-logging.disable_progress_bar()
 options = parser(__doc__.splitlines()[0], "bundled/minilm", "tweets", widths=(8, 64))
 options.add_argument("--length", type=int, default=32, help="tokens; longer texts are cut")
 args = options.parse_args()

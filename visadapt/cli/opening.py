@@ -59,7 +59,7 @@ def with_tasks(files: Sequence[Path], backbone: str | None = None) -> tuple[nn.M
 
 def _hush(name: str) -> None:
     """transformers says at length that a new head is new, and draws bars of its own."""
-    if name.startswith(("hf/", "bundled/minilm")) and importlib.util.find_spec("transformers"):
+    if name.startswith("hf/") and importlib.util.find_spec("transformers"):
         import transformers
 
         transformers.logging.set_verbosity_error()

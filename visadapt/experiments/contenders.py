@@ -39,6 +39,7 @@ def contender(name: str, epochs: int = 3) -> Contender:
     words = name.split()
     options = [word for word in words if "=" in word]
     method = _method(" ".join(word for word in words if "=" not in word), options)
+    rates: tuple[float, ...]
     if isinstance(method, Linear):
         rates, recipe = _HEAD, Recipe(epochs=30)
     elif isinstance(method, Full | TopLayers):
