@@ -168,9 +168,9 @@ def ablation(data: Data, lab: Lab) -> None:
 
 
 def tradeoff(data: Data, lab: Lab) -> None:
-    some = (1, 4, 8, 16, 64, 256)
-    lab.run(Tradeoff(data.texts()[:1], widths=some, epochs=TEXT_EPOCHS, sweep=False))
-    lab.run(Tradeoff(data.images()[:1], widths=(2, 8, 32, 128, 256), epochs=IMAGE_EPOCHS, sweep=False))
+    settled, some = ("bottleneck", "norms only", "full fine-tuning"), (1, 4, 8, 16, 64, 256)
+    lab.run(Tradeoff(data.texts()[:1], widths=some, epochs=TEXT_EPOCHS, settled=settled))
+    lab.run(Tradeoff(data.images()[:1], widths=(2, 8, 32, 128, 256), epochs=IMAGE_EPOCHS, settled=settled))
 
 
 def longer(data: Data, lab: Lab) -> None:

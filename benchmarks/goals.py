@@ -70,8 +70,8 @@ GOALS = (
         "load",
         20,
         "1000 tasks",
-        why="It does not grow with the number of tasks. Most of it is Python's: 70 parts are built and checked, their 172 "
-        "tensors read, copied to aligned memory and assigned one by one, the backbone's 265 looked at for changes.",
+        why="It does not grow with the number of tasks. Most of it is Python's: 70 parts are built and checked, 172 "
+        "tensors read, copied to aligned memory and assigned, the backbone's 265 looked at for changes.",
     ),
     Goal("task file / bytes of its tensors", 1.01),
 )

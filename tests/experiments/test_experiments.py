@@ -21,6 +21,7 @@ from visadapt.experiments import (
     Sequence,
     Tradeoff,
     Transfer,
+    contender,
     run_experiment,
 )
 from visadapt.experiments.decathlon import score
@@ -49,7 +50,14 @@ def facts(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def test_tradeoff_has_every_width_and_number_of_layers(tmp_path: Path) -> None:
-    results = made(Tradeoff((small(),), (1, 8), (1, 2), (0,), epochs=1, sweep=False), tmp_path)
+    settled = ("bottleneck", "norms only", "full fine-tuning")
+    wanted = Tradeoff((small(),), (1, 8), (1, 2), (0,), epochs=1, settled=settled)
+    every = made(wanted, tmp_path)
+    results = [r for r in every if r.split == "test"]
+    tried = [r for r in every if r.split == "validation"]
+    assert {(r.contender, r.lr) for r in tried} == {
+        (f"top layers n={n}", rate) for n in (1, 2) for rate in contender("top layers n=1").rates
+    }
     assert facts(results) == [{"m": 1}, {"m": 8}, {"n": 1}, {"n": 2}, {}, {}]
     assert [r.contender for r in results[-2:]] == ["norms only", "full fine-tuning"]
     trained = [r.trained for r in results]

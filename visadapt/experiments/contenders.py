@@ -20,8 +20,9 @@ _SPOKEN = {
 _METHODS = {**{name.lower(): cls for name, cls in METHODS.items()}, **{k: METHODS[v] for k, v in _SPOKEN.items()}}
 
 # around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
-# new head wants its own rate; gains and biases are few and move fast; a bottleneck bears more than what is linear
-_WEIGHTS, _LINEAR = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
+# new head wants its own rate, the fewer of them the faster; gains and biases are few and move fast; a bottleneck bears
+# more than what is linear
+_WEIGHTS, _LAYERS, _LINEAR = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)
 _BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
@@ -43,7 +44,8 @@ def contender(name: str, epochs: int = 3) -> Contender:
     if isinstance(method, Linear):
         rates, recipe = _HEAD, Recipe(epochs=30)
     elif isinstance(method, Full | TopLayers):
-        rates, recipe = _WEIGHTS, Recipe(epochs=epochs, head_lr=1e-3)
+        rates = _WEIGHTS if isinstance(method, Full) else _LAYERS
+        recipe = Recipe(epochs=epochs, head_lr=1e-3)
     elif isinstance(method, Norms | Biases):
         rates, recipe = _VECTORS, Recipe(epochs=epochs)
     else:

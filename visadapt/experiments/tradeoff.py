@@ -27,7 +27,8 @@ class Tradeoff(Experiment):
         layers: n.
         seeds: each a training.
         epochs: of every training.
-        sweep: whether each contender's learning rate is chosen on validation data, or the catalogue's is taken.
+        settled: how the names of those contenders begin whose learning rate is the catalogue's; that of the others is
+            chosen on validation data.
     """
 
     name: ClassVar[str] = "tradeoff"
@@ -37,7 +38,7 @@ class Tradeoff(Experiment):
     layers: tuple[int, ...] = (1, 2, 4)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 3
-    sweep: bool = True
+    settled: tuple[str, ...] = ()
 
     def runs(self, found: Found) -> list[Training]:
         return [
@@ -53,4 +54,4 @@ class Tradeoff(Experiment):
         told += [("norms only", {}), ("full fine-tuning", {})]
         for name, facts in told:
             who = contender(name, self.epochs)
-            yield (who if self.sweep else dataclasses.replace(who, rates=())), facts
+            yield (dataclasses.replace(who, rates=()) if name.startswith(self.settled) else who), facts
