@@ -242,7 +242,7 @@ def test_decathlon() -> None:
 def test_sections_without_results_are_left_out() -> None:
     report = build(list(made.transfer()))
     assert [section.name for section in report.sections] == ["transfer"]
-    assert report.made_with == ("36 results: device cpu x86_64, python 3.11, torch 2.14.1, commit abc1234",)
+    assert report.made_with == ("36 results: commit abc1234, device cpu x86_64, python 3.11, torch 2.14.1",)
     with pytest.raises(VisadaptError, match="0 results are too few for a report"):
         build([])
 

@@ -49,6 +49,6 @@ def build(results: Sequence[Result], title: str = "Results") -> Report:
     sections = tuple(section for make in SECTIONS if (section := make(results)) is not None)
     if not sections:
         raise VisadaptError(f"{len(results)} results are too few for a report: run an experiment to its end first")
-    machines = grouped(results, lambda r: ", ".join(f"{key} {value}" for key, value in r.machine.items()))
+    machines = grouped(results, lambda r: ", ".join(f"{key} {value}" for key, value in sorted(r.machine.items())))
     made = tuple(f"{len(group):,} results: {machine}" for machine, group in machines.items() if machine)
     return Report(title, sections, made)
