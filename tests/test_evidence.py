@@ -9,7 +9,7 @@ import pytest
 from benchmarks import evidence
 from benchmarks.evidence import STAGES, Data, Lab
 from tests.report import made
-from visadapt.experiments import Compare, contender, write_csv
+from visadapt.experiments import Compare, write_csv
 from visadapt.experiments.run import Training
 
 
@@ -40,15 +40,16 @@ def asked(monkeypatch):
     return experiments
 
 
-def test_what_is_not_settled_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
+def test_each_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
     problem = Data().images()[0]
-    who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8", "lora r=8"), 1, problem)
-    assert [one.name for one in who] == ["linear probe", "bottleneck m=8", "lora r=8"]
-    assert [one.recipe.lr for one in who] == [0.1, contender("bottleneck m=8").recipe.lr, 3e-3]
-    assert not any(one.rates for one in who)
+    who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8"), 1, problem)
+    assert [(one.name, one.recipe.lr, one.rates) for one in who] == [
+        ("linear probe", 0.1, ()),
+        ("bottleneck m=8", 1e-2, ()),
+    ]
     (sweep,) = asked
     assert (sweep.problems, sweep.split, sweep.seeds) == ((problem,), "validation", (0,))
-    assert [one.name for one in sweep.contenders] == ["linear probe", "lora r=8"]
+    assert all(len(one.rates) > 2 for one in sweep.contenders)
 
 
 def test_only_bundled_data_where_nothing_else_is_given(asked, tmp_path):
