@@ -9,6 +9,9 @@ import pytest
 from benchmarks.__main__ import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
 from visadapt import METHODS
+from visadapt.experiments import read_results
+from visadapt.report.build import build
+from visadapt.report.markdown import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,6 +31,14 @@ def test_every_goal_was_measured_and_every_miss_has_its_reason() -> None:
         measured = with_goals(read(file))
         assert {goal for goal, _ in measured} == set(GOALS)
         assert [goal.figure for goal, row in measured if missed(goal, row) and not goal.why] == []
+
+
+def test_the_page_of_results_is_current() -> None:
+    results = read_results(RESULTS / "evidence.csv")
+    said = markdown(build(results), "results")
+    assert (DOCS / "results.md").read_text(encoding="utf-8") == said, "run visadapt report --force"
+    drawings = {drawing.name for section in build(results).sections for drawing in section.drawings}
+    assert {path.stem for path in (DOCS / "results").glob("*.svg")} == drawings
 
 
 @pytest.mark.parametrize("page", ["add-a-method.md"])
