@@ -277,7 +277,7 @@ def _products(grad: Tensor, weight: Tensor) -> Tensor:
     kernel = weight.flatten(1)
     if format_of(grad) is torch.channels_last:
         return (grad.permute(0, 2, 3, 1) @ kernel).permute(0, 3, 1, 2)
-    return torch.matmul(kernel.t(), grad.flatten(2)).view(len(grad), -1, *grad.shape[2:])
+    return torch.matmul(kernel.t(), grad.flatten(2)).view(len(grad), kernel.shape[1], *grad.shape[2:])
 
 
 def _spread(x: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
