@@ -82,7 +82,7 @@ def _beside(model: torch.nn.Module, tasks: int, repeats: int, file: Path) -> Ite
     yield milliseconds("inject one more", at, seconds(lambda n: visadapt.inject(model, m=32, task=n), repeats, without))
     yield milliseconds("load", at, seconds(lambda name: visadapt.load(model, file, task=name), repeats, without))
     for name, share in shares(lambda: visadapt.load(model, file, task=without()), visadapt.load):
-        yield Row(f"profile: load: {name}", at, share, share, share, "%", 1)
+        yield exact(f"profile: load: {name}", at, share, "%")
     without()
     yield milliseconds("save", at, seconds(lambda _: visadapt.save(model, "first", file), repeats))
     yield milliseconds("switch", at, seconds(lambda _: visadapt.activate(model, "first"), repeats))

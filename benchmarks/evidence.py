@@ -25,6 +25,7 @@ from visadapt.experiments import (
     InitScale,
     Modality,
     Problem,
+    Result,
     Sequence,
     Tradeoff,
     Transfer,
@@ -68,13 +69,15 @@ class Data:
     def texts(self) -> tuple[Problem, ...]:
         """Sentiment, grammar and questions, then longer texts, then pairs."""
         given = None if self.glue is None else str(self.glue)
-        names = ("sst2", "tweets", "cola", "trec", "products", "movies", "editorials", "mrpc", "rte")
-        bundled = ("tweets", "products", "movies", "editorials")
+        names = ["tweets", "products", "movies", "editorials"]
+        if given is not None:
+            names = ["sst2", "tweets", "cola", "trec", "products", "movies", "editorials", "mrpc", "rte"]
+        lengths = {"mrpc": 64, "rte": 64}
         return tuple(
-            problem("bundled/minilm", name, train=500, validation=300, test=1000, root=given, length=64 if pair else 32)
+            problem(
+                "bundled/minilm", name, train=500, validation=300, test=1000, root=given, length=lengths.get(name, 32)
+            )
             for name in names
-            if given is not None or name in bundled
-            for pair in (name in ("mrpc", "rte"),)
         )
 
 
@@ -95,15 +98,14 @@ class Lab:
     processes: int
     device: str
 
-    def run(self, experiment: Experiment) -> None:
-        """Makes what is missing."""
-        run_experiment(experiment, self.folder, processes=self.processes, device=self.device)
+    def run(self, experiment: Experiment) -> list[Result]:
+        """Makes what is missing, and gives all results."""
+        return run_experiment(experiment, self.folder, processes=self.processes, device=self.device)
 
     def tuned(self, names: Iterable[str], epochs: int, first: Problem) -> tuple[Contender, ...]:
         """Contenders, each at the learning rate that is best on a problem's validation data."""
         made = tuple(contender(name, epochs) for name in names)
-        sweep = Compare((first,), made, SEEDS[:1], "validation")
-        results = run_experiment(sweep, self.folder, processes=self.processes, device=self.device)
+        results = self.run(Compare((first,), made, SEEDS[:1], "validation"))
         found = []
         for who in made:
             own = [result for result in results if result.contender == who.name]
@@ -113,10 +115,9 @@ class Lab:
 
     def compare(self, problems: Iterable[Problem], who: tuple[Contender, ...]) -> None:
         """On validation data, to choose by, and on test data: trained once for both, but for full fine-tuning."""
-        asked = tuple(problems)
         small = tuple(one for one in who if not one.name.startswith("full fine-tuning"))
         names = tuple(one.name for one in small)
-        for at in asked:
+        for at in problems:
             self.run(Compare((at,), small, SEEDS, "validation", names))
             self.run(Compare((at,), who, SEEDS, "test", names))
 
@@ -188,8 +189,7 @@ def transfer(data: Data, lab: Lab) -> None:
 def modality(data: Data, lab: Lab) -> None:
     for problems, names, epochs in ((data.texts()[:1], TEXT, TEXT_EPOCHS), (data.images()[:1], IMAGE, IMAGE_EPOCHS)):
         who = lab.tuned(names, epochs, problems[0])
-        deep = replace(who[2], rates=())
-        lab.run(Modality(problems, who, deep, SEEDS))
+        lab.run(Modality(problems, who, who[2], SEEDS))
 
 
 # what the papers claim of one problem first, then the same methods on more of them

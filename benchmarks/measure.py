@@ -80,9 +80,9 @@ def spread(figure: str, setting: str, values: Sequence[float], unit: str) -> Row
     return Row(figure, setting, statistics.median(values), quartiles[0], quartiles[2], unit, len(values))
 
 
-def exact(figure: str, setting: str, value: float) -> Row:
-    """A ratio that no repeat would change."""
-    return Row(figure, setting, value, value, value, "×", 1)
+def exact(figure: str, setting: str, value: float, unit: str = "×") -> Row:
+    """A ratio that no repeat would change, or the share of a single run."""
+    return Row(figure, setting, value, value, value, unit, 1)
 
 
 def best(times: Times, names: Sequence[str]) -> str:
@@ -121,7 +121,7 @@ def profile(figure: str, setting: str, run: Callable[[], object], most: int = 8)
     whole = sum(map(_own_time, events))
     for event in events[:most]:
         share = 100 * _own_time(event) / whole
-        yield Row(f"profile: {figure}: {event.key}", setting, share, share, share, "%", 1)
+        yield exact(f"profile: {figure}: {event.key}", setting, share, "%")
 
 
 def _own_time(event: Any) -> float:

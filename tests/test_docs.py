@@ -34,10 +34,10 @@ def test_every_goal_was_measured_and_every_miss_has_its_reason() -> None:
 
 
 def test_the_page_of_results_is_current() -> None:
-    results = read_results(RESULTS / "evidence.csv")
-    said = markdown(build(results), "results")
+    report = build(read_results(RESULTS / "evidence.csv"))
+    said = markdown(report, "results")
     assert (DOCS / "results.md").read_text(encoding="utf-8") == said, "run visadapt report --force"
-    drawings = {drawing.name for section in build(results).sections for drawing in section.drawings}
+    drawings = {drawing.name for section in report.sections for drawing in section.drawings}
     assert {path.stem for path in (DOCS / "results").glob("*.svg")} == drawings
 
 

@@ -80,10 +80,11 @@ def _table(problems: Problems) -> Table:
 
 
 def _stable(case: tuple[str, str], results: Sequence[Result]) -> Claim | None:
+    by = _by_std(results)
     # 1e-2 computed as a power may be a hair above
-    groups = [group for std, group in _by_std(results).items() if std <= STABLE * 1.001]
+    groups = [group for std, group in by.items() if std <= STABLE * 1.001]
     small = list(map(average, groups))
-    large = [average(group) for std, group in _by_std(results).items() if std > STABLE * 1.001]
+    large = [average(group) for std, group in by.items() if std > STABLE * 1.001]
     if len(small) < 2:
         return None
     gap = max(small) - min(small)
