@@ -43,6 +43,7 @@ IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
 TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "full fine-tuning")
+VGG = ("linear probe", "bottleneck m=8", "bottleneck m=32", "full fine-tuning")
 MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
 MORE_TEXT = ("biases", "bottleneck m=32", "parallel", "lora r=8", "top layers n=2")
 
@@ -65,6 +66,10 @@ class Data:
         """Photographs, clothes, traffic signs and digits."""
         names = ("cifar10", "fashion-mnist", *(() if self.gtsrb is None else (str(self.gtsrb),)), "mnist")
         return tuple(problem(network, name, train=2000, validation=300, test=1000, size=size) for name in names)
+
+    def of_vgg(self) -> tuple[Problem, ...]:
+        """Photographs and clothes, smaller; none without its weights."""
+        return () if self.vgg16 is None else self.images(str(self.vgg16), size=32)[:2]
 
     def texts(self) -> tuple[Problem, ...]:
         """Sentiment, grammar and questions, then longer texts, then pairs."""
@@ -136,13 +141,14 @@ def compare(data: Data, lab: Lab, most: int = 5) -> None:
             lab.compare([image], of_images)
 
 
+def vgg(data: Data, lab: Lab) -> None:
+    if images := data.of_vgg():
+        lab.compare(images, lab.tuned(VGG, IMAGE_EPOCHS, images[0]))
+
+
 def more_problems(data: Data, lab: Lab) -> None:
     texts = data.texts()
     lab.compare(texts[5:], lab.tuned(TEXT, TEXT_EPOCHS, texts[0]))
-    if data.vgg16 is not None:
-        names = ("linear probe", "bottleneck m=8", "bottleneck m=32", "full fine-tuning")
-        images = data.images(str(data.vgg16), size=32)[:2]
-        lab.compare(images, lab.tuned(names, IMAGE_EPOCHS, images[0]))
 
 
 def more_methods(data: Data, lab: Lab) -> None:
@@ -187,9 +193,17 @@ def transfer(data: Data, lab: Lab) -> None:
 
 
 def modality(data: Data, lab: Lab) -> None:
-    for problems, names, epochs in ((data.texts()[:1], TEXT, TEXT_EPOCHS), (data.images()[:1], IMAGE, IMAGE_EPOCHS)):
-        who = lab.tuned(names, epochs, problems[0])
-        lab.run(Modality(problems, who, who[2], SEEDS))
+    """Whom `compare` and `vgg` compared, on one axis; and one adapter of each kind at parts of the depth."""
+    for problems, names, epochs in (
+        (data.texts()[:5], TEXT, TEXT_EPOCHS),
+        (data.images(), IMAGE, IMAGE_EPOCHS),
+        (data.of_vgg(), VGG, IMAGE_EPOCHS),
+    ):
+        if problems:
+            lab.run(Modality(problems, lab.tuned(names, epochs, problems[0]), None, SEEDS))
+    for first, epochs in ((data.texts()[0], TEXT_EPOCHS), (data.images()[0], IMAGE_EPOCHS)):
+        (deep,) = lab.tuned(("bottleneck m=8",), epochs, first)
+        lab.run(Modality((first,), (), deep, SEEDS))
 
 
 # what the papers claim of one problem first, then the same methods on more of them
@@ -200,8 +214,9 @@ STAGES: tuple[Stage, ...] = (
     tradeoff,
     longer,
     compare,
-    sequence,
+    vgg,
     modality,
+    sequence,
     transfer,
     more_methods,
     more_problems,
