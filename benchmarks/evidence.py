@@ -45,7 +45,7 @@ IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bot
 TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "full fine-tuning")
 VGG = ("linear probe", "bottleneck m=8", "bottleneck m=32", "full fine-tuning")
 MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
-MORE_TEXT = ("biases", "bottleneck m=32", "parallel", "lora r=8", "top layers n=2")
+MORE_TEXT = ("biases", "bottleneck m=32", "adaptformer m=64 scale=1", "lora r=8", "top layers n=2")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import pytest
 from benchmarks import evidence
 from benchmarks.evidence import STAGES, Data, Lab
 from tests.report import made
-from visadapt.experiments import Compare, write_csv
+from visadapt import inject, tasks
+from visadapt.experiments import Compare, contender, write_csv
 from visadapt.experiments.run import Training
+from visadapt.hub import resolve
 
 
 def score(run: Training) -> float:
@@ -50,6 +52,21 @@ def test_each_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
     (sweep,) = asked
     assert (sweep.problems, sweep.split, sweep.seeds) == ((problem,), "validation", (0,))
     assert all(len(one.rates) > 2 for one in sweep.contenders)
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        ("bundled/minilm", (*evidence.TEXT, *evidence.MORE_TEXT)),
+        ("bundled/resnet50", (*evidence.IMAGE, *evidence.MORE_IMAGE)),
+    ],
+)
+def test_every_contender_finds_its_sites(network, names):
+    model = resolve(network)
+    for number, name in enumerate(names):
+        who = contender(name)
+        inject(model, who.method, task=f"task{number}", num_classes=2, norms=who.norms)
+    assert len(tasks(model)) == len(names)
 
 
 def test_only_bundled_data_where_nothing_else_is_given(asked, tmp_path):

@@ -7,7 +7,18 @@ from typing import Any
 
 from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments.contender import Contender
-from visadapt.methods import METHODS, Biases, Bottleneck, ConvAdapter, Full, Linear, Method, Norms, TopLayers
+from visadapt.methods import (
+    METHODS,
+    AdaptFormer,
+    Biases,
+    Bottleneck,
+    ConvAdapter,
+    Full,
+    Linear,
+    Method,
+    Norms,
+    TopLayers,
+)
 from visadapt.training import Recipe
 
 _SPOKEN = {
@@ -49,7 +60,7 @@ def contender(name: str, epochs: int = 3) -> Contender:
     elif isinstance(method, Norms | Biases):
         rates, recipe = _VECTORS, Recipe(epochs=epochs)
     else:
-        rates = _BOTTLENECK if isinstance(method, Bottleneck | ConvAdapter) else _LINEAR
+        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter) else _LINEAR
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
