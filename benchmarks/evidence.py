@@ -175,9 +175,9 @@ def tradeoff(data: Data, lab: Lab) -> None:
 
 
 def longer(data: Data, lab: Lab) -> None:
-    """Whether what adapters lack on few texts is time."""
+    """Whether what adapters lack on few texts is time: more of it, and rates swept anew for that."""
     who = [contender(name, epochs=10) for name in ("bottleneck m=8", "full fine-tuning")]
-    lab.compare(data.texts()[:1], tuple(replace(one, name=f"{one.name}, 10 epochs", rates=()) for one in who))
+    lab.compare(data.texts()[:1], tuple(replace(one, name=f"{one.name}, 10 epochs") for one in who))
 
 
 def sequence(data: Data, lab: Lab) -> None:
