@@ -108,6 +108,19 @@ def test_a_contender_that_skipped_a_problem_is_not_chosen() -> None:
     assert compare(results).claims == ()
 
 
+def test_a_mean_over_fewer_problems_says_so_and_is_not_the_best() -> None:
+    results = [
+        at("compare", name, score, problem=problem)
+        for name, score in (("full fine-tuning", 80), ("bottleneck m=8", 79), ("series", 85))
+        for problem in ("cifar10", "mnist")
+        if (name, problem) != ("series", "mnist")
+    ]
+    section = compare(results)
+    assert "bottleneck m=8 at −1.0" in section.finding
+    (drawing,) = section.drawings
+    assert "series +5.0 (1 problem); full fine-tuning 0.0; bottleneck m=8 −1.0." in drawing.alt
+
+
 def test_tradeoff() -> None:
     def results(wide: float) -> list[made.Result]:
         return [

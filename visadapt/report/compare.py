@@ -45,7 +45,7 @@ def compare(results: Sequence[Result]) -> Section | None:
     gaps = {network: against_full(group) for network, group in networks.items()}
     best = []
     for network, group in networks.items():
-        adapters = {name: gap for name, gap in gaps[network].items() if is_adapter(name)}
+        adapters = {name: gap for name, gap in gaps[network].items() if is_adapter(name) and name not in _partly(group)}
         if adapters:
             name = max(adapters, key=lambda name: adapters[name])
             trained = amount(max(share(r) for r in group if r.contender == name))
@@ -60,7 +60,8 @@ def compare(results: Sequence[Result]) -> Section | None:
         "Each method at the learning rate that validation data chose for it, on test data. In the figure a small mark "
         "is a problem and a large one the mean over problems, in points above or below full fine-tuning of the same "
         "backbone; circles are adapters, squares train parameters that the network has. The share of the backbone that "
-        "is trained, heads apart, stands beside the name. Tables give the mean ± the standard deviation over seeds.",
+        "is trained, heads apart, stands beside the name, and the number of problems where these are not all. Tables "
+        "give the mean ± the standard deviation over seeds.",
         tuple(_dots(network, group, gaps[network]) for network, group in networks.items() if gaps[network]),
         tuple(_table(network, group) for network, group in networks.items()),
         (
@@ -70,9 +71,17 @@ def compare(results: Sequence[Result]) -> Section | None:
     )
 
 
+def _partly(results: Sequence[Result]) -> dict[str, str]:
+    """Contenders that were not run on all problems → on how many: `` (1 problem)``."""
+    every = len({r.problem for r in results})
+    counts = {name: len({r.problem for r in own}) for name, own in grouped(results, lambda r: r.contender).items()}
+    return {name: f" ({counted(count, 'problem')})" for name, count in counts.items() if count < every}
+
+
 def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Drawing:
     names = sorted(gaps, key=lambda name: gaps[name])
     problems = [grouped(group, lambda r: r.contender) for group in grouped(results, lambda r: r.problem).values()]
+    partly = _partly(results)
     trained = {r.contender: amount(share(r)) for r in results}
 
     def draw(look: Look) -> Figure:
@@ -83,14 +92,14 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
             singles = [average(by[name]) - average(by[FULL]) for by in problems if name in by and FULL in by]
             axes.plot(singles, [row] * len(singles), markersize=3.5, alpha=0.6, **{**style, "linestyle": ""})
             axes.plot(gaps[name], row, markersize=8, **style)
-        axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %" for name in names])
+        axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %{partly.get(name, '')}" for name in names])
         axes.axvline(0, color=look.ink, linewidth=0.8)
         axes.grid(axis="x")
         axes.margins(y=0.06)
         axes.set_xlabel("points against full fine-tuning")
         return figure
 
-    words = "; ".join(f"{name} {signed(gaps[name])}" for name in reversed(names))
+    words = "; ".join(f"{name} {signed(gaps[name])}{partly.get(name, '')}" for name in reversed(names))
     over = counted(len(problems), "problem")
     alt = f"Dot plot for {network}, points against full fine-tuning in the mean over {over}: {words}."
     return Drawing(file_name("compare", network), alt, draw)
