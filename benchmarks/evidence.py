@@ -181,15 +181,14 @@ def longer(data: Data, lab: Lab) -> None:
 
 
 def sequence(data: Data, lab: Lab) -> None:
-    full = contender("full fine-tuning", TEXT_EPOCHS)
-    lab.run(Sequence(data.texts()[:5], (contender("bottleneck m=64", TEXT_EPOCHS),), full))
-    full = contender("full fine-tuning", IMAGE_EPOCHS)
-    lab.run(Sequence(data.images(), (contender("bottleneck m=8", IMAGE_EPOCHS),), full))
+    for problems, epochs in ((data.texts()[:5], TEXT_EPOCHS), (data.images(), IMAGE_EPOCHS)):
+        who, full = contender("bottleneck m=8", epochs), contender("full fine-tuning", epochs)
+        lab.run(Sequence(problems, (who,), full))
 
 
 def transfer(data: Data, lab: Lab) -> None:
-    lab.run(Transfer(data.texts()[:5], contender("bottleneck m=64", TEXT_EPOCHS), SEEDS[:1]))
-    lab.run(Transfer(data.images(), contender("bottleneck m=8", IMAGE_EPOCHS), SEEDS[:1]))
+    for problems, epochs in ((data.texts()[:5], TEXT_EPOCHS), (data.images(), IMAGE_EPOCHS)):
+        lab.run(Transfer(problems, contender("bottleneck m=8", epochs), SEEDS[:1]))
 
 
 def modality(data: Data, lab: Lab) -> None:
@@ -203,7 +202,7 @@ def modality(data: Data, lab: Lab) -> None:
             lab.run(Modality(problems, lab.tuned(names, epochs, problems[0]), None, SEEDS))
     for first, epochs in ((data.texts()[0], TEXT_EPOCHS), (data.images()[0], IMAGE_EPOCHS)):
         (deep,) = lab.tuned(("bottleneck m=8",), epochs, first)
-        lab.run(Modality((first,), (), deep, SEEDS))
+        lab.run(Modality((first,), (), deep, SEEDS[:2]))
 
 
 # what the papers claim of one problem first, then the same methods on more of them
