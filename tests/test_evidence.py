@@ -44,7 +44,7 @@ def asked(monkeypatch):
 
 def test_each_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
     problem = Data().images()[0]
-    who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8"), 1, problem)
+    who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8"), problem)
     assert [(one.name, one.recipe.lr, one.rates) for one in who] == [
         ("linear probe", 0.1, ()),
         ("bottleneck m=8", 1e-2, ()),
