@@ -188,13 +188,13 @@ def tradeoff(data: Data, lab: Lab) -> None:
 
 def sequence(data: Data, lab: Lab) -> None:
     for problems in (data.texts()[:5], data.images()):
-        who, full = entrant("bottleneck m=8", problems[0]), entrant("full fine-tuning", problems[0])
+        who, full = lab.tuned(("bottleneck m=8", "full fine-tuning"), problems[0])
         lab.run(Sequence(problems, (who,), full))
 
 
 def transfer(data: Data, lab: Lab) -> None:
     for problems in (data.texts()[:5], data.images()):
-        lab.run(Transfer(problems, entrant("bottleneck m=8", problems[0]), SEEDS[:1]))
+        lab.run(Transfer(problems, *lab.tuned(("bottleneck m=8",), problems[0]), SEEDS[:1]))
 
 
 def modality(data: Data, lab: Lab) -> None:
