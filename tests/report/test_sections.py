@@ -265,5 +265,6 @@ def test_numbers_in_words() -> None:
     assert [amount(x) for x in (0.2259, 5.35, 99.7, 100)] == ["0.23", "5.3", "100", "100"]
     assert [listed(["a", "b", "c"][:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
     assert told([]) == "–"
+    assert told([at("compare", "series", score) for score in (-0.2, -0.4)]) == "−0.3 ± 0.1"
     assert file_name("ablation", "resnet50", "bottleneck m=8") == "ablation-resnet50-bottleneck-m-8"
     assert [is_adapter(name) for name in ("bottleneck m=8", "top layers n=2", "norms only")] == [True, False, False]

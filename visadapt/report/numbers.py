@@ -49,7 +49,8 @@ def told(results: Sequence[Result]) -> str:
     """``75.2 ± 0.6``, or ``75.2`` of a single result; ``–`` of none."""
     if not results:
         return "–"
-    return f"{average(results):.1f}" + (f" ± {spread(results):.1f}" if len(results) > 1 else "")
+    middle = signed(average(results)).removeprefix("+")
+    return f"{middle} ± {spread(results):.1f}" if len(results) > 1 else middle
 
 
 def signed(value: float) -> str:
