@@ -207,9 +207,9 @@ def modality(data: Data, lab: Lab) -> None:
     """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
     for first in (data.texts()[0], data.images()[0]):
         lab.run(Modality((first,), (), *lab.tuned(("bottleneck m=8",), first), SEEDS[:1]))
-    for problems, names in ((data.texts()[:5], TEXT), (data.images(), IMAGE), (data.of_vgg(), VGG)):
-        if problems:
-            lab.run(Modality(problems, lab.tuned(names, problems[0]), None, SEEDS))
+    for problems, names in ((data.images(), IMAGE), (data.texts()[:5], TEXT), (data.of_vgg(), VGG)):
+        for at in problems:
+            lab.run(Modality((at,), lab.tuned(names, problems[0]), None, SEEDS))
 
 
 # what the papers claim of one problem first, then the same methods on more of them
