@@ -22,6 +22,7 @@ from visadapt.experiments import (
     Tradeoff,
     Transfer,
     contender,
+    problem,
     run_experiment,
 )
 from visadapt.experiments.decathlon import score
@@ -180,6 +181,13 @@ def test_modality_puts_adapters_at_both_ends(tmp_path: Path) -> None:
     for place, channels in ends.items():
         (result,) = (r for r in results if r.facts.get("where") == place)
         assert result.trained == sum(2 * 4 * c + c + 4 for c in channels), "no norms, nothing elsewhere"
+
+
+def test_half_of_the_depth_is_among_the_places() -> None:
+    tweets = problem("bundled/minilm", "tweets", train=8, validation=8, test=8)
+    runs = Modality((tweets,), (), ADAPTER, (0,)).runs(lambda key: None)
+    places = [f"{end} {k}" for k in (1, 2, 3, 4) for end in ("first", "last")]
+    assert [run.facts["where"] for run in runs] == [*places, "all"]
 
 
 def test_decathlon_sums_up_what_it_has_run(tmp_path: Path) -> None:

@@ -234,6 +234,15 @@ def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
     assert claim.measured == f"last 2 of 4 layers: {signed(upper - 90)} points, first 2: −10.0"
 
 
+def test_nothing_is_claimed_of_half_the_layers_where_a_third_was_measured() -> None:
+    results = [
+        at("modality", f"b, {where}", 80, modality="text", facts={"where": where, "k": k, "layers": 6})
+        for where, k in (("first 2", 2), ("last 2", 2), ("all", 6))
+    ]
+    results += [at("modality", name, 90, modality="text") for name in ("full fine-tuning", "bottleneck m=8")]
+    assert modality(results).claims == ()
+
+
 def test_depth_alone_is_a_section_too() -> None:
     section = modality([r for r in made.modality() if "where" in r.facts])
     assert [drawing.name for drawing in section.drawings] == ["modality-depth"]

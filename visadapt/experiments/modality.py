@@ -21,7 +21,8 @@ class Modality(Experiment):
 
     Houlsby et al. 2019 (arXiv 1902.00751, §3.6) find that the upper layers suffice on text, Rebuffi et al. 2018 (arXiv
     1803.10082, §4.2) that shallow and deep ones need adapting on images. ``deep`` answers on one footing: it is put
-    into the first k and into the last k layers only, with the norms frozen, so that nothing else adapts.
+    into the first k and into the last k layers only, k each power of 2 and half of them, with the norms frozen, so that
+    nothing else adapts.
 
     Facts: none of the contenders; of ``deep`` its place ``where``, such as ``last 4``, ``k`` and the number of all
     ``layers``.
@@ -52,7 +53,7 @@ class Modality(Experiment):
         if self.deep is None:
             return
         count = layers(problem, self.deep.method.kinds)
-        ks = [k for k in (2**i for i in range(count)) if k < count]
+        ks = sorted({k for k in (*(2**i for i in range(count)), count // 2) if 0 < k < count})
         ends = [
             (f"{end} {k}", k, at) for k in ks for end, at in (("first", range(k)), ("last", range(count - k, count)))
         ]

@@ -119,8 +119,8 @@ def _upper(network: str, results: Sequence[Result]) -> Claim | None:
     """What the last half of the layers can do alone: enough on text, too little on images, by the papers."""
     layers = results[0].facts["layers"]
     first, last = _at(results, "first"), _at(results, "last")
-    k = max((k for k in last if k in first and 2 * k <= layers), default=None)
-    if k is None:
+    k = layers // 2
+    if k not in first or k not in last:
         return None
     measured = f"last {k} of {layers} layers: {signed(last[k])} points, first {k}: {signed(first[k])}"
     enough = last[k] >= -NEAR
