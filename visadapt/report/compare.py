@@ -45,7 +45,8 @@ def compare(results: Sequence[Result]) -> Section | None:
     gaps = {network: against_full(group) for network, group in networks.items()}
     best = []
     for network, group in networks.items():
-        adapters = {name: gap for name, gap in gaps[network].items() if is_adapter(name) and name not in _partly(group)}
+        partly = _partly(group)
+        adapters = {name: gap for name, gap in gaps[network].items() if is_adapter(name) and name not in partly}
         if adapters:
             name = max(adapters, key=lambda name: adapters[name])
             trained = amount(max(share(r) for r in group if r.contender == name))
