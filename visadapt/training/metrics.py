@@ -45,18 +45,20 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
 
 def matthews(logits: Tensor, labels: Tensor) -> float:
     """Matthews' correlation coefficient for any number of classes; 0 where all answers or all labels are alike."""
+    theirs = _torchmetrics("matthews")
     if not (_vary(logits.argmax(-1)) and _vary(labels)):
         # 0/0, which torchmetrics takes to a limit, of two classes, that is more than 0 for whoever says the larger one
         return 0.0
     options: dict[str, Any] = {"task": "multiclass", "num_classes": logits.shape[-1]}
-    return _torchmetrics("matthews").matthews_corrcoef(logits, labels, **options).item()  # type: ignore[no-any-return]
+    return theirs.matthews_corrcoef(logits, labels, **options).item()  # type: ignore[no-any-return]
 
 
 def pearson(logits: Tensor, labels: Tensor) -> float:
     """Linear correlation of the one output with real-valued labels; 0 where all outputs or all labels are alike."""
+    theirs = _torchmetrics("pearson")
     if not (_vary(logits) and _vary(labels)):
         return 0.0
-    return _torchmetrics("pearson").pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
+    return theirs.pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
 
 
 def spearman(logits: Tensor, labels: Tensor) -> float:
