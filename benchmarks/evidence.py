@@ -87,14 +87,14 @@ class Data:
         )
 
 
-def entrant(name: str, at: Problem) -> Contender:
-    """A contender of the catalogue; on texts with half the batch: 500 of them make 48 steps otherwise, see `steps`.
+def entrants(names: Iterable[str], at: Problem) -> tuple[Contender, ...]:
+    """Contenders of the catalogue; on texts with half the batch: 500 of them make 48 steps otherwise, see `steps`.
 
     `init_scale`, `ablation` and `tradeoff` keep the catalogue's batch.
     """
     if at.modality == "image":
-        return contender(name, IMAGE_EPOCHS)
-    return contender(name, TEXT_EPOCHS).with_recipe(batch_size=TEXT_BATCH)
+        return tuple(contender(name, IMAGE_EPOCHS) for name in names)
+    return tuple(contender(name, TEXT_EPOCHS).with_recipe(batch_size=TEXT_BATCH) for name in names)
 
 
 Stage = Callable[[Data, "Lab"], None]
@@ -118,24 +118,23 @@ class Lab:
         """Makes what is missing, and gives all results."""
         return run_experiment(experiment, self.folder, processes=self.processes, device=self.device)
 
-    def tuned(self, names: Iterable[str], first: Problem) -> tuple[Contender, ...]:
+    def tuned(self, names: Iterable[str], at: Problem) -> tuple[Contender, ...]:
         """Contenders, each at the learning rate that is best on a problem's validation data."""
-        made = tuple(entrant(name, first) for name in names)
-        results = self.run(Compare((first,), made, SEEDS[:1], "validation"))
+        made = entrants(names, at)
+        results = self.run(Compare((at,), made, SEEDS[:1], "validation"))
         found = []
         for who in made:
             own = [result for result in results if result.contender == who.name]
-            best = max(own, key=lambda result: result.score)
+            best = max(own, key=lambda result: (result.score, -result.lr))
             found.append(replace(who.with_recipe(lr=best.lr), rates=()))
         return tuple(found)
 
-    def compare(self, problems: Iterable[Problem], who: tuple[Contender, ...]) -> None:
+    def compare(self, at: Problem, who: tuple[Contender, ...]) -> None:
         """On validation data, to choose by, and on test data: trained once for both, but for full fine-tuning."""
         small = tuple(one for one in who if not one.name.startswith("full fine-tuning"))
         names = tuple(one.name for one in small)
-        for at in problems:
-            self.run(Compare((at,), small, SEEDS, "validation", names))
-            self.run(Compare((at,), who, SEEDS, "test", names))
+        self.run(Compare((at,), small, SEEDS, "validation", names))
+        self.run(Compare((at,), who, SEEDS, "test", names))
 
 
 def compare_first(data: Data, lab: Lab) -> None:
@@ -143,36 +142,35 @@ def compare_first(data: Data, lab: Lab) -> None:
 
 
 def compare(data: Data, lab: Lab, most: int = 5) -> None:
-    texts, images = data.texts()[:most], data.images()[:most]
-    of_text, of_images = lab.tuned(TEXT, texts[0]), lab.tuned(IMAGE, images[0])
     # in turns, so that a run that is cut short has some of both
-    for text, image in zip_longest(texts, images):
-        lab.compare([text], of_text)
+    for text, image in zip_longest(data.texts()[:most], data.images()[:most]):
+        lab.compare(text, entrants(TEXT, text))
         if image is not None:
-            lab.compare([image], of_images)
+            lab.compare(image, entrants(IMAGE, image))
 
 
 def steps(data: Data, lab: Lab) -> None:
     """What is left of it with twice the batch, which is half the steps."""
-    who = lab.tuned(TEXT[2:], data.texts()[0])
-    twice = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
-    lab.compare(data.texts()[3:4], tuple(twice))
+    for at in data.texts()[3:4]:
+        who = lab.tuned(TEXT[2:], at)
+        twice = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
+        lab.compare(at, tuple(twice))
 
 
 def vgg(data: Data, lab: Lab) -> None:
-    if images := data.of_vgg():
-        lab.compare(images, lab.tuned(VGG, images[0]))
+    for image in data.of_vgg():
+        lab.compare(image, entrants(VGG, image))
 
 
 def more_problems(data: Data, lab: Lab) -> None:
-    texts = data.texts()
-    lab.compare(texts[5:], lab.tuned(TEXT, texts[0]))
+    for text in data.texts()[5:]:
+        lab.compare(text, entrants(TEXT, text))
 
 
 def more_methods(data: Data, lab: Lab) -> None:
     text, image = data.texts()[0], data.images()[0]
-    lab.compare([text], lab.tuned(MORE_TEXT, text))
-    lab.compare([image], lab.tuned(MORE_IMAGE, image))
+    lab.compare(text, entrants(MORE_TEXT, text))
+    lab.compare(image, entrants(MORE_IMAGE, image))
 
 
 def init_scale(data: Data, lab: Lab) -> None:
@@ -207,9 +205,9 @@ def modality(data: Data, lab: Lab) -> None:
     """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
     for first in (data.texts()[0], data.images()[0]):
         lab.run(Modality((first,), (), *lab.tuned(("bottleneck m=8",), first), SEEDS[:1]))
-    for problems, names in ((data.images(), IMAGE), (data.texts()[:5], TEXT), (data.of_vgg(), VGG)):
+    for problems, names in ((data.images(), IMAGE), (data.texts(), TEXT), (data.of_vgg(), VGG)):
         for at in problems:
-            lab.run(Modality((at,), lab.tuned(names, problems[0]), None, SEEDS))
+            lab.run(Modality((at,), entrants(names, at), None, SEEDS))
 
 
 # what the papers claim of one problem first, then the same methods on more of them

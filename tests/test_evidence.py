@@ -42,7 +42,7 @@ def asked(monkeypatch):
     return experiments
 
 
-def test_each_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
+def test_each_takes_the_best_rate_of_a_problem(asked, tmp_path):
     problem = Data().images()[0]
     who = Lab(tmp_path, 1, "cpu").tuned(("linear probe", "bottleneck m=8"), problem)
     assert [(one.name, one.recipe.lr, one.rates) for one in who] == [
@@ -52,6 +52,14 @@ def test_each_takes_the_best_rate_of_the_first_problem(asked, tmp_path):
     (sweep,) = asked
     assert (sweep.problems, sweep.split, sweep.seeds) == ((problem,), "validation", (0,))
     assert all(len(one.rates) > 2 for one in sweep.contenders)
+
+
+def test_a_comparison_is_a_sweep_on_each_problem(asked, tmp_path):
+    evidence.compare(Data(tmp_path, tmp_path / "signs.zip"), Lab(tmp_path, 1, "cpu"))
+    tests = [experiment for experiment in asked if experiment.split == "test"]
+    everything = [(at.name, who.name) for test in tests for at in test.problems for who in test.contenders]
+    assert len(set(everything)) == 5 * len(evidence.TEXT) + 4 * len(evidence.IMAGE)
+    assert all(len(one.rates) > 2 for experiment in asked for one in experiment.contenders)
 
 
 @pytest.mark.parametrize(

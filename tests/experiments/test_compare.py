@@ -108,6 +108,17 @@ def test_learning_rates_are_chosen_on_validation_data(problem: ImageProblem, tmp
     assert str(shown).count("*") == 1
 
 
+def test_a_kept_sweep_is_the_first_of_the_trainings(
+    problem: ImageProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    monkeypatch.setattr("visadapt.experiments.train.fit", lambda *args, **options: trained.append(options["seed"]))
+    adapters = dataclasses.replace(who(), rates=(1e-3, 1e-2, 1e-1))
+    for split in ("validation", "test"):
+        run(Compare((problem,), (adapters,), (0, 1), split, keep=(adapters.name,)), tmp_path)
+    assert trained == [0, 0, 0, 1], "three rates, and another seed at one of them"
+
+
 def folder_of_digits(at: Path, other: bool) -> str:
     """An ImageFolder of digits, whose test labels may be others than they should be."""
     splits = small("digits").splits

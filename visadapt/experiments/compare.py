@@ -24,7 +24,7 @@ class Compare(Experiment):
         contenders: whom.
         seeds: each a training.
         split: that the final trainings are measured on; on ``validation`` it is a sweep and no more.
-        keep: names of contenders whose task files are kept.
+        keep: names of contenders whose task files are kept, so that another split needs no training again.
     """
 
     name: ClassVar[str] = "compare"
@@ -67,13 +67,13 @@ def swept(
         found: gives results that are there.
         split: that the final trainings are measured on.
         facts: the experiment's coordinates.
-        keep: whether the final trainings' task files are kept.
+        keep: whether task files are kept; those of the trials too, one of which is the first of the final trainings.
     """
     facts = facts or {}
     trials = []
     if len(contender.rates) > 1:
         rates = [contender.with_recipe(lr=rate) for rate in contender.rates]
-        trials = [Training(experiment, problem, rated, seeds[0], "validation", facts) for rated in rates]
+        trials = [Training(experiment, problem, who, seeds[0], "validation", facts, keep=keep) for who in rates]
         scores = [result.score for trial in trials if (result := found(trial.key)) is not None]
         if len(scores) < len(trials):
             return trials
