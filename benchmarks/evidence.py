@@ -40,11 +40,12 @@ PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
 SEEDS = (0, 1, 2)
 IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
 TEXT_BATCH = 16
+OWN_RATES = ("tweets", "trec")
 
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
 TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "full fine-tuning")
-VGG = ("linear probe", "bottleneck m=8", "bottleneck m=32", "full fine-tuning")
+VGG = ("linear probe", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None", "full fine-tuning")
 MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
 MORE_TEXT = ("biases", "bottleneck m=32", "adaptformer m=64 scale=1", "lora r=8", "top layers n=2")
 
@@ -142,19 +143,28 @@ def compare_first(data: Data, lab: Lab) -> None:
 
 
 def compare(data: Data, lab: Lab, most: int = 5) -> None:
+    texts, images = data.texts()[:most], data.images()[:most]
+    of_text, of_images = lab.tuned(TEXT, texts[0]), lab.tuned(IMAGE, images[0])
     # in turns, so that a run that is cut short has some of both
-    for text, image in zip_longest(data.texts()[:most], data.images()[:most]):
-        lab.compare(text, entrants(TEXT, text))
+    for text, image in zip_longest(texts, images):
+        lab.compare(text, of_text)
         if image is not None:
-            lab.compare(image, entrants(IMAGE, image))
+            lab.compare(image, of_images)
 
 
 def steps(data: Data, lab: Lab) -> None:
     """What is left of it with twice the batch, which is half the steps."""
-    for at in data.texts()[3:4]:
-        who = lab.tuned(TEXT[2:], at)
-        twice = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
-        lab.compare(at, tuple(twice))
+    who = lab.tuned(TEXT[2:], data.texts()[0])
+    twice = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
+    for text in data.texts()[3:4]:
+        lab.compare(text, tuple(twice))
+
+
+def rates(data: Data, lab: Lab) -> None:
+    """What a sweep on the problem itself finds, where `compare` takes the rates of the first one."""
+    for text in (text for text in data.texts() if text.name in OWN_RATES):
+        who = lab.tuned(TEXT[1:], text)
+        lab.compare(text, tuple(replace(one, name=f"{one.name}, own rate") for one in who))
 
 
 def vgg(data: Data, lab: Lab) -> None:
@@ -163,8 +173,10 @@ def vgg(data: Data, lab: Lab) -> None:
 
 
 def more_problems(data: Data, lab: Lab) -> None:
-    for text in data.texts()[5:]:
-        lab.compare(text, entrants(TEXT, text))
+    texts = data.texts()
+    who = lab.tuned(TEXT, texts[0])
+    for text in texts[5:]:
+        lab.compare(text, who)
 
 
 def more_methods(data: Data, lab: Lab) -> None:
@@ -205,9 +217,12 @@ def modality(data: Data, lab: Lab) -> None:
     """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
     for first in (data.texts()[0], data.images()[0]):
         lab.run(Modality((first,), (), *lab.tuned(("bottleneck m=8",), first), SEEDS[:1]))
-    for problems, names in ((data.images(), IMAGE), (data.texts(), TEXT), (data.of_vgg(), VGG)):
+    for problems, names in ((data.images(), IMAGE), (data.texts(), TEXT)):
+        who = lab.tuned(names, problems[0])
         for at in problems:
-            lab.run(Modality((at,), entrants(names, at), None, SEEDS))
+            lab.run(Modality((at,), who, None, SEEDS))
+    for image in data.of_vgg():
+        lab.run(Modality((image,), entrants(VGG, image), None, SEEDS))
 
 
 # what the papers claim of one problem first, then the same methods on more of them
@@ -218,6 +233,7 @@ STAGES: tuple[Stage, ...] = (
     tradeoff,
     compare,
     steps,
+    rates,
     vgg,
     modality,
     sequence,
