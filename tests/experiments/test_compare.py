@@ -84,6 +84,18 @@ def test_another_experiment_takes_over_what_is_known(problem: ImageProblem, tmp_
     assert (tmp_path / "other" / f"{first.key}.json").is_file()
 
 
+def test_what_depends_on_taken_over_results_is_made(problem: ImageProblem, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(Compare):
+        name = "other"
+
+    probe = dataclasses.replace(who(Linear(), "linear probe"), rates=(1e-5, 1e-1))
+    run(Compare((problem,), (probe,), (0,), "validation"), tmp_path)
+    results, made = run(Other((problem,), (probe,), (0,)), tmp_path)
+    assert made == 1
+    assert [r.split for r in results] == ["validation", "validation", "test"]
+
+
 def test_the_table_has_mean_and_deviation_of_the_seeds() -> None:
     results = [a_result(contender="a", seed=s, score=a) for s, a in enumerate((0.5, 0.6, 0.7))]
     shown = table(results)

@@ -71,14 +71,15 @@ def run_experiment(
 
     while True:
         runs = experiment.runs(found)
-        for run in runs:
-            for key in run.keys:
-                known = record.elsewhere(key)
-                if found(key) is None and known is not None:
-                    record.add(run.adopted(known))
+        wanted = [(run, key) for run in runs for key in run.keys if found(key) is None]
+        if not wanted:
+            return [result for run in runs for key in run.keys if (result := found(key)) is not None]
+        for run, key in wanted:
+            if known := record.elsewhere(key):
+                record.add(run.adopted(known))
         pending = {run.keys: run for run in runs if any(found(key) is None for key in run.keys)}
         if not pending:
-            return [result for run in runs for key in run.keys if (result := found(key)) is not None]
+            continue  # taken over, and what depends on it is wanted now
         work = [(run, frozenset(key for key in keys if found(key) is None)) for keys, run in pending.items()]
         for number, result in enumerate(make(work, workplace, processes), start=1):
             record.remember(result)
