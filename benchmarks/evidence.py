@@ -40,7 +40,7 @@ PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
 SEEDS = (0, 1, 2)
 IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
 TEXT_BATCH = 16
-OWN_RATES = ("tweets", "trec")
+OWN_RATES = ("movies", "editorials")
 
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
