@@ -40,7 +40,6 @@ PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
 SEEDS = (0, 1, 2)
 IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
 TEXT_BATCH = 16
-OWN_RATES = ("movies", "editorials")
 
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
@@ -153,18 +152,19 @@ def compare(data: Data, lab: Lab, most: int = 5) -> None:
 
 
 def steps(data: Data, lab: Lab) -> None:
-    """What is left of it with twice the batch, which is half the steps."""
-    who = lab.tuned(TEXT[2:], data.texts()[0])
-    twice = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
-    for text in data.texts()[3:4]:
-        lab.compare(text, tuple(twice))
+    """What is left with twice the batch, which is half the steps; and where adapters lose most, twice the epochs."""
+    who, texts = lab.tuned(TEXT[2:], data.texts()[0]), {text.name: text for text in data.texts()}
+    fewer = [replace(one.with_recipe(batch_size=2 * TEXT_BATCH), name=f"{one.name}, half the steps") for one in who]
+    more = [replace(one.with_recipe(epochs=2 * TEXT_EPOCHS), name=f"{one.name}, twice the epochs") for one in who]
+    if "trec" in texts:
+        lab.compare(texts["trec"], tuple(fewer))
+    lab.compare(texts["movies"], tuple(more))
 
 
 def rates(data: Data, lab: Lab) -> None:
-    """What a sweep on the problem itself finds, where `compare` takes the rates of the first one."""
-    for text in (text for text in data.texts() if text.name in OWN_RATES):
-        who = lab.tuned(TEXT[1:], text)
-        lab.compare(text, tuple(replace(one, name=f"{one.name}, own rate") for one in who))
+    """What a sweep on the problem itself finds there; a row of its own where it is another rate."""
+    movies = next(text for text in data.texts() if text.name == "movies")
+    lab.compare(movies, tuple(replace(one, name=f"{one.name}, own rate") for one in lab.tuned(TEXT[1:], movies)))
 
 
 def vgg(data: Data, lab: Lab) -> None:
