@@ -47,8 +47,9 @@ SWEPT = ("sst2", "movies", "cifar10")
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
 TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "lora r=8", "full fine-tuning")
-VGG = ("linear probe", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None", "full fine-tuning")
 MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
+# it has no norms
+VGG = tuple(name for name in (*IMAGE, *MORE_IMAGE) if name != "norms only")
 MORE_TEXT = ("biases", "bottleneck m=32", "adaptformer m=64 scale=1", "top layers n=2")
 
 

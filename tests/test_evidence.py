@@ -61,15 +61,17 @@ def test_what_is_tuned_is_not_swept_again(asked, tmp_path):
     assert compared == {at.name for at in (*Data(tmp_path).texts(), *Data(tmp_path).images())}
 
 
+@pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # VGG's first convolutions are small
 @pytest.mark.parametrize(
     ("network", "names"),
     [
         ("bundled/minilm", (*evidence.TEXT, *evidence.MORE_TEXT)),
         ("bundled/resnet50", (*evidence.IMAGE, *evidence.MORE_IMAGE)),
+        ("timm/vgg16", evidence.VGG),
     ],
 )
 def test_every_contender_finds_its_sites(network, names):
-    model = resolve(network)
+    model = resolve(network, pretrained=False) if network == "timm/vgg16" else resolve(network)
     for number, name in enumerate(names):
         who = contender(name)
         inject(model, who.method, task=f"task{number}", num_classes=2, norms=who.norms)
