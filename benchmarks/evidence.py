@@ -92,7 +92,10 @@ class Data:
 
 
 def entrants(names: Iterable[str], at: Problem) -> tuple[Contender, ...]:
-    """Contenders of the catalogue, on texts in smaller batches than its own."""
+    """Contenders of the catalogue, on texts in smaller batches than its own.
+
+    `init_scale`, `ablation` and `tradeoff` keep the catalogue's.
+    """
     if at.modality == "image":
         return tuple(contender(name, IMAGE_EPOCHS) for name in names)
     return tuple(contender(name, TEXT_EPOCHS).with_recipe(batch_size=TEXT_BATCH) for name in names)
@@ -161,23 +164,20 @@ def compare(data: Data, lab: Lab, most: int | None = None) -> None:
 
 def steps(data: Data, lab: Lab) -> None:
     """What four times the batch leaves, which is a quarter of the steps; and on tweets three times the epochs."""
-    texts = data.texts()
-
-    def fewer(who: Iterable[Contender]) -> tuple[Contender, ...]:
-        return tuple(
-            replace(one.with_recipe(batch_size=4 * TEXT_BATCH), name=f"{one.name}, a quarter of the steps")
-            for one in who
-        )
-
+    texts, fewer = data.texts(), ("a quarter of the steps", {"batch_size": 4 * TEXT_BATCH})
     # each method on the first text, with a sweep of its own; two of them on all the others
-    lab.compare(texts[0], fewer(entrants((*TEXT[1:], *MORE_TEXT), texts[0])))
+    lab.compare(texts[0], _varied(entrants((*TEXT[1:], *MORE_TEXT), texts[0]), *fewer))
+    two = _varied(lab.tuned(("bottleneck m=64", "full fine-tuning"), texts), *fewer)
     for text in texts[1:]:
-        lab.compare(text, fewer(lab.tuned(("bottleneck m=64", "full fine-tuning"), texts)))
-    more = tuple(
-        replace(one.with_recipe(epochs=3 * TEXT_EPOCHS), name=f"{one.name}, three times the epochs")
-        for one in lab.tuned(("lora r=8", "full fine-tuning"), texts)
-    )
-    lab.compare(next(text for text in texts if text.name == "tweets"), more)
+        lab.compare(text, two)
+    longer = ("three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
+    tweets = next(text for text in texts if text.name == "tweets")
+    lab.compare(tweets, _varied(lab.tuned(("lora r=8", "full fine-tuning"), texts), *longer))
+
+
+def _varied(who: Iterable[Contender], said: str, changes: dict[str, int]) -> tuple[Contender, ...]:
+    """The same with another recipe, which their names tell."""
+    return tuple(replace(one.with_recipe(**changes), name=f"{one.name}, {said}") for one in who)
 
 
 def vgg(data: Data, lab: Lab) -> None:
@@ -210,21 +210,21 @@ def tradeoff(data: Data, lab: Lab) -> None:
 
 
 def sequence(data: Data, lab: Lab) -> None:
-    for problems, most in ((data.texts(), 5), (data.images(), 4)):
+    for problems in (data.texts(), data.images()):
         who, full = lab.tuned(("bottleneck m=8", "full fine-tuning"), problems)
-        lab.run(Sequence(problems[:most], (who,), full))
+        lab.run(Sequence(problems[:5], (who,), full))
 
 
 def transfer(data: Data, lab: Lab) -> None:
-    for problems, most in ((data.texts(), 5), (data.images(), 4)):
-        lab.run(Transfer(problems[:most], *lab.tuned(("bottleneck m=8",), problems), SEEDS[:1]))
+    for problems in (data.texts(), data.images()):
+        lab.run(Transfer(problems[:5], *lab.tuned(("bottleneck m=8",), problems), SEEDS[:1]))
 
 
 def modality(data: Data, lab: Lab) -> None:
     """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
     for problems, names in ((data.images(), IMAGE), (data.texts(), TEXT)):
-        lab.run(Modality(problems[:1], (), *lab.tuned(("bottleneck m=8",), problems), SEEDS[:1]))
         who = lab.tuned(names, problems)
+        lab.run(Modality(problems[:1], (), who[names.index("bottleneck m=8")], SEEDS[:1]))
         for at in problems:
             lab.run(Modality((at,), who, None, SEEDS))
     for image in data.of_vgg():

@@ -45,8 +45,13 @@ def asked(monkeypatch):
 def test_each_takes_the_rate_that_is_best_in_the_mean_over_the_problems_to_sweep_on(asked, tmp_path):
     lab, names = Lab(tmp_path, 1, "cpu"), ("linear probe", "bottleneck m=8")
     images, texts = Data().images(), Data(tmp_path).texts()
-    rates = [[one.recipe.lr for one in lab.tuned(names, problems)] for problems in (images, texts)]
-    assert rates == [[0.1, 1e-2], [1e-3, 1e-3]]
+    found = [(who.name, who.recipe.lr, who.rates) for at in (images, texts) for who in lab.tuned(names, at)]
+    assert found == [
+        ("linear probe", 0.1, ()),
+        ("bottleneck m=8", 1e-2, ()),
+        ("linear probe", 1e-3, ()),
+        ("bottleneck m=8", 1e-3, ()),
+    ]
     assert [[at.name for at in sweep.problems] for sweep in asked] == [["cifar10"], ["sst2", "movies"]]
     for sweep in asked:
         assert (sweep.split, sweep.seeds, sweep.keep) == ("validation", (0,), names)
