@@ -163,16 +163,22 @@ def compare(data: Data, lab: Lab, most: int | None = None) -> None:
 
 
 def steps(data: Data, lab: Lab) -> None:
-    """What four times the batch leaves, which is a quarter of the steps; and on tweets three times the epochs."""
+    """What four times the batch leaves, which is a quarter of the steps; and what three times the epochs add."""
     texts, fewer = data.texts(), ("a quarter of the steps", {"batch_size": 4 * TEXT_BATCH})
     # each method on the first text, with a sweep of its own; two of them on all the others
     lab.compare(texts[0], _varied(entrants((*TEXT[1:], *MORE_TEXT), texts[0]), *fewer))
     two = _varied(lab.tuned(("bottleneck m=64", "full fine-tuning"), texts), *fewer)
     for text in texts[1:]:
         lab.compare(text, two)
-    longer = ("three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
-    tweets = next(text for text in texts if text.name == "tweets")
-    lab.compare(tweets, _varied(lab.tuned(("lora r=8", "full fine-tuning"), texts), *longer))
+    longer = _longer(lab, texts)
+    for text in texts:
+        lab.compare(text, longer)
+
+
+def _longer(lab: Lab, texts: tuple[Problem, ...]) -> tuple[Contender, ...]:
+    """The adapter that validation data prefers on texts, and full fine-tuning, with three times the epochs."""
+    who = lab.tuned(("lora r=8", "full fine-tuning"), texts)
+    return _varied(who, "three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
 
 
 def _varied(who: Iterable[Contender], said: str, changes: dict[str, int]) -> tuple[Contender, ...]:
@@ -222,11 +228,12 @@ def transfer(data: Data, lab: Lab) -> None:
 
 def modality(data: Data, lab: Lab) -> None:
     """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
-    for problems, names in ((data.images(), IMAGE), (data.texts(), TEXT)):
+    texts = data.texts()
+    for problems, names, more in ((data.images(), IMAGE, ()), (texts, TEXT, _longer(lab, texts))):
         who = lab.tuned(names, problems)
         lab.run(Modality(problems[:1], (), who[names.index("bottleneck m=8")], SEEDS[:1]))
         for at in problems:
-            lab.run(Modality((at,), who, None, SEEDS))
+            lab.run(Modality((at,), (*who, *more), None, SEEDS))
     for image in data.of_vgg():
         lab.run(Modality((image,), entrants(VGG, image), None, SEEDS))
 
