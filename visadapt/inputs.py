@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.data import load_images, load_text, normalize, read_images, renumbered, tokenizer_of
+from visadapt.data import load_images, load_squares, load_text, normalize, read_images, renumbered, tokenizer_of
 from visadapt.data.text import TextSplit
 from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from visadapt.errors import VisadaptError
@@ -53,9 +53,15 @@ class ImageInputs:
             labels: number the classes as they are numbered here.
             seed: of that tenth.
             **options: passed on to :func:`visadapt.data.load_images`.
+
+        Raises:
+            VisadaptError: options of texts.
         """
-        # a folder's pictures differ in size; those of a named set do not, and small ones are kept as small as they are
-        found = load_images(name, size=self.size if Path(name).is_dir() else None, **options)
+        if columns := sorted(options.keys() & {"text", "label", "header"}):
+            raise VisadaptError(f"{name}: pictures have no {' or '.join(columns)}, which are options of texts")
+        # a folder's pictures become what read makes of them one by one; small ones of a named set stay small
+        load = load_images if Path(name).is_dir() else load_squares
+        found = load(name, size=self.size, **options)
         found = found if labels is None else renumbered(found, labels)
         train, validation = found.holdout(max(1, len(found.train) // 10), seed)
         return Splits(found.classes, train, validation, found.test, self)

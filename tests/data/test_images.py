@@ -17,6 +17,7 @@ from visadapt.data import (
     bundled,
     image_files,
     load_images,
+    load_squares,
     normalize,
     read_images,
     renumbered,
@@ -186,8 +187,56 @@ def test_folder_without_splits(tmp_path: Path) -> None:
     with pytest.raises(VisadaptError, match="expected one folder a class"):
         load_images(tmp_path)
     (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(VisadaptError, match="there is no picture"):
+    with pytest.raises(VisadaptError, match="cat: there is no picture of this class"):
         load_images(tmp_path)
+    save(tmp_path / "train" / "cat" / "0.png", 4, 4)
+    with pytest.raises(VisadaptError, match="test: there is no picture"):
+        load_images(tmp_path)
+
+
+def test_hidden_folders_are_no_classes(folder: Path) -> None:
+    for split in ("train", "val"):
+        (folder / split / ".ipynb_checkpoints").mkdir()
+    assert load_images(folder).classes == ("cat", "dog")
+
+
+def test_squares_of_one_size_are_kept_and_other_pictures_cropped(folder: Path) -> None:
+    assert load_squares(folder, 8).train.images.shape == (6, 3, 8, 8), "12 by 10 pixels would be distorted"
+    save(folder / "train" / "cat" / "wide.jpg", 40, 20)
+    assert load_squares(folder, 8).train.images.shape == (7, 3, 8, 8)
+    assert torch.equal(load_squares("mnist", 14).test.images, load_images("mnist").test.images)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_become_8(tmp_path: Path, suffix: str) -> None:
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    read = read_images([tmp_path / f"deep.{suffix}"], 64)[0]
+    assert torch.equal(read, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 64, 64))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_have_no_known_range(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(VisadaptError, match=r"deep\.tif: the range of 32-bit pixels .* is not known"):
+        read_images([tmp_path / "deep.tif"], 4)
+
+
+@pytest.mark.parametrize("damage", ["checksum", "header", "bomb"])
+def test_damaged_pictures_are_named(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bad.png"
+    save(file, 40, 40)
+    if damage == "checksum":
+        content = bytearray(file.read_bytes())
+        content[content.index(b"IDAT") + 5] ^= 255
+        file.write_bytes(content)
+    elif damage == "header":
+        file = tmp_path / "bad.ppm"
+        file.write_bytes(b"P6 4 x 255 \0")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(VisadaptError, match=r"bad\.p.* is not a picture that can be read"):
+        read_images([file], 4)
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import visadapt
@@ -73,6 +75,20 @@ def test_a_zip_file_is_the_folder_in_it(tmp_path: Path) -> None:
         left, right = (getattr(p.splits, split) for p in (zipped, plain))
         assert torch.equal(left.inputs, right.inputs)
         assert torch.equal(left.labels, right.labels)
+
+
+def test_pictures_are_cropped_to_squares_and_not_squashed(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :16] = pixels[:, 48:] = 255
+    for split, count in (("train", 6), ("test", 2)):
+        for name in "ab":
+            (tmp_path / "v1.0" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels).save(tmp_path / "v1.0" / split / name / f"{i}.png")
+    asked = ImageProblem("bundled/resnet50", str(tmp_path / "v1.0"), validation=2, size=16)
+    assert asked.splits.test.inputs.shape == (4, 3, 16, 16)
+    assert int(asked.splits.test.inputs.max()) < 128, "the white borders are cut off"
+    assert asked.name == "v1-0"
 
 
 def test_vgg16_from_a_file_of_its_convolutions(tmp_path: Path) -> None:

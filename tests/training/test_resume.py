@@ -23,6 +23,7 @@ from tests.training.conftest import state
 from tests.zoo import ZOO
 from visadapt import VisadaptError
 from visadapt.data import ImageSet, augment, normalize
+from visadapt.inputs import ImageInputs
 from visadapt.training import Fit, Recipe, fit
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,8 @@ def _other_method() -> nn.Module:
         ({"metric": "accuracy"}, "metric was loss, is accuracy"),
         ({"precision": "bf16"}, "precision was fp32, is bf16"),
         ({"accumulate": 2}, "parts of a batch was 1, is 2"),
+        ({"prepare": ImageInputs(8)}, r"inputs was None, is {'size': 8"),
+        ({"augment": None}, "augmentation was True, is False"),
         ({"validation": None}, "validation data was .*, is None"),
         ({"model": _other_weights}, r"another backbone: other weights in layer1\.0"),
         (

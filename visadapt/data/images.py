@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,6 +139,27 @@ def load_images(
     return ImageSet(name, found.classes, *(_resized(s, size) for s in (found.train, found.test)))
 
 
+class _SizesDifferError(VisadaptError):
+    pass
+
+
+def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSet:
+    """Loads an image set whose pictures can be resized to any side without distortion.
+
+    Args:
+        name_or_path: as `load_images` takes it.
+        size: what the pictures are resized and cropped to, unless they are squares of one size already: those are kept,
+            since small ones take less memory.
+        **options: passed on to `load_images`.
+    """
+    try:
+        found = load_images(name_or_path, **options)
+    except _SizesDifferError:
+        return load_images(name_or_path, size=size, **options)
+    square = all(split.images.shape[-2] == split.images.shape[-1] for split in (found.train, found.test))
+    return found if square else load_images(name_or_path, size=size, **options)
+
+
 def _bundled(name: str) -> ImageSet:
     pil = _pil()
     about = json.loads(bundled.path(f"{name}.json").read_text(encoding="utf-8"))
@@ -182,7 +204,7 @@ def _torchvision(name: str, root: str | Path | None, size: int | None, download:
             hint = "" if download else " (download=True lets torchvision fetch it)"
             raise VisadaptError(f"torchvision could not load {kind} from {root}: {error}{hint}") from error
         samples = (dataset[i] for i in range(len(dataset)))
-        parts.append(_stack(((image, int(label)) for image, label in samples), size, name))
+        parts.append(_stack(((_rgb(image, name), int(label)) for image, label in samples), size, name))
     classes = getattr(dataset, "classes", None) or range(1 + max(int(part.labels.max()) for part in parts))
     return ImageSet(name, tuple(str(c) for c in classes), *parts)
 
@@ -191,16 +213,24 @@ def _folder(path: Path, size: int | None) -> ImageSet:
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise VisadaptError(f"{path}: expected a folder 'train' and a folder 'test' or 'val'")
-    classes = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
+    classes = _class_names(path / "train")
     if not classes:
         raise VisadaptError(f"{path / 'train'}: expected one folder a class")
+    for name in classes:
+        if not _picture_files(path / "train" / name):
+            raise VisadaptError(f"{path / 'train' / name}: there is no picture of this class")
     parts = []
     for split in (path / "train", test):
-        for name in sorted(p.name for p in split.iterdir() if p.is_dir()):
+        for name in _class_names(split):
             if name not in classes:
                 raise VisadaptError(f"{split}: class {name!r} is not in 'train'{nearest(name, classes)}")
         parts.append(_stack(_pictures(split, classes), size, str(split)))
     return ImageSet(path.name, tuple(classes), *parts)
+
+
+def _class_names(split: Path) -> list[str]:
+    # hidden folders are those of other programs, such as .ipynb_checkpoints
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def image_files(place: str | Path) -> list[Path]:
@@ -250,13 +280,25 @@ def _picture_files(folder: Path) -> list[Path]:
 
 
 def _opened(file: Path) -> "Image":
+    pil = _pil()
     try:
-        with _pil().open(file) as image:
+        with pil.open(file) as image:
             image.load()
-            loaded: Image = image
-            return loaded
-    except OSError as error:
+    # the last three are what Pillow's readers say of damaged files and of sizes that would fill the memory
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         raise VisadaptError(f"{file} is not a picture that can be read: {error}") from error
+    return _rgb(image, file)
+
+
+def _rgb(image: "Image", where: str | Path) -> "Image":
+    """A picture with 8 bits a channel; Pillow alone would cut off what is brighter than 255."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        image = _pil().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise VisadaptError(f"{where}: the range of 32-bit pixels (mode {image.mode!r}) is not known; save 16 bits")
+    return image.convert("RGB")
 
 
 def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str) -> ImageSplit:
@@ -266,7 +308,7 @@ def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str)
         images.append(_tensor(image if size is None else _square(image, size)))
         labels.append(label)
         if images[-1].shape != images[0].shape:
-            raise VisadaptError(f"{where}: the pictures differ in size; give size=, such as size=224")
+            raise _SizesDifferError(f"{where}: the pictures differ in size; give size=, such as size=224")
     if not images:
         raise VisadaptError(f"{where}: there is no picture")
     return ImageSplit(torch.stack(images), torch.tensor(labels))
@@ -274,7 +316,6 @@ def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str)
 
 def _square(image: "Image", size: int) -> "Image":
     """Resizes the shorter side to ``size`` and crops the centre."""
-    image = image if image.mode == "RGB" else image.convert("RGB")  # a palette cannot be interpolated
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
@@ -290,10 +331,9 @@ def _resized(split: ImageSplit, size: int) -> ImageSplit:
 
 
 def _tensor(image: "Image") -> Tensor:
-    """A picture as uint8, ``(3, H, W)``."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+    """An RGB picture as uint8, ``(3, H, W)``."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _pil() -> Any:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.data import ImageSet, ImageSplit, load_images, normalize
+from visadapt.data import ImageSet, ImageSplit, load_squares, normalize
 from visadapt.experiments.problem import Problem, Splits, drawn
 from visadapt.training import Samples
 
@@ -23,7 +23,7 @@ class ImageProblem(Problem):
     Args:
         train: number of training images; None for all but those held out.
         validation: number of images held out from training.
-        size: side in pixels that images are resized to.
+        size: side in pixels that images are resized to; of those that are not square, the centre.
     """
 
     validation: int = 500
@@ -44,15 +44,15 @@ class ImageProblem(Problem):
     def _read(self) -> ImageSet:
         place = Path(self.root or "", self.data)
         if not place.exists():
-            return load_images(self.data, root=self.root)
+            return load_squares(self.data, self.size, root=self.root)
         if not zipfile.is_zipfile(place):
-            return load_images(place)
+            return load_squares(place, self.size)
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(place) as archive:
             archive.extractall(folder)
             inner = next(
                 (found.parent for found in sorted(Path(folder).rglob("train")) if found.is_dir()), Path(folder)
             )
-            return load_images(inner)
+            return load_squares(inner, self.size)
 
     def fresh(self) -> nn.Module:
         # the memory format that convolutions are quickest in, for every contender

@@ -67,7 +67,8 @@ class Problem(ABC):
     @property
     def name(self) -> str:
         """The data's, as a task can be called."""
-        plain = Path(self.data).stem if Path(self.data).exists() else self.data
+        path = Path(self.data)
+        plain = path.stem if path.is_file() else path.name if path.is_dir() else self.data
         return re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")
 
     @property

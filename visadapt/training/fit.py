@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -74,7 +75,8 @@ def fit(
         accumulate: parts that each step's batch is computed in, to save memory. Where norms take no statistics of a
             batch, the numbers are those of the whole.
         checkpoint: a file that is written after each epoch. Called again alike, a training that was stopped goes on
-            from it, bit for bit and to the same final numbers, and one that was finished returns at once.
+            from it, bit for bit and to the same final numbers, and one that was finished returns at once. A
+            ``prepare`` that is a dataclass has to be equal; what other functions do cannot be told.
         checkpoint_every: steps after which it is written as well.
         log: called after each epoch: :class:`JsonLines`, :class:`TensorBoard`, or any function of a :class:`Fit`.
         progress: shows a bar on a terminal, if rich is installed.
@@ -99,7 +101,14 @@ def fit(
         if batches.labels is not None and trained.classes is not None:
             check_labels(batches.labels, trained.classes, batches.what)
     engine = Engine(model, device, precision, accumulate)
-    settings = {"recipe": recipe, "metric": metric, "seed": seed, **engine.settings}
+    settings = {
+        "recipe": recipe,
+        "metric": metric,
+        "seed": seed,
+        "inputs": prepare if dataclasses.is_dataclass(prepare) else None,
+        "augmentation": augment is not None,
+        **engine.settings,
+    }
     saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, source, held, **settings))
     # a move to another device may have made new tensors
     trained = trainee(model, task)

@@ -20,7 +20,7 @@ def identity(
 ) -> dict[str, Any]:
     """Backbone, task, data and settings, as JSON values.
 
-    Of a ``DataLoader`` there is the number of its batches only, and of functions nothing.
+    Of a ``DataLoader`` there is the number of its batches only. Settings are JSON values or dataclasses.
     """
     found = {
         "task": _task(model, task),
