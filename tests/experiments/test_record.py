@@ -47,11 +47,10 @@ def test_each_result_is_a_file_of_its_own_and_reads_back_as_it_was(tmp_path: Pat
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == {"tradeoff/k0.json", "tradeoff/k1.json", "compare/k1.json"}
     again = Record(folder)
-    assert len(again) == 3
     assert again.get("tradeoff", "k0") == result()
     assert again.get("compare", "k0") is None
     assert again.elsewhere("k0") == result()
-    assert again.of("tradeoff") == [result(), result(key="k1", seed=1)]
+    assert read_results(folder / "tradeoff") == [result(), result(key="k1", seed=1)]
 
 
 def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
     assert read_results(file) == read_results(tmp_path) == results
     assert read_results(file)[0].fraction == 310_016 / 23_508_032
     assert write_csv(read_results(file), tmp_path / "again.csv").read_bytes() == file.read_bytes()
-    assert len(Record(tmp_path)) == 2, "what is in a table is on record"
+    assert all(Record(tmp_path).get("tradeoff", key) for key in ("k0", "k1")), "what is in a table is on record"
 
 
 def test_what_a_kill_left_is_no_result_and_what_is_none_is_named(tmp_path: Path) -> None:

@@ -143,9 +143,6 @@ class Record:
         self._results = {(result.experiment, result.key): result for result in there}
         self._any = {result.key: result for result in there}
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def get(self, experiment: str, key: str) -> Result | None:
         """The result of that key, if it is there."""
         return self._results.get((experiment, key))
@@ -153,10 +150,6 @@ class Record:
     def elsewhere(self, key: str) -> Result | None:
         """The same figure, made for whatever experiment."""
         return self._any.get(key)
-
-    def of(self, experiment: str) -> list[Result]:
-        """All results of an experiment."""
-        return sorted((r for r in self._results.values() if r.experiment == experiment), key=_order)
 
     def add(self, result: Result) -> None:
         """Keeps a result, on disk at once."""
