@@ -92,6 +92,8 @@ def test_ablation_takes_out_every_span_without_training_again(tmp_path: Path) ->
     assert spans == [(None, None), *((i, j) for i in range(8) for j in range(i, 8))]
     assert len(results) == 2 * len(spans)
     assert len(list((tmp_path / "tasks").glob("*.visadapt"))) == 1, "one training for all"
+    assert len(Ablation((problem,), (ADAPTER,)).runs(lambda key: None)) == 1, "nobody beside it trains the task again"
+    assert {f["layers"] for f in facts(results)} == {8}
     labels = problem.splits.validation.labels
     assert labels is not None
     assert {r.facts["majority"] for r in results} == {labels.bincount().max().item() / 20}
