@@ -130,7 +130,7 @@ class Lab:
         found = []
         for who in made:
             scores = {
-                rate: sum(result.score for result in results if (result.contender, result.lr) == (who.name, rate))
+                rate: sum(result.standing for result in results if (result.contender, result.lr) == (who.name, rate))
                 for rate in who.rates
             }
             found.append(replace(who.with_recipe(lr=max(scores, key=lambda rate: (scores[rate], -rate))), rates=()))

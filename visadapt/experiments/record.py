@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any
 
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
+
+STOPPED = "stopped"
+"""The fact that says why a training ended in numbers that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,16 @@ class Result:
     def fraction(self) -> float:
         """What was trained beside the head, over the backbone."""
         return self.trained / self.backbone
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training ended in numbers that are not finite; the score is then that of the untrained task."""
+        return STOPPED in self.facts
+
+    @property
+    def standing(self) -> float:
+        """The score that it is chosen by: what diverged loses to anything that did not."""
+        return -math.inf if self.diverged else self.score
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Result)}

@@ -14,9 +14,10 @@ from visadapt.experiments.contender import Contender
 from visadapt.experiments.machine import machine
 from visadapt.experiments.parts import start_from
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.record import Result, key_of
+from visadapt.experiments.record import STOPPED, Result, key_of
 from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
 from visadapt.store import read
+from visadapt.training import Diverged
 
 Found = Callable[[str], "Result | None"]
 """Gives the result of a key, or None if it is yet to be made."""
@@ -81,9 +82,12 @@ class Training(Run):
         return (self.key,)
 
     def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        model, seconds = self.trained(workplace)
+        yield self.measured(*self.trained(workplace), workplace)
+
+    def measured(self, model: nn.Module, seconds: float, workplace: Workplace) -> Result:
+        """The result of a model that was trained so long."""
         score = measure(model, self.problem.name, self.problem, self.split, workplace)
-        yield self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
+        return self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
 
     def result(self, key: str, score: float, seconds: float, workplace: Workplace, paid: dict[str, int]) -> Result:
         """A result of this contender on this problem."""
@@ -107,7 +111,8 @@ class Training(Run):
         )
 
     def adopted(self, result: Result) -> Result:
-        return dataclasses.replace(result, experiment=self.experiment, contender=self.contender.name, facts=self.facts)
+        facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name == STOPPED}}
+        return dataclasses.replace(result, experiment=self.experiment, contender=self.contender.name, facts=facts)
 
     def trained(self, workplace: Workplace) -> tuple[nn.Module, float]:
         """The model with the trained task, and the seconds that the training took; read from its file if that is kept.
@@ -121,7 +126,11 @@ class Training(Run):
         model = self.contender.put(self.problem, self.seed)
         if self.start is not None:
             start_from(model, self.problem.name, self.start.tensors(workplace))
-        seconds = train(model, self.problem, self.contender, self.seed, workplace)
+        try:
+            seconds = train(model, self.problem, self.contender, self.seed, workplace)
+        except Diverged as error:
+            whose = f"{self.contender.name} on {self.problem.backbone}, {self.problem.name}, seed {self.seed}"
+            raise Diverged(f"{whose}: {error}") from error
         if self.keep:
             keep(model, self.problem.name, file, seconds)
         return model, seconds
@@ -132,3 +141,19 @@ class Training(Run):
         if not file.is_file():
             dataclasses.replace(self, keep=True).trained(workplace)
         return read(file)[1]
+
+
+@dataclass(frozen=True)
+class Trial(Training):
+    """A training that may diverge: that, too, is a result.
+
+    Its score is then that of the untrained task, and its fact ``stopped`` is the reason.
+    """
+
+    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
+        try:
+            yield from super().results(missing, workplace)
+        except Diverged as error:
+            untrained = self.contender.put(self.problem, self.seed).to(workplace.device)
+            result = self.measured(untrained, 0.0, workplace)
+            yield dataclasses.replace(result, facts={**self.facts, STOPPED: str(error)})
