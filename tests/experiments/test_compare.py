@@ -22,6 +22,7 @@ from visadapt.experiments import (
     run_experiment,
 )
 from visadapt.experiments.probe import fit_head, is_probe
+from visadapt.experiments.record import write
 from visadapt.experiments.run import Training
 from visadapt.experiments.train import Workplace
 from visadapt.methods import Bottleneck, Linear
@@ -94,6 +95,27 @@ def test_what_depends_on_taken_over_results_is_made(problem: ImageProblem, tmp_p
     results, made = run(Other((problem,), (probe,), (0,)), tmp_path)
     assert made == 1
     assert [r.split for r in results] == ["validation", "validation", "test"]
+
+
+def test_a_setting_is_all_that_is_behind_the_names(problem: ImageProblem, tmp_path: Path) -> None:
+    def setting(at: ImageProblem = problem, seed: int = 0, split: str = "test", **recipe: Any) -> str:
+        return Training("compare", at, who(**recipe), seed, split).setting
+
+    assert setting() == setting(seed=1) == setting(split="validation") == setting(lr=3e-3)
+    assert len({setting(), setting(small(train=63)), setting(small(size=32)), setting(epochs=2)}) == 4
+    (result,), _ = run(Compare((problem,), EVERYONE[:1], (0,)), tmp_path)
+    assert result.setting == Training("compare", problem, EVERYONE[0], 0).setting
+
+
+def test_a_setting_is_told_of_what_is_taken_over(problem: ImageProblem, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(Compare):
+        name = "other"
+
+    (first,), _ = run(Compare((problem,), EVERYONE[:1], (0,)), tmp_path)
+    write(dataclasses.replace(first, setting=None), tmp_path)
+    (taken,), made = run(Other((problem,), EVERYONE[:1], (0,)), tmp_path)
+    assert (made, taken.setting) == (0, first.setting)
 
 
 def test_the_table_has_mean_and_deviation_of_the_seeds() -> None:

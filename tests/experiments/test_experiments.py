@@ -222,6 +222,7 @@ def test_decathlon_sums_up_what_it_has_run(tmp_path: Path) -> None:
     for result in sums:
         assert result.score == pytest.approx(score(accuracies(result.contender, result.seed), baselines))
         assert result.facts["problems"] == ["digits", "mnist"]
+        assert (result.facts["seeds"], result.setting) == (2, None)
     (linear,) = (r for r in sums if r.contender == "linear probe" and r.seed == 0)
     assert linear.facts["total"] == pytest.approx(1 + 2 * 330 / linear.backbone)
 

@@ -261,6 +261,34 @@ def test_decathlon() -> None:
     assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
 
 
+def test_further_seeds_make_every_sum_anew() -> None:
+    def sums(seeds: int, score: float) -> list[made.Result]:
+        facts = {"problems": ["cifar10"], "seeds": seeds, "total": 1.2}
+        return [
+            at("decathlon", "series", 100 * score, problem="all", metric="decathlon", seed=seed, facts=facts)
+            for seed in range(seeds)
+        ]
+
+    (section,) = build([*sums(1, 100), *sums(2, 300)]).sections
+    assert section.finding == "series scores highest, 300 of 1,000, over cifar10 (resnet50)."
+    assert "series 300" in section.drawings[0].alt
+
+
+def test_sums_over_other_problems_and_networks_are_apart() -> None:
+    def total(score: float, *problems: str, **more: str) -> made.Result:
+        facts = {"problems": list(problems), "seeds": 1, "total": 1.2}
+        return at("decathlon", "series", 100 * score, problem="all", metric="decathlon", facts=facts, **more)
+
+    results = [total(400, "a", "b"), total(700, "a", "b", "c"), total(300, "a", "b", network="minilm")]
+    section = decathlon(results)
+    assert section.finding == (
+        "series scores highest, 400 of 2,000, over a and b (resnet50); "
+        "series scores highest, 700 of 3,000, over a, b and c (resnet50); "
+        "series scores highest, 300 of 2,000, over a and b (minilm)."
+    )
+    assert len({drawing.name for drawing in section.drawings}) == len(section.tables) == 3
+
+
 def test_sections_without_results_are_left_out() -> None:
     report = build(list(made.transfer()))
     assert [section.name for section in report.sections] == ["transfer"]

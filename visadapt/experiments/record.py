@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Result:
         epochs: of the training.
         facts: the experiment's own coordinates, as JSON values.
         machine: what it was made with: ``device``, versions, commit.
+        setting: short for the problem and the contender with all that is behind their names, but for ``lr``. Only
+            results of one setting are each other's seeds. None where it is not known, or is that of several problems.
     """
 
     key: str
@@ -66,6 +68,7 @@ class Result:
     epochs: int
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
     machine: dict[str, str] = field(default_factory=dict, hash=False)
+    setting: str | None = None
 
     @property
     def fraction(self) -> float:
@@ -84,7 +87,12 @@ class Result:
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Result)}
-_FROM_TEXT = {"int": int, "float": float, "str": str}
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "str | None": lambda text: text or None,
+}
 
 
 def key_of(**facts: Any) -> str:

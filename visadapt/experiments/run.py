@@ -73,6 +73,12 @@ class Training(Run):
         return key_of(**described, seed=self.seed, **start)
 
     @property
+    def setting(self) -> str:
+        """The same for all seeds and learning rates, splits and starts."""
+        at_any_rate = self.contender.with_recipe(lr=1.0)
+        return key_of(problem=self.problem.described(), contender=at_any_rate.described())
+
+    @property
     def key(self) -> str:
         """Of the result."""
         return key_of(task=self.task_key, split=self.split)
@@ -107,12 +113,15 @@ class Training(Run):
             epochs=self.contender.recipe.epochs,
             facts=self.facts,
             machine=machine(workplace.device),
+            setting=self.setting,
             **paid,
         )
 
     def adopted(self, result: Result) -> Result:
         facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name == STOPPED}}
-        return dataclasses.replace(result, experiment=self.experiment, contender=self.contender.name, facts=facts)
+        return dataclasses.replace(
+            result, experiment=self.experiment, contender=self.contender.name, setting=self.setting, facts=facts
+        )
 
     def trained(self, workplace: Workplace) -> tuple[nn.Module, float]:
         """The model with the trained task, and the seconds that the training took; read from its file if that is kept.
