@@ -1,11 +1,12 @@
 """Re-runs the papers' claims on real images and texts; killed, it goes on where it was.
 
-python -m benchmarks.evidence results                                    # on the bundled data
+python -m benchmarks.evidence results --out bundled.csv                  # on the bundled data
 python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --vgg16 FILE.safetensors --processes 2
 visadapt report benchmarks/results/evidence.csv --out docs/results
 
 The folder of --glue holds sst2, cola, mrpc, rte and trec as they are distributed, --gtsrb is a zip file of a folder of
-images, --vgg16 has the convolutions of VGG-16; what is not given is left out. Stages are made in the order of STAGES.
+images, --vgg16 has the convolutions of VGG-16; what is not given is left out. Without --glue other rates are chosen,
+which a report does not mix with those of what is published. Stages are made in the order of STAGES.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Lab:
         found = []
         for who in made:
             scores = {
-                rate: sum(result.score for result in results if (result.contender, result.lr) == (who.name, rate))
+                rate: sum(result.standing for result in results if (result.contender, result.lr) == (who.name, rate))
                 for rate in who.rates
             }
             found.append(replace(who.with_recipe(lr=max(scores, key=lambda rate: (scores[rate], -rate))), rates=()))

@@ -96,6 +96,19 @@ def test_only_bundled_data_where_nothing_else_is_given(asked, tmp_path):
     }  # fmt: skip
 
 
+def test_what_has_one_name_in_one_experiment_is_of_one_setting(asked, tmp_path):
+    for stage in STAGES:
+        stage(Data(), Lab(tmp_path, 1, "cpu"))
+    settings = {}
+    for experiment in asked:
+        for run in experiment.runs(lambda key: None):
+            if isinstance(run, Training):
+                name = experiment.name, run.problem.backbone, run.problem.name, run.contender.name, str(run.facts)
+                settings.setdefault(name, set()).add(run.setting)
+    assert len(settings) > 100
+    assert [name for name, found in settings.items() if len(found) > 1] == []
+
+
 def test_what_is_given_is_used_too(asked, tmp_path):
     (tmp_path / "signs.zip").touch()
     data = Data(tmp_path / "glue", tmp_path / "signs.zip", tmp_path / "vgg.safetensors")

@@ -22,11 +22,12 @@ from visadapt.experiments import (
     run_experiment,
 )
 from visadapt.experiments.probe import fit_head, is_probe
+from visadapt.experiments.record import write
 from visadapt.experiments.run import Training
 from visadapt.experiments.train import Workplace
 from visadapt.methods import Bottleneck, Linear
 from visadapt.report import sweep_table, table
-from visadapt.training import Recipe, evaluate, fit
+from visadapt.training import Diverged, Recipe, evaluate, fit
 
 
 def run(experiment: Compare, folder: Path) -> tuple[list[Result], int]:
@@ -96,6 +97,27 @@ def test_what_depends_on_taken_over_results_is_made(problem: ImageProblem, tmp_p
     assert [r.split for r in results] == ["validation", "validation", "test"]
 
 
+def test_a_setting_is_all_that_is_behind_the_names(problem: ImageProblem, tmp_path: Path) -> None:
+    def setting(at: ImageProblem = problem, seed: int = 0, split: str = "test", **recipe: Any) -> str:
+        return Training("compare", at, who(**recipe), seed, split).setting
+
+    assert setting() == setting(seed=1) == setting(split="validation") == setting(lr=3e-3)
+    assert len({setting(), setting(small(train=63)), setting(small(size=32)), setting(epochs=2)}) == 4
+    (result,), _ = run(Compare((problem,), EVERYONE[:1], (0,)), tmp_path)
+    assert result.setting == Training("compare", problem, EVERYONE[0], 0).setting
+
+
+def test_a_setting_is_told_of_what_is_taken_over(problem: ImageProblem, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(Compare):
+        name = "other"
+
+    (first,), _ = run(Compare((problem,), EVERYONE[:1], (0,)), tmp_path)
+    write(dataclasses.replace(first, setting=None), tmp_path)
+    (taken,), made = run(Other((problem,), EVERYONE[:1], (0,)), tmp_path)
+    assert (made, taken.setting) == (0, first.setting)
+
+
 def test_the_table_has_mean_and_deviation_of_the_seeds() -> None:
     results = [a_result(contender="a", seed=s, score=a) for s, a in enumerate((0.5, 0.6, 0.7))]
     shown = table(results)
@@ -118,6 +140,37 @@ def test_learning_rates_are_chosen_on_validation_data(problem: ImageProblem, tmp
     shown = sweep_table(swept)
     assert shown.rows[0][-1] == "0.1"
     assert str(shown).count("*") == 1
+
+
+WILD = {"grad_clip": None, "warmup": 0.0, "batch_size": 16}
+"""With a rate of 1e30, what a training diverges with."""
+
+
+def test_a_trial_that_diverges_loses(problem: ImageProblem, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(Compare):
+        name = "other"
+
+    adapters = dataclasses.replace(who(**WILD), rates=(1e30, 1e-3))
+    results, made = run(Compare((problem,), (adapters,), (0,)), tmp_path)
+    assert made == 3
+    assert [(r.split, r.lr, "stopped" in r.facts) for r in results] == [
+        ("validation", 1e30, True),
+        ("validation", 1e-3, False),
+        ("test", 1e-3, False),
+    ]
+    assert "1e+30: diverged" in str(sweep_table(results))
+    again, made = run(Other((problem,), (adapters,), (0,)), tmp_path)
+    assert made == 0, "and is not tried again, here or elsewhere"
+    assert [r.lr for r in again] == [1e30, 1e-3, 1e-3]
+    assert again[0].diverged
+
+
+def test_where_all_trials_diverge_it_is_said_whose(problem: ImageProblem, tmp_path: Path) -> None:
+    adapters = dataclasses.replace(who(name="wild", **WILD), rates=(1e30, 1e31))
+    with pytest.raises(Diverged, match=r"wild on resnet18, digits, seed 0: the \w+ became \w+ at step"):
+        run(Compare((problem,), (adapters,), (0,)), tmp_path)
+    assert len(read_results(tmp_path)) == 2
 
 
 def test_a_kept_sweep_is_the_first_of_the_trainings(

@@ -14,7 +14,7 @@ from visadapt.methods import Bottleneck, Full, LoRA, Norms, TopLayers
     [
         ("bottleneck m=8", Bottleneck(8)),
         ("bottleneck m=8 activation=None", Bottleneck(8, activation=None)),
-        ("Bottleneck m=0.25 activation=relu", Bottleneck(0.25, activation="relu")),
+        ("bottleneck m=0.25 activation=relu", Bottleneck(0.25, activation="relu")),
         ("lora", LoRA()),
         ("norms only", Norms()),
         ("top layers n=2", TopLayers(2)),
@@ -28,6 +28,24 @@ def test_a_name_is_a_method_and_its_options(name, method) -> None:
     assert made.recipe.epochs == 5
     assert len(made.rates) > 1
     assert made.recipe.lr in made.rates
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("full", "full fine-tuning"),
+        ("Full  fine-tuning", "full fine-tuning"),
+        ("norms", "norms only"),
+        ("Linear probe", "linear probe"),
+        ("linear", "linear probe"),
+        ("toplayers n=1", "top layers n=1"),
+        ("conv-adapter", "convadapter"),
+        ("activation=None Bottleneck m=8", "bottleneck m=8 activation=None"),
+    ],
+)
+def test_a_contender_has_one_name_however_it_is_asked_for(said, name) -> None:
+    assert contender(said) == contender(name)
+    assert contender(said).name == name
 
 
 # at such narrow layers a default width is too much, and is said to be

@@ -80,9 +80,21 @@ def test_init_scale_draws_at_each_scale(tmp_path: Path) -> None:
 
 def test_a_training_that_ends_in_infinity_is_a_result_too(tmp_path: Path) -> None:
     wild = who(Bottleneck(4), "wild", lr=1e30, grad_clip=None, warmup=0.0, epochs=3)
-    (result,) = made(InitScale((small(),), wild, (10.0,), (0,)), tmp_path)
-    assert "finite" in result.facts["stopped"] or "became" in result.facts["stopped"]
-    assert 0 <= result.score <= 1
+    asked = InitScale((small(),), wild, (10.0,), (0,))
+    (result,) = made(asked, tmp_path)
+    assert "became" in result.facts["stopped"]
+    (run,) = asked.runs(lambda key: None)
+    untrained = run.contender.put(small(), 0)
+    assert result.score == measure(untrained, "digits", small(), "validation", Workplace(tmp_path))
+    assert result.seconds == 0
+
+
+def test_another_error_is_no_result(tmp_path: Path) -> None:
+    asked = InitScale((small(),), ADAPTER, (1e-2,), (0,))
+    (run,) = asked.runs(lambda key: None)
+    Workplace(tmp_path).task_file(run.task_key).write_bytes(b"half a task")
+    with pytest.raises(VisadaptError, match=run.task_key):
+        made(asked, tmp_path)
 
 
 def test_ablation_takes_out_every_span_without_training_again(tmp_path: Path) -> None:
@@ -92,6 +104,8 @@ def test_ablation_takes_out_every_span_without_training_again(tmp_path: Path) ->
     assert spans == [(None, None), *((i, j) for i in range(8) for j in range(i, 8))]
     assert len(results) == 2 * len(spans)
     assert len(list((tmp_path / "tasks").glob("*.visadapt"))) == 1, "one training for all"
+    assert len(Ablation((problem,), (ADAPTER,)).runs(lambda key: None)) == 1, "nobody beside it trains the task again"
+    assert {f["layers"] for f in facts(results)} == {8}
     labels = problem.splits.validation.labels
     assert labels is not None
     assert {r.facts["majority"] for r in results} == {labels.bincount().max().item() / 20}
@@ -208,6 +222,7 @@ def test_decathlon_sums_up_what_it_has_run(tmp_path: Path) -> None:
     for result in sums:
         assert result.score == pytest.approx(score(accuracies(result.contender, result.seed), baselines))
         assert result.facts["problems"] == ["digits", "mnist"]
+        assert (result.facts["seeds"], result.setting) == (2, None)
     (linear,) = (r for r in sums if r.contender == "linear probe" and r.seed == 0)
     assert linear.facts["total"] == pytest.approx(1 + 2 * 330 / linear.backbone)
 

@@ -15,7 +15,7 @@ from visadapt.report.decathlon import decathlon
 from visadapt.report.init_scale import init_scale
 from visadapt.report.modality import modality
 from visadapt.report.numbers import against_full, amount, file_name, is_adapter, listed, signed, told
-from visadapt.report.sequence import sequence
+from visadapt.report.sequence import SHARED, sequence
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
 
@@ -166,6 +166,24 @@ def test_ablation() -> None:
     assert [claim.text for claim in ablation(images).claims] == [single.text, majority.text]
 
 
+def test_an_ablation_that_was_killed_is_left_out() -> None:
+    whole = [r for r in made.ablation() if r.network == "minilm" and r.facts["norms"] == "kept"]
+    complete = ablation(whole)
+    for count in range(1, len(whole)):
+        # the first layer alone may be all layers, as far as older results tell
+        if count != 2:
+            assert ablation(whole[:count]) is None, count
+    told = [dataclasses.replace(r, facts={**r.facts, "layers": 6}) for r in whole]
+    assert ablation(told[:2]) is None
+    assert ablation(told).finding == complete.finding
+    # neither a seed that was killed nor the reverted norms change what is said of the rest
+    again = [dataclasses.replace(r, seed=1, score=0.1) for r in whole[:9]]
+    reverted = [r for r in made.ablation() if r.network == "minilm" and r.facts["norms"] == "reverted"]
+    section = ablation([*whole, *again, *reverted[:9]])
+    assert (section.finding, section.claims) == (complete.finding, complete.claims)
+    assert section.drawings[0].render(Look())
+
+
 def test_init_scale() -> None:
     scores = {1e-7: 90, 10.0**-2: 89.5, 1.0: 40}
     results = [at("init_scale", "b", score, split="validation", facts={"std": std}) for std, score in scores.items()]
@@ -255,10 +273,87 @@ def test_one_task_is_a_sequence_too() -> None:
     assert section.claims == (), "nothing later to compare with"
 
 
+def learned(contender: str, *order: str, upto: int | None = None, seed: int = 0) -> list[made.Result]:
+    """The results of a chain, in the order that they are made in, and of them the first so many."""
+    results = [
+        at("sequence", contender, 80, problem=problem, seed=seed,
+           facts={"position": position, "after": after, "total": 1.1 + position / 10, "outputs": problem})
+        for position, after in enumerate(order)
+        for problem in order[: position + 1]
+    ]  # fmt: skip
+    return results[:upto]
+
+
+def test_of_a_sequence_that_was_killed_those_count_that_came_furthest() -> None:
+    whole = learned("bottleneck m=8", "a", "b", "c")
+    finding = "3 tasks on resnet50 by bottleneck m=8 take 1.30 times the backbone's parameters."
+    for count in range(6):
+        for killed in (learned("lora r=4", "a", "b", "c", upto=count), learned(SHARED, "a", "b", "c", upto=count)):
+            section = sequence([*whole, *killed])
+            assert section.finding == finding
+            assert [row[0] for row in section.tables[0].rows] == ["bottleneck m=8"]
+            assert all(drawing.render(Look()) for drawing in section.drawings)
+    section = sequence([*whole, *learned("bottleneck m=8", "a", "b", "c", seed=1, upto=5)])
+    assert section.tables == sequence(whole).tables
+    section = sequence([*learned("bottleneck m=8", "a", "b", "c", upto=5), *learned(SHARED, "a", "b", "c")])
+    assert section.finding.startswith("2 tasks on resnet50 by bottleneck m=8 take 1.20 times")
+    assert [row[0] for row in section.tables[0].rows] == ["bottleneck m=8", SHARED]
+
+
+def test_fine_tuning_in_sequence_alone_has_nothing_to_be_compared_with() -> None:
+    assert sequence(learned(SHARED, "a", "b")) is None
+    assert sequence(learned("lora r=4", "a", "b")[1:]) is None, "and what has no beginning is no chain"
+
+
+def test_each_order_is_told_apart() -> None:
+    orders = (("a", "b", "c", "d"), ("b", "d", "a"), ("a", "c"))
+    results = [r for order in orders for name in ("lora r=4", SHARED) for r in learned(name, *order)]
+    # the first position of two of them is the same result
+    section = sequence(list({str(r): r for r in results}.values()))
+    assert section.finding == (
+        "4 tasks on resnet50 by lora r=4 take 1.40 times the backbone's parameters; "
+        "3 tasks on resnet50 (b, d, a) by lora r=4 take 1.30 times the backbone's parameters; "
+        "2 tasks on resnet50 (a, c) by lora r=4 take 1.20 times the backbone's parameters."
+    )
+    assert len({drawing.name for drawing in section.drawings}) == 6
+    assert all(drawing.render(Look()) for drawing in section.drawings)
+    assert [claim.measured for claim in section.claims] == [
+        "6 of 6 later measurements", "3 of 3 later measurements", "1 of 1 later measurements"
+    ]  # fmt: skip
+
+
 def test_decathlon() -> None:
     section = decathlon(list(made.decathlon()))
     assert section.finding.startswith("parallel scores highest, 791 of 3,000, over cifar10, fashion-mnist and mnist")
     assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
+
+
+def test_further_seeds_make_every_sum_anew() -> None:
+    def sums(seeds: int, score: float) -> list[made.Result]:
+        facts = {"problems": ["cifar10"], "seeds": seeds, "total": 1.2}
+        return [
+            at("decathlon", "series", 100 * score, problem="all", metric="decathlon", seed=seed, facts=facts)
+            for seed in range(seeds)
+        ]
+
+    (section,) = build([*sums(1, 100), *sums(2, 300)]).sections
+    assert section.finding == "series scores highest, 300 of 1,000, over cifar10 (resnet50)."
+    assert "series 300" in section.drawings[0].alt
+
+
+def test_sums_over_other_problems_and_networks_are_apart() -> None:
+    def total(score: float, *problems: str, **more: str) -> made.Result:
+        facts = {"problems": list(problems), "seeds": 1, "total": 1.2}
+        return at("decathlon", "series", 100 * score, problem="all", metric="decathlon", facts=facts, **more)
+
+    results = [total(400, "a", "b"), total(700, "a", "b", "c"), total(300, "a", "b", network="minilm")]
+    section = decathlon(results)
+    assert section.finding == (
+        "series scores highest, 400 of 2,000, over a and b (resnet50); "
+        "series scores highest, 700 of 3,000, over a, b and c (resnet50); "
+        "series scores highest, 300 of 2,000, over a and b (minilm)."
+    )
+    assert len({drawing.name for drawing in section.drawings}) == len(section.tables) == 3
 
 
 def test_sections_without_results_are_left_out() -> None:

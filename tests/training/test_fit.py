@@ -19,7 +19,7 @@ from tests.zoo import ZOO
 from visadapt import VisadaptError
 from visadapt.data import ImageSet, augment, normalize
 from visadapt.methods import Full
-from visadapt.training import Recipe, evaluate, fit, predict
+from visadapt.training import Diverged, Recipe, evaluate, fit, predict
 
 SHORT = Recipe(epochs=2, lr=1e-2, head_lr=3e-2)
 
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(injected:
     broken = images.clone()
     broken[17] = float("nan")
     injected.train()
-    with pytest.raises(VisadaptError, match=r"the loss became nan at step \d+ of 10; the last good state is kept"):
+    with pytest.raises(Diverged, match=r"the loss became nan at step \d+ of 10; the last good state is kept"):
         fit(injected, "digits", (broken, digits.train.labels), recipe=Recipe(epochs=1, lr=0.1))
     assert all(torch.equal(good[name], tensor) for name, tensor in state(injected).items())
     assert injected.training

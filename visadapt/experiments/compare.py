@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.experiment import Experiment
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.run import Found, Training
+from visadapt.experiments.run import Found, Training, Trial
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Compare(Experiment):
     """Contenders × problems × seeds.
 
     A contender with several ``rates`` is first tried at each of them with the first seed on validation data, and then
-    takes the best; test data is not looked at for that.
+    takes the best; test data is not looked at for that. A trial that diverges loses, and says so in its facts.
 
     Args:
         problems: what to compare on.
@@ -70,11 +70,11 @@ def swept(
         keep: whether task files are kept; those of the trials too, one of which is the first of the final trainings.
     """
     facts = facts or {}
-    trials = []
+    trials: list[Training] = []
     if len(contender.rates) > 1:
         rates = [contender.with_recipe(lr=rate) for rate in contender.rates]
-        trials = [Training(experiment, problem, who, seeds[0], "validation", facts, keep=keep) for who in rates]
-        scores = [result.score for trial in trials if (result := found(trial.key)) is not None]
+        trials = [Trial(experiment, problem, who, seeds[0], "validation", facts, keep=keep) for who in rates]
+        scores = [result.standing for trial in trials if (result := found(trial.key)) is not None]
         if len(scores) < len(trials):
             return trials
         contender = rates[scores.index(max(scores))]

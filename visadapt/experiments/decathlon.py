@@ -77,8 +77,9 @@ class Decathlon(Experiment):
     """Contenders on all problems, and for each seed the score that sums them up.
 
     A score is relative to the mean error of ``baseline`` over all seeds. Its result has the problem ``all``, the metric
-    ``decathlon`` and the sums of what the problems' tasks cost; facts: ``problems``, their names, and ``total``, the
-    parameters of all tasks and the backbone as a multiple of the backbone.
+    ``decathlon`` and the sums of what the problems' tasks cost; facts: ``problems``, their names; ``seeds``, how many
+    the baseline's error is the mean of; and ``total``, the parameters of all tasks and the backbone as a multiple of
+    the backbone.
 
     Args:
         problems: the domains, all on one backbone.
@@ -110,7 +111,8 @@ class Decathlon(Experiment):
         baselines = {name: 100 * mean(r.score for r in made[name, self.baseline.name]) for name in names}
         for who in everyone:
             for number in range(len(self.seeds)):
-                runs.append(Sum(tuple(made[name, who.name][number] for name in names), baselines))
+                parts = tuple(made[name, who.name][number] for name in names)
+                runs.append(Sum(parts, baselines, len(self.seeds)))
         return runs
 
 
@@ -121,10 +123,12 @@ class Sum(Run):
     Args:
         parts: its result on each.
         baselines: accuracies in % to compare with, by problem.
+        seeds: how many these are the means of.
     """
 
     parts: tuple[Result, ...]
     baselines: dict[str, float]
+    seeds: int
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -144,5 +148,6 @@ class Sum(Run):
             head=sum(part.head for part in self.parts),
             seconds=sum(part.seconds for part in self.parts),
             bytes=sum(part.bytes for part in self.parts),
-            facts={"problems": list(own), "total": total},
+            facts={"problems": list(own), "seeds": self.seeds, "total": total},
+            setting=None,
         )

@@ -6,14 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from visadapt.errors import VisadaptError
 from visadapt.experiments.contender import Contender
 from visadapt.experiments.experiment import Experiment
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.run import Found, Training
-from visadapt.experiments.train import Workplace
+from visadapt.experiments.run import Found, Trial
 from visadapt.methods import Bottleneck
 
 
@@ -22,7 +19,7 @@ class InitScale(Experiment):
     """A bottleneck whose projections are drawn with each of several standard deviations, on validation data.
 
     Facts: ``std``; and ``stopped``, the reason, where a training ended in numbers that are not finite. Its score is
-    then that of the last good state.
+    then that of the untrained task.
 
     Args:
         problems: what to train on.
@@ -42,9 +39,9 @@ class InitScale(Experiment):
         if not isinstance(self.who.method, Bottleneck):
             raise VisadaptError(f"init_scale needs a bottleneck, got {self.who.method}")
 
-    def runs(self, found: Found) -> list[Training]:
+    def runs(self, found: Found) -> list[Trial]:
         return [
-            Attempt(self.name, problem, self._drawn(std), seed, "validation", {"std": std})
+            Trial(self.name, problem, self._drawn(std), seed, "validation", {"std": std})
             for problem in self.problems
             for std in self.stds
             for seed in self.seeds
@@ -52,15 +49,3 @@ class InitScale(Experiment):
 
     def _drawn(self, std: float) -> Contender:
         return dataclasses.replace(self.who, method=dataclasses.replace(self.who.method, init_std=std))  # type: ignore[call-arg]
-
-
-@dataclass(frozen=True)
-class Attempt(Training):
-    """A training that may end in numbers that are not finite: that, too, is a result."""
-
-    def trained(self, workplace: Workplace) -> tuple[nn.Module, float]:
-        try:
-            return super().trained(workplace)
-        except VisadaptError as error:
-            self.facts["stopped"] = str(error)
-            return self.contender.put(self.problem, self.seed).to(workplace.device), 0.0

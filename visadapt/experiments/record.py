@@ -6,14 +6,18 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
+
+STOPPED = "stopped"
+"""The fact that says why a training ended in numbers that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Result:
         epochs: of the training.
         facts: the experiment's own coordinates, as JSON values.
         machine: what it was made with: ``device``, versions, commit.
+        setting: short for the problem and the contender with all that is behind their names, but for ``lr``. Only
+            results of one setting are each other's seeds. None where it is not known, or is that of several problems.
     """
 
     key: str
@@ -62,15 +68,31 @@ class Result:
     epochs: int
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
     machine: dict[str, str] = field(default_factory=dict, hash=False)
+    setting: str | None = None
 
     @property
     def fraction(self) -> float:
         """What was trained beside the head, over the backbone."""
         return self.trained / self.backbone
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the training ended in numbers that are not finite; the score is then that of the untrained task."""
+        return STOPPED in self.facts
+
+    @property
+    def standing(self) -> float:
+        """The score that it is chosen by: what diverged loses to anything that did not."""
+        return -math.inf if self.diverged else self.score
+
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Result)}
-_FROM_TEXT = {"int": int, "float": float, "str": str}
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "str | None": lambda text: text or None,
+}
 
 
 def key_of(**facts: Any) -> str:
@@ -143,9 +165,6 @@ class Record:
         self._results = {(result.experiment, result.key): result for result in there}
         self._any = {result.key: result for result in there}
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def get(self, experiment: str, key: str) -> Result | None:
         """The result of that key, if it is there."""
         return self._results.get((experiment, key))
@@ -153,10 +172,6 @@ class Record:
     def elsewhere(self, key: str) -> Result | None:
         """The same figure, made for whatever experiment."""
         return self._any.get(key)
-
-    def of(self, experiment: str) -> list[Result]:
-        """All results of an experiment."""
-        return sorted((r for r in self._results.values() if r.experiment == experiment), key=_order)
 
     def add(self, result: Result) -> None:
         """Keeps a result, on disk at once."""

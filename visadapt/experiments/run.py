@@ -14,9 +14,10 @@ from visadapt.experiments.contender import Contender
 from visadapt.experiments.machine import machine
 from visadapt.experiments.parts import start_from
 from visadapt.experiments.problem import Problem
-from visadapt.experiments.record import Result, key_of
+from visadapt.experiments.record import STOPPED, Result, key_of
 from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
 from visadapt.store import read
+from visadapt.training import Diverged
 
 Found = Callable[[str], "Result | None"]
 """Gives the result of a key, or None if it is yet to be made."""
@@ -72,6 +73,12 @@ class Training(Run):
         return key_of(**described, seed=self.seed, **start)
 
     @property
+    def setting(self) -> str:
+        """The same for all seeds and learning rates, splits and starts."""
+        at_any_rate = self.contender.with_recipe(lr=1.0)
+        return key_of(problem=self.problem.described(), contender=at_any_rate.described())
+
+    @property
     def key(self) -> str:
         """Of the result."""
         return key_of(task=self.task_key, split=self.split)
@@ -81,9 +88,12 @@ class Training(Run):
         return (self.key,)
 
     def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        model, seconds = self.trained(workplace)
+        yield self.measured(*self.trained(workplace), workplace)
+
+    def measured(self, model: nn.Module, seconds: float, workplace: Workplace) -> Result:
+        """The result of a model that was trained so long."""
         score = measure(model, self.problem.name, self.problem, self.split, workplace)
-        yield self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
+        return self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
 
     def result(self, key: str, score: float, seconds: float, workplace: Workplace, paid: dict[str, int]) -> Result:
         """A result of this contender on this problem."""
@@ -103,11 +113,15 @@ class Training(Run):
             epochs=self.contender.recipe.epochs,
             facts=self.facts,
             machine=machine(workplace.device),
+            setting=self.setting,
             **paid,
         )
 
     def adopted(self, result: Result) -> Result:
-        return dataclasses.replace(result, experiment=self.experiment, contender=self.contender.name, facts=self.facts)
+        facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name == STOPPED}}
+        return dataclasses.replace(
+            result, experiment=self.experiment, contender=self.contender.name, setting=self.setting, facts=facts
+        )
 
     def trained(self, workplace: Workplace) -> tuple[nn.Module, float]:
         """The model with the trained task, and the seconds that the training took; read from its file if that is kept.
@@ -121,7 +135,11 @@ class Training(Run):
         model = self.contender.put(self.problem, self.seed)
         if self.start is not None:
             start_from(model, self.problem.name, self.start.tensors(workplace))
-        seconds = train(model, self.problem, self.contender, self.seed, workplace)
+        try:
+            seconds = train(model, self.problem, self.contender, self.seed, workplace)
+        except Diverged as error:
+            whose = f"{self.contender.name} on {self.problem.backbone}, {self.problem.name}, seed {self.seed}"
+            raise Diverged(f"{whose}: {error}") from error
         if self.keep:
             keep(model, self.problem.name, file, seconds)
         return model, seconds
@@ -132,3 +150,19 @@ class Training(Run):
         if not file.is_file():
             dataclasses.replace(self, keep=True).trained(workplace)
         return read(file)[1]
+
+
+@dataclass(frozen=True)
+class Trial(Training):
+    """A training that may diverge: that, too, is a result.
+
+    Its score is then that of the untrained task, and its fact ``stopped`` is the reason.
+    """
+
+    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
+        try:
+            yield from super().results(missing, workplace)
+        except Diverged as error:
+            untrained = self.contender.put(self.problem, self.seed).to(workplace.device)
+            result = self.measured(untrained, 0.0, workplace)
+            yield dataclasses.replace(result, facts={**self.facts, STOPPED: str(error)})

@@ -31,7 +31,7 @@ Drops = dict[tuple[int, int], float]
 
 def ablation(results: Sequence[Result]) -> Section | None:
     """The section of the experiment ``ablation``."""
-    own = [r for r in results if r.experiment == "ablation"]
+    own = _complete([r for r in results if r.experiment == "ablation"])
     groups = grouped(own, lambda r: (r.network, r.problem, r.contender))
     cases = {case: drops for case, group in groups.items() if (drops := _drops(group, "kept"))}
     if not cases:
@@ -50,6 +50,19 @@ def ablation(results: Sequence[Result]) -> Section | None:
         (_table(cases),),
         tuple(claim for case, drops in cases.items() for claim in _claims(case, groups[case], drops)),
     )
+
+
+def _complete(results: Sequence[Result]) -> list[Result]:
+    """Without those trained tasks of which not every span was taken out yet: an experiment was killed there."""
+    tasks = grouped(results, lambda r: (r.network, r.problem, r.contender, r.seed, r.facts["norms"])).values()
+    return [r for own in tasks if _is_complete(own) for r in own]
+
+
+def _is_complete(results: Sequence[Result]) -> bool:
+    spans = {(r.facts["first"], r.facts["last"]) for r in results}
+    # an older result does not say how many layers there are
+    layers = max(r.facts.get("layers", 1 + (r.facts["last"] or 0)) for r in results)
+    return spans == {(None, None), *((i, j) for i in range(layers) for j in range(i, layers))}
 
 
 def _drops(results: Sequence[Result], norms: str) -> Drops:

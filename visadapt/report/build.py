@@ -15,6 +15,7 @@ from visadapt.report.modality import modality
 from visadapt.report.numbers import grouped
 from visadapt.report.section import Section
 from visadapt.report.sequence import sequence
+from visadapt.report.settled import settled
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
 
@@ -44,8 +45,10 @@ def build(results: Sequence[Result], title: str = "Results") -> Report:
         title: of the page.
 
     Raises:
-        VisadaptError: there are none, or too few for any section.
+        VisadaptError: there are none, or too few for any section; or what has one name was made in several ways (with
+            other sizes, say), of which no mean can be taken.
     """
+    results = settled(results)
     sections = tuple(section for make in SECTIONS if (section := make(results)) is not None)
     if not sections:
         raise VisadaptError(f"{len(results)} results are too few for a report: run an experiment to its end first")

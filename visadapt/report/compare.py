@@ -157,7 +157,7 @@ def _bar(modality: str, results: Sequence[Result]) -> Claim | None:
 
 def _at_best_rate(results: Sequence[Result]) -> float:
     """Mean score over seeds, at the learning rate that most of them were trained at, and of these at the best."""
-    return max((len(own), mean(r.score for r in own)) for own in grouped(results, lambda r: r.lr).values())[1]
+    return max((len(own), mean(r.standing for r in own)) for own in grouped(results, lambda r: r.lr).values())[1]
 
 
 def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:

@@ -30,7 +30,7 @@ def init_scale(results: Sequence[Result]) -> Section | None:
     if not problems:
         return None
     claims = tuple(claim for case, group in problems.items() if (claim := _stable(case, group)))
-    stopped = sum("stopped" in r.facts for r in own)
+    stopped = sum(r.diverged for r in own)
     return Section(
         "init_scale",
         "How large the first weights may be",

@@ -23,18 +23,16 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "--")
 
 def sequence(results: Several[Result]) -> Section | None:
     """The section of the experiment ``sequence``."""
-    own = [r for r in results if r.experiment == "sequence"]
-    networks = grouped(own, lambda r: r.network)
-    if not networks:
+    networks = grouped([r for r in results if r.experiment == "sequence"], lambda r: r.network)
+    chains = {name: chain for network, group in networks.items() for name, chain in _chains(network, group).items()}
+    if not chains:
         return None
     seen = []
-    for network, group in networks.items():
+    for name, group in chains.items():
         last = len(_order(group)) - 1
-        totals = {name: _total(of, last) for name, of in _contenders(group).items() if name != SHARED}
-        least = min(totals, key=lambda name: totals[name])
-        seen.append(
-            f"{last + 1} tasks on {network} by {least} take {totals[least]:.2f} times the backbone's parameters"
-        )
+        totals = {who: _total(of, last) for who, of in _contenders(group).items() if who != SHARED}
+        least = min(totals, key=lambda who: totals[who])
+        seen.append(f"{last + 1} tasks on {name} by {least} take {totals[least]:.2f} times the backbone's parameters")
     return Section(
         "sequence",
         "Tasks learned one after another",
@@ -43,10 +41,39 @@ def sequence(results: Several[Result]) -> Section | None:
         "test data. Bars: parameters of the backbone and all tasks together, as a multiple of the backbone. Lines: the "
         "mean change of what was learned before, in points since it was learned. A task of its own forgets nothing; "
         "weights that are trained on do.",
-        tuple(d for network, group in networks.items() for d in (_bars(network, group), _lines(network, group))),
-        tuple(_table(network, group) for network, group in networks.items()),
-        tuple(claim for network, group in networks.items() if (claim := _unforgotten(network, group))),
+        tuple(drawing for name, group in chains.items() for drawing in (_bars(name, group), _lines(name, group))),
+        tuple(_table(name, group) for name, group in chains.items()),
+        tuple(claim for name, group in chains.items() if (claim := _unforgotten(name, group))),
     )
+
+
+def _chains(network: str, results: Several[Result]) -> dict[str, list[Result]]:
+    """The results of each order that problems were learned in, by the network's name and, after the longest, the order.
+
+    Where an experiment was killed, a contender and seed may have come less far than others: it is left out.
+    """
+    runs = {who: _orders(run) for who, run in grouped(results, lambda r: (r.contender, r.seed)).items()}
+    orders = {order for (contender, _), own in runs.items() if contender != SHARED for order in own}
+    whole = [order for order in orders if not any(order == other[: len(order)] for other in orders - {order})]
+    chains: dict[str, list[Result]] = {}
+    for order in sorted(whole, key=lambda order: (-len(order), order)):
+        learned = set(enumerate(order))
+        chains[f"{network} ({', '.join(order)})" if chains else network] = [
+            r
+            for r in results
+            if order in runs[r.contender, r.seed] and (r.facts["position"], r.facts["after"]) in learned
+        ]
+    return chains
+
+
+def _orders(run: Several[Result], begun: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    """The orders that one contender learned with one seed, and their beginnings, as far as all of it was measured."""
+    further = {
+        (*begun, after)
+        for (position, after), asked in grouped(run, lambda r: (r.facts["position"], r.facts["after"])).items()
+        if position == len(begun) and after not in begun and {r.problem for r in asked} == {*begun, after}
+    }
+    return further.union(*(_orders(run, order) for order in further))
 
 
 def _contenders(results: Several[Result]) -> dict[str, list[Result]]:

@@ -35,7 +35,9 @@ def sweep_table(results: Sequence[Result], title: str = "") -> Table:
     rows = []
     for name, found in grouped(results, lambda r: r.contender).items():
         own = sorted((r for r in found if r.split == "validation"), key=lambda r: r.lr)
-        best = max(own, key=lambda result: result.score)
-        cells = [f"{r.lr:g}: {100 * r.score:.1f}{' *' if r == best else ''}" for r in own]
+        best = max(own, key=lambda result: result.standing)
+        cells = [
+            f"{r.lr:g}: {'diverged' if r.diverged else f'{100 * r.score:.1f}'}{' *' if r == best else ''}" for r in own
+        ]
         rows.append((name, best.epochs, "   ".join(cells), f"{best.lr:g}"))
     return Table(("method", "epochs", "validation score in % by learning rate", "picked"), rows, title)

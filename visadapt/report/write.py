@@ -25,8 +25,8 @@ def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: s
         The paths of what was written, the pages first.
 
     Raises:
-        VisadaptError: no results, too few of them, no matplotlib, or a folder that cannot be written to. All is drawn
-            before anything is written.
+        VisadaptError: no results, too few of them, or of several settings under the same names; no matplotlib, or a
+            folder that cannot be written to. All is drawn before anything is written.
     """
     target = Path(out)
     report = build(read_results(results), title)

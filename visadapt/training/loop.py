@@ -23,6 +23,10 @@ from visadapt.training.trainee import Trainee
 Augment = Callable[[Any, torch.Generator], Any]
 
 
+class Diverged(VisadaptError):  # noqa: N818  it is caught as what happened
+    """A training's loss or gradient became infinite or no number."""
+
+
 @dataclass
 class Run:
     """How far a training has come, in numbers.
@@ -151,9 +155,9 @@ class Loop:
         self.schedule.step()
         return value
 
-    def stopped(self, what: str, value: float) -> VisadaptError:
+    def stopped(self, what: str, value: float) -> Diverged:
         """The error of a loss or gradient that is not finite."""
-        return VisadaptError(
+        return Diverged(
             f"the {what} became {value} at step {self.run.steps + 1} of {self.steps}; the last good state is kept. Try "
             f"a smaller lr than {self.recipe.lr:g}, or look for inputs that are not finite"
         )
