@@ -66,7 +66,7 @@ class Removal(Run):
 
     def _spans(self) -> dict[str, tuple[int, int] | None]:
         who = self.training
-        count = layers(who.problem, who.contender.method.kinds)
+        count = layers(who.problem, who.contender)
         spans = [None, *((i, j) for i in range(count) for j in range(i, count))]
         return {key_of(task=who.task_key, split=who.split, removed=span, norms=self.norms): span for span in spans}
 
