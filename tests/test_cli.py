@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import visadapt
 from visadapt import cli
 from visadapt.data import load_images, load_text, minilm_path
+from visadapt.experiments import Modality, problem
 from visadapt.hub import resolve
 from visadapt.inputs import from_description
 from visadapt.store import read
@@ -25,6 +26,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from visadapt.cli.app import EXAMPLES, app
+from visadapt.cli.experiment import EXPERIMENTS, _planned
 
 CHANNELS = [8, 16, 24, 32]
 SEES = ["--backbone", "timm/resnet18", "--build", "pretrained=false", "--build", f"channels={CHANNELS}"]
@@ -364,6 +366,36 @@ WRONG = {
         1,
         "no engine 'rai'",
     ),
+    "contender of an experiment that has its own": (
+        "experiment tradeoff --problem bundled/minilm:tweets --contender full --results {tmp}/r",
+        1,
+        "tradeoff takes no --contender, it has its own; got 'full'",
+    ),
+    "two contenders for one": (
+        "experiment transfer --problem bundled/minilm:tweets --contender lora --contender full --results {tmp}/r",
+        1,
+        "transfer takes one --contender; got 'lora', 'full'",
+    ),
+    "nothing to put at parts of the depth": (
+        "experiment modality --problem bundled/minilm:tweets --contender linear --results {tmp}/r",
+        1,
+        "modality puts a --contender at parts of the depth: name one with adapters",
+    ),
+    "nothing to take out": (
+        "experiment ablation --problem hf/{place}/bert:{place}/tweets.tsv --contender full --results {tmp}/r",
+        1,
+        "'full' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
+    ),
+    "device that is not there": (
+        "experiment compare --problem hf/{place}/bert:{place}/tweets.tsv --device cuda:99 --results {tmp}/r",
+        1,
+        "device 'cuda:99' cannot be used here",
+    ),
+    "augmented texts": (
+        "train {place}/tweets.tsv READS --augment --out {tmp}/o.visadapt",
+        1,
+        "--augment mirrors and shifts pictures, and hf/{place}/bert reads texts",
+    ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),
 }
@@ -413,6 +445,15 @@ def test_a_task_that_remembers_nothing_needs_the_backbone(place: Path, tmp_path:
     assert answer["top"][0]["label"] in ("0", "1")
 
 
+@pytest.mark.parametrize("backbone", ["timm/resnet18", {"name": 5}, {"name": "timm/resnet18", "build": "small"}])
+def test_notes_of_a_library_user_are_no_backbone(place: Path, tmp_path: Path, backbone: object) -> None:
+    model = network()
+    visadapt.load(model, place / "photos.visadapt")
+    noted = visadapt.save(model, "photos", tmp_path / "noted.visadapt", notes={"backbone": backbone})
+    result = run("predict", "x.png", "--task", noted, code=1)
+    assert "does not remember its backbone: name it by --backbone" in result.stderr
+
+
 def test_an_interrupt_is_one_line_and_leaves_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +464,14 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(
     result = run("train", place / "photos", *SEES, "--size", 32, "--out", tmp_path / "o.visadapt", code=130)
     assert result.stderr == "interrupted: nothing was left half-written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modality_puts_the_first_adapter_at_parts_of_the_depth() -> None:
+    problems = (problem("bundled/minilm", "tweets"),)
+    planned = _planned(EXPERIMENTS["modality"], problems, ["linear probe", "lora r=4", "bottleneck m=8"], (0,), 3)
+    assert isinstance(planned, Modality)
+    assert [one.name for one in planned.contenders] == ["linear probe", "lora r=4", "bottleneck m=8"]
+    assert planned.deep is planned.contenders[1]
 
 
 def test_help_has_examples_that_name_real_options() -> None:

@@ -185,6 +185,8 @@ def from_description(description: Mapping[str, Any]) -> Inputs:
     Raises:
         VisadaptError: it did not.
     """
+    if not isinstance(description, Mapping):
+        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options, not by {description!r}")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
     try:
         return _KINDS[description["kind"]](**fields)

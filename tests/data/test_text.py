@@ -149,6 +149,16 @@ def test_compressed_file_and_columns_by_number(tmp_path: Path) -> None:
     assert {str(t) for p in parts(found) for t in p.texts} == {f"t{i}" for i in range(20)}
 
 
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f"text {i}\t{i % 2}\n" for i in range(400)).encode())
+    damaged = bytearray(whole)
+    damaged[30:60] = b"\xff" * 30
+    for content in (whole[: len(whole) // 2], bytes(damaged), b"no archive"):
+        (tmp_path / "a.tsv.gz").write_bytes(content)
+        with pytest.raises(VisadaptError, match=r"a.tsv.gz cannot be read as utf-8-sig text: "):
+            load_text(tmp_path / "a.tsv.gz", text=0, label=1, header=False)
+
+
 def test_seed_changes_the_split(tmp_path: Path) -> None:
     file = write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(100)))
     assert load_text(file, seed=1).test.texts == load_text(file, seed=1).test.texts

@@ -33,7 +33,8 @@ from visadapt.cli.options import (
 from visadapt.cli.putting import chosen
 from visadapt.cli.showing import say, show
 from visadapt.data import augment
-from visadapt.inputs import described, inputs_of
+from visadapt.errors import VisadaptError
+from visadapt.inputs import TextInputs, described, inputs_of
 from visadapt.methods.method import check_choice
 from visadapt.training import METRICS, RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
@@ -84,7 +85,10 @@ def train(
     adapter = chosen(method, m, option)
     loading = pairs(build, "--build")
     model = opened(backbone, loading)
-    splits = inputs_of(model, backbone, size, length).load(data, seed=seed, **columns(text, label, header, root))
+    inputs = inputs_of(model, backbone, size, length)
+    if flips_and_shifts and isinstance(inputs, TextInputs):
+        raise VisadaptError(f"--augment mirrors and shifts pictures, and {backbone} reads texts")
+    splits = inputs.load(data, seed=seed, **columns(text, label, header, root))
     name = target.stem if task is None else task
     torch.manual_seed(seed)
     visadapt.inject(model, adapter, task=name, labels=splits.classes, num_classes=len(splits.classes), norms=norms,

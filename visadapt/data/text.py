@@ -3,6 +3,7 @@
 import csv
 import gzip
 import importlib.util
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ class _Reader:
         try:
             with _open(file, self.encoding) as stream:
                 lines = [line for line in self._lines(stream, file) if line]
-        except (OSError, UnicodeError, csv.Error) as error:
+        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
             raise VisadaptError(f"{file} cannot be read as {self.encoding} text: {error}") from error
         names = lines.pop(0) if self.header and lines else None
         if not lines:
