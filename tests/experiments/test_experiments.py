@@ -85,6 +85,15 @@ def test_a_training_that_ends_in_infinity_is_a_result_too(tmp_path: Path) -> Non
     assert 0 <= result.score <= 1
 
 
+def test_first_weights_that_give_no_numbers_are_a_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise VisadaptError("task 'digits' gives NaN")
+
+    monkeypatch.setattr("visadapt.experiments.run.measure", fails)
+    (result,) = made(InitScale((small(),), ADAPTER, (10.0,), (0,)), tmp_path)
+    assert (result.score, result.facts["stopped"]) == (0, "task 'digits' gives NaN")
+
+
 def test_ablation_takes_out_every_span_without_training_again(tmp_path: Path) -> None:
     problem = small(validation=20)
     results = made(Ablation((problem,), (ADAPTER,)), tmp_path)

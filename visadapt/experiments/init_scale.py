@@ -64,3 +64,10 @@ class Attempt(Training):
         except VisadaptError as error:
             self.facts["stopped"] = str(error)
             return self.contender.put(self.problem, self.seed).to(workplace.device), 0.0
+
+    def measured(self, model: nn.Module, workplace: Workplace) -> float:
+        try:
+            return super().measured(model, workplace)
+        except VisadaptError as error:  # not even the first weights give numbers
+            self.facts["stopped"] = str(error)
+            return 0.0

@@ -82,7 +82,7 @@ class Training(Run):
 
     def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
         model, seconds = self.trained(workplace)
-        score = measure(model, self.problem.name, self.problem, self.split, workplace)
+        score = self.measured(model, workplace)
         yield self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
 
     def result(self, key: str, score: float, seconds: float, workplace: Workplace, paid: dict[str, int]) -> Result:
@@ -125,6 +125,10 @@ class Training(Run):
         if self.keep:
             keep(model, self.problem.name, file, seconds)
         return model, seconds
+
+    def measured(self, model: nn.Module, workplace: Workplace) -> float:
+        """The score of the trained task."""
+        return measure(model, self.problem.name, self.problem, self.split, workplace)
 
     def tensors(self, workplace: Workplace) -> dict[str, Tensor]:
         """Those of the trained task, by name."""
