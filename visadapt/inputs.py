@@ -50,12 +50,12 @@ class ImageInputs:
 
         Args:
             name: as :func:`visadapt.data.load_images` takes it.
-            labels: number the classes as they are numbered here.
+            labels: the classes, as a task numbers them; None for those of the data.
             seed: of that tenth.
             **options: passed on to :func:`visadapt.data.load_images`.
         """
         # a folder's pictures differ in size; those of a named set do not, and small ones are kept as small as they are
-        found = load_images(name, size=self.size if Path(name).is_dir() else None, **options)
+        found = load_images(name, size=self.size if Path(name).is_dir() else None, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
         train, validation = found.holdout(max(1, len(found.train) // 10), seed)
         return Splits(found.classes, train, validation, found.test, self)
@@ -103,14 +103,15 @@ class TextInputs:
 
         Args:
             name: as :func:`visadapt.data.load_text` takes it.
-            labels: number the classes as they are numbered here.
+            labels: the classes, as a task numbers them; None for those of the data.
             seed: of the splits that the set does not bring.
             **options: passed on to :func:`visadapt.data.load_text`.
         """
-        found = load_text(name, seed=seed, **options)
+        found = load_text(name, seed=seed, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
-        train, validation, test = (self._tokens(split) for split in (found.train, found.validation, found.test))
-        inputs = dataclasses.replace(self, pairs=not isinstance(found.train.texts[0], str))
+        splits = (found.train, found.validation, found.test)
+        train, validation, test = (self._tokens(split) if len(split) else None for split in splits)
+        inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
         return Splits(found.classes, train, validation, test, inputs)
 
     def _tokens(self, split: TextSplit) -> Samples:
@@ -131,8 +132,8 @@ class Splits:
 
     Args:
         classes: the names of the labels.
-        train: to train on.
-        validation: to choose by.
+        train: to train on; None where a file was left whole.
+        validation: to choose by; None likewise.
         test: for the last figure only.
         inputs: prepare a batch of it, and read single samples of its kind.
     """
