@@ -93,11 +93,8 @@ def test_depths_cover_all_adapters_and_no_head(name: str) -> None:
 
 def test_layers_are_counted_by_the_sites_of_a_method() -> None:
     assert layers(small(), who(Bottleneck(4))) == 8
-    for method in (
-        Full(),
-        Linear(),
-        AdaptFormer(),
-    ):  # trains all, trains a head, stands beside MLPs that a ResNet has not
+    # one trains all, one a head, and one stands beside MLPs, which a ResNet has not
+    for method in (Full(), Linear(), AdaptFormer()):
         with pytest.raises(VisadaptError, match="'this one' puts no adapters into layers of timm/resnet18"):
             layers(small(), who(method, "this one"))
 

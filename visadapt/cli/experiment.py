@@ -12,7 +12,7 @@ from visadapt import experiments
 from visadapt.cli.options import Device, Root
 from visadapt.cli.showing import say
 from visadapt.errors import VisadaptError
-from visadapt.experiments import Experiment, Problem, contender, run_experiment
+from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
 from visadapt.methods.method import check_choice
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
@@ -45,7 +45,10 @@ def experiment(
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Of every training but a linear probe's.")] = 3,
     samples: Annotated[int | None, typer.Option("--train", min=1, help="Training samples; all, if not given.")] = None,
-    validation: Annotated[int | None, typer.Option(min=1, help="Validation samples.")] = None,
+    validation: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Validation samples; {ImageProblem.validation} pictures, all texts, if not given."),
+    ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test samples; all, if not given.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of pictures in pixels.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text.")] = None,
