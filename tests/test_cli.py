@@ -539,10 +539,11 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(
 
 def test_modality_puts_the_first_adapter_at_parts_of_the_depth() -> None:
     problems = (problem("bundled/minilm", "tweets"),)
-    planned = _planned(EXPERIMENTS["modality"], problems, ["linear probe", "lora r=4", "bottleneck m=8"], (0,), 3)
+    names = ["linear probe", "top layers n=1", "lora r=4", "bottleneck m=8"]
+    planned = _planned(EXPERIMENTS["modality"], problems, names, (0,), 3)
     assert isinstance(planned, Modality)
-    assert [one.name for one in planned.contenders] == ["linear probe", "lora r=4", "bottleneck m=8"]
-    assert planned.deep is planned.contenders[1]
+    assert [one.name for one in planned.contenders] == names
+    assert planned.deep is planned.contenders[2]
 
 
 def test_help_has_examples_that_name_real_options() -> None:

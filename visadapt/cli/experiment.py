@@ -13,6 +13,7 @@ from visadapt.cli.options import Device, Root
 from visadapt.cli.showing import say
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
+from visadapt.methods import TopLayers
 from visadapt.methods.method import check_choice
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
@@ -93,7 +94,8 @@ def _planned(
         takes = "one --contender" if "who" in taken else "no --contender, it has its own"
         raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
     who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
-    deep = next((one for one in who if one.method.kinds), None)
+    # what stands at sites, and is not the network's own
+    deep = next((one for one in who if one.method.kinds and not isinstance(one.method, TopLayers)), None)
     if "deep" in taken and deep is None:
         raise VisadaptError(f"{kind.name} puts a --contender at parts of the depth: name one with adapters, such as "
                             "'bottleneck m=8'")  # fmt: skip
