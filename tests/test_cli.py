@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import visadapt
 from visadapt import cli
 from visadapt.data import load_images, load_text, minilm_path
+from visadapt.experiments import Modality, problem
 from visadapt.hub import resolve
 from visadapt.inputs import from_description
 from visadapt.store import read
@@ -25,6 +26,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from visadapt.cli.app import EXAMPLES, app
+from visadapt.cli.experiment import EXPERIMENTS, _planned
 
 CHANNELS = [8, 16, 24, 32]
 SEES = ["--backbone", "timm/resnet18", "--build", "pretrained=false", "--build", f"channels={CHANNELS}"]
@@ -39,7 +41,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 
 def records(result: Result) -> list[dict]:
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return [json.loads(line) for line in result.stdout.split("\n") if line]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,31 @@ def test_evaluate(place: Path) -> None:
     assert "loss" in shown
 
 
+def test_evaluate_measures_all_of_a_single_file_by_the_tasks_classes(place: Path, tmp_path: Path) -> None:
+    task = place / "tweets.visadapt"
+    (found,) = records(run("evaluate", task, place / "tweets.tsv", "--json"))
+    assert (found["split"], found["samples"]) == ("all", 60)
+    (held,) = records(run("evaluate", task, place / "tweets.tsv", "--split", "test", "--json"))
+    assert (held["split"], held["samples"]) == ("test", 12)
+    rows = [row for row in (place / "plain.tsv").read_text(encoding="utf-8").split("\n") if row.endswith("\tgood")][:3]
+    (tmp_path / "few.tsv").write_text("\n".join(["text\tlabel", *rows]), encoding="utf-8")
+    (few,) = records(run("evaluate", task, tmp_path / "few.tsv", "--metric", "accuracy", "--json"))
+    (tmp_path / "few.txt").write_text("\n".join(row.partition("\t")[0] for row in rows), encoding="utf-8")
+    answers = records(run("predict", tmp_path / "few.txt", "--task", task))
+    assert few["samples"] == len(answers) == 3
+    assert few["accuracy"] == pytest.approx(sum(a["top"][0]["label"] == "good" for a in answers) / 3)
+    assert "all 3 samples" in run("evaluate", task, tmp_path / "few.tsv").stdout
+
+
+def test_evaluate_refuses_what_the_task_does_not_take(place: Path, tmp_path: Path) -> None:
+    task, file = place / "tweets.visadapt", tmp_path / "pairs.tsv"
+    file.write_text("sentence1\tsentence2\tlabel\none\ttwo\tgood\n", encoding="utf-8")
+    assert "takes single texts, and" in run("evaluate", task, file, code=1).stderr
+    run("evaluate", task, file, "--text", "sentence2")
+    file.write_text("text\tlabel\none\tgod\n", encoding="utf-8")
+    assert "label 'god', none of the classes; did you mean 'good'" in run("evaluate", task, file, code=1).stderr
+
+
 def test_evaluate_finds_classes_by_name(place: Path, tmp_path: Path) -> None:
     """A folder that lacks a class numbers the others differently; the task's labels count."""
     for split in ("train", "test"):
@@ -145,6 +172,43 @@ def test_evaluate_finds_classes_by_name(place: Path, tmp_path: Path) -> None:
     right = [answer["top"][0]["label"] == Path(answer["input"]).parent.name for answer in answers]
     assert part["samples"] == len(right) == 8
     assert part["accuracy"] == pytest.approx(sum(right) / 8)
+
+
+def test_evaluate_knows_classes_that_a_folders_train_has_not(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "photos" / "train" / "two", tmp_path / "train" / "two")
+    shutil.copytree(place / "photos" / "test", tmp_path / "test")
+    found = records(run("evaluate", place / "photos.visadapt", tmp_path, "--json"))
+    assert found == [{**found[0], **records(run("evaluate", place / "photos.visadapt", place / "photos", "--json"))[0],
+                      "data": str(tmp_path)}]  # fmt: skip
+    (tmp_path / "test" / "two").rename(tmp_path / "test" / "too")
+    refused = run("evaluate", place / "photos.visadapt", tmp_path, code=1)
+    assert "class 'too' is not of the task; did you mean 'two'" in refused.stderr
+
+
+def test_what_is_no_number_is_no_answer(place: Path, tmp_path: Path) -> None:
+    model = network()
+    visadapt.load(model, place / "photos.visadapt")
+    with torch.no_grad():
+        next(iter(visadapt.parameters(model, "photos"))).fill_(float("nan"))
+    broken = visadapt.save(model, "photos", tmp_path / "nan.visadapt")
+    for command in (("evaluate", broken, place / "photos"), ("predict", place / "photos" / "test", "--task", broken)):
+        result = run(*command, code=1)
+        assert "task 'photos' gives NaN or infinite logits for 12 of 12" in result.stderr
+        assert result.stdout == ""
+
+
+def test_train_wants_labels_and_at_least_two_of_them(place: Path, tmp_path: Path) -> None:
+    reads = ("--backbone", f"hf/{place / 'bert'}", "--out", tmp_path / "o.visadapt")
+    file = tmp_path / "odd.tsv"
+    file.write_text("text\tlabel\n" + "a\tgood\n" * 20 + "b\t\n", encoding="utf-8")
+    assert "row 22: the label is empty" in run("train", file, *reads, code=1).stderr
+    file.write_text("text\tlabel\n" + "a\tgood\n" * 20, encoding="utf-8")
+    assert "odd.tsv are of class 'good'; a task tells two apart" in run("train", file, *reads, code=1).stderr
+    for split in ("train", "test"):
+        shutil.copytree(place / "photos" / split / "one", tmp_path / "photos" / split / "one")
+    result = run("train", tmp_path / "photos", *SEES, "--size", 16, "--out", tmp_path / "o.visadapt", code=1)
+    assert "are of class 'one'; a task tells two apart or more" in result.stderr
+    assert not (tmp_path / "o.visadapt").exists()
 
 
 def test_predict_pictures_by_many_tasks(place: Path, tmp_path: Path) -> None:
@@ -171,6 +235,10 @@ def test_predict_texts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     answers = records(run("predict", tmp_path / "lines.txt", *task))
     assert [answer["input"] for answer in answers] == ["what a day", "what a mess"]
     assert all(answer["top"][0]["label"] in ("bad", "so-so", "good") for answer in answers)
+    # what is no line's end to train is none here
+    (tmp_path / "odd.txt").write_bytes("\ufeffwhat a\u2028day\r\nwhat a\fmess\n".encode())
+    odd = records(run("predict", tmp_path / "odd.txt", *task))
+    assert [answer["input"] for answer in odd] == ["what a\u2028day", "what a\fmess"]
     piped = CliRunner().invoke(app, ["predict", "-", *map(str, task)], input="what a day\nwhat a mess\n")
     assert records(piped) == answers
     run("predict", tmp_path / "lines.txt", *task, "--format", "table", "--out", tmp_path / "out.txt")
@@ -364,6 +432,41 @@ WRONG = {
         1,
         "no engine 'rai'",
     ),
+    "contender of an experiment that has its own": (
+        "experiment tradeoff --problem bundled/minilm:tweets --contender full --results {tmp}/r",
+        1,
+        "tradeoff takes no --contender, it has its own; got 'full'",
+    ),
+    "two contenders for one": (
+        "experiment transfer --problem bundled/minilm:tweets --contender lora --contender full --results {tmp}/r",
+        1,
+        "transfer takes one --contender; got 'lora', 'full'",
+    ),
+    "nothing to put at parts of the depth": (
+        "experiment modality --problem bundled/minilm:tweets --contender linear --results {tmp}/r",
+        1,
+        "modality puts a --contender at parts of the depth: name one with adapters",
+    ),
+    "nothing to take out": (
+        "experiment ablation --problem hf/{place}/bert:{place}/tweets.tsv --contender full --results {tmp}/r",
+        1,
+        "'full' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
+    ),
+    "device that is not there": (
+        "experiment compare --problem hf/{place}/bert:{place}/tweets.tsv --device cuda:99 --results {tmp}/r",
+        1,
+        "device 'cuda:99' cannot be used here",
+    ),
+    "augmented texts": (
+        "train {place}/tweets.tsv READS --augment --out {tmp}/o.visadapt",
+        1,
+        "--augment mirrors and shifts pictures, and hf/{place}/bert reads texts",
+    ),
+    "metric of real values": (
+        "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",
+        1,
+        "no metric 'pearson'; there is: accuracy",
+    ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),
 }
@@ -413,6 +516,15 @@ def test_a_task_that_remembers_nothing_needs_the_backbone(place: Path, tmp_path:
     assert answer["top"][0]["label"] in ("0", "1")
 
 
+@pytest.mark.parametrize("backbone", ["timm/resnet18", {"name": 5}, {"name": "timm/resnet18", "build": "small"}])
+def test_notes_of_a_library_user_are_no_backbone(place: Path, tmp_path: Path, backbone: object) -> None:
+    model = network()
+    visadapt.load(model, place / "photos.visadapt")
+    noted = visadapt.save(model, "photos", tmp_path / "noted.visadapt", notes={"backbone": backbone})
+    result = run("predict", "x.png", "--task", noted, code=1)
+    assert "does not remember its backbone: name it by --backbone" in result.stderr
+
+
 def test_an_interrupt_is_one_line_and_leaves_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +535,15 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(
     result = run("train", place / "photos", *SEES, "--size", 32, "--out", tmp_path / "o.visadapt", code=130)
     assert result.stderr == "interrupted: nothing was left half-written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modality_puts_the_first_adapter_at_parts_of_the_depth() -> None:
+    problems = (problem("bundled/minilm", "tweets"),)
+    names = ["linear probe", "top layers n=1", "lora r=4", "bottleneck m=8"]
+    planned = _planned(EXPERIMENTS["modality"], problems, names, (0,), 3)
+    assert isinstance(planned, Modality)
+    assert [one.name for one in planned.contenders] == names
+    assert planned.deep is planned.contenders[2]
 
 
 def test_help_has_examples_that_name_real_options() -> None:

@@ -41,10 +41,12 @@ def test_a_description_comes_back_through_json(inputs: ImageInputs | TextInputs)
     assert from_description(json.loads(json.dumps(described(inputs)))) == inputs
 
 
-@pytest.mark.parametrize("wrong", [{}, {"kind": "sounds"}, {"kind": "images"}, {"kind": "images", "size": 8, "hue": 1}])
-def test_what_is_no_description_is_refused(wrong: dict) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["224", {}, {"kind": "sounds"}, {"kind": "images"}, {"kind": "images", "size": 8, "hue": 1}]
+)
+def test_what_is_no_description_is_refused(wrong: object) -> None:
     with pytest.raises(VisadaptError, match="inputs are described by kind"):
-        from_description(wrong)
+        from_description(wrong)  # type: ignore[arg-type]
 
 
 def test_pictures_read_singly_are_those_of_a_set(tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ def test_rich_shows_the_same_cells(model, of) -> None:
     assert all(heading in text for heading in table.headings)
 
 
+def test_brackets_are_no_markup_on_a_terminal() -> None:
+    table = Table(("[b]input",), [("see [/quote]",), ("[red]alert :smile:",)], title="[/t] on [x]")
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    console.print(table)
+    text = console.file.getvalue()
+    assert all(words in text for words in ("[b]input", "see [/quote]", "[red]alert :smile:", "[/t] on [x]"))
+
+
 def test_columns_of_numbers_are_set_to_the_right() -> None:
     text = str(Table(("name", "count", "share"), [("a", 5, "1.5 %"), ("long", 1234, "12.5 %")], title="T"))
     assert text.splitlines() == [

@@ -50,7 +50,7 @@ class ImageInputs:
 
         Args:
             name: as :func:`visadapt.data.load_images` takes it.
-            labels: number the classes as they are numbered here.
+            labels: the classes, as a task numbers them; None for those of the data.
             seed: of that tenth.
             **options: passed on to :func:`visadapt.data.load_images`.
 
@@ -61,7 +61,7 @@ class ImageInputs:
             raise VisadaptError(f"{name}: pictures have no {' or '.join(columns)}, which are options of texts")
         # a folder's pictures become what read makes of them one by one; small ones of a named set stay small
         load = load_images if Path(name).is_dir() else load_squares
-        found = load(name, size=self.size, **options)
+        found = load(name, size=self.size, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
         train, validation = found.holdout(max(1, len(found.train) // 10), seed)
         return Splits(found.classes, train, validation, found.test, self)
@@ -109,14 +109,15 @@ class TextInputs:
 
         Args:
             name: as :func:`visadapt.data.load_text` takes it.
-            labels: number the classes as they are numbered here.
+            labels: the classes, as a task numbers them; None for those of the data.
             seed: of the splits that the set does not bring.
             **options: passed on to :func:`visadapt.data.load_text`.
         """
-        found = load_text(name, seed=seed, **options)
+        found = load_text(name, seed=seed, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
-        train, validation, test = (self._tokens(split) for split in (found.train, found.validation, found.test))
-        inputs = dataclasses.replace(self, pairs=not isinstance(found.train.texts[0], str))
+        splits = (found.train, found.validation, found.test)
+        train, validation, test = (self._tokens(split) if len(split) else None for split in splits)
+        inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
         return Splits(found.classes, train, validation, test, inputs)
 
     def _tokens(self, split: TextSplit) -> Samples:
@@ -137,8 +138,8 @@ class Splits:
 
     Args:
         classes: the names of the labels.
-        train: to train on.
-        validation: to choose by.
+        train: to train on; None where a file was left whole.
+        validation: to choose by; None likewise.
         test: for the last figure only.
         inputs: prepare a batch of it, and read single samples of its kind.
     """
@@ -191,6 +192,8 @@ def from_description(description: Mapping[str, Any]) -> Inputs:
     Raises:
         VisadaptError: it did not.
     """
+    if not isinstance(description, Mapping):
+        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options, not by {description!r}")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
     try:
         return _KINDS[description["kind"]](**fields)

@@ -61,10 +61,12 @@ class Table:
 
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        table = RichTable(title=self.title or None)
+        # rich would read a plain string as its markup, and users' texts have brackets of their own
+        table = RichTable(title=Text(self.title, style="table.title") if self.title else None)
         for heading, right in zip(self.headings, self._right(), strict=True):
-            table.add_column(heading, justify="right" if right else "left")
+            table.add_column(Text(heading), justify="right" if right else "left")
         for row in self.rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         return table

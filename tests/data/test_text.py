@@ -149,6 +149,16 @@ def test_compressed_file_and_columns_by_number(tmp_path: Path) -> None:
     assert {str(t) for p in parts(found) for t in p.texts} == {f"t{i}" for i in range(20)}
 
 
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f"text {i}\t{i % 2}\n" for i in range(400)).encode())
+    damaged = bytearray(whole)
+    damaged[30:60] = b"\xff" * 30
+    for content in (whole[: len(whole) // 2], bytes(damaged), b"no archive"):
+        (tmp_path / "a.tsv.gz").write_bytes(content)
+        with pytest.raises(VisadaptError, match=r"a.tsv.gz cannot be read as utf-8-sig text: "):
+            load_text(tmp_path / "a.tsv.gz", text=0, label=1, header=False)
+
+
 def test_seed_changes_the_split(tmp_path: Path) -> None:
     file = write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(100)))
     assert load_text(file, seed=1).test.texts == load_text(file, seed=1).test.texts
@@ -184,6 +194,7 @@ TABLE = "words\tlabel\n" + "t\t0\n" * 12
         (TABLE, {"text": 7}, "row 2: 2 columns, expected 8"),
         (TABLE, {"text": ("words",) * 3}, "one column or a pair, got 3"),
         (TABLE + "alone\n", {"text": "words"}, "row 14: 1 columns, expected 2"),
+        (TABLE + "\nt\t \n", {"text": "words"}, "a.tsv, row 15: the label is empty"),
         ("text\tlabel\n", {}, "has no rows"),
         ("", {}, "has no rows"),
         ("text\tlabel\n" + "t\t0\n" * 9, {}, "9 rows are too few"),
@@ -198,8 +209,26 @@ def test_table_faults(tmp_path: Path, content: str, options: dict, message: str)
 def test_label_that_train_has_not(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "text\tlabel\n" + "t\tgood\nu\tbad\n" * 6)
     write(tmp_path / "test.tsv", "text\tlabel\nt\tgoood\n")
-    with pytest.raises(VisadaptError, match="split 'test' has label 'goood', which train has not; did you mean 'good'"):
+    with pytest.raises(VisadaptError, match="split 'test' has label 'goood', none of the classes; did you mean 'good'"):
         load_text(tmp_path)
+
+
+def test_a_task_knows_classes_that_train_has_not(tmp_path: Path) -> None:
+    write(tmp_path / "train.tsv", "text\tlabel\n" + "t\tgood\n" * 12)
+    write(tmp_path / "test.tsv", "text\tlabel\nt\tbad\n")
+    found = load_text(tmp_path, classes=("good", "bad"))
+    assert found.classes == ("good", "bad")
+    assert found.test.labels.tolist() == [1]
+
+
+def test_a_file_left_whole_is_all_test(tmp_path: Path) -> None:
+    file = write(tmp_path / "few.csv", "text,label\none,b\ntwo,a\n")
+    found = load_text(file, whole=True)
+    assert [len(p) for p in parts(found)] == [0, 0, 2]
+    assert (found.test.texts, found.classes, found.test.labels.tolist()) == (["one", "two"], ("a", "b"), [1, 0])
+    assert load_text(file, whole=True, classes=("b", "c", "a")).test.labels.tolist() == [0, 2]
+    with pytest.raises(VisadaptError, match="has label 'b', none of the classes; did you mean"):
+        load_text(file, whole=True, classes=("bb", "a"))
 
 
 def test_unknown_set_gets_the_nearest() -> None:

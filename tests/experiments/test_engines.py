@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import pytest
 from tests.experiments.conftest import small, who
 from visadapt import VisadaptError
 from visadapt.experiments import Compare, Result, Sequence, read_results, run_experiment
+from visadapt.experiments.run import Found, Training
+from visadapt.experiments.train import Workplace
 from visadapt.methods import Bottleneck, Full
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +37,37 @@ def quietly(experiment: object, folder: Path, engine: str = "local", processes: 
 def test_an_unknown_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(VisadaptError, match="no engine 'rey'; did you mean 'ray'"):
         quietly(ASKED, tmp_path, "rey")
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(VisadaptError, match="device 'cuda:99' cannot be used here"):
+        run_experiment(ASKED, tmp_path, device="cuda:99", say=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Fatal(Training):
+    """Kills its process at its first trial, as a system that is short of memory does."""
+
+    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
+        mark = workplace.folder.parent / "died"
+        if self.seed == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().results(missing, workplace)
+
+
+class Deadly(Compare):
+    def runs(self, found: Found) -> list[Training]:
+        return [Fatal(**vars(run)) for run in super().runs(found)]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told_of_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    asked = Deadly(ASKED.problems, ASKED.contenders, (0, 1))
+    with pytest.raises(VisadaptError, match=r"one of the 2 processes died at work.* the same command goes on"):
+        quietly(asked, tmp_path / "results", processes=2)
+    assert len(quietly(asked, tmp_path / "results", processes=2)) == 2
 
 
 @pytest.mark.slow

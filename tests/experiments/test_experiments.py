@@ -97,6 +97,15 @@ def test_another_error_is_no_result(tmp_path: Path) -> None:
         made(asked, tmp_path)
 
 
+def test_first_weights_that_give_no_numbers_are_a_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise VisadaptError("task 'digits' gives NaN")
+
+    monkeypatch.setattr("visadapt.experiments.run.measure", fails)
+    (result,) = made(InitScale((small(),), ADAPTER, (10.0,), (0,)), tmp_path)
+    assert (result.score, result.facts["stopped"]) == (0, "task 'digits' gives NaN")
+
+
 def test_ablation_takes_out_every_span_without_training_again(tmp_path: Path) -> None:
     problem = small(validation=20)
     results = made(Ablation((problem,), (ADAPTER,)), tmp_path)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import visadapt
-from tests.experiments.conftest import small, stirred
+from tests.experiments.conftest import small, stirred, who
 from tests.zoo import ZOO, answer, same, snapshot
 from visadapt import VisadaptError
 from visadapt.experiments.parts import body, depths, layers, start_from, without
+from visadapt.methods import AdaptFormer, Bottleneck, Full, Linear
 from visadapt.registry import named_tensors, registry_of
 
 BACKBONES = ["tiny/resnet", "tiny/vgg_bn", "transformers/bert"]
@@ -91,7 +92,11 @@ def test_depths_cover_all_adapters_and_no_head(name: str) -> None:
 
 
 def test_layers_are_counted_by_the_sites_of_a_method() -> None:
-    assert layers(small(), ("block",)) == 8
+    assert layers(small(), who(Bottleneck(4))) == 8
+    # one trains all, one a head, and one stands beside MLPs, which a ResNet has not
+    for method in (Full(), Linear(), AdaptFormer()):
+        with pytest.raises(VisadaptError, match="'this one' puts no adapters into layers of timm/resnet18"):
+            layers(small(), who(method, "this one"))
 
 
 def test_a_start_is_the_others_but_for_the_head(tiny: nn.Module) -> None:

@@ -86,6 +86,9 @@ def test_what_a_kill_left_is_no_result_and_what_is_none_is_named(tmp_path: Path)
     (tmp_path / "bad.csv").write_text("key,score\nk,1\n")
     with pytest.raises(VisadaptError, match=r"bad.csv, line 2 is no result"):
         read_results(tmp_path / "bad.csv")
+    (tmp_path / "latin.csv").write_bytes("key,score\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(VisadaptError, match=r"latin.csv is no table of results: .*0xe9"):
+        read_results(tmp_path / "latin.csv")
     with pytest.raises(VisadaptError, match="no folder or file of results"):
         read_results(tmp_path / "nowhere")
 

@@ -348,6 +348,7 @@ def test_training_stops_where_the_score_has_not_been_better_for_so_many_epochs()
         ("digits", {"precision": "bf61"}, r"no precision 'bf61'; did you mean 'bf16'\?"),
         ("digits", {"checkpoint_every": 3}, "checkpoint_every=3 needs a checkpoint, the file to write"),
         ("digits", {"accumulate": 0}, "accumulate is a positive int, got 0"),
+        ("digits", {"metric": "f1"}, "f1 is of two classes, the head has 10: macro_f1"),
         ("digits", {"device": "cpuu"}, "device 'cpuu' cannot be used here"),
         ("digits", {"train": (torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 10]))}, "label 10; the head has 10"),
         ("digits", {"train": (torch.zeros(2, 3, 16, 16), torch.tensor([0, -1]))}, "training data has label -1"),
@@ -387,3 +388,17 @@ def test_the_history_prints_the_epoch_that_was_kept(injected: nn.Module, digits:
     assert "macro_f1" in lines[1]
     assert [line.split()[0] for line in lines if "*" in line] == [str(result.best)]
     assert result.seconds == sum(epoch.seconds for epoch in result.epochs) > 0
+
+
+def test_logits_that_are_no_numbers_make_no_figure(injected: nn.Module, digits: ImageSet) -> None:
+    bias = next(p for p in visadapt.parameters(injected, "digits") if p.shape == (10,))
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            bias[3] = value
+        for call, what in ((evaluate, "evaluation"), (predict, "prediction")):
+            with pytest.raises(VisadaptError, match=f"task 'digits' gives .* logits for 120 of 120 {what} samples"):
+                call(injected, "digits", digits.test)
+    # a class that is ruled out
+    with torch.no_grad():
+        bias[3] = -float("inf")
+    assert 3 not in predict(injected, "digits", digits.test).argmax(-1)

@@ -21,11 +21,13 @@ from visadapt.cli.options import (
     columns,
 )
 from visadapt.cli.showing import show
+from visadapt.errors import VisadaptError
+from visadapt.inputs import TextInputs
 from visadapt.methods.method import check_choice
 from visadapt.table import Table
 from visadapt.tasks import tasks
-from visadapt.training import METRICS
 from visadapt.training import evaluate as measure
+from visadapt.training.metrics import OF_CLASSES
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,8 +35,10 @@ SPLITS = ("train", "validation", "test")
 def evaluate(
     task: TaskFile,
     data: Annotated[str, typer.Argument(help="As train takes it.")],
-    metric: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METRICS)}; may be repeated.")] = None,
-    split: Annotated[str, typer.Option(help=f"{', '.join(SPLITS)}.")] = "test",
+    metric: Annotated[list[str] | None, typer.Option(help=f"{', '.join(OF_CLASSES)}; may be repeated.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SPLITS)}; if not given, test, or all of a single file.")
+    ] = None,
     text: Text = None,
     label: Label = None,
     header: Header = True,
@@ -48,20 +52,30 @@ def evaluate(
 ) -> None:
     """Measures a task on labelled data.
 
-    Classes are found among the task's labels by their names.
+    Classes are found among the task's labels by their names. A single file of texts is measured whole; of one that
+    was trained on, --split test and train's --seed measure the rows that were held out.
     """
-    check_choice(split, SPLITS, "split")
+    if split is not None:
+        check_choice(split, SPLITS, "split")
     metrics = metric or ["accuracy", "loss"]
     for name in metrics:
-        check_choice(name, METRICS, "metric")
+        check_choice(name, OF_CLASSES, "metric")
     model, prepared = with_tasks([task], backbone)
     ((name, inputs),) = prepared.items()
-    splits = inputs.load(data, seed=seed, labels=tasks(model)[name].labels, **columns(text, label, header, root))
-    samples = getattr(splits, split)
+    known, options = tasks(model)[name], columns(text, label, header, root)
+    if split is None and isinstance(inputs, TextInputs):
+        options["whole"] = True
+    splits = inputs.load(data, seed=seed, labels=known.labels, **options)
+    if isinstance(inputs, TextInputs) and "inputs" in known.notes and splits.inputs != inputs:
+        takes, has = ("pairs of texts", "single ones") if inputs.pairs else ("single texts", "pairs")
+        raise VisadaptError(f"task {name!r} takes {takes}, and {data} has {has}: --text says which columns they are in")
+    samples = getattr(splits, split or "test")
+    part = split or ("all" if splits.train is None else "test")
     found = measure(model, name, samples, metrics, prepare=inputs, batch_size=batch_size, device=device,
                     precision=precision)  # fmt: skip
     if as_json:
-        print(json.dumps({"task": name, "data": data, "split": split, "samples": len(samples), **found}))
+        print(json.dumps({"task": name, "data": data, "split": part, "samples": len(samples), **found}))
     else:
+        measured = f"all {len(samples):,} samples" if part == "all" else f"{len(samples):,} {part} samples"
         rows = [(key, f"{value:.4f}") for key, value in found.items()]
-        show(Table((f"{name} on {data}", f"{len(samples):,} {split} samples"), rows))
+        show(Table((f"{name} on {data}", measured), rows))

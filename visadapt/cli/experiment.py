@@ -12,7 +12,8 @@ from visadapt import experiments
 from visadapt.cli.options import Device, Root
 from visadapt.cli.showing import say
 from visadapt.errors import VisadaptError
-from visadapt.experiments import Contender, Experiment, Problem, contender, run_experiment
+from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
+from visadapt.methods import TopLayers
 from visadapt.methods.method import check_choice
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
@@ -36,12 +37,19 @@ def experiment(
     results: Annotated[Path, typer.Option(help="Folder of the results; those that are there are not made again.")],
     who: Annotated[
         list[str] | None,
-        typer.Option("--contender", help="Such as 'bottleneck m=8', 'full fine-tuning'; may be repeated."),
+        typer.Option(
+            "--contender",
+            help="Such as 'bottleneck m=8', the default, or 'full fine-tuning'; may be repeated. "
+            "init_scale and transfer take one, tradeoff has its own.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Of every training but a linear probe's.")] = 3,
     samples: Annotated[int | None, typer.Option("--train", min=1, help="Training samples; all, if not given.")] = None,
-    validation: Annotated[int | None, typer.Option(min=1, help="Validation samples.")] = None,
+    validation: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Validation samples; {ImageProblem.validation} pictures, all texts, if not given."),
+    ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test samples; all, if not given.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of pictures in pixels.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text.")] = None,
@@ -53,8 +61,7 @@ def experiment(
     """Runs an experiment of the papers; killed, it goes on where it was."""
     check_choice(name, EXPERIMENTS, "experiment")
     asked = tuple(_problem(text, samples, validation, test, size, length, root) for text in problem)
-    contenders = tuple(contender(word, epochs) for word in who or ["bottleneck m=8"])
-    planned = _planned(EXPERIMENTS[name], asked, contenders, tuple(range(seeds)), epochs)
+    planned = _planned(EXPERIMENTS[name], asked, who or [], tuple(range(seeds)), epochs)
     found = run_experiment(planned, results, engine, processes, device=device or "cpu", progress=True, say=say)
     say(f"{len(found)} results in {results}")
 
@@ -73,11 +80,25 @@ def _problem(
 def _planned(
     kind: type[Experiment],
     problems: tuple[Problem, ...],
-    who: tuple[Contender, ...],
+    names: list[str],
     seeds: tuple[int, ...],
     epochs: int,
 ) -> Experiment:
-    """An experiment with what it takes of all that was said."""
+    """An experiment with what it takes of all that was said.
+
+    Raises:
+        VisadaptError: it has no use for a contender that was named, or needs one with adapters.
+    """
+    taken = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if "contenders" not in taken and len(names) > ("who" in taken):
+        takes = "one --contender" if "who" in taken else "no --contender, it has its own"
+        raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
+    who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
+    # what stands at sites, and is not the network's own
+    deep = next((one for one in who if one.method.kinds and not isinstance(one.method, TopLayers)), None)
+    if "deep" in taken and deep is None:
+        raise VisadaptError(f"{kind.name} puts a --contender at parts of the depth: name one with adapters, such as "
+                            "'bottleneck m=8'")  # fmt: skip
     full = contender("full fine-tuning", epochs)
     offered: dict[str, Any] = {
         "problems": problems,
@@ -85,9 +106,8 @@ def _planned(
         "who": who[0],
         "sequential": full,
         "baseline": full,
-        "deep": who[0],
+        "deep": deep,
         "seeds": seeds,
         "epochs": epochs,
     }
-    taken = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in offered.items() if key in taken})

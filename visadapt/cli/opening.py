@@ -43,10 +43,14 @@ def with_tasks(files: Sequence[Path], backbone: str | None = None) -> tuple[nn.M
     Raises:
         VisadaptError: a file is none, or belongs to another backbone, or nobody says to which.
     """
-    remembered = [read(file)[0]["notes"].get("backbone", {}) for file in files]
-    name, build = (backbone, {}) if backbone else (remembered[0].get("name"), remembered[0].get("build", {}))
-    if not name:
-        raise VisadaptError(f"{files[0]} does not remember its backbone: name it by --backbone")
+    remembered = [read(file)[0]["notes"].get("backbone") for file in files]
+    match {"name": backbone} if backbone else remembered[0]:
+        case {"name": str(name), "build": dict(build)}:
+            pass
+        case {"name": str(name), **others} if "build" not in others:
+            build = {}
+        case _:
+            raise VisadaptError(f"{files[0]} does not remember its backbone: name it by --backbone")
     model = opened(name, build)
     names = [load(model, file) for file in files]
     known = tasks(model)

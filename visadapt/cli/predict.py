@@ -76,7 +76,8 @@ def _lines(places: Iterable[str]) -> list[str]:
             text = sys.stdin.read() if place == "-" else Path(place).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise VisadaptError(f"{place} cannot be read as a file of texts: {error}") from error
-        lines += [line for line in text.splitlines() if line.strip()]
+        # as files are read to train on: a form feed or a U+2028 is part of a text
+        lines += [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not lines:
         raise VisadaptError("there is no text to predict on")
     return lines

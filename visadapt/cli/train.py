@@ -33,10 +33,12 @@ from visadapt.cli.options import (
 from visadapt.cli.putting import chosen
 from visadapt.cli.showing import say, show
 from visadapt.data import augment
-from visadapt.inputs import described, inputs_of
+from visadapt.errors import VisadaptError
+from visadapt.inputs import TextInputs, described, inputs_of
 from visadapt.methods.method import check_choice
-from visadapt.training import METRICS, RECIPES, JsonLines, fit
+from visadapt.training import RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
+from visadapt.training.metrics import OF_CLASSES
 
 
 def train(
@@ -54,7 +56,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data; by default the recipe's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step; by default the recipe's.")] = None,
-    metric: Annotated[str, typer.Option(help=f"Of the best epoch: {', '.join(METRICS)}.")] = "accuracy",
+    metric: Annotated[str, typer.Option(help=f"Of the best epoch: {', '.join(OF_CLASSES)}.")] = "accuracy",
     flips_and_shifts: Annotated[bool, typer.Option("--augment", help="Mirrors and shifts training pictures.")] = False,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the backbone's by default.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a text; longer ones are cut.")] = None,
@@ -74,17 +76,26 @@ def train(
 ) -> None:  # fmt: skip
     """Trains a task on pictures or texts, and writes its file.
 
-    The file keeps the labels, the backbone's name and how inputs are prepared, so that predict needs nothing else.
+    The file keeps the labels, the backbone's name and how inputs are prepared, so that predict needs nothing else. Of a
+    single table of texts a tenth is held out to choose the epoch by and a fifth to test.
     """
     target = unwritten(out, force)
     check_choice(recipe, RECIPES, "recipe")
+    check_choice(metric, OF_CLASSES, "metric")
     told = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
     steps = RECIPES[recipe].replace(**{name: value for name, value in told.items() if value is not None})
     logs = () if log is None else (JsonLines(log),)
     adapter = chosen(method, m, option)
     loading = pairs(build, "--build")
     model = opened(backbone, loading)
-    splits = inputs_of(model, backbone, size, length).load(data, seed=seed, **columns(text, label, header, root))
+    inputs = inputs_of(model, backbone, size, length)
+    if flips_and_shifts and isinstance(inputs, TextInputs):
+        raise VisadaptError(f"--augment mirrors and shifts pictures, and {backbone} reads texts")
+    splits = inputs.load(data, seed=seed, **columns(text, label, header, root))
+    present = splits.train.labels.unique()
+    if len(present) < 2:
+        one = splits.classes[int(present)]
+        raise VisadaptError(f"all training samples of {data} are of class {one!r}; a task tells two apart or more")
     name = target.stem if task is None else task
     torch.manual_seed(seed)
     visadapt.inject(model, adapter, task=name, labels=splits.classes, num_classes=len(splits.classes), norms=norms,

@@ -95,7 +95,12 @@ class ImageSet:
 
 
 def load_images(
-    name_or_path: str | Path, *, root: str | Path | None = None, size: int | None = None, download: bool = False
+    name_or_path: str | Path,
+    *,
+    root: str | Path | None = None,
+    size: int | None = None,
+    download: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> ImageSet:
     """Loads an image set into memory.
 
@@ -110,6 +115,7 @@ def load_images(
         size: resize the shorter side to ``size`` pixels and crop the centre square.  Needed where the pictures of a
             folder or of a torchvision set differ in size.
         download: lets torchvision fetch a set that is not in ``root`` yet.
+        classes: those that the pictures of a folder are of, where its ``train`` need not have each; None for its own.
 
     Returns:
         The set, uint8 on the CPU.
@@ -130,7 +136,7 @@ def load_images(
     elif name.startswith("torchvision/"):
         return _torchvision(name, root, size, download)
     elif Path(name).is_dir():
-        return _folder(Path(name), size)
+        return _folder(Path(name), size, classes)
     else:
         known = (*_BUNDLED, "digits", "torchvision/CIFAR10")
         raise VisadaptError(f"no image set and no folder {name!r}{nearest(name, known)}")
@@ -209,21 +215,23 @@ def _torchvision(name: str, root: str | Path | None, size: int | None, download:
     return ImageSet(name, tuple(str(c) for c in classes), *parts)
 
 
-def _folder(path: Path, size: int | None) -> ImageSet:
+def _folder(path: Path, size: int | None, known: Sequence[str] | None) -> ImageSet:
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise VisadaptError(f"{path}: expected a folder 'train' and a folder 'test' or 'val'")
     classes = _class_names(path / "train")
     if not classes:
         raise VisadaptError(f"{path / 'train'}: expected one folder a class")
-    for name in classes:
-        if not _picture_files(path / "train" / name):
-            raise VisadaptError(f"{path / 'train' / name}: there is no picture of this class")
+    empty = next((name for name in classes if not _picture_files(path / "train" / name)), None)
+    if empty is not None and known is None:
+        raise VisadaptError(f"{path / 'train' / empty}: there is no picture of this class")
+    lacks = "is not in 'train'" if known is None else "is not of the task"
+    classes = list(known or classes)
     parts = []
     for split in (path / "train", test):
         for name in _class_names(split):
             if name not in classes:
-                raise VisadaptError(f"{split}: class {name!r} is not in 'train'{nearest(name, classes)}")
+                raise VisadaptError(f"{split}: class {name!r} {lacks}{nearest(name, classes)}")
         parts.append(_stack(_pictures(split, classes), size, str(split)))
     return ImageSet(path.name, tuple(classes), *parts)
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import importlib.util
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def load_text(
     delimiter: str | None = None,
     encoding: str = "utf-8-sig",
     config: str | None = None,
+    classes: Sequence[str] | None = None,
+    whole: bool = False,
     seed: int = 0,
 ) -> TextSet:
     """Loads a text set into memory.
@@ -132,14 +135,16 @@ def load_text(
             they quote).
         encoding: of the files.
         config: the configuration of a Hugging Face set, such as ``"sst2"`` of ``"hf/glue"``.
+        classes: those that the labels of a file or folder are of, where train need not have each; None for train's.
+        whole: leaves a single file in one piece: every row is of the test split, and the other two are empty.
         seed: of the splits that the set does not bring.
 
     Returns:
         The set; labels are in numeric order where all are whole numbers, in alphabetical order otherwise.
 
     Raises:
-        VisadaptError: there is no such set, file or column, a line has too few columns, or a split has a label that
-            train has not.
+        VisadaptError: there is no such set, file or column, a line has too few columns or no label, or a split has a
+            label that is none of the classes.
     """
     name = str(name_or_path)
     if name in _BUNDLED:
@@ -157,16 +162,20 @@ def load_text(
     if name.startswith("hf/"):
         return _hugging_face(name, text, label, config, seed)
     path, reader = Path(name), _Reader(text, label, header, delimiter, encoding)
+    known = None if classes is None else {y: y for y in classes}
     if path.is_dir():
-        return _assemble(path.name, _folder(path, reader), seed)
+        return _assemble(path.name, _folder(path, reader), seed, known)
     if path.is_file():
         rows = reader.read(path)
+        if whole:
+            known = known or {y: y for y in _ordered(y for _, y in rows)}
+            return _assemble(path.name, {"train": [], "validation": [], "test": rows}, seed, known)
         codes = {y: i for i, y in enumerate(_ordered(y for _, y in rows))}
         if len(rows) < 10:
             raise VisadaptError(f"{path}: {len(rows)} rows are too few to split in train, validation and test")
         left, test = stratified(torch.tensor([codes[y] for _, y in rows]), len(rows) // 5, seed)
         parts = {"train": [rows[i] for i in left.tolist()], "test": [rows[i] for i in test.tolist()]}
-        return _assemble(path.name, parts, seed, validation=len(rows) // 10)
+        return _assemble(path.name, parts, seed, known, validation=len(rows) // 10)
     raise VisadaptError(f"no text set, file or folder {name!r}{nearest(name, (*_BUNDLED, *_PRESETS, 'hf/NAME'))}")
 
 
@@ -220,18 +229,19 @@ class _Reader:
         """The rows of a file: text or pair, and label."""
         try:
             with _open(file, self.encoding) as stream:
-                lines = [line for line in self._lines(stream, file) if line]
-        except (OSError, UnicodeError, csv.Error) as error:
+                lines = [(row, line) for row, line in enumerate(self._lines(stream, file), start=1) if line]
+        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
             raise VisadaptError(f"{file} cannot be read as {self.encoding} text: {error}") from error
-        names = lines.pop(0) if self.header and lines else None
+        names = lines.pop(0)[1] if self.header and lines else None
         if not lines:
             raise VisadaptError(f"{file} has no rows")
-        texts, label = _columns(self.text, names, len(lines[0]), str(file)), _column(self.label, names, str(file))
-        first = 2 if self.header else 1
+        texts, label = _columns(self.text, names, len(lines[0][1]), str(file)), _column(self.label, names, str(file))
         rows: _Rows = []
-        for number, line in enumerate(lines, start=first):
+        for number, line in lines:
             if len(line) <= max(label, *texts):
                 raise VisadaptError(f"{file}, row {number}: {len(line)} columns, expected {max(label, *texts) + 1}")
+            if not line[label].strip():
+                raise VisadaptError(f"{file}, row {number}: the label is empty")
             parts = [line[i].strip() for i in texts]
             rows.append((parts[0] if len(parts) == 1 else (parts[0], parts[1]), line[label].strip()))
         return rows
@@ -352,8 +362,9 @@ def _assemble(
     for split, rows in splits.items():
         for _, y in rows:
             if y not in codes:
-                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, which train has not{nearest(y, codes)}")
-        parts[split] = TextSplit([t for t, _ in rows], torch.tensor([codes[y] for _, y in rows]))
+                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, none of the classes{nearest(y, codes)}")
+        labels = torch.tensor([codes[y] for _, y in rows], dtype=torch.int64)
+        parts[split] = TextSplit([t for t, _ in rows], labels)
     test = parts["test"] if "test" in parts else parts.pop("validation")
     if "validation" not in parts:
         left, chosen = stratified(parts["train"].labels, validation or max(1, len(parts["train"]) // 10), seed)

@@ -67,7 +67,7 @@ class Removal(Run):
     @property
     def layers(self) -> int:
         """How many there are to take something out of."""
-        return layers(self.training.problem, self.training.contender.method.kinds)
+        return layers(self.training.problem, self.training.contender)
 
     def _cases(self) -> dict[str, tuple[str, tuple[int, int] | None]]:
         """Key → what becomes of the norms, and the span that is taken out."""

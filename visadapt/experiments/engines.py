@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from visadapt.experiments.record import Result, write
 from visadapt.experiments.run import Run
 from visadapt.experiments.train import Workplace
 from visadapt.methods.method import check_choice
+from visadapt.training.engine import check_device
 
 Work: TypeAlias = "Sequence[tuple[Run, Collection[str]]]"
 """Runs, and for each the keys of the results that are missing."""
@@ -35,6 +37,8 @@ def engine_named(name: str) -> Engine:
 
 def make(run: Run, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
     """Makes a run's missing results, each on disk before it is given on."""
+    # asked where the run is made: the driver of a cluster may lack what its nodes have
+    check_device(workplace.device)
     for result in run.results(missing, workplace):
         write(result, workplace.folder)
         yield result
@@ -48,10 +52,15 @@ def local(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
         return
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), _settle, (threads,)) as pool:
-        jobs = [pool.submit(_made, run, missing, workplace) for run, missing in work]
         try:
+            jobs = [pool.submit(_made, run, missing, workplace) for run, missing in work]
             for job in as_completed(jobs):
                 yield from job.result()
+        except BrokenProcessPool as error:
+            raise VisadaptError(
+                f"one of the {processes} processes died at work, as the system has it where memory runs out; finished "
+                "results are kept, and the same command goes on from them, with fewer processes if need be"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -52,7 +52,7 @@ class Modality(Experiment):
     def _places(self, problem: Problem) -> Iterator[tuple[Contender, dict[str, Any]]]:
         if self.deep is None:
             return
-        count = layers(problem, self.deep.method.kinds)
+        count = layers(problem, self.deep)
         ks = sorted({k for k in (*(2**i for i in range(count)), count // 2) if 0 < k < count})
         ends = [
             (f"{end} {k}", k, at) for k in ks for end, at in (("first", range(k)), ("last", range(count - k, count)))

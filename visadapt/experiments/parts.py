@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
+from visadapt.experiments.contender import Contender
 from visadapt.experiments.problem import Problem
 from visadapt.registry import joined, named_tensors, registry_of, unwrapped
 from visadapt.sites import sites
@@ -43,10 +44,21 @@ def start_from(model: nn.Module, task: str, source: Mapping[str, Tensor]) -> Non
         tensor.copy_(source[name])
 
 
+def layers(problem: Problem, who: Contender) -> int:
+    """How many layers a problem's backbone has, counted by the sites where a contender's adapters stand.
+
+    Raises:
+        VisadaptError: it has no adapters, or none that stand in this backbone.
+    """
+    count = _layers(problem, who.method.kinds)
+    if not count:
+        raise VisadaptError(f"{who.name!r} puts no adapters into layers of {problem.network}; 'bottleneck m=8' does")
+    return count
+
+
 @lru_cache(maxsize=32)
-def layers(problem: Problem, kinds: tuple[str, ...]) -> int:
-    """How many layers a problem's backbone has, counted by its sites of some kinds."""
-    return 1 + max(site.depth for site in sites(problem.fresh()) if site.kind in kinds)
+def _layers(problem: Problem, kinds: tuple[str, ...]) -> int:
+    return 1 + max((site.depth for site in sites(problem.fresh()) if site.kind in kinds), default=-1)
 
 
 def depths(model: nn.Module, task: str) -> dict[str, int]:

@@ -201,8 +201,12 @@ def _of_json(file: Path) -> Result:
 
 
 def _of_csv(file: Path) -> list[Result]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return [_of_row(row, f"{file}, line {number}") for number, row in enumerate(csv.DictReader(lines), start=2)]
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeError, csv.Error) as error:
+        raise VisadaptError(f"{file} is no table of results: {error}") from error
+    return [_of_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
 
 
 def _of_row(row: dict[str, str], where: str) -> Result:

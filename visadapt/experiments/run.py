@@ -156,7 +156,7 @@ class Training(Run):
 class Trial(Training):
     """A training that may diverge: that, too, is a result.
 
-    Its score is then that of the untrained task, and its fact ``stopped`` is the reason.
+    Its score is then that of the untrained task (0 if that gives no numbers), and its fact ``stopped`` is the reason.
     """
 
     def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
@@ -164,5 +164,8 @@ class Trial(Training):
             yield from super().results(missing, workplace)
         except Diverged as error:
             untrained = self.contender.put(self.problem, self.seed).to(workplace.device)
-            result = self.measured(untrained, 0.0, workplace)
+            try:
+                result = self.measured(untrained, 0.0, workplace)
+            except Diverged:  # not even the first weights give numbers
+                result = self.result(self.key, 0.0, 0.0, workplace, costs(untrained, self.problem.name, 0.0))
             yield dataclasses.replace(result, facts={**self.facts, STOPPED: str(error)})

@@ -7,8 +7,8 @@ from visadapt.training.history import Epoch as Epoch
 from visadapt.training.history import Fit as Fit
 from visadapt.training.log import JsonLines as JsonLines
 from visadapt.training.log import TensorBoard as TensorBoard
-from visadapt.training.loop import Diverged as Diverged
 from visadapt.training.metrics import METRICS as METRICS
+from visadapt.training.objective import Diverged as Diverged
 from visadapt.training.recipe import SCHEDULES as SCHEDULES
 from visadapt.training.recipe import Recipe as Recipe
 from visadapt.training.recipes import RECIPES as RECIPES

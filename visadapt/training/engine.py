@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,18 +57,12 @@ class Engine:
         told = self.accelerator.mixed_precision
         self.precision = precision or ("fp32" if told == "no" else told)
         check_choice(self.precision, PRECISIONS, "precision")
-        try:
+        with _named(self.device):
             model.to(self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise VisadaptError(
-                f"device {str(self.device)!r} cannot be used here: {str(error).splitlines()[0]}"
-            ) from error
 
     def _chosen(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
-        try:
+        with _named(device):
             chosen = None if device is None else torch.device(device)
-        except RuntimeError as error:
-            raise VisadaptError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
         if self.processes == 1:
             first = next((p for p in model.parameters()), torch.empty(0))
             return first.device if chosen is None else chosen
@@ -106,6 +100,24 @@ class Engine:
         """The context in which the forward is computed."""
         # switched off as well as on: accelerate may have been told otherwise
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Refuses a device that there is not, or that this process cannot use.
+
+    Raises:
+        VisadaptError: it names the device.
+    """
+    with _named(device):
+        torch.empty(1, device=device)
+
+
+@contextmanager
+def _named(device: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise VisadaptError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 class Performer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from visadapt.training.engine import Engine, Performer
 from visadapt.training.metrics import METRICS, check_metric
-from visadapt.training.objective import check_labels
+from visadapt.training.objective import Diverged, check_labels
 from visadapt.training.samples import Batches, ready
 from visadapt.training.trainee import Trainee, trainee
 
@@ -45,13 +46,14 @@ def evaluate(
         The metrics by name.
 
     Raises:
-        VisadaptError: no such task, metric or device; the data has no labels or is empty.
+        VisadaptError: no such task, metric or device; the data has no labels or is empty; logits that are no numbers.
     """
     source = Batches(data, batch_size, "evaluation")
+    chosen = _chosen(model, task)
     for name in metrics:
-        check_metric(name, source.labels)
+        check_metric(name, source.labels, None if chosen is None else chosen.classes)
     performer = Performer(model, prepare or ready, Engine(model, device, precision))
-    logits, labels = outputs(performer, _chosen(model, task), source)
+    logits, labels = outputs(performer, chosen, source)
     assert labels is not None
     for name in metrics:
         check_metric(name, labels)
@@ -83,7 +85,7 @@ def predict(
         float32 logits ``(N, classes)`` on the CPU, in the data's order.
 
     Raises:
-        VisadaptError: no such task or device, or no data.
+        VisadaptError: no such task or device, or no data; logits that are no numbers.
     """
     source = Batches(data, batch_size, "prediction", labelled=False)
     performer = Performer(model, prepare or ready, Engine(model, device, precision))
@@ -95,7 +97,11 @@ def _chosen(model: nn.Module, task: str | None) -> Trainee | None:
 
 
 def outputs(performer: Performer, chosen: Trainee | None, source: Batches) -> tuple[Tensor, Tensor | None]:
-    """All logits of an epoch in float32, and all labels if there are any, on the CPU of every process."""
+    """All logits of an epoch in float32, and all labels if there are any, on the CPU of every process.
+
+    Raises:
+        Diverged: a logit is NaN or infinite: whatever is made of it would look like a figure and be none.
+    """
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     engine = performer.engine
@@ -111,7 +117,12 @@ def outputs(performer: Performer, chosen: Trainee | None, source: Batches) -> tu
                     labels.append(engine.gather(engine.place(target))[:rows].cpu())
     finally:
         performer.model.train(was)
-    every = torch.cat(labels) if labels else None
+    found, every = torch.cat(logits), torch.cat(labels) if labels else None
     if every is not None:
-        check_labels(every, logits[0].shape[-1], source.what)
-    return torch.cat(logits), every
+        check_labels(every, found.shape[-1], source.what)
+    # −inf is a class that a network rules out, and a softmax can bear it
+    bad = int((~(found < math.inf)).any(-1).sum())
+    if bad:
+        name = chosen.name if chosen else type(performer.model).__name__
+        raise Diverged(f"{name} gives NaN or infinite logits for {bad} of {len(found)} {source.what} samples")
+    return found, every

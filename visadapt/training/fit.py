@@ -86,8 +86,8 @@ def fit(
 
     Raises:
         VisadaptError: no such task, metric or device; data that cannot be trained on; a checkpoint of another training
-            (what differs is named); a loss or gradient that is not finite, in which case the task is left as it was
-            after its best epoch so far (before the first one, as it came).
+            (what differs is named); a loss, gradient or logit that is not finite, in which case the task is left as it
+            was after its best epoch so far (before the first one, as it came).
     """
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, accumulate=accumulate, checkpoint_every=checkpoint_every)
@@ -96,7 +96,7 @@ def fit(
     trained = trainee(model, task)
     source = Batches(train, recipe.batch_size, "training")
     held = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
-    check_metric(metric, source.labels)
+    check_metric(metric, source.labels, trained.classes)
     for batches in filter(None, (source, held)):
         if batches.labels is not None and trained.classes is not None:
             check_labels(batches.labels, trained.classes, batches.what)

@@ -11,20 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visadapt.errors import VisadaptError
 from visadapt.training.engine import Performer
 from visadapt.training.history import Epoch
-from visadapt.training.objective import check_labels, losses
+from visadapt.training.objective import Diverged, check_labels, losses
 from visadapt.training.randomness import Randomness
 from visadapt.training.recipe import Recipe
 from visadapt.training.samples import Batches, Samples
 from visadapt.training.trainee import Trainee
 
 Augment = Callable[[Any, torch.Generator], Any]
-
-
-class Diverged(VisadaptError):  # noqa: N818  it is caught as what happened
-    """A training's loss or gradient became infinite or no number."""
 
 
 @dataclass

@@ -32,8 +32,7 @@ def f1(logits: Tensor, labels: Tensor) -> float:
     Raises:
         VisadaptError: the head has another number of classes.
     """
-    if logits.shape[-1] != 2:
-        raise VisadaptError(f"f1 is of two classes, the head has {logits.shape[-1]}: macro_f1 is of any number")
+    check_metric("f1", classes=logits.shape[-1])
     return _torchmetrics("f1").f1_score(logits.argmax(-1), labels, task="binary").item()  # type: ignore[no-any-return]
 
 
@@ -88,11 +87,15 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 """By name, as ``fit`` and ``evaluate`` take them."""
 
 _OF_REALS = ("pearson", "spearman")
+OF_CLASSES = tuple(name for name in METRICS if name not in _OF_REALS)
+"""The names of those that labels which are classes can be scored by."""
 
 
-def check_metric(name: str, labels: Tensor | None = None) -> None:
-    """Refuses a metric that there is not, or that is not of such labels."""
+def check_metric(name: str, labels: Tensor | None = None, classes: int | None = None) -> None:
+    """Refuses a metric that there is not, or that is not of such labels or of so many classes."""
     check_choice(name, METRICS, "metric")
+    if name == "f1" and classes not in (None, 2):
+        raise VisadaptError(f"f1 is of two classes, the head has {classes}: macro_f1 is of any number")
     if labels is not None and name != "loss" and labels.is_floating_point() != (name in _OF_REALS):
         kinds = ("real values", "classes") if name in _OF_REALS else ("classes", "real values")
         raise VisadaptError(f"{name} is a metric of {kinds[0]}, and the labels are {kinds[1]}")

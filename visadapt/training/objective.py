@@ -8,6 +8,10 @@ from torch.nn import functional as F
 from visadapt.errors import VisadaptError
 
 
+class Diverged(VisadaptError):  # noqa: N818  it is caught as what happened
+    """A loss, a gradient or a logit became infinite or no number."""
+
+
 def losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of each sample, ``(N,)``.
 

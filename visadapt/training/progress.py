@@ -22,12 +22,13 @@ def bar(total: int, title: str, wanted: bool, done: int = 0) -> Iterator[Advance
         except ImportError:
             pass
         else:
+            # words come from users' texts, in which brackets are no markup
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[words]}", markup=False),
             )
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                 shown = progress.add_task(title, total=total, completed=done, words="")

@@ -22,6 +22,7 @@ class Trainee:
     """The parameters to move, the tensors that make up a state, and the context to run the model in.
 
     Attributes:
+        name: what it is called in messages.
         parameters: those that are trained, by name.
         tensors: everything that training can change (parameters and running statistics), by name.
         norms: names of parameters that belong to norms.
@@ -31,6 +32,7 @@ class Trainee:
         chosen: makes the context in which the model performs the task.
     """
 
+    name: str
     parameters: dict[str, nn.Parameter]
     tensors: dict[str, Tensor]
     norms: set[str]
@@ -75,7 +77,8 @@ def trainee(model: nn.Module, task: str | None) -> Trainee:
     if not found:
         raise VisadaptError(f"task {task!r} has no parameters to train")
     tensors = named_tensors(registry, task)
-    return Trainee(found, tensors, norms, head, adapters, spec.num_classes, lambda: using(model, task))
+    name = f"task {task!r}"
+    return Trainee(name, found, tensors, norms, head, adapters, spec.num_classes, lambda: using(model, task))
 
 
 @contextmanager
@@ -100,6 +103,7 @@ def _plain(model: nn.Module) -> Trainee:
         raise VisadaptError(f"no parameter of this {type(model).__name__} requires a gradient")
     end = heads.find_head(model)
     return Trainee(
+        type(model).__name__,
         found,
         dict(model.state_dict(keep_vars=True)),
         {f"{path}.{k}" if path else k for path, m in model.named_modules() if _is_norm(m) for k in m._parameters},
