@@ -228,9 +228,9 @@ def transfer(data: Data, lab: Lab) -> None:
 
 
 def modality(data: Data, lab: Lab) -> None:
-    """One adapter of each kind at parts of the depth; and whom `compare` and `vgg` compared, on one axis."""
-    texts = data.texts()
-    for problems, names, more in ((data.images(), IMAGE, ()), (texts, TEXT, _longer(lab, texts))):
+    """One adapter of each kind at parts of the depth; and all that was compared, on one axis."""
+    texts, image_names, text_names = data.texts(), (*IMAGE, *MORE_IMAGE), (*TEXT, *MORE_TEXT)
+    for problems, names, more in ((data.images(), image_names, ()), (texts, text_names, _longer(lab, texts))):
         who = lab.tuned(names, problems)
         lab.run(Modality(problems[:1], (), who[names.index("bottleneck m=8")], SEEDS[:1]))
         for at in problems:
@@ -248,10 +248,10 @@ STAGES: tuple[Stage, ...] = (
     compare,
     steps,
     vgg,
+    more_methods,
     modality,
     sequence,
     transfer,
-    more_methods,
 )
 
 

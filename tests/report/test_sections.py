@@ -267,6 +267,25 @@ def test_depth_alone_is_a_section_too() -> None:
     assert "resnet50: last 8 of 16 layers" in section.finding or "minilm: last 2 of 6 layers" in section.finding
 
 
+def test_one_table_for_all_networks_by_what_is_trained() -> None:
+    told = {
+        "minilm": {"full fine-tuning": (90, 100_000), "bottleneck m=8": (89, 400)},
+        "resnet50": {"full fine-tuning": (80, 100_000), "bottleneck m=8": (82, 1_300), "series": (81, 8_000)},
+    }
+    results = [
+        dataclasses.replace(at("modality", name, score, network=network), trained=trained, backbone=100_000)
+        for network, methods in told.items()
+        for name, (score, trained) in methods.items()
+    ]
+    (table,) = modality(results).tables
+    assert table.headings == ("method", "minilm", "of backbone", "resnet50", "of backbone")
+    assert table.rows == [
+        ("bottleneck m=8", "−1.0", "0.40 %", "+2.0", "1.30 %"),
+        ("series", "–", "–", "+1.0", "8.00 %"),
+        ("full fine-tuning", "0.0", "100.00 %", "0.0", "100.00 %"),
+    ]
+
+
 def test_one_task_is_a_sequence_too() -> None:
     section = sequence([r for r in made.sequence() if r.facts["position"] == 0])
     assert all(drawing.render(Look()) for drawing in section.drawings)

@@ -44,7 +44,7 @@ def modality(results: Sequence[Result]) -> Section | None:
         "frozen, against adapters in all of them: Houlsby et al. 2019 (§3.6) find that upper layers suffice on text, "
         "Rebuffi et al. 2018 (§4.2) that both ends need adapting on images.",
         (*((_scatter(flat, gaps),) if gaps else ()), *((_depth(deep),) if deep else ())),
-        tuple(_table(network, group, gaps.get(network, {})) for network, group in flat.items()),
+        (_table(flat, gaps),) if flat else (),
         claims,
     )
 
@@ -131,10 +131,18 @@ def _upper(network: str, results: Sequence[Result]) -> Claim | None:
     return Claim(text, "Rebuffi et al. 2018, §4.2", network, not enough, measured)
 
 
-def _table(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Table:
-    rows = [
-        (name, f"{share(own[0]):.2f} %", signed(gaps[name]) if name in gaps else "–")
-        for name, own in grouped(results, lambda r: r.contender).items()
-    ]
-    problems = listed(list(dict.fromkeys(r.problem for r in results)))
-    return Table(("method", "of backbone", "points against full fine-tuning"), rows, f"{network}: mean over {problems}")
+def _table(networks: Networks, gaps: dict[str, dict[str, float]]) -> Table:
+    """Methods by what they train, with two columns for each network."""
+    by = {network: grouped(group, lambda r: r.contender) for network, group in networks.items()}
+    trained = {network: {name: share(own[0]) for name, own in group.items()} for network, group in by.items()}
+    names = sorted({name for group in by.values() for name in group})
+    rows = []
+    for name in sorted(names, key=lambda name: mean(shares[name] for shares in trained.values() if name in shares)):
+        cells = []
+        for network, shares in trained.items():
+            cells.append(signed(gaps[network][name]) if name in gaps.get(network, {}) else "–")
+            cells.append(f"{shares[name]:.2f} %" if name in shares else "–")
+        rows.append((name, *cells))
+    over = [f"{listed(list(dict.fromkeys(r.problem for r in own)))} ({network})" for network, own in networks.items()]
+    headings = ("method", *(heading for network in networks for heading in (network, "of backbone")))
+    return Table(headings, rows, f"Points against full fine-tuning, in the mean over {'; '.join(over)}")
