@@ -450,7 +450,7 @@ WRONG = {
     "nothing to take out": (
         "experiment ablation --problem hf/{place}/bert:{place}/tweets.tsv --contender full --results {tmp}/r",
         1,
-        "'full' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
+        "'full fine-tuning' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
     ),
     "device that is not there": (
         "experiment compare --problem hf/{place}/bert:{place}/tweets.tsv --device cuda:99 --results {tmp}/r",
