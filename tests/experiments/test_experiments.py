@@ -32,6 +32,7 @@ from visadapt.experiments.train import Workplace, measure
 from visadapt.methods import Bottleneck, Full
 from visadapt.registry import named_tensors, registry_of
 from visadapt.store import read, save
+from visadapt.training import Diverged
 
 ADAPTER, FULL = who(Bottleneck(4), "bottleneck m=4"), who(Full(), "full fine-tuning")
 
@@ -99,7 +100,7 @@ def test_another_error_is_no_result(tmp_path: Path) -> None:
 
 def test_first_weights_that_give_no_numbers_are_a_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> float:
-        raise VisadaptError("task 'digits' gives NaN")
+        raise Diverged("task 'digits' gives NaN")
 
     monkeypatch.setattr("visadapt.experiments.run.measure", fails)
     (result,) = made(InitScale((small(),), ADAPTER, (10.0,), (0,)), tmp_path)
