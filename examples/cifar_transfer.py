@@ -5,8 +5,9 @@ python examples/cifar_transfer.py --quick    # under a minute
 python examples/cifar_transfer.py --sweep    # how the learning rates below were found
 """
 
+from common import contenders, main, parser
+
 from visadapt.experiments import Contender, ImageProblem
-from visadapt.experiments.command import contenders, main, parser
 from visadapt.methods import Full, Parallel
 from visadapt.training import Recipe
 

@@ -5,8 +5,9 @@ python examples/text_transfer.py --quick    # under a minute
 python examples/text_transfer.py --sweep    # other learning rates, on validation texts
 """
 
+from common import contenders, main, parser
+
 from visadapt.experiments import TextProblem
-from visadapt.experiments.command import contenders, main, parser
 from visadapt.training import Recipe
 
 # Peak learning rates: the best on validation texts, none of them trained on and none from the test split.

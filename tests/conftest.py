@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 import visadapt
-from tests.zoo import ZOO, Inputs, Member, anatomy, same, snapshot
+from tests.models import ZOO, Inputs, Member, anatomy, same, snapshot
 
 settings.register_profile(
     "visadapt",

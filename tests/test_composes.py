@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
-from tests.zoo import ZOO, answer, bare_part, output, same, snapshot, step, stir, train
+from tests.models import ZOO, answer, bare_part, output, same, snapshot, step, stir, train
 from visadapt import Bottleneck
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_a_pickled_model_opens_in_another_process(model, member, inputs, adapted
         "import sys, torch\n"
         "model = torch.load(f'{sys.argv[1]}/model.pt', weights_only=False)\n"
         "import visadapt\n"
-        "from tests.zoo import ZOO, answer\n"
+        "from tests.models import ZOO, answer\n"
         f"found = answer(model, ZOO[{member.name!r}].inputs(), 'a')\n"
         "assert torch.equal(found, torch.load(f'{sys.argv[1]}/a.pt'))\n"
         "visadapt.inject(model, m=2, task='c')\n"

@@ -10,8 +10,8 @@ from benchmarks.__main__ import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
 from visadapt import METHODS
 from visadapt.experiments import read_results
-from visadapt.report.build import build
-from visadapt.report.markdown import markdown
+from visadapt.report.assembly import build
+from visadapt.report.markdown_page import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -111,7 +111,7 @@ def test_ddp_on_two_processes(tmp_path):
             import sys
             import torch, torch.distributed as dist, torch.multiprocessing as mp, visadapt
             from torch.nn.parallel import DistributedDataParallel
-            from tests.zoo import ZOO
+            from tests.models import ZOO
 
             def build(tasks):
                 model = ZOO["tiny/resnet"].make()

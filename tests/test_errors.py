@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import visadapt
-from tests.zoo import ZOO, anatomy, same, snapshot
+from tests.models import ZOO, anatomy, same, snapshot
 from visadapt import Bottleneck, VisadaptError
 from visadapt.errors import nearest
 

@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.evidence import STAGES, Data, Lab
-from tests.report import made
+from tests.report import fake_results
 from visadapt import inject, tasks
+from visadapt.data.hub import resolve
 from visadapt.experiments import Compare, contender, write_csv
 from visadapt.experiments.run import Training
-from visadapt.hub import resolve
 
 
 def score(run: Training) -> float:
@@ -31,7 +31,7 @@ def asked(monkeypatch):
             return []
         return [
             dataclasses.replace(
-                made.result("compare", "resnet50", "cifar10", run.contender.name, run.seed, 0),
+                fake_results.result("compare", "resnet50", "cifar10", run.contender.name, run.seed, 0),
                 lr=run.contender.recipe.lr,
                 score=score(run),
             )
@@ -121,7 +121,7 @@ def test_what_is_given_is_used_too(asked, tmp_path):
 
 def test_what_was_published_is_known_and_what_is_made_is_published(asked, tmp_path, monkeypatch):
     published = tmp_path / "evidence.csv"
-    write_csv(made.every(), published)
+    write_csv(fake_results.every(), published)
     seen = []
 
     def stage(data, lab):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import visadapt
-from tests.zoo import ZOO, anatomy, answer, bare_part, same, snapshot, train
+from tests.models import ZOO, anatomy, answer, bare_part, same, snapshot, train
 
 
 def owned_by(model, task):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import visadapt
-from tests.zoo import ZOO, anatomy, answer, bare_part, output, same, snapshot, step, stir
+from tests.models import ZOO, anatomy, answer, bare_part, output, same, snapshot, step, stir
 
 POLICIES = ("frozen", "affine", "full")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import visadapt
-from tests.zoo import ZOO
+from tests.models import ZOO
 from visadapt.table import Table
 
 WORDS = st.text("abcxyz", min_size=1, max_size=8)

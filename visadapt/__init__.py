@@ -1,11 +1,12 @@
 """visadapt adapts one frozen pretrained network to many tasks by small residual modules."""
 
-from visadapt.decider import decide, fit_decider, load_decider, save_decider
+from visadapt.backbone.site import Site, Sites
+from visadapt.backbone.where import sites
 from visadapt.errors import VisadaptError
-from visadapt.folding import fold
+from visadapt.export.folding import fold
+from visadapt.export.merging import merge, merge_error, unmerge
 from visadapt.frozen import cache_prefix, lean, unlean
-from visadapt.inject import eject, inject, remove
-from visadapt.merge import merge, merge_error, unmerge
+from visadapt.injection import eject, inject, remove
 from visadapt.methods import (
     DAN,
     METHODS,
@@ -23,12 +24,15 @@ from visadapt.methods import (
     Parallel,
     Series,
     TopLayers,
-    set_alpha,
 )
-from visadapt.mixed import split
-from visadapt.sites import Site, Sites, sites
-from visadapt.store import load, save
-from visadapt.tasks import activate, active, named_parameters, parameters, summary, tasks, trainable, using
+from visadapt.runtime.costs import summary
+from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
+from visadapt.runtime.mixed import split
+from visadapt.runtime.options import set_alpha
+from visadapt.runtime.parameters_of import named_parameters, parameters, trainable
+from visadapt.runtime.registry import tasks
+from visadapt.runtime.selection import activate, active, using
+from visadapt.task_file import load, save
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,7 @@
 """The one error that visadapt raises, and the hint it carries."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from visadapt import heads, host, labelled
+from visadapt.backbone import heads
+from visadapt.backbone.modules import dtype_of, own_modules
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import Sites
 from visadapt.errors import VisadaptError
-from visadapt.frozen.layers import lean_part
 from visadapt.methods.method import Method
-from visadapt.norms import find_norms
-from visadapt.registry import Placement, Registry, Task, find_registry
-from visadapt.sites import Sites, dtype_of, own_modules
+from visadapt.runtime import hf_config, host
+from visadapt.runtime.copies import build_head, own_copy
+from visadapt.runtime.registry import Placement, Registry, Task, find_registry
 
 
 @dataclass
@@ -47,10 +49,10 @@ def new_plan(
         assert found is not None
         owned = found.modules
         width = task.num_classes if task.head == "new" else None
-        parts += [(path, "head", part) for path, part in heads.build_head(model, found, width, dtype_of(model)).items()]
+        parts += [(path, "head", part) for path, part in build_head(model, found, width, dtype_of(model)).items()]
     if task.norms != "frozen":
         parts += [
-            (path, "norm", host.own_copy(norm, full=task.norms == "full"))
+            (path, "norm", own_copy(norm, full=task.norms == "full"))
             for path, norm in norms.items()
             # the norms inside a task's own head are already its own
             if not any(path == head or path.startswith(f"{head}.") for head in owned)
@@ -131,19 +133,19 @@ def commit(model: nn.Module, plan: Plan) -> None:
         for module in modules.values():
             host.freeze(module)
             host.unfuse(module, registry)
-        if labelled.is_labelled(model):
-            labelled.label(model)
+        if hf_config.is_labelled(model):
+            hf_config.label(model)
         model.__dict__["_visadapt"] = registry
     task = plan.task
     registry.tasks[task.name] = task
-    if task.head != "frozen" and labelled.is_labelled(model):
-        registry.configs[task.name] = labelled.task_config(model, task)
+    if task.head != "frozen" and hf_config.is_labelled(model):
+        registry.configs[task.name] = hf_config.task_config(model, task)
     for path, name, part in plan.parts:
         module = model.get_submodule(path)
         part.train(model.training)
         host.attach(module, registry, task.name, name, part)
         if registry.lean is not None:
-            lean_part(part, registry.lean)
+            registry.lean.apply(part)
         registry.hosts[path] = module
         if path not in task.hosts:
             task.hosts.append(path)

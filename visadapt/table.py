@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from visadapt.optional import require
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,13 +62,13 @@ class Table:
         return f"<table>{caption}<thead><tr>{row('th', self.headings)}</tr></thead><tbody>{body}</tbody></table>"
 
     def __rich__(self) -> Any:
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
+        text = require("rich.text", "a table in colour", "visadapt[cli]").Text
         # rich would read a plain string as its markup, and users' texts have brackets of their own
-        table = RichTable(title=Text(self.title, style="table.title") if self.title else None)
+        table = require("rich.table", "a table in colour", "visadapt[cli]").Table(
+            title=text(self.title, style="table.title") if self.title else None
+        )
         for heading, right in zip(self.headings, self._right(), strict=True):
-            table.add_column(Text(heading), justify="right" if right else "left")
+            table.add_column(text(heading), justify="right" if right else "left")
         for row in self.rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_row(*(text(str(cell)) for cell in row))
         return table

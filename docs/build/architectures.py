@@ -26,7 +26,7 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.architectures import ALL, Architecture, Report, check  # noqa: E402
+from tests.backbone.architectures import ALL, Architecture, Report, check  # noqa: E402
 
 TABLE = ROOT / "docs" / "architectures.md"
 
@@ -145,7 +145,7 @@ def table(reports: list[Report]) -> str:
         "",
         "What `visadapt.inject(model, m=32)` does, with nothing said about where, on the smallest architecture of",
         "every family, with random weights. Written by `python docs/build/architectures.py`; the same checks are",
-        "tests (`tests/test_architectures.py`).",
+        "tests (`tests/backbone/test_architectures.py`).",
         "",
         "- **sites**: kinds and numbers; **found**: by *structure*, or *traced* in one run on fake tensors.",
         "- **adapters**: parameters of the bottlenecks, and in % of the backbone without its head.",

@@ -49,7 +49,7 @@ def workplace(tmp_path: Path) -> Workplace:
 
 def stirred(model: torch.nn.Module, task: str, seed: int = 1) -> torch.nn.Module:
     """Every parameter of a task moved, as a long training would."""
-    from tests.zoo import stir
+    from tests.models import stir
 
     for again in range(4):
         stir(model, task, seed + again)

@@ -21,7 +21,7 @@ from visadapt.experiments import (
     read_results,
     run_experiment,
 )
-from visadapt.experiments.probe import fit_head, is_probe
+from visadapt.experiments.linear_probe import fit_head, is_probe
 from visadapt.experiments.record import write
 from visadapt.experiments.run import Training
 from visadapt.experiments.train import Workplace

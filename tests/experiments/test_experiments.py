@@ -26,12 +26,12 @@ from visadapt.experiments import (
     run_experiment,
 )
 from visadapt.experiments.decathlon import score
-from visadapt.experiments.parts import body, without
 from visadapt.experiments.run import Training
 from visadapt.experiments.train import Workplace, measure
+from visadapt.experiments.transplant import body, without
 from visadapt.methods import Bottleneck, Full
-from visadapt.registry import named_tensors, registry_of
-from visadapt.store import read, save
+from visadapt.runtime.registry import named_tensors, registry_of
+from visadapt.task_file import read, save
 from visadapt.training import Diverged
 
 ADAPTER, FULL = who(Bottleneck(4), "bottleneck m=4"), who(Full(), "full fine-tuning")

@@ -17,7 +17,7 @@ from tests.experiments.conftest import small
 from tests.experiments.test_compare import folder_of_digits
 from visadapt import VisadaptError
 from visadapt.experiments import ImageProblem, TextProblem, problem
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.problems import Problem
 
 
 def test_a_problem_is_chosen_by_its_backbone() -> None:
@@ -117,7 +117,7 @@ def test_vgg16_from_a_file_of_its_convolutions(tmp_path: Path) -> None:
 
 def test_a_problem_of_text(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from tests.zoo import SIZES
+    from tests.models import SIZES
 
     words = [
         "[PAD]",

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 import visadapt as v
-from tests.zoo import ZOO, answer, stir
+from tests.models import ZOO, answer, stir
 
 
 def branch(part, x):

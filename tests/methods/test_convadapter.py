@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import visadapt as v
 from tests.methods.test_parallel import GEOMETRIES
-from tests.zoo import ZOO, answer, stir
+from tests.models import ZOO, answer, stir
+from visadapt.backbone.site import Site
 from visadapt.methods.convadapter import _KEPT, SCHEMES
-from visadapt.sites import Site
 
 
 def delta(part: nn.Module, x, **geometry):

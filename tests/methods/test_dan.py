@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import visadapt as v
-from tests.zoo import ZOO, answer, stir, train
-from visadapt.host import with_weights
+from tests.models import ZOO, answer, stir, train
+from visadapt.backbone.site import Site
 from visadapt.methods.dan import packed, quantised, rounded, unpacked
-from visadapt.sites import Site
+from visadapt.runtime.roles import with_weights
 
 
 def controller(host: nn.Module, **options) -> nn.Module:

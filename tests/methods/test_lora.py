@@ -4,8 +4,8 @@ from torch import nn
 
 import visadapt as v
 from tests.methods.test_parallel import GEOMETRIES
-from tests.zoo import ZOO
-from visadapt.sites import Site
+from tests.models import ZOO
+from visadapt.backbone.site import Site
 
 
 def part_of(host: nn.Module, outputs: int, **options) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visadapt as v
-from tests.zoo import ZOO, answer, output, stir
+from tests.models import ZOO, answer, output, stir
 
 
 @pytest.mark.parametrize("name", ["tiny/resnet", "tiny/vgg_bn", "transformers/bert"])

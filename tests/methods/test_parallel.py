@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import visadapt as v
-from tests.zoo import ZOO, answer, stir, train
+from tests.models import ZOO, answer, stir, train
+from visadapt.backbone.operators import operator_of
+from visadapt.backbone.site import Site
 from visadapt.methods.parallel import ParallelAdapter
-from visadapt.operators import operator_of
-from visadapt.sites import Site
 
 GEOMETRIES = {
     "3x3": {"kernel_size": 3, "padding": 1},

@@ -7,7 +7,7 @@ import torch
 
 import visadapt
 from tests.methods.cases import CASES, MEMBERS
-from tests.zoo import ZOO, answer, bare_part, output, same, snapshot, step, stir, train
+from tests.models import ZOO, answer, bare_part, output, same, snapshot, step, stir, train
 from visadapt.methods import METHODS
 
 # a dense adapter at a grouped convolution says that it is the larger of the two

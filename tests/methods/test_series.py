@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import visadapt as v
-from tests.zoo import answer, stir, train
-from visadapt.sites import Site
+from tests.models import answer, stir, train
+from visadapt.backbone.site import Site
 
 SITE = Site("conv", "conv3x3", 6, "NCHW", 0)
 

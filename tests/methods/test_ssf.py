@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import visadapt as v
-from tests.zoo import ZOO, answer
-from visadapt.sites import Site
+from tests.models import ZOO, answer
+from visadapt.backbone.site import Site
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])

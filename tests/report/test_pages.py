@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.report import made
+from tests.report import fake_results
 from visadapt import VisadaptError
 from visadapt.experiments.record import write_csv
 from visadapt.report import Drawing, Look, build, page, plot, write
-from visadapt.report.look import LINES, MARKERS
+from visadapt.report.style import LINES, MARKERS
 
 VOID = {"meta", "link", "img", "source", "br"}
 
@@ -50,7 +50,7 @@ class Reader(HTMLParser):
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a few experiments, as ``visadapt report`` writes it."""
     folder = tmp_path_factory.mktemp("report")
-    results = [*made.transfer(), *made.ablation(layers=3), *made.decathlon()]
+    results = [*fake_results.transfer(), *fake_results.ablation(layers=3), *fake_results.decathlon()]
     write_csv(results, folder / "results.csv")
     files = write(folder / "results.csv", folder / "docs.v1", "Results <of> tests")
     assert files[:2] == [folder / "docs.v1.md", folder / "docs.v1.html"]
@@ -118,7 +118,7 @@ def test_what_results_are_called_cannot_change_the_page() -> None:
     names = {None: "x", '"y&': "x"}
     results = [
         dataclasses.replace(
-            made.result("transfer", "resnet50", problem, "b", 0, 1, facts={"source": source}), network="<b>"
+            fake_results.result("transfer", "resnet50", problem, "b", 0, 1, facts={"source": source}), network="<b>"
         )
         for source, problem in names.items()
     ]
@@ -173,7 +173,7 @@ def test_the_markdown_links_to_figures_that_are_there(written: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    write_csv(made.decathlon(), tmp_path / "results.csv")
+    write_csv(fake_results.decathlon(), tmp_path / "results.csv")
     first, second = (
         {path.name: path.read_bytes() for path in write(tmp_path / "results.csv", tmp_path / name / "report")}
         for name in ("a", "b")
@@ -183,7 +183,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_of_too_few_results(tmp_path: Path) -> None:
-    write_csv([made.result("tradeoff", "resnet50", "cifar10", "norms only", 0, 0)], tmp_path / "results.csv")
+    write_csv([fake_results.result("tradeoff", "resnet50", "cifar10", "norms only", 0, 0)], tmp_path / "results.csv")
     with pytest.raises(VisadaptError, match="1 results are too few"):
         write(tmp_path / "results.csv", tmp_path / "report")
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
@@ -213,7 +213,13 @@ def test_colours_stand_out_from_the_paper_and_series_from_each_other(theme: str)
 
 @pytest.mark.parametrize("look", [Look(), Look("dark"), Look("light", 3.7)], ids=str)
 def test_every_drawing_can_be_drawn_for_every_page(look: Look) -> None:
-    results = [*made.compare(), *made.tradeoff(), *made.init_scale(), *made.sequence(), *made.modality()]
+    results = [
+        *fake_results.compare(),
+        *fake_results.tradeoff(),
+        *fake_results.init_scale(),
+        *fake_results.sequence(),
+        *fake_results.modality(),
+    ]
     report = build([r for r in results if r.network == "resnet50"])
     for drawing in (drawing for section in report.sections for drawing in section.drawings):
         svg = drawing.render(look)
@@ -223,7 +229,7 @@ def test_every_drawing_can_be_drawn_for_every_page(look: Look) -> None:
 
 
 def test_plot_writes_by_suffix(tmp_path: Path) -> None:
-    results = [r for r in made.compare() if r.problem == "cifar10" and r.split == "test"]
+    results = [r for r in fake_results.compare() if r.problem == "cifar10" and r.split == "test"]
     assert plot(results, tmp_path / "new" / "size.png", "cifar10").read_bytes()[:4] == b"\x89PNG"
     assert plot(results, tmp_path / "size.svg").read_bytes().startswith(b"<?xml")
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.report import made
+from tests.report import fake_results
 from visadapt import VisadaptError
 from visadapt.report import Look, build
 from visadapt.report.ablation import ablation
@@ -14,16 +14,16 @@ from visadapt.report.compare import compare
 from visadapt.report.decathlon import decathlon
 from visadapt.report.init_scale import init_scale
 from visadapt.report.modality import modality
-from visadapt.report.numbers import against_full, amount, file_name, is_adapter, listed, signed, told
 from visadapt.report.sequence import SHARED, sequence
+from visadapt.report.statistics import against_full, amount, file_name, is_adapter, listed, signed, told
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
 
 
-def at(experiment: str, contender: str, score: float, **more) -> made.Result:
+def at(experiment: str, contender: str, score: float, **more) -> fake_results.Result:
     """A result with this score in %, and no noise."""
     options = {"network": "resnet50", "problem": "cifar10", "seed": 0, **more}
-    return made.result(experiment, contender=contender, points=0, score=score / 100, **options)
+    return fake_results.result(experiment, contender=contender, points=0, score=score / 100, **options)
 
 
 def test_compare_takes_the_mean_over_problems() -> None:
@@ -46,7 +46,7 @@ def test_compare_takes_the_mean_over_problems() -> None:
 
 
 def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -> None:
-    def results(chosen: float) -> list[made.Result]:
+    def results(chosen: float) -> list[fake_results.Result]:
         scores = {
             "bottleneck m=8": (85, chosen),
             "lora r=8": (84, 91),
@@ -67,7 +67,7 @@ def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -
 
 
 def test_validation_counts_where_all_seeds_were_trained() -> None:
-    def tried(name: str, points: float, seeds: int, lr: float) -> list[made.Result]:
+    def tried(name: str, points: float, seeds: int, lr: float) -> list[fake_results.Result]:
         return [at("compare", name, points, split="validation", seed=seed, lr=lr) for seed in range(seeds)]
 
     results = [
@@ -122,7 +122,7 @@ def test_a_mean_over_fewer_problems_says_so_and_is_not_the_best() -> None:
 
 
 def test_tradeoff() -> None:
-    def results(wide: float) -> list[made.Result]:
+    def results(wide: float) -> list[fake_results.Result]:
         return [
             at("tradeoff", "full fine-tuning", 90),
             at("tradeoff", "norms only", 85),
@@ -167,7 +167,7 @@ def test_ablation() -> None:
 
 
 def test_an_ablation_that_was_killed_is_left_out() -> None:
-    whole = [r for r in made.ablation() if r.network == "minilm" and r.facts["norms"] == "kept"]
+    whole = [r for r in fake_results.ablation() if r.network == "minilm" and r.facts["norms"] == "kept"]
     complete = ablation(whole)
     for count in range(1, len(whole)):
         # the first layer alone may be all layers, as far as older results tell
@@ -178,7 +178,7 @@ def test_an_ablation_that_was_killed_is_left_out() -> None:
     assert ablation(told).finding == complete.finding
     # neither a seed that was killed nor the reverted norms change what is said of the rest
     again = [dataclasses.replace(r, seed=1, score=0.1) for r in whole[:9]]
-    reverted = [r for r in made.ablation() if r.network == "minilm" and r.facts["norms"] == "reverted"]
+    reverted = [r for r in fake_results.ablation() if r.network == "minilm" and r.facts["norms"] == "reverted"]
     section = ablation([*whole, *again, *reverted[:9]])
     assert (section.finding, section.claims) == (complete.finding, complete.claims)
     assert section.drawings[0].render(Look())
@@ -199,7 +199,7 @@ def test_init_scale() -> None:
 
 @pytest.mark.parametrize("later", ["same", "other"])
 def test_sequence_asks_for_the_very_logits(later: str) -> None:
-    def step(position: int, after: str, problem: str, score: float, outputs: str) -> made.Result:
+    def step(position: int, after: str, problem: str, score: float, outputs: str) -> fake_results.Result:
         facts = {"position": position, "after": after, "total": 1.1 + position / 10, "outputs": outputs}
         return at("sequence", "bottleneck m=8", score, problem=problem, facts=facts)
 
@@ -216,7 +216,7 @@ def test_sequence_asks_for_the_very_logits(later: str) -> None:
 
 
 def test_sequential_fine_tuning_forgets() -> None:
-    section = sequence(list(made.sequence()))
+    section = sequence(list(fake_results.sequence()))
     rows = {row[0]: row[-1] for row in section.tables[0].rows}
     assert rows["bottleneck m=8"] == "0.0"
     assert float(rows["sequential fine-tuning"].replace("−", "-")) < -10
@@ -262,7 +262,7 @@ def test_nothing_is_claimed_of_half_the_layers_where_a_third_was_measured() -> N
 
 
 def test_depth_alone_is_a_section_too() -> None:
-    section = modality([r for r in made.modality() if "where" in r.facts])
+    section = modality([r for r in fake_results.modality() if "where" in r.facts])
     assert [drawing.name for drawing in section.drawings] == ["modality-depth"]
     assert "resnet50: last 8 of 16 layers" in section.finding or "minilm: last 2 of 6 layers" in section.finding
 
@@ -287,12 +287,12 @@ def test_one_table_for_all_networks_by_what_is_trained() -> None:
 
 
 def test_one_task_is_a_sequence_too() -> None:
-    section = sequence([r for r in made.sequence() if r.facts["position"] == 0])
+    section = sequence([r for r in fake_results.sequence() if r.facts["position"] == 0])
     assert all(drawing.render(Look()) for drawing in section.drawings)
     assert section.claims == (), "nothing later to compare with"
 
 
-def learned(contender: str, *order: str, upto: int | None = None, seed: int = 0) -> list[made.Result]:
+def learned(contender: str, *order: str, upto: int | None = None, seed: int = 0) -> list[fake_results.Result]:
     """The results of a chain, in the order that they are made in, and of them the first so many."""
     results = [
         at("sequence", contender, 80, problem=problem, seed=seed,
@@ -342,13 +342,13 @@ def test_each_order_is_told_apart() -> None:
 
 
 def test_decathlon() -> None:
-    section = decathlon(list(made.decathlon()))
+    section = decathlon(list(fake_results.decathlon()))
     assert section.finding.startswith("parallel scores highest, 791 of 3,000, over cifar10, fashion-mnist and mnist")
     assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
 
 
 def test_further_seeds_make_every_sum_anew() -> None:
-    def sums(seeds: int, score: float) -> list[made.Result]:
+    def sums(seeds: int, score: float) -> list[fake_results.Result]:
         facts = {"problems": ["cifar10"], "seeds": seeds, "total": 1.2}
         return [
             at("decathlon", "series", 100 * score, problem="all", metric="decathlon", seed=seed, facts=facts)
@@ -361,7 +361,7 @@ def test_further_seeds_make_every_sum_anew() -> None:
 
 
 def test_sums_over_other_problems_and_networks_are_apart() -> None:
-    def total(score: float, *problems: str, **more: str) -> made.Result:
+    def total(score: float, *problems: str, **more: str) -> fake_results.Result:
         facts = {"problems": list(problems), "seeds": 1, "total": 1.2}
         return at("decathlon", "series", 100 * score, problem="all", metric="decathlon", facts=facts, **more)
 
@@ -376,7 +376,7 @@ def test_sums_over_other_problems_and_networks_are_apart() -> None:
 
 
 def test_sections_without_results_are_left_out() -> None:
-    report = build(list(made.transfer()))
+    report = build(list(fake_results.transfer()))
     assert [section.name for section in report.sections] == ["transfer"]
     assert report.made_with == ("36 results: commit abc1234, device cpu x86_64, python 3.11, torch 2.14.1",)
     with pytest.raises(VisadaptError, match="0 results are too few for a report"):

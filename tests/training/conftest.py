@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import visadapt
-from tests.zoo import ZOO
+from tests.models import ZOO
 from visadapt.data import ImageSet, load_images
 
 

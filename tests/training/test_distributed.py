@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import visadapt
-from tests.zoo import ZOO
+from tests.models import ZOO
 from visadapt import VisadaptError
 from visadapt.data import load_images, normalize
 from visadapt.training import JsonLines, Recipe, evaluate, fit, predict

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import visadapt
+from tests.models import ZOO
 from tests.training.conftest import backbone, state
-from tests.zoo import ZOO
 from visadapt import VisadaptError
 from visadapt.data import ImageSet, augment, normalize
 from visadapt.methods import Full

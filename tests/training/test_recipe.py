@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import visadapt
-from tests.zoo import ZOO
+from tests.models import ZOO
 from visadapt import VisadaptError
 from visadapt.training import RECIPES, SCHEDULES, Recipe
-from visadapt.training.trainee import trainee
+from visadapt.training.target import trainee
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:

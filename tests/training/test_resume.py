@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import visadapt
+from tests.models import ZOO
 from tests.training.conftest import state
-from tests.zoo import ZOO
 from visadapt import VisadaptError
 from visadapt.data import ImageSet, augment, normalize
-from visadapt.inputs import ImageInputs
+from visadapt.data.inputs import ImageInputs
 from visadapt.training import Fit, Recipe, fit
 
 ROOT = Path(__file__).parents[2]
@@ -272,7 +272,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
             """
             import hashlib, os, pathlib, sys, time
             import torch, visadapt
-            from tests.zoo import ZOO
+            from tests.models import ZOO
             from visadapt.data import augment, load_images, normalize
             from visadapt.training import JsonLines, Recipe, fit
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+
+from visadapt.errors import VisadaptError
+from visadapt.optional import require
 
 
 def main() -> None:
     """Runs the command line; the entry point of the console script."""
     try:
-        from visadapt.cli.app import app
-    except ImportError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        sys.exit("the command line needs typer and rich: pip install 'visadapt[cli]'")
-    app()
+        for library in ("typer", "rich"):
+            require(library, "the command line", "visadapt[cli]")
+    except VisadaptError as error:
+        sys.exit(str(error))
+    import_module("visadapt.cli.app").app()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from visadapt.cli.opening import with_tasks
+from visadapt.checks import check_choice
+from visadapt.cli.models import with_tasks
 from visadapt.cli.options import (
     BatchSize,
     Device,
@@ -20,12 +21,11 @@ from visadapt.cli.options import (
     Text,
     columns,
 )
-from visadapt.cli.showing import show
+from visadapt.cli.output import show
+from visadapt.data.inputs import TextInputs
 from visadapt.errors import VisadaptError
-from visadapt.inputs import TextInputs
-from visadapt.methods.method import check_choice
+from visadapt.runtime.registry import tasks
 from visadapt.table import Table
-from visadapt.tasks import tasks
 from visadapt.training import evaluate as measure
 from visadapt.training.metrics import OF_CLASSES
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from visadapt import experiments
+from visadapt.checks import check_choice
 from visadapt.cli.options import Device, Root
-from visadapt.cli.showing import say
+from visadapt.cli.output import say
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
 from visadapt.methods import TopLayers
-from visadapt.methods.method import check_choice
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls

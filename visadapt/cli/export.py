@@ -8,14 +8,14 @@ import torch
 import typer
 
 import visadapt
-from visadapt.cli.opening import with_tasks
+from visadapt.cli.models import with_tasks
 from visadapt.cli.options import Force, OtherBackbone, Out, TaskFile, unwritten
-from visadapt.cli.showing import say
+from visadapt.cli.output import say
+from visadapt.data.inputs import ImageInputs
 from visadapt.errors import VisadaptError
-from visadapt.export import FORMATS
-from visadapt.export import export as write
-from visadapt.inputs import ImageInputs
-from visadapt.tasks import tasks
+from visadapt.export.program import FORMATS
+from visadapt.export.program import export as write
+from visadapt.runtime.registry import tasks
 
 
 def export(

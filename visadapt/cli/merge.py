@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.cli.opening import with_tasks
+from visadapt.cli.models import with_tasks
 from visadapt.cli.options import Force, OtherBackbone, Out, TaskFile, unwritten
-from visadapt.cli.showing import say
-from visadapt.store import write_tensors
-from visadapt.tasks import tasks
+from visadapt.cli.output import say
+from visadapt.files import write_tensors
+from visadapt.runtime.registry import tasks
 
 
 def merge(

@@ -12,37 +12,54 @@ import typer
 from visadapt.errors import VisadaptError, nearest
 
 Backbone = Annotated[str, typer.Argument(help="Such as timm/resnet50, torchvision/vgg16, hf/NAME, bundled/resnet50.")]
+
 TaskFile = Annotated[Path, typer.Argument(help="A task's file, ….visadapt.")]
+
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
+
 Force = Annotated[bool, typer.Option("--force", help="Replaces files that are there.")]
+
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+
 Precision = Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")]
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+
 Build = Annotated[
     list[str] | None,
     typer.Option("--build", metavar="KEY=VALUE", help="Told to the backbone's loader, such as pretrained=false."),
 ]
+
 Where = Annotated[
     list[str] | None,
     typer.Option(
         "--where", metavar="PLACE", help="A kind of site, a stage, a depth such as 3, a glob; may be repeated."
     ),
 ]
+
 Method = Annotated[str, typer.Option(help="What is put in: Bottleneck, Parallel, Series, LoRA, ….")]
+
 Width = Annotated[str | None, typer.Option("--m", help="Width of the bottleneck, such as 32, or a fraction, as 0.25.")]
+
 MethodOption = Annotated[
     list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method; may be repeated.")
 ]
+
 Norms = Annotated[str, typer.Option(help="What the task owns of the norms: frozen, affine or full.")]
+
 Text = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="COLUMN", help="Column of the texts, by name or number from 0; twice for pairs."),
 ]
+
 Label = Annotated[
     str | None, typer.Option("--label", metavar="COLUMN", help="Column of the labels, by name or number.")
 ]
+
 Header = Annotated[bool, typer.Option("--header/--no-header", help="Whether the first line names the columns.")]
+
 Root = Annotated[Path | None, typer.Option(help="Folder of the named sets that do not come with the library.")]
+
 OtherBackbone = Annotated[
     str | None, typer.Option("--backbone", help="The backbone's name, where the file does not remember it.")
 ]

@@ -13,16 +13,16 @@ from typing import Annotated, Any, TextIO
 import typer
 from torch import Tensor, nn
 
-from visadapt.cli.opening import with_tasks
+from visadapt.checks import check_choice
+from visadapt.cli.models import with_tasks
 from visadapt.cli.options import BatchSize, Device, Force, OtherBackbone, Precision, unwritten
-from visadapt.cli.showing import show
+from visadapt.cli.output import show
 from visadapt.data import image_files
+from visadapt.data.inputs import ImageInputs, Inputs
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
-from visadapt.inputs import ImageInputs, Inputs
-from visadapt.methods.method import check_choice
+from visadapt.runtime.registry import tasks
 from visadapt.table import Table
-from visadapt.tasks import tasks
 from visadapt.training import predict as logits
 from visadapt.training.progress import bar
 

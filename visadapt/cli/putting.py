@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from visadapt.checks import check_choice
 from visadapt.cli.options import number, pairs
 from visadapt.methods import METHODS, Method
-from visadapt.methods.method import check_choice
 
 
 def chosen(name: str, m: str | None, options: list[str] | None) -> Method:

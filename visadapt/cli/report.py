@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from visadapt.cli.options import Force, unwritten
-from visadapt.cli.showing import say
+from visadapt.cli.output import say
 from visadapt.report import write
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import visadapt
-from visadapt.cli.opening import shaped
+from visadapt.cli.models import shaped
 from visadapt.cli.options import Backbone, Build, Where, number, pairs
-from visadapt.cli.showing import show
+from visadapt.cli.output import show
 
 
 def sites(backbone: Backbone, where: Where = None, build: Build = None) -> None:

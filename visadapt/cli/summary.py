@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.cli.opening import shaped
+from visadapt.cli.models import shaped
 from visadapt.cli.options import Build, Method, MethodOption, Norms, Where, Width, number, pairs
+from visadapt.cli.output import show
 from visadapt.cli.putting import chosen
-from visadapt.cli.showing import show
-from visadapt.hub import PLACES
-from visadapt.store import contents
+from visadapt.data.hub import PLACES
+from visadapt.task_file import contents
 
 
 def summary(

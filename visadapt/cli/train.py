@@ -9,7 +9,8 @@ import torch
 import typer
 
 import visadapt
-from visadapt.cli.opening import opened
+from visadapt.checks import check_choice
+from visadapt.cli.models import opened
 from visadapt.cli.options import (
     Build,
     Device,
@@ -30,12 +31,11 @@ from visadapt.cli.options import (
     pairs,
     unwritten,
 )
+from visadapt.cli.output import say, show
 from visadapt.cli.putting import chosen
-from visadapt.cli.showing import say, show
 from visadapt.data import augment
+from visadapt.data.inputs import TextInputs, described, inputs_of
 from visadapt.errors import VisadaptError
-from visadapt.inputs import TextInputs, described, inputs_of
-from visadapt.methods.method import check_choice
 from visadapt.training import RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
 from visadapt.training.metrics import OF_CLASSES

@@ -7,7 +7,7 @@ from visadapt.data.images import image_files as image_files
 from visadapt.data.images import load_images as load_images
 from visadapt.data.images import load_squares as load_squares
 from visadapt.data.images import read_images as read_images
-from visadapt.data.split import renumbered as renumbered
+from visadapt.data.splits import renumbered as renumbered
 from visadapt.data.text import TextSet as TextSet
 from visadapt.data.text import TextSplit as TextSplit
 from visadapt.data.text import load_text as load_text

@@ -1,5 +1,7 @@
 """Finds the files that come with the library."""
 
+from __future__ import annotations
+
 import warnings
 from pathlib import Path
 

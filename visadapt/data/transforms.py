@@ -1,5 +1,7 @@
 """Tensor transforms of image batches: normalisation for a pretrained network and a light augmentation."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from visadapt.errors import VisadaptError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 

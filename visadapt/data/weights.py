@@ -1,5 +1,7 @@
 """Bundled pretrained weights."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from visadapt.data import bundled
 from visadapt.errors import VisadaptError
+from visadapt.optional import require
 
 _RESNET50 = "resnet50_imagenet_int8.safetensors"
 
@@ -25,12 +28,9 @@ def resnet50() -> nn.Module:
     Raises:
         VisadaptError: torchvision is missing, or the bundled file is damaged.
     """
-    try:
-        from torchvision.models import resnet50 as build
-    except ImportError as error:
-        raise VisadaptError("resnet50() needs torchvision: pip install torchvision") from error
+    models = require("torchvision.models", "the bundled ResNet-50", "torchvision")
     with torch.device("meta"):  # no default init, which would take longer than reading the weights
-        net: nn.Module = build()
+        net: nn.Module = models.resnet50()
     for stage in ("layer2", "layer3", "layer4"):
         block: Any = net.get_submodule(f"{stage}.0")
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)

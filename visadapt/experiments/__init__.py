@@ -1,17 +1,17 @@
 """Experiments: the papers' claims as data, each run once, its results in a folder. Imported when asked for."""
 
 from visadapt.experiments.ablation import Ablation as Ablation
+from visadapt.experiments.base import Experiment as Experiment
+from visadapt.experiments.base import run_experiment as run_experiment
+from visadapt.experiments.catalogue import contender as contender
 from visadapt.experiments.compare import Compare as Compare
-from visadapt.experiments.contender import Contender as Contender
-from visadapt.experiments.contenders import contender as contender
+from visadapt.experiments.contenders import Contender as Contender
 from visadapt.experiments.decathlon import Decathlon as Decathlon
-from visadapt.experiments.experiment import Experiment as Experiment
-from visadapt.experiments.experiment import run_experiment as run_experiment
 from visadapt.experiments.images import ImageProblem as ImageProblem
 from visadapt.experiments.init_scale import InitScale as InitScale
 from visadapt.experiments.modality import Modality as Modality
-from visadapt.experiments.problem import Problem as Problem
-from visadapt.experiments.problems import problem as problem
+from visadapt.experiments.problem_names import problem as problem
+from visadapt.experiments.problems import Problem as Problem
 from visadapt.experiments.record import Result as Result
 from visadapt.experiments.record import read_results as read_results
 from visadapt.experiments.record import write_csv as write_csv

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.parts import layers, without
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
 from visadapt.experiments.run import Found, Run, Training
 from visadapt.experiments.train import Workplace, costs, measure
+from visadapt.experiments.transplant import layers, without
 
 
 @dataclass(frozen=True)

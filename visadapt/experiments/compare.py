@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.run import Found, Training, Trial
 
 

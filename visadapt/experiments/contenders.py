@@ -1,88 +1,73 @@
-"""The catalogue: contenders by name, each with the recipe and the learning rates that are tried for it."""
+"""Contenders: ways of adapting a backbone, each with its recipe."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from visadapt.errors import VisadaptError, nearest
-from visadapt.experiments.contender import Contender
-from visadapt.methods import (
-    METHODS,
-    AdaptFormer,
-    Biases,
-    Bottleneck,
-    ConvAdapter,
-    Full,
-    Linear,
-    Method,
-    Norms,
-    TopLayers,
-)
+import torch
+from torch import nn
+
+from visadapt.backbone.site import Where
+from visadapt.experiments.problems import Problem
+from visadapt.injection import inject
+from visadapt.methods import Method
 from visadapt.training import Recipe
 
-_SPOKEN = {"Linear": "linear probe", "Norms": "norms only", "Full": "full fine-tuning", "TopLayers": "top layers"}
-# a contender is told by its name in results, so each method has one, however it was asked for
-_NAMES: dict[type[Method], str] = {cls: _SPOKEN.get(name, name.lower()) for name, cls in METHODS.items()}
-_METHODS: dict[str, type[Method]] = {
-    **{name.lower(): cls for name, cls in METHODS.items()},
-    **{name: cls for cls, name in _NAMES.items()},
-    "conv-adapter": ConvAdapter,
-}
 
-# around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
-# new head wants its own rate, the fewer of them the faster; gains and biases are few and move fast; a bottleneck bears
-# more than what is linear
-_WEIGHTS, _LAYERS, _LINEAR = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)
-_BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
-
-
-def contender(name: str, epochs: int = 3) -> Contender:
-    """A contender of the catalogue; the second of its learning rates is its recipe's.
+@dataclass(frozen=True)
+class Contender:
+    """One way of adapting.
 
     Args:
-        name: a method's, then its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
-            ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``. Case and the order of options do not
-            matter, nor does a shorter name such as ``full``: the contender has the catalogue's.
-        epochs: of the training, but for a linear probe, which has 30 on features that are kept.
-
-    Raises:
-        VisadaptError: there is no such method or option.
+        name: in tables.
+        method: what is put in.
+        recipe: how it is trained.
+        norms: what the task owns of the norms.
+        where: at which sites, as :func:`visadapt.inject` takes it.
+        rates: learning rates to choose from on validation data; none or one, and the recipe's own is taken.
     """
-    words = name.split()
-    options = _options(word for word in words if "=" in word)
-    method = _method(" ".join(word for word in words if "=" not in word), options)
-    rates: tuple[float, ...]
-    if isinstance(method, Linear):
-        rates, recipe = _HEAD, Recipe(epochs=30)
-    elif isinstance(method, Full | TopLayers):
-        rates = _WEIGHTS if isinstance(method, Full) else _LAYERS
-        recipe = Recipe(epochs=epochs, head_lr=1e-3)
-    elif isinstance(method, Norms | Biases):
-        rates, recipe = _VECTORS, Recipe(epochs=epochs)
-    else:
-        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter) else _LINEAR
-        recipe = Recipe(epochs=epochs, norm_lr=3e-3)
-    # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
-    norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
-    told = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
-    return Contender(" ".join((_NAMES[type(method)], *told)), method, recipe.replace(lr=rates[1]), norms, rates=rates)
 
+    name: str
+    method: Method
+    recipe: Recipe
+    norms: str = "affine"
+    where: Where | None = None
+    rates: tuple[float, ...] = ()
 
-def _options(words: Iterable[str]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            given[key] = value
-    return given
+    def with_recipe(self, **changes: Any) -> Contender:
+        """The same with some fields of its recipe changed."""
+        return dataclasses.replace(self, recipe=self.recipe.replace(**changes))
 
+    def described(self) -> dict[str, Any]:
+        """Everything that its figures depend on, as JSON values."""
+        return {
+            "method": type(self.method).__name__,
+            "options": self.method.options(),
+            "norms": self.norms,
+            "where": None if self.where is None else str(self.where),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
 
-def _method(word: str, options: dict[str, Any]) -> Method:
-    if word.lower() not in _METHODS:
-        raise VisadaptError(f"no method {word!r}{nearest(word.lower(), _METHODS)}")
-    return _METHODS[word.lower()].of(options)
+    def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
+        """This contender's task, named as the problem, in a model; its new parts are drawn by ``seed``.
+
+        Args:
+            problem: that the task is for.
+            seed: of what is drawn.
+            model: a backbone with or without other tasks; None for a fresh one.
+        """
+        model = problem.fresh() if model is None else model
+        classes = problem.splits.classes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return inject(
+                model,
+                self.method,
+                task=problem.name,
+                num_classes=len(classes),
+                labels=classes,
+                norms=self.norms,
+                where=self.where,
+            )

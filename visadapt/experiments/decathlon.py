@@ -9,10 +9,10 @@ from statistics import mean
 from typing import ClassVar
 
 from visadapt.errors import VisadaptError, nearest
+from visadapt.experiments.base import Experiment
 from visadapt.experiments.compare import swept
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
 from visadapt.experiments.run import Found, Run
 from visadapt.experiments.train import Workplace

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.data import ImageSet, ImageSplit, load_squares, normalize
-from visadapt.experiments.problem import Problem, Splits, drawn
+from visadapt.experiments.problems import Problem, Splits, drawn
 from visadapt.training import Samples
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visadapt.errors import VisadaptError
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.run import Found, Trial
 from visadapt.methods import Bottleneck
 

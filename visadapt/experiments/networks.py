@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError
-from visadapt.hub import resolve
+from visadapt.optional import require
 
 
 def network(name: str, **options: Any) -> nn.Module:
@@ -42,10 +43,9 @@ def vgg16(file: Path) -> nn.Module:
     Raises:
         VisadaptError: there is no such file, or it does not hold these convolutions.
     """
-    from torchvision.models import vgg16 as build
-
+    models = require("torchvision.models", "VGG-16", "torchvision")
     with torch.device("meta"):
-        net: nn.Module = build()
+        net: nn.Module = models.vgg16()
     net.avgpool = nn.AdaptiveAvgPool2d(1)
     net.classifier = nn.Linear(512, 1000)
     try:

@@ -87,6 +87,7 @@ class Result:
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Result)}
+
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,

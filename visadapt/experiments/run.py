@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.experiments.contender import Contender
+from visadapt.experiments.contenders import Contender
 from visadapt.experiments.machine import machine
-from visadapt.experiments.parts import start_from
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import STOPPED, Result, key_of
 from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
-from visadapt.store import read
+from visadapt.experiments.transplant import start_from
+from visadapt.task_file import read
 from visadapt.training import Diverged
 
 Found = Callable[[str], "Result | None"]

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from visadapt.errors import VisadaptError
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.parts import body, start_from
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
 from visadapt.experiments.run import Found, Run, Training
 from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
+from visadapt.experiments.transplant import body, start_from
 from visadapt.methods import Full
 from visadapt.training import Samples, predict
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visadapt.data import TextSplit, load_text, tokenizer_of
-from visadapt.experiments.problem import Problem, Splits, drawn
+from visadapt.experiments.problems import Problem, Splits, drawn
 from visadapt.training import Samples, tokenised
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.catalogue import contender
 from visadapt.experiments.compare import swept
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.contenders import contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.run import Found, Training
 
 

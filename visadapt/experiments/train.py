@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.probe import fit_head, is_probe
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.linear_probe import fit_head, is_probe
+from visadapt.experiments.problems import Problem
 from visadapt.frozen import CachedPrefix, cache_prefix
-from visadapt.store import load, save
-from visadapt.tasks import summary, tasks
+from visadapt.runtime.costs import summary
+from visadapt.runtime.registry import tasks
+from visadapt.task_file import load, save
 from visadapt.training import evaluate, fit
 
 

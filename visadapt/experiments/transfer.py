@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visadapt.experiments.contender import Contender
-from visadapt.experiments.experiment import Experiment
-from visadapt.experiments.problem import Problem
+from visadapt.experiments.base import Experiment
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.experiments.run import Found, Training
 
 

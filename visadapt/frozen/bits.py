@@ -8,6 +8,7 @@ from torch import Tensor
 # times this, eight bytes of 0 or 1 have their bits side by side in the highest byte, and eight bits are spread over the
 # highest bits of eight bytes: the powers 2^0, 2^9, … 2^63 shift by nine, so that no two terms ever meet
 _SHIFTS = sum(1 << 9 * i for i in range(8)) - (1 << 64)
+
 _LOWEST = sum(1 << 8 * i for i in range(8))
 
 

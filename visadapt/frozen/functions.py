@@ -7,7 +7,7 @@ layer that does not learn need not remember what its own gradient would be made 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from visadapt.frozen.bits import format_of, masked, pack, unpack
-from visadapt.layers import in_dtype_of
-
-if TYPE_CHECKING:
-    from visadapt.methods.bottleneck import BottleneckAdapter
+from visadapt.methods.bottleneck import BottleneckAdapter
+from visadapt.methods.layers import in_dtype_of
 
 
 class FrozenConv(Function):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.folding import carried, folded, is_foldable
+from visadapt.backbone.batchnorm import carried, folded, is_foldable
+from visadapt.backbone.modules import CHILD, LEAN, is_stateful, plain_class
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
@@ -20,21 +21,11 @@ from visadapt.frozen.functions import (
     MaskedReLU,
     OwnBatchNorm,
 )
-from visadapt.host import (
-    CHILD,
-    LEAN,
-    Maker,
-    cached,
-    frozen_class,
-    is_stateful,
-    parts_of,
-    plain_class,
-    role,
-    subclass,
-    swap,
-)
 from visadapt.methods.bottleneck import BottleneckAdapter
-from visadapt.registry import AUTO, Registry
+from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
+from visadapt.runtime.host import swap
+from visadapt.runtime.registry import AUTO, Registry, parts_of
+from visadapt.runtime.roles import role
 
 
 @dataclass
@@ -46,6 +37,14 @@ class Lean:
     """
 
     keep: torch.dtype | None = None
+
+    def apply(self, part: nn.Module) -> None:
+        """Makes a part of a task lean, and the activation that a norm carries, if they can be."""
+        inner = carried(part) if is_foldable(part) else []
+        for module, make in ((part, part_maker_for(part)), *((m, maker_for(m, set())) for m in inner)):
+            if make is not None:
+                module.__dict__[LEAN] = self
+                swap(module, make)
 
 
 @dataclass
@@ -285,12 +284,3 @@ def part_maker_for(part: nn.Module) -> Maker | None:
     if type(part).forward is nn.LayerNorm.forward:
         return lean_layer_norm
     return None
-
-
-def lean_part(part: nn.Module, settings: Lean) -> None:
-    """Makes a part of a task lean, and the activation that a norm carries, if they can be."""
-    inner = carried(part) if is_foldable(part) else []
-    for module, make in ((part, part_maker_for(part)), *((m, maker_for(m, set())) for m in inner)):
-        if make is not None:
-            module.__dict__[LEAN] = settings
-            swap(module, make)

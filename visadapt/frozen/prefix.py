@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.dataflow import Call, Flow
+from visadapt.backbone.fingerprint import fingerprint, raw
+from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
-from visadapt.fingerprint import fingerprint, raw
-from visadapt.flow import Call, Flow
-from visadapt.host import cached, subclass, swap
-from visadapt.registry import Registry, registry_of, unwrapped
-from visadapt.sites import own_modules
-from visadapt.tasks import using
-from visadapt.trace import bare, call, trace_flow
+from visadapt.runtime.classes import cached, subclass
+from visadapt.runtime.host import swap
+from visadapt.runtime.registry import Registry, registry_of
+from visadapt.runtime.selection import bare, using
 
 SPENT = "_visadapt_prefix"
 """Attribute of a module that a prefix spares: the shape of its output, or None for the one whose output is kept."""
@@ -283,15 +283,15 @@ def _storage(file: Any, shape: tuple[int, ...], dtype: torch.dtype, key: str) ->
     if file is None:
         return torch.empty(shape, dtype=dtype), False
     path, mark = Path(file), Path(f"{file}.key")
-    done = path.is_file() and mark.is_file() and mark.read_text() == key
+    count = math.prod(shape)
+    whole = path.is_file() and path.stat().st_size == count * dtype.itemsize
+    done = whole and mark.is_file() and mark.read_text() == key
     if not done:
         mark.unlink(missing_ok=True)
     try:
-        kind = np.dtype(str(dtype).removeprefix("torch."))
-        mapped = np.memmap(path, dtype=kind, mode="r+" if done else "w+", shape=shape)
-    except (OSError, TypeError, ValueError) as error:
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape), done
+    except (OSError, RuntimeError) as error:
         raise VisadaptError(f"cannot keep {dtype} features in {path}: {error}") from error
-    return torch.from_numpy(mapped), done
 
 
 def _finish(file: Any, key: str) -> None:

@@ -4,7 +4,7 @@ from visadapt.methods.adaptformer import AdaptFormer
 from visadapt.methods.baselines import Linear, Norms
 from visadapt.methods.bottleneck import Bottleneck
 from visadapt.methods.convadapter import ConvAdapter
-from visadapt.methods.dan import DAN, set_alpha
+from visadapt.methods.dan import DAN
 from visadapt.methods.lora import LoRA
 from visadapt.methods.method import Method
 from visadapt.methods.own_weights import Biases, Full, TopLayers
@@ -51,5 +51,4 @@ __all__ = [
     "Parallel",
     "Series",
     "TopLayers",
-    "set_alpha",
 ]

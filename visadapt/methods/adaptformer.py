@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.operators import is_linear
+from visadapt.backbone.site import Site
+from visadapt.checks import check_positive, check_probability, check_width
 from visadapt.errors import VisadaptError
-from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method, check_positive, check_probability, check_width, width
-from visadapt.operators import is_linear
-from visadapt.sites import Site
-
-if TYPE_CHECKING:
-    from visadapt.registry import Task
+from visadapt.methods.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method, width
+from visadapt.methods.policy import Policy
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
 
@@ -51,7 +50,7 @@ class AdaptFormer(Method):
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return ParallelBottleneck(self, site)
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         for site in sites:
             path, before = _beside(model, site)
             yield path, BeforeSum(self, site) if before else ParallelBottleneck(self, site)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
+from visadapt.backbone.modules import own_modules
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import Site
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
-from visadapt.norms import find_norms
-from visadapt.sites import Site, own_modules
-
-if TYPE_CHECKING:
-    from visadapt.registry import Task
+from visadapt.methods.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Linear(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         if task.norms != "frozen":
             raise VisadaptError(
@@ -54,7 +53,7 @@ class Norms(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         if task.norms == "frozen":
             raise VisadaptError("Norms() trains the norms, and norms='frozen' forbids it: say 'affine' or 'full'")

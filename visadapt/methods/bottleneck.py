@@ -9,19 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.site import Site
+from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
 from visadapt.errors import VisadaptError
-from visadapt.layers import ACTIVATIONS, Pointwise, as_nchw, in_dtype_of
-from visadapt.methods.method import (
-    Method,
-    check_choice,
-    check_flag,
-    check_probability,
-    check_std,
-    check_width,
-    width,
-)
-from visadapt.sites import Site
-from visadapt.stacking import Rows, pointwise
+from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_nchw, in_dtype_of
+from visadapt.methods.method import Method, width
+from visadapt.methods.stacking import Rows, pointwise
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,19 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.operators import Operator, operator_of
+from visadapt.backbone.site import Site
+from visadapt.checks import check_choice, check_count
 from visadapt.errors import VisadaptError
-from visadapt.layers import as_nchw, in_dtype_of
-from visadapt.methods.method import Method, check_choice, check_count
-from visadapt.operators import Operator, operator_of
-from visadapt.sites import Site
-
-if TYPE_CHECKING:
-    from visadapt.registry import Task
+from visadapt.methods.layers import as_nchw, in_dtype_of
+from visadapt.methods.method import Method
+from visadapt.methods.policy import Policy
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 
@@ -76,7 +75,7 @@ class ConvAdapter(Method):
             return ConvAfter(self, c, c, _same(c, kernel), site.layout)
         return ConvAfter(self, c, c, _same(c), site.layout)
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         if self.scheme != "residual-parallel":
             yield from super().parts(model, sites, task)
             return

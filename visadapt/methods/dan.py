@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.operators import Operator, check_weight, operator_of, rows_of
+from visadapt.backbone.site import Site
+from visadapt.checks import check_flag, is_real
 from visadapt.errors import VisadaptError
-from visadapt.methods.method import Method, check_flag, is_real
-from visadapt.operators import Operator, check_weight, operator_of, rows_of
-from visadapt.sites import Site
+from visadapt.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DAN(Method):
         check_flag(self.diagonal, "diagonal")
         if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             raise VisadaptError(f"bits is None or an int from 2 to 8, got {self.bits!r}")
-        _check_alpha(self.alpha)
+        check_alpha(self.alpha)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         operator = operator_of(host, site.full_name)
@@ -54,38 +54,8 @@ class DAN(Method):
         return Controller(self, operator, host._parameters.get("bias") is not None)
 
 
-def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
-    """Mixes the kernels of a task's DAN controllers with the backbone's, as the paper's switch does.
-
-    Args:
-        model: an injected model.
-        task: name of a task with a ``DAN``.
-        alpha: 1 for the task's kernels, 0 for the backbone's, or between.
-
-    Returns:
-        The same model. The task's file will remember.
-
-    Raises:
-        VisadaptError: there is no such task, it has no ``DAN``, or ``alpha`` is out of range.
-    """
-    from visadapt.registry import registry_of
-
-    registry = registry_of(model)
-    placements = registry.task(task).placements
-    if not any(isinstance(placement.method, DAN) for placement in placements):
-        raise VisadaptError(f"task {task!r} has no DAN, whose alpha could be set")
-    _check_alpha(alpha)
-    for i, placement in enumerate(placements):
-        if isinstance(placement.method, DAN):
-            placements[i] = dataclasses.replace(placement, method=dataclasses.replace(placement.method, alpha=alpha))
-    for parts in registry.parts(task).values():
-        for part in parts.values():
-            if isinstance(part, Controller):
-                part.alpha = alpha
-    return model
-
-
-def _check_alpha(alpha: Any) -> None:
+def check_alpha(alpha: Any) -> None:
+    """Refuse anything but a number in [0, 1]."""
     if not is_real(alpha) or not 0 <= alpha <= 1:
         raise VisadaptError(f"alpha is a number from 0 (the backbone's kernels) to 1 (the task's), got {alpha!r}")
 

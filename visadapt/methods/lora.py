@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.layers import in_dtype_of, truncated_normal_
-from visadapt.methods.method import Method, check_positive, check_probability, check_width, width
-from visadapt.operators import Operator, operator_of, plain_operator
-from visadapt.sites import Site
+from visadapt.backbone.operators import Operator, operator_of, plain_operator
+from visadapt.backbone.site import Site
+from visadapt.checks import check_positive, check_probability, check_width
+from visadapt.methods.layers import in_dtype_of, truncated_normal_
+from visadapt.methods.method import Method, width
 
 
 @dataclass(frozen=True)

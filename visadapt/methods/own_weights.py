@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from visadapt import heads
+from visadapt.backbone import heads
+from visadapt.backbone.modules import CHILD, own_modules
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import Site
+from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
-from visadapt.host import CHILD
-from visadapt.methods.method import Method, check_count
-from visadapt.norms import find_norms
-from visadapt.sites import Site, own_modules
-
-if TYPE_CHECKING:
-    from visadapt.registry import Task
+from visadapt.methods.method import Method
+from visadapt.methods.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Full(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         norms = find_norms(own_modules(model))
         yield "", own_weights(model, "", lambda name: _module(name) not in norms)
@@ -52,7 +51,7 @@ class Biases(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         norms = find_norms(own_modules(model)) if task.norms != "frozen" else {}
 
@@ -84,7 +83,7 @@ class TopLayers(Method):
         check_count(self.n, "n")
         object.__setattr__(self, "where", slice(-self.n, None))
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         depths = sorted({site.depth for site in sites})
         if len(depths) < self.n:
             raise VisadaptError(f"TopLayers(n={self.n}): there are {len(depths)} blocks where it is to stand")

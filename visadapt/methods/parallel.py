@@ -9,13 +9,14 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.modules import CHILD
+from visadapt.backbone.operators import Operator, centre_tap, operator_of, plain_operator
+from visadapt.backbone.site import Site
+from visadapt.checks import check_choice, check_probability, check_width
 from visadapt.errors import VisadaptError, nearest
-from visadapt.host import CHILD
-from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method, check_choice, check_probability, check_width, width
-from visadapt.operators import Operator, centre_tap, operator_of, plain_operator
-from visadapt.sites import Site
-from visadapt.stacking import Rows, pointwise
+from visadapt.methods.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method, width
+from visadapt.methods.stacking import Rows, pointwise
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.site import Site
+from visadapt.checks import check_choice, check_flag
 from visadapt.errors import VisadaptError
-from visadapt.layers import Pointwise, as_nchw, in_dtype_of
-from visadapt.methods.method import Method, check_choice, check_flag
-from visadapt.norms import scale_and_shift
-from visadapt.sites import Site
+from visadapt.methods.layers import Pointwise, as_nchw, in_dtype_of
+from visadapt.methods.method import Method
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.layers import in_dtype_of
-from visadapt.methods.method import Method, check_std
-from visadapt.sites import Site
-from visadapt.stacking import Rows
+from visadapt.backbone.site import Site
+from visadapt.checks import check_std
+from visadapt.methods.layers import in_dtype_of
+from visadapt.methods.method import Method
+from visadapt.methods.stacking import Rows
 
 
 @dataclass(frozen=True)

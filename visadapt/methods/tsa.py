@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from visadapt import heads
+from visadapt.backbone import heads
+from visadapt.backbone.operators import operator_of
+from visadapt.backbone.site import Site
+from visadapt.checks import check_flag, is_real
 from visadapt.errors import VisadaptError
-from visadapt.layers import Pointwise, in_dtype_of
-from visadapt.methods.method import Method, check_flag, is_real
+from visadapt.methods.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method
 from visadapt.methods.parallel import Parallel, ParallelAdapter
-from visadapt.operators import operator_of
-from visadapt.sites import Site
-
-if TYPE_CHECKING:
-    from visadapt.registry import Task
+from visadapt.methods.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class TSA(Method):
             nn.init.eye_(adapter.full.weight).mul_(self.init)
         return adapter
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Task) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         yield from super().parts(model, sites, task)
         if self.align:
             yield _before_head(model)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
 from visadapt.report.heatmap import heatmaps
-from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import average, file_name, grouped, signed
 from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import average, file_name, grouped, signed
+from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST = 2.0
 """Points that the removal of one layer costs at most, by Houlsby et al."""
+
 NEAR = 3.0
 """Points above naming the majority class always that still count as no better."""
 
@@ -25,6 +26,7 @@ SOURCE = "Houlsby et al. 2019, §3.6"
 
 Case = tuple[str, str, str]
 """Network, problem, contender."""
+
 Drops = dict[tuple[int, int], float]
 """Span of layers → points by which the score changes when its adapters are removed."""
 

@@ -7,8 +7,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import (
+from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import (
     FULL,
     against_full,
     amount,
@@ -22,7 +22,7 @@ from visadapt.report.numbers import (
     signed,
     told,
 )
-from visadapt.report.section import Claim, Section
+from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 ALLOWED = 3.6
 """Trained parameters in % of the backbone that Houlsby's adapters have on GLUE (Table 1)."""
+
 CLOSE = 0.4
 """Points by which they are below full fine-tuning there."""
+
 LINEAR = " activation=None"
 """How the name of a bottleneck ends that is linear."""
 

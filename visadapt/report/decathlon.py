@@ -7,17 +7,17 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import file_name, grouped, listed, told
 from visadapt.report.section import Section
+from visadapt.report.statistics import file_name, grouped, listed, told
+from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 Case = tuple[str, ...]
 """A network, and the problems that are summed up."""
+
 Sums = dict[str, list[Result]]
 """By contender."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from visadapt.report.look import Look
-from visadapt.report.numbers import signed
+from visadapt.optional import require
+from visadapt.report.statistics import signed
+from visadapt.report.style import Look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +25,7 @@ def heatmaps(panels: Sequence[Axes], look: Look, matrices: Sequence[Matrix], nam
         matrices: as many columns as ``names``.
         names: of the columns, and of the rows as far as there are.
     """
-    import numpy as np
-
+    np = require("numpy", "a figure", "visadapt[plots]")
     arrays = [np.array([[np.nan if v is None else v for v in row] for row in matrix], float) for matrix in matrices]
     values = np.concatenate([array[~np.isnan(array)] for array in arrays])
     most = float(np.abs(values).max()) or 1.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import average, by_chance, counted, grouped, percent, signed, told
 from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import average, by_chance, counted, grouped, percent, signed, told
+from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STABLE = 1e-2
 """Standard deviation up to which Houlsby et al. find training stable."""
+
 WITHIN = 1.0
 """Points between the best and the worst mean up to there that count as stable here."""
 

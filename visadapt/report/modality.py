@@ -7,9 +7,9 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look, plain_ticks
-from visadapt.report.numbers import against_full, average, grouped, is_adapter, listed, share, signed
 from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import against_full, average, grouped, is_adapter, listed, share, signed
+from visadapt.report.style import Drawing, Look, plain_ticks
 from visadapt.table import Table
 
 if TYPE_CHECKING:

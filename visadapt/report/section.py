@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from visadapt.report.look import Drawing
+from visadapt.report.style import Drawing
 from visadapt.table import Table
 
 

@@ -7,9 +7,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look
-from visadapt.report.numbers import average, file_name, grouped, signed, told
 from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import average, file_name, grouped, signed, told
+from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:

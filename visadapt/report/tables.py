@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from visadapt.experiments.record import Result
-from visadapt.report.numbers import grouped, share, told
+from visadapt.report.statistics import grouped, share, told
 from visadapt.table import Table
 
 

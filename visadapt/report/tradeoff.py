@@ -7,8 +7,9 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.look import Drawing, Look, plain_ticks
-from visadapt.report.numbers import (
+from visadapt.optional import require
+from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import (
     FULL,
     against_full,
     amount,
@@ -20,7 +21,7 @@ from visadapt.report.numbers import (
     signed,
     told,
 )
-from visadapt.report.section import Claim, Section
+from visadapt.report.style import Drawing, Look, plain_ticks
 from visadapt.table import Table
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FLAT = range(8, 257)
 """Widths that Houlsby et al. find to be equally good."""
+
 WITHIN = 1.0
 """Points between the best and the worst of them that count as flat here; the paper's are 0.5 apart."""
 
@@ -78,8 +80,7 @@ def _curves(network: str, results: Sequence[Result]) -> Drawing:
     norms = [r for r in results if r.contender == "norms only"]
 
     def draw(look: Look) -> Figure:
-        import numpy as np
-
+        np = require("numpy", "a figure", "visadapt[plots]")
         figure, (axes,) = look.panels(1, 3.6, f"{network}: what a score costs in trained parameters")
         for number, (fact, points) in enumerate(lines.items()):
             x = [_share(results, fact, size) for size in points]

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
-from visadapt.store import write_tensors
+from visadapt.files import write_tensors
 from visadapt.training.history import Epoch
-from visadapt.training.identity import unlike
 from visadapt.training.loop import Loop, Run
+from visadapt.training.signature import unlike
 
 FORMAT = 1
 

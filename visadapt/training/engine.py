@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
 from visadapt.frozen.prefix import Resumable
-from visadapt.methods.method import check_choice
-from visadapt.training.extras import optional
+from visadapt.optional import require
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -42,7 +42,7 @@ class Engine:
     ) -> None:
         if precision is not None:
             check_choice(precision, PRECISIONS, "precision")
-        accelerate = optional("accelerate", "training")
+        accelerate = require("accelerate", "training", "visadapt[train]")
         self.accelerator = accelerate.Accelerator(
             # without it, processes that torchrun started on a machine with CPUs only would not know of each other
             cpu=not torch.accelerator.is_available(),
@@ -81,9 +81,9 @@ class Engine:
 
     def place(self, batch: Any) -> Any:
         """A batch on the device: tensors, and mappings and sequences of them."""
-        from accelerate.utils import send_to_device
-
-        return send_to_device(batch, self.device, non_blocking=True)
+        return require("accelerate.utils", "training", "visadapt[train]").send_to_device(
+            batch, self.device, non_blocking=True
+        )
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The parts of all processes, laid end to end."""
@@ -92,9 +92,7 @@ class Engine:
 
     def agree(self, tensors: list[Tensor]) -> None:
         """Gives all processes the first one's values, in place."""
-        from accelerate.utils import broadcast
-
-        broadcast(tensors)
+        require("accelerate.utils", "training", "visadapt[train]").broadcast(tensors)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward is computed."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
-from visadapt.training.extras import optional
+from visadapt.optional import require
 from visadapt.training.history import Fit
 
 Log = Callable[[Fit], None]
@@ -59,10 +59,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        optional("tensorboard", "TensorBoard's log", "tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder))
+        module = require("torch.utils.tensorboard", "TensorBoard's log", "visadapt[tensorboard]")
+        self._writer: Any = module.SummaryWriter(str(folder))
 
     def __call__(self, history: Fit) -> None:
         epoch, title = history.epochs[-1], history.task or "model"

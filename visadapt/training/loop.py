@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.data.samples import Samples
+from visadapt.training.batches import Batches
 from visadapt.training.engine import Performer
 from visadapt.training.history import Epoch
-from visadapt.training.objective import Diverged, check_labels, losses
-from visadapt.training.randomness import Randomness
+from visadapt.training.losses import Diverged, check_labels, losses
 from visadapt.training.recipe import Recipe
-from visadapt.training.samples import Batches, Samples
-from visadapt.training.trainee import Trainee
+from visadapt.training.rng import Randomness
+from visadapt.training.target import Trainee
 
 Augment = Callable[[Any, torch.Generator], Any]
 

@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
-from visadapt.methods.method import check_choice
-from visadapt.training.extras import optional
-from visadapt.training.objective import losses
-
-# torchmetrics takes seconds to import, which those who only count hits are spared
+from visadapt.optional import require
+from visadapt.training.losses import losses
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -87,6 +85,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 """By name, as ``fit`` and ``evaluate`` take them."""
 
 _OF_REALS = ("pearson", "spearman")
+
 OF_CLASSES = tuple(name for name in METRICS if name not in _OF_REALS)
 """The names of those that labels which are classes can be scored by."""
 
@@ -102,4 +101,4 @@ def check_metric(name: str, labels: Tensor | None = None, classes: int | None = 
 
 
 def _torchmetrics(name: str) -> Any:
-    return optional("torchmetrics.functional", f"the metric {name}")
+    return require("torchmetrics.functional", f"the metric {name}", "visadapt[train]")

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
-from visadapt.methods.method import check_choice
-from visadapt.training.trainee import Trainee
+from visadapt.training.target import Trainee
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
+
 OPTIMIZERS = ("adamw", "sgd")
 
 

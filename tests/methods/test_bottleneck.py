@@ -1,0 +1,201 @@
+"""The bottleneck: Houlsby's formula, its size, its options, and the budget that chooses its width."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import visadapt
+from tests.models import answer
+from visadapt import Bottleneck, Site, VisadaptError
+from visadapt.methods.layers import ACTIVATIONS
+
+LAYOUTS = {"NCHW": (2, 6, 4, 5), "NHWC": (2, 4, 5, 6), "NLC": (2, 7, 6)}
+
+
+def adapter(layout="NLC", channels=6, **options):
+    return Bottleneck(**options).build(Site("x", "block", channels, layout, 0), nn.Identity())
+
+
+def sizes(model, task="default"):
+    return {
+        path: sum(p.numel() for p in parts["bottleneck"].parameters())
+        for path, parts in visadapt.registry.registry_of(model).parts(task).items()
+        if "bottleneck" in parts
+    }
+
+
+@pytest.mark.parametrize("m", [1, 0.1])
+def test_parameters_of_a_member(model, m) -> None:
+    plan = {site.host: site for site in visadapt.sites(model) if site.kind in Bottleneck.kinds}
+    visadapt.inject(model, m=m, norms="frozen", head="frozen")
+    found = sizes(model)
+    assert list(found) == list(plan)
+    for host, size in found.items():
+        d = plan[host].channels
+        width = m if isinstance(m, int) else round(m * d)
+        assert size == 2 * width * d + d + width
+    assert visadapt.summary(model)["default"].adapters == sum(found.values())
+
+
+@given(d=st.integers(1, 600), m=st.integers(1, 300) | st.floats(0.001, 0.999), depthwise=st.booleans())
+def test_the_count_is_the_formula(d, m, depthwise) -> None:
+    method, site = Bottleneck(m=m, depthwise=depthwise), Site("x", "block", d, "NCHW", 0)
+    width = m if isinstance(m, int) else max(1, round(m * d))
+    expected = 2 * width * d + d + width + 10 * width * depthwise
+    assert method.count(site, nn.Identity()) == expected
+    assert sum(p.numel() for p in method.build(site, nn.Identity()).parameters()) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS), ids=str)
+def test_it_is_houlsbys_formula_at_every_position(layout, activation) -> None:
+    module = adapter(layout, m=3, activation=activation, init_std=0.5)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    h = torch.randn(LAYOUTS[layout])
+    last = h.movedim(1, -1) if layout == "NCHW" else h
+    z = ACTIVATIONS[activation](last @ module.down.weight.T + module.down.bias)
+    expected = last + z @ module.up.weight.T + module.up.bias
+    torch.testing.assert_close(module(h), expected.movedim(-1, 1) if layout == "NCHW" else expected)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_depthwise_mixes_neighbours_before_the_activation(layout) -> None:
+    module = adapter(layout, m=3, depthwise=True, init_std=0.5)
+    h = torch.randn(LAYOUTS[layout])
+    maps = h if layout == "NCHW" else h.permute(0, 3, 1, 2)
+    z = F.conv2d(maps, module.down.weight[:, :, None, None], module.down.bias)
+    z = F.gelu(F.conv2d(z, module.depthwise.weight, module.depthwise.bias, padding=1, groups=3))
+    expected = maps + F.conv2d(z, module.up.weight[:, :, None, None], module.up.bias)
+    torch.testing.assert_close(module(h), expected if layout == "NCHW" else expected.permute(0, 2, 3, 1))
+
+
+@given(std=st.floats(1e-7, 1.0))
+def test_init_is_a_normal_truncated_at_two_deviations(std) -> None:
+    module = adapter(channels=64, m=64, init_std=std)
+    for projection in (module.down, module.up):
+        assert projection.weight.abs().max() <= 2 * std * (1 + 1e-5)
+        # a standard normal truncated at ±2 has a standard deviation of 0.8796
+        assert projection.weight.std().item() == pytest.approx(0.8796 * std, rel=0.06)
+        assert not projection.bias.any()
+
+
+def test_by_default_the_way_up_is_zero_and_the_way_down_is_not() -> None:
+    module = adapter(channels=100, m=16)
+    assert not module.up.weight.any()
+    assert not module.up.bias.any()
+    assert module.down.weight.std().item() == pytest.approx(0.8796 / 10, rel=0.1)
+
+
+@given(
+    h=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(list(LAYOUTS)),
+    scale=st.floats(1e-3, 1e3),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)
+def test_a_new_adapter_gives_its_input_back_in_every_dtype(h, layout, scale, activation) -> None:
+    x = (torch.randn(LAYOUTS[layout]) * scale).to(h)
+    y = adapter(layout, m=3, activation=activation)(x)
+    assert y.dtype == h
+    assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("member", ["tiny/resnet", "transformers/bert"], indirect=True, scope="session")
+@given(budget=st.floats(0.001, 0.9), norms=st.sampled_from(["frozen", "affine", "full"]), kind=st.booleans())
+def test_the_budget_picks_the_widest_that_stays_within(model, member, budget, norms, kind) -> None:
+    """The chosen m is within the budget and m + 1 is not, unless every site is as wide as it can be."""
+    where = next(iter(member.kinds)) if kind else None
+    widest = max(site.channels for site in visadapt.sites(model, where))
+    try:
+        visadapt.inject(model, budget=budget, norms=norms, where=where, head="frozen")
+    except VisadaptError as error:
+        assert "allows" in str(error)  # noqa: PT017 - whether it fits is what hypothesis varies
+        visadapt.inject(model, m=1, norms=norms, where=where, head="frozen")
+        assert visadapt.summary(model)["default"].fraction > budget
+        visadapt.eject(model)
+        return
+    except UserWarning:
+        assume(False)
+    row = visadapt.summary(model)["default"]
+    (placement,) = visadapt.tasks(model)["default"].placements
+    m = placement.method.m
+    assert row.fraction <= budget
+    more = sum(2 * site.channels + 1 for site in visadapt.sites(model, where) if site.full_name in placement.sites)
+    assert m == widest or (row.adapters + row.norms + more) / visadapt.summary(model).backbone > budget
+    visadapt.eject(model)
+
+
+def test_figures_of_the_literature() -> None:
+    """ResNet-50 and BERT-large as the papers count them: on the meta device, since only sizes matter."""
+    import torchvision
+    import transformers
+
+    with torch.device("meta"):
+        resnet = torchvision.models.resnet50()
+        config = transformers.BertConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        )
+        bert = transformers.BertForSequenceClassification(config)
+    whole = visadapt.sites(resnet, "block")
+    assert len(whole) == 16
+    visadapt.inject(resnet, m=8, norms="frozen", task="eight")
+    visadapt.inject(resnet, m=64, where="conv3x3", norms="frozen", task="inner")
+    visadapt.inject(resnet, m=64, task="norms")
+    summary = visadapt.summary(resnet)
+    assert summary.backbone == 23_508_032
+    assert 100 * summary["eight"].fraction == pytest.approx(1.09, abs=0.05)
+    assert 100 * summary["inner"].fraction == pytest.approx(2.08, abs=0.05)
+    assert summary["norms"].norms == 53_120
+    visadapt.inject(bert, m=64)
+    row = visadapt.summary(bert)["default"]
+    assert row.adapters == 48 * (2 * 64 * 1024 + 64 + 1024) == 6_343_680
+    assert row.norms == 2 * 1024 * 49
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (Bottleneck(), "Bottleneck()"),
+        (Bottleneck(m=8, activation=None), "Bottleneck(m=8, activation=None)"),
+        (Bottleneck(0.5, init_std=1e-2), "Bottleneck(m=0.5, init_std=0.01)"),
+    ],
+)
+def test_it_prints_the_options_that_are_not_the_defaults(method, text) -> None:
+    assert str(method) == text
+    assert method == eval(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"m": 0}, "m is a positive int.*got 0"),
+        ({"m": 1.0}, r"m is a positive int.*got 1\.0"),
+        ({"m": math.nan}, "m is a positive int.*got nan"),
+        ({"m": True}, "m is a positive int.*got True"),
+        ({"m": "8"}, "m is a positive int.*got '8'"),
+        ({"activation": "geluu"}, "no activation 'geluu'.*'gelu'"),
+        ({"activation": ["gelu"]}, r"no activation \['gelu'\]"),
+        ({"init_std": 0.0}, r"init_std is None.*got 0\.0"),
+        ({"init_std": -1e-2}, r"init_std is None.*got -0\.01"),
+        ({"init_std": "paper"}, "init_std is None.*got 'paper'"),
+        ({"dropout": 1.0}, r"dropout is a probability.*got 1\.0"),
+        ({"dropout": None}, "dropout is a probability.*got None"),
+        ({"depthwise": "3x3"}, "depthwise is True or False, got '3x3'"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options, message) -> None:
+    with pytest.raises(VisadaptError, match=message):
+        Bottleneck(**options)
+
+
+def test_an_adapter_larger_than_what_it_adapts_is_warned_of(tiny, image) -> None:
+    expected = answer(tiny, {"x": image})
+    with pytest.warns(UserWarning, match=r"bottleneck at block:layer1\.0\.bn2 has 17,008 parameters, more than the"):
+        visadapt.inject(tiny, m=1000)
+    assert torch.equal(answer(tiny, {"x": image}, "default"), expected)

@@ -1,0 +1,147 @@
+"""Data in every form it comes in, and the forms that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from visadapt import VisadaptError
+from visadapt.data import ImageSplit, TextSplit, normalize
+from visadapt.training import Samples, ready, tokenised, trimmed
+from visadapt.training.batches import Batches
+
+X, Y = torch.arange(10.0).view(10, 1), torch.arange(10) % 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (X, Y),
+        [X, Y],
+        Samples(X, Y),
+        {"x": X, "labels": Y},
+        ({"x": X}, Y),
+        DataLoader(TensorDataset(X, Y), batch_size=4),
+        [(X[:4], Y[:4]), (X[4:8], Y[4:8]), ({"x": X[8:]}, Y[8:])],
+        [{"x": X[:4], "labels": Y[:4]}, {"x": X[4:8], "labels": Y[4:8]}, {"x": X[8:], "labels": Y[8:]}],
+    ],
+    ids=["tuple", "list", "samples", "mapping", "pair of mapping", "loader", "batches", "mappings"],
+)
+def test_every_form_gives_the_same_batches(data: Any) -> None:
+    batches = Batches(data, 4, "training")
+    assert len(batches) == 3
+    seen = list(batches.epoch())
+    inputs = torch.cat([x["x"] if isinstance(x, dict) else x for x, _, _ in seen])
+    assert torch.equal(inputs, X)
+    assert torch.equal(torch.cat([y for _, y, _ in seen]), Y)  # type: ignore[misc]
+    assert [len(y) for _, y, _ in seen] == [4, 4, 2]  # type: ignore[arg-type]
+    assert [rows for _, _, rows in seen] == [4, 4, 2]
+    assert len(list(batches.epoch())) == 3, "a second epoch is as long as the first"
+
+
+def test_shuffling_keeps_inputs_and_labels_together_and_follows_the_generator() -> None:
+    batches = Batches((X, Y), 4, "training")
+    orders = []
+    for seed in (0, 0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        seen = list(batches.epoch(generator))
+        x, y = torch.cat([x for x, _, _ in seen]), torch.cat([y for _, y, _ in seen])  # type: ignore[misc]
+        assert torch.equal(x[:, 0].long() % 3, y)
+        assert torch.equal(x.sort(0).values, X)
+        orders.append(x[:, 0].tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(("count", "processes"), [(10, 2), (10, 3), (9, 2), (2, 3), (1, 4)])
+def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, processes: int) -> None:
+    whole = list(Batches((X[:count], Y[:count]), 4, "training").epoch())
+    parts = []
+    for rank in range(processes):
+        batches = Batches((X[:count], Y[:count]), 4, "training")
+        batches.rank, batches.processes = rank, processes
+        parts.append(list(batches.epoch()))
+    for step, (x, y, rows) in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert len({len(share.inputs) for share in shares}) == 1
+        assert torch.equal(torch.cat([share.inputs for share in shares])[:rows], x)
+        assert torch.equal(torch.cat([share.labels for share in shares])[:rows], y)  # type: ignore[misc, arg-type]
+        assert {share.rows for share in shares} == {rows}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((X, Y[:5]), "5 labels for 10 inputs"),
+        ((X, Y.int()), "labels are class indices, int64"),
+        ((X, Y.bool()), "labels are class indices, int64"),
+        ((X, Y[:, None]), r"of \(10, 1\)"),
+        (({"a": X, "b": X[:3]}, Y), "inputs of different lengths: 3, 10"),
+        ((X[:0], Y[:0]), "the training data is empty"),
+        ([], "the training data is empty"),
+        (X, "the training data has no labels"),
+        ({"x": X}, "the training data has no labels"),
+        ({"labels": Y}, "not one of tensors"),
+        ({"x": [1, 2], "labels": Y}, "not one of tensors"),
+        (None, "got NoneType"),
+        ("cifar10", "got str"),
+        (iter([(X, Y)]), "got list_iterator"),
+        (TextSplit(["a", "b"], torch.tensor([0, 1])), "visadapt.training.tokenised"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(data: Any, words: str) -> None:
+    with pytest.raises(VisadaptError, match=words):
+        Batches(data, 4, "training")
+
+
+@pytest.mark.parametrize("batch", [X, (X,), "ab", {"x": X}])
+def test_a_loader_of_something_else_is_refused_at_its_first_batch(batch: Any) -> None:
+    with pytest.raises(VisadaptError, match="no pair of inputs and labels"):
+        list(Batches([batch, batch, batch], 4, "training").epoch())
+
+
+def test_bytes_become_normalised_images_and_floats_stay() -> None:
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(ready(images), normalize(images))
+    assert ready(X) is X
+    split = ImageSplit(images, torch.tensor([0, 1]))
+    inputs, labels, _ = next(Batches(split, 2, "training").epoch())
+    assert torch.equal(inputs, images)
+    assert torch.equal(labels, split.labels)  # type: ignore[arg-type]
+
+
+def test_only_columns_that_are_padding_everywhere_are_cut() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])
+    ids = torch.arange(10).view(2, 5)
+    cut = trimmed({"input_ids": ids, "attention_mask": mask, "other": torch.zeros(2)})
+    assert cut["input_ids"].tolist() == [[1, 2, 3], [6, 7, 8]]
+    assert cut["attention_mask"].tolist() == [[1, 1, 0], [0, 1, 1]]
+    assert cut["other"].shape == (2,)
+    nothing = {"attention_mask": torch.zeros(2, 5)}
+    assert trimmed(nothing) is nothing
+
+
+class _Tokenizer:
+    """Words as numbers of their lengths, as transformers' tokenizers are called."""
+
+    def __call__(self, *columns: list[str], max_length: int, **options: Any) -> dict[str, torch.Tensor]:
+        assert options == {"padding": True, "truncation": True, "return_tensors": "pt"}
+        rows = [[len(w) for side in row for w in side.split()][:max_length] for row in zip(*columns, strict=True)]
+        longest = max(len(row) for row in rows)
+        return {
+            "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        }
+
+
+def test_texts_and_pairs_are_tokenised() -> None:
+    made = tokenised(_Tokenizer(), TextSplit(["a bb", "ccc a dddd a"], torch.tensor([0, 1])), max_length=3)
+    assert isinstance(made.inputs, dict)
+    assert made.inputs["input_ids"].tolist() == [[1, 2, 0], [3, 1, 4]]
+    pairs = tokenised(_Tokenizer(), TextSplit([("a bb", "ccc"), ("a", "bb")], torch.tensor([0, 1])))
+    assert isinstance(pairs.inputs, dict)
+    assert pairs.inputs["input_ids"].tolist() == [[1, 2, 3], [1, 2, 0]]
+    with pytest.raises(VisadaptError, match="no text"):
+        tokenised(_Tokenizer(), TextSplit([], torch.tensor([], dtype=torch.int64)))

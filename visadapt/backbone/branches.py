@@ -1,0 +1,269 @@
+"""Branches of a backbone, read off the dataflow of one forward.
+
+Nothing here knows an architecture. In y = s + f(s) the branch is what was computed from the other summand (or, with a
+projection in the shortcut, what took more steps from the block's input), and it ends at the last module that made it.
+Backbones without sums have their branches concatenated (DenseNet), or none at all: then the ends are the outputs of the
+blocks that everything flows through (VGG, Inception).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from visadapt.backbone.dataflow import Call, Flow, Join, Value
+from visadapt.backbone.families.convs import is_depthwise
+from visadapt.backbone.modules import is_matrix, own_modules, within
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+_SCALES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
+
+# they move positions about, or drop some: an adapter, which treats every position alike, may as well come before them
+_MOVES = {
+    *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "roll", "movedim", "swapaxes"),
+    *("__getitem__", "pad", "unsqueeze", "squeeze", "expand", "clone", "to"),
+}
+
+
+@dataclass
+class End:
+    """Where a branch ends.
+
+    Attributes:
+        host: path of the module that gives it out.
+        value: what it gives out.
+        block: path of the module in which the branch begins and ends.
+        branch: paths of the block's children in the branch.
+    """
+
+    host: str
+    value: Value
+    block: str
+    branch: tuple[str, ...]
+
+
+def ends(flow: Flow, modules: dict[str, nn.Module], skip: Iterable[str] = ()) -> list[End]:
+    """The ends of a backbone's branches: of its residual ones, else of its concatenated ones, else of its blocks.
+
+    Args:
+        flow: one forward, recorded.
+        modules: the backbone's modules by path.
+        skip: modules that are no part of the backbone: its head.
+    """
+    head = tuple(skip)
+    reader = _Reader(flow, modules)
+    for look in (reader.added, reader.entangled, reader.joined, reader.blocks):
+        found = [end for end in look() if not within(end.host, head)]
+        # a positional convolution or one summand of a re-parametrised conv is no branch, unless there are no others
+        for least in (0,) if look == reader.blocks else (2, 1, 0):
+            strong = {end.host: end for end in found if reader.matrices(end.branch) >= least}
+            if strong:
+                return reader.with_siblings(strong, head)
+    return []
+
+
+class _Reader:
+    def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
+        self.flow = flow
+        self.modules = modules
+        self.calls = flow.calls_of()
+
+    def added(self) -> Iterator[End]:
+        """y = s + f(s)."""
+        for join in self.flow.joins:
+            if join.adds:
+                found = self._residual(join, whole=True)
+                if found is not None:
+                    yield found
+
+    def entangled(self) -> Iterator[End]:
+        """The same in blocks that are given what was computed from one another (NASNet's cells)."""
+        for join in self.flow.joins:
+            if join.adds:
+                found = self._residual(join, whole=False)
+                if found is not None:
+                    yield found
+
+    def joined(self) -> Iterator[End]:
+        """y = [s, f(s)]: what is concatenated with something that it was computed from."""
+        for join in self.flow.joins:
+            for i, part in enumerate(join.parts):
+                if not join.adds and any(part.comes_from(other) for other in join.parts[:i]):
+                    found = self._end(join.stack, part, join.parts[0])
+                    if found is not None:
+                        block = self._whole(found.host, part)
+                        yield End(found.host, found.value, block, (block,))
+
+    def blocks(self) -> Iterator[End]:
+        """Modules of several layers, or else layers, in a row through which everything flows, innermost rows first."""
+        passed = self._narrows()
+        for least in (2, 1):
+            chosen: list[End] = []
+            for call in self.flow.calls:
+                path, value = call.path, call.output
+                row, _, name = path.rpartition(".")
+                if value is None or value.index not in passed or value in call.inputs or not name:
+                    continue
+                if row and not isinstance(self.modules[row], _CONTAINERS):
+                    continue
+                if self._is_row(path, passed):
+                    continue
+                if self.matrices([path]) >= least and len(self.calls[path]) == 1:
+                    chosen = [end for end in chosen if not within(path, [end.block])]
+                    chosen.append(
+                        End(self._solid([p for p, _ in value.made_by if within(p, [path])]), value, path, (path,))
+                    )
+            if len(chosen) > 1:
+                yield from chosen
+                return
+
+    def _is_row(self, path: str, passed: set[int]) -> bool:
+        """Whether a container's layers are themselves in a row: they are the blocks then, not it."""
+        if not isinstance(self.modules[path], nn.Sequential):
+            return False
+        outs = [
+            self.calls[f"{path}.{name}"][0].output
+            for name in self.modules[path]._modules
+            if f"{path}.{name}" in self.calls
+        ]
+        return sum(out is not None and out.index in passed for out in outs) > 3
+
+    def matrices(self, paths: Iterable[str]) -> int:
+        """Number of weight matrices, without depthwise convolutions."""
+        found = {m for path in paths for m in own_modules(self.modules[path]).values() if is_matrix(m)}
+        # an LSTM counts for two: into its state and on from it
+        return sum(2 if isinstance(m, nn.RNNBase) else int(not is_depthwise(m)) for m in found)
+
+    def with_siblings(self, found: dict[str, End], head: tuple[str, ...]) -> list[End]:
+        """Adds, in blocks of the same class that have no shortcut (the first of a stage), the same place."""
+        places: dict[type[nn.Module], dict[str, End]] = {}
+        for end in found.values():
+            if end.block not in ("", end.host):
+                place = end.host.removeprefix(end.block)
+                places.setdefault(type(self.modules[end.block]), {}).setdefault(place, end)
+        taken = {end.block for end in found.values()}
+        for path, calls in self.calls.items():
+            if path in taken or within(path, head) or not calls:
+                continue
+            for place, model in places.get(type(self.modules[path]), {}).items():
+                host = path + place
+                value = self.calls[host][0].output if host in self.calls else None
+                if value is not None and len(value.shape) == len(model.value.shape) and self._unique(host, path):
+                    branch = tuple(path + b.removeprefix(model.block) for b in model.branch)
+                    inside = tuple(b for b in branch if b in self.modules)
+                    if self.matrices(inside) >= 1:
+                        found[host] = End(host, value, path, inside)
+        return sorted(found.values(), key=lambda end: end.value.index)
+
+    def _residual(self, join: Join, whole: bool) -> End | None:
+        left, right = join.parts
+        if left.comes_from(right):
+            return self._end(join.stack, left, right, whole)
+        if right.comes_from(left):
+            return self._end(join.stack, right, left, whole)
+        if left.depth == right.depth:
+            return None
+        # a projection in the shortcut: the branch is the longer way from where both come from, if that is in a block
+        branch, shortcut = (left, right) if left.depth > right.depth else (right, left)
+        shared = branch.ancestors & shortcut.ancestors
+        start = self.flow.values[shared.bit_length() - 1]
+        stack = tuple(c for c in join.stack[-2:] if c.path and any(start is v or start.comes_from(v) for v in c.inputs))
+        return self._end(stack, branch, start, whole)
+
+    def _end(self, stack: tuple[Call, ...], branch: Value, start: Value, whole: bool = True) -> End | None:
+        """The end of ``branch`` in the innermost call that saw all of it, from ``start`` on."""
+        for call in reversed(stack[-4:]):
+            if whole and any(v.comes_from(start) for v in call.inputs):
+                continue
+            found = self._host(call.path, branch)
+            if found is not None:
+                return End(*found, call.path, self._children(call.path, branch, start))
+        return None
+
+    def _host(self, block: str, branch: Value) -> tuple[str, Value] | None:
+        """The outermost module below ``block`` that made a value, but for scalings and reorderings since.
+
+        After a scaling by a mere parameter, a module that passes the scaled value on (a drop-path) is preferred.
+        """
+        passing: tuple[str, Value] | None = None
+        for value, scaled in self._back(branch):
+            below = [
+                (path, passes)
+                for path, passes in value.made_by
+                if path != block and (not block or within(path, [block])) and self._unique(path, block)
+            ]
+            if scaled and passing is not None:
+                return passing
+            made = [path for path, passes in below if not passes]
+            if self._transposed(value, branch):
+                continue
+            if made:
+                return self._solid(made), value
+            if below and passing is None:
+                passing = below[0][0], value
+        return passing
+
+    def _solid(self, made: list[str]) -> str:
+        """The outermost of the modules that gave out one value but a mere container, which is iterated over."""
+        return next((p for p in reversed(made) if not isinstance(self.modules[p], _CONTAINERS)), made[-1])
+
+    def _whole(self, host: str, value: Value) -> str:
+        """The outermost module that gives out what ``host`` does: a container around it, say."""
+        return next((p for p, passes in reversed(value.made_by) if not passes and within(host, [p])), host)
+
+    def _back(self, value: Value) -> Iterator[tuple[Value, bool]]:
+        """The value and what it was made from by moving and scaling; ``True`` once it was scaled."""
+        scaled = False
+        while True:
+            yield value, scaled
+            parents = [self.flow.values[i] for i in value.parents]
+            if len(parents) == 1 and value.op in _MOVES:
+                value = parents[0]
+            elif len(parents) == 1 and value.op in _SCALES:
+                value, scaled = parents[0], True
+            elif len(parents) == 2 and value.op in ("sub", "__sub__") and parents[0].comes_from(parents[1]):
+                # s + a·(f(s) − s)
+                value, scaled = parents[0], True
+            else:
+                return
+
+    def _transposed(self, value: Value, branch: Value) -> bool:
+        """Whether channels of a sequence became positions: as a mixer's tokens do."""
+        return len(value.shape) == len(branch.shape) == 3 and value.shape[-1] != branch.shape[-1]
+
+    def _unique(self, path: str, block: str) -> bool:
+        # one drop-path for two branches is no place for an adapter of one of them
+        return len(self.calls[path]) == max(1, len(self.calls.get(block, ())))
+
+    def _children(self, block: str, branch: Value, start: Value) -> tuple[str, ...]:
+        """The direct children of ``block`` (or deeper, where it is not them that are called) inside the branch."""
+        found: dict[str, None] = {}
+        at = f"{block}." if block else ""
+        for call in self.flow.calls:
+            out = call.output
+            if out is None or call.path == block or not call.path.startswith(at) or within(call.path, found):
+                continue
+            if (out is branch or branch.comes_from(out)) and out.comes_from(start):
+                found[call.path] = None
+        return tuple(found)
+
+    def _narrows(self) -> set[int]:
+        """Values that every path from the input to the output goes through."""
+        if not self.flow.values:
+            return set()
+        last = self.flow.values[-1]
+        used = [v for v in self.flow.values if v is last or last.comes_from(v)]
+        after: dict[int, int] = {}
+        for value in used:
+            for parent in value.parents:
+                after[parent] = max(after.get(parent, 0), value.index)
+        reach = 0  # the furthest value that an earlier one flows into
+        passed = set()
+        for value in used:
+            if reach <= value.index:
+                passed.add(value.index)
+            reach = max(reach, after.get(value.index, 0))
+        return passed

@@ -1,0 +1,194 @@
+"""Dataflow: which module made which tensor from which, recorded while a backbone runs once on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+
+_JOINS = {"cat", "concat", "concatenate"}
+
+
+@dataclass
+class Value:
+    """One tensor at one moment: an in-place operator makes a new value of the same tensor.
+
+    Attributes:
+        index: number in the order of appearance.
+        shape: of the tensor.
+        depth: operators on the longest path from the input.
+        ancestors: the values that it was computed from, as a bit mask of their indices.
+        parents: indices of the operator's inputs.
+        op: name of the operator.
+        made_by: the modules whose output it is, innermost first; ``True`` beside those that only pass it through.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    depth: int
+    ancestors: int
+    parents: tuple[int, ...]
+    op: str
+    made_by: list[tuple[str, bool]] = field(default_factory=list)
+
+    def comes_from(self, other: Value) -> bool:
+        """Whether it was computed from ``other``."""
+        return bool(self.ancestors >> other.index & 1)
+
+
+@dataclass
+class Call:
+    """One call of a module.
+
+    Attributes:
+        path: of the module.
+        inputs: its tensors among the arguments.
+        output: the first tensor that it gave out, None if it is none of those it could have computed.
+    """
+
+    path: str
+    inputs: tuple[Value, ...]
+    output: Value | None = None
+
+
+@dataclass
+class Join:
+    """Where branches come together.
+
+    Attributes:
+        stack: the modules being called, outermost first.
+        parts: the values that are added or concatenated.
+        output: their sum or concatenation.
+        adds: whether they are added.
+    """
+
+    stack: tuple[Call, ...]
+    parts: tuple[Value, ...]
+    output: Value
+    adds: bool
+
+
+class Flow(TorchFunctionMode):
+    """Records one forward. Modules have to be hooked by :meth:`watch` before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
+        self.joins: list[Join] = []
+        self._stack: list[Call] = []
+        self._now: dict[int, Value] = {}
+        # a tensor that died would leave its id to another
+        self._alive: list[Tensor] = []
+
+    def watch(self, modules: dict[str, nn.Module]) -> None:
+        """Hooks modules for good: only for a copy that is thrown away."""
+        for path, module in modules.items():
+            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
+            module.register_forward_hook(self._leave)
+
+    def start(self, given: Any) -> None:
+        """Marks the tensors of an example as the inputs."""
+        for tensor in _tensors(given):
+            self._note(tensor, (), "input")
+
+    def known(self, tensors: Iterable[Tensor]) -> tuple[Value, ...]:
+        """The values of those tensors that come from the input."""
+        return tuple(self._now[id(t)] for t in tensors if id(t) in self._now)
+
+    def calls_of(self) -> dict[str, list[Call]]:
+        """All calls by module."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.path, []).append(call)
+        return found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            # .shape and the like; .T and .data are rare enough to be lost
+            return func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        known = self.known(inputs)
+        before = {id(t): self._now[id(t)] for t in inputs if id(t) in self._now}
+        parts = self._parts(name, args)
+        out = func(*args, **kwargs)
+        if not known:
+            return out
+        inplace = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or kwargs.get("inplace")
+        value = None
+        for tensor in _tensors(out):
+            if id(tensor) in before and not inplace:
+                continue  # dropout in eval mode and its kin give back what they got
+            value = self._note(tensor, known, name)
+        if parts and value is not None:
+            self.joins.append(Join(tuple(self._stack), parts, value, name in _ADDS))
+        return out
+
+    def _parts(self, name: str, args: Any) -> tuple[Value, ...]:
+        if name in _ADDS and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):
+            return self.known(args[:2]) if all(id(a) in self._now for a in args[:2]) else ()
+        if name in _JOINS and args and isinstance(args[0], list | tuple):
+            return self.known(a for a in args[0] if isinstance(a, Tensor))
+        return ()
+
+    def _note(self, tensor: Tensor, parents: tuple[Value, ...], op: str) -> Value:
+        ancestors = 0
+        for parent in parents:
+            ancestors |= parent.ancestors | 1 << parent.index
+        depth = 1 + max((p.depth for p in parents), default=-1)
+        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, tuple(p.index for p in parents), op)
+        self.values.append(value)
+        self._now[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(path, self.known(_tensors((args, kwargs))))
+            self.calls.append(call)
+            self._stack.append(call)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        call = self._stack.pop()
+        first = out[0] if isinstance(out, tuple | list) and out else out
+        if not isinstance(first, Tensor):
+            return
+        if id(first) not in self._now and call.inputs:
+            # an autograd.Function of its own hides its dataflow
+            self._note(first, call.inputs, "call")
+        value = self._now.get(id(first))
+        if value is not None:
+            call.output = value
+            value.made_by.append((call.path, value in call.inputs))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any) -> Flow:
+    """Runs a throw-away copy of a backbone once and records its dataflow.
+
+    Args:
+        model: the copy.
+        modules: its modules by path.
+        run: calls the model with ``given``.
+        given: the example, as fake tensors.
+    """
+    flow = Flow()
+    flow.watch(modules)
+    flow.start(given)
+    with torch.no_grad(), flow:
+        run(model, given)
+    return flow

@@ -1,0 +1,1 @@
+"""Architectures whose blocks are recognised by structure, one file each."""

@@ -1,0 +1,44 @@
+"""The projections of attention that low-rank adapters stand beside: ``query``, ``value``, and ``qkv`` where fused."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.site import Site
+
+_KINDS = {
+    "query": ("query", "q_lin", "q_proj", "to_q", "q"),
+    "value": ("value", "v_lin", "v_proj", "to_v", "v"),
+    "qkv": ("qkv", "qkv_proj", "query_key_value", "to_qkv", "Wqkv", "in_proj", "c_attn", "kv"),
+}
+
+_NAMES = {name: kind for kind, names in _KINDS.items() for name in names}
+
+
+def projections(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
+    """The linears (or convolutions) of a block that give query, value, or these and the key at once.
+
+    Args:
+        modules: the block's modules by their path in the model.
+        depth: number of the block.
+        stage: the group of blocks it is in.
+        block: its path.
+        traced: whether the block was found by a run.
+    """
+    found = []
+    for path, module in modules.items():
+        kind = _NAMES.get(path.rpartition(".")[2])
+        if kind is None:
+            continue
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Conv2d):
+            channels, layout = module.out_channels, "NCHW"
+        elif weight is not None and weight.ndim == 2:
+            # GPT-2 keeps its weights the other way round
+            channels, layout = int(weight.shape[0 if isinstance(module, nn.Linear) else 1]), "NLC"
+        else:
+            continue
+        size = parameter_count(module)
+        found.append(Site(path, kind, channels, layout, depth, stage, block, size, (path,), traced=traced))
+    return found

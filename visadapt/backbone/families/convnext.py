@@ -1,0 +1,52 @@
+"""ConvNeXt of timm and torchvision."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visadapt.backbone.families.convs import conv3x3
+from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.site import Site
+
+
+def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """``block``: the end of each block's one branch, after the LayerScale if there is one."""
+    found: list[Site] = []
+    depth = 0
+    for path, block in modules.items():
+        end = _timm(block) or _torchvision(block)
+        if end is None:
+            continue
+        host, channels, layout, last = end
+        stage = path.rpartition(".")[0]
+        linear = (f"{path}.{last}",) if last else ()
+        size = parameter_count(block)
+        found.append(Site(f"{path}.{host}", "block", channels, layout, depth, stage, path, size, linear))
+        inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
+        found += conv3x3(inside, depth, stage, path)
+        depth += 1
+    return found
+
+
+def _timm(block: nn.Module) -> tuple[str, int, str, str] | None:
+    names = block._modules
+    if not {"conv_dw", "norm", "mlp", "drop_path"} <= set(names) or not hasattr(block, "use_conv_mlp"):
+        return None
+    last = block.get_submodule("mlp")._modules.get("fc2")
+    gamma = getattr(block, "gamma", None)
+    if isinstance(gamma, nn.Parameter):
+        # the LayerScale is no module: the drop-path behind it is what gives out the scaled branch
+        return "drop_path", gamma.numel(), "NCHW", ""
+    if isinstance(last, nn.Linear):
+        # the block's norm and MLP have the channels last
+        return "mlp", last.out_features, "NHWC", "mlp.fc2"
+    if isinstance(last, nn.Conv2d):
+        return "mlp", last.out_channels, "NCHW", "mlp.fc2"
+    return None
+
+
+def _torchvision(block: nn.Module) -> tuple[str, int, str, str] | None:
+    scale = block._parameters.get("layer_scale")
+    if scale is None or set(block._modules) != {"block", "stochastic_depth"}:
+        return None
+    return "stochastic_depth", scale.numel(), "NCHW", ""

@@ -1,0 +1,54 @@
+"""The 3×3 convolutions of a block, which the residual adapters of Rebuffi and others stand at."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.site import Site
+
+_ASIDE = ("downsample", "shortcut", "se", "attn", "proj_conv")
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution treats every channel by itself."""
+    groups = getattr(module, "groups", 1)
+    return bool(groups > 1 and groups == getattr(module, "in_channels", 0))
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm of maps and nothing else: timm's may have an activation inside."""
+    inner = list(own_modules(module).values())[1:]
+    return isinstance(module, nn.BatchNorm2d) and all(isinstance(m, nn.Identity) for m in inner)
+
+
+def conv3x3(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
+    """``conv3x3``: the 3×3 convs of a block, grouped ones too but no depthwise ones, without its shortcut and SE.
+
+    Args:
+        modules: the block's modules by their path in the model.
+        depth: number of the block.
+        stage: the group of blocks it is in.
+        block: its path.
+        traced: whether the block was found by a run.
+    """
+    found = []
+    for path, module in modules.items():
+        inner = path.removeprefix(block).removeprefix(".").split(".")
+        if not isinstance(module, nn.Conv2d) or module.kernel_size != (3, 3) or is_depthwise(module):
+            continue
+        if any(name in _ASIDE for name in inner):
+            continue
+        size = parameter_count(module)
+        norm = _norm_after(path, modules)
+        found.append(
+            Site(path, "conv3x3", module.out_channels, "NCHW", depth, stage, block, size, (path,), norm, traced)
+        )
+    return found
+
+
+def _norm_after(path: str, modules: dict[str, nn.Module]) -> str:
+    """The BatchNorm of a conv, by the two names there are for it: ``bn2`` of ``conv2``, ``bn`` of ``conv``."""
+    at, dot, name = path.rpartition(".")
+    norm = f"{at}{dot}{name.replace('conv', 'bn')}"
+    return norm if name.startswith("conv") and norm in modules and is_batchnorm(modules[norm]) else ""

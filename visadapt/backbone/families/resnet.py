@@ -1,0 +1,43 @@
+"""ResNets of torchvision, timm and their kin: BasicBlock and Bottleneck, ResNeXt, SE, antialiased."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visadapt.backbone.families.convs import conv3x3
+from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.site import Site
+
+
+def last_norm(block: nn.Module) -> str | None:
+    """Name of the norm that ends the residual branch of a block, or None if it is no ResNet block."""
+    names = block._modules
+    if "downsample" not in names and not hasattr(block, "downsample"):
+        return None
+    for number in ("3", "2"):
+        if isinstance(names.get(f"conv{number}"), nn.Module) and isinstance(names.get(f"bn{number}"), nn.Module):
+            return f"bn{number}"
+    return None
+
+
+def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """``block``: after the branch's last norm and SE, before drop-path and the add; ``conv3x3``: its 3×3 convs."""
+    found: list[Site] = []
+    depth = 0
+    for path, block in modules.items():
+        last = last_norm(block)
+        if last is None:
+            continue
+        at = f"{path}." if path else ""
+        stage = path.rpartition(".")[0]
+        # squeeze-and-excitation rescales the branch after its last norm: the adapter comes after both
+        end = next((se for se in ("se", "se_module") if isinstance(block._modules.get(se), nn.Module)), last)
+        channels = getattr(block._modules[last], "num_features", None)
+        if channels is None:
+            channels = next(p for p in block._modules[last].parameters()).numel()  # type: ignore[union-attr]
+        size = parameter_count(block)
+        found += conv3x3({p: m for p, m in modules.items() if p.startswith(at)}, depth, stage, path)
+        linear = (f"{at}{last.replace('bn', 'conv')}", f"{at}{last}") if end == last else ()
+        found.append(Site(f"{at}{end}", "block", int(channels), "NCHW", depth, stage, path, size, linear))
+        depth += 1
+    return found

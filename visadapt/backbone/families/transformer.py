@@ -1,0 +1,57 @@
+"""Transformer encoders of transformers: BERT, RoBERTa, ELECTRA and their kin, and DistilBERT."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visadapt.backbone.families.attention import projections
+from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.site import Site
+
+
+def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """``attention`` and ``mlp``: after each sub-layer's output projection and dropout, before the add and LayerNorm.
+
+    ``query`` and ``value``: the projections of these names.
+    """
+    found: list[Site] = []
+    depth = 0
+    for path, layer in modules.items():
+        ends = _bert(layer) or _distilbert(layer)
+        if not ends:
+            continue
+        stage = path.rpartition(".")[0]
+        for kind, (end, projection, adapted) in ends.items():
+            channels = getattr(layer.get_submodule(projection), "out_features", None)
+            size = parameter_count(layer.get_submodule(adapted))
+            if channels is not None:
+                at = f"{path}." if path else ""
+                linear = (f"{at}{projection}",)
+                found.append(Site(f"{at}{end}", kind, channels, "NLC", depth, stage, path, size, linear))
+        inner = {p: m for p, m in modules.items() if p.startswith(f"{path}." if path else "")}
+        found += projections(inner, depth, stage, path)
+        depth += 1
+    return found
+
+
+def _has(module: nn.Module, *paths: str) -> bool:
+    try:
+        return all(module.get_submodule(path) is not None for path in paths)
+    except AttributeError:
+        return False
+
+
+def _bert(layer: nn.Module) -> dict[str, tuple[str, str, str]]:
+    if not _has(layer, "attention.output.dense", "attention.output.dropout", "output.dense", "output.dropout"):
+        return {}
+    return {
+        "attention": ("attention.output.dropout", "attention.output.dense", "attention"),
+        "mlp": ("output.dropout", "output.dense", "output"),
+    }
+
+
+def _distilbert(layer: nn.Module) -> dict[str, tuple[str, str, str]]:
+    if not _has(layer, "attention.out_lin", "ffn.lin2", "sa_layer_norm"):
+        return {}
+    # its attention has no dropout after the projection; its FFN applies its own, so the whole FFN is the host
+    return {"attention": ("attention.out_lin", "attention.out_lin", "attention"), "mlp": ("ffn", "ffn.lin2", "ffn")}

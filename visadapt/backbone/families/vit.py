@@ -1,0 +1,84 @@
+"""Vision Transformers of timm (ViT, DeiT, BEiT, EVA, Swin) and torchvision: pre-norm blocks on sequences of tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from visadapt.backbone.families.attention import projections
+from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.site import Site
+
+_BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+
+_LINEAR_ATTENTION = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+
+
+def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """``attention`` and ``mlp``: after the LayerScale if there is one, before drop-path and the add."""
+    found: list[Site] = []
+    depth = 0
+    for path, block in modules.items():
+        width = _width(model, block)
+        ends = _timm(block) or _torchvision(block)
+        if not ends or not width:
+            continue
+        stage = path.rpartition(".")[0]
+        for kind, (end, adapted, linear) in ends.items():
+            size = parameter_count(block.get_submodule(adapted))
+            last = (f"{path}.{linear}",) if linear else ()
+            found.append(Site(f"{path}.{end}", kind, width, "NLC", depth, stage, path, size, last))
+        # with biases of their own for query and value, BEiT and EVA read the projection's weight and never call it
+        if getattr(block._modules.get("attn"), "q_bias", None) is None:
+            inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
+            found += projections(inside, depth, stage, path)
+        depth += 1
+    return found
+
+
+def _width(model: nn.Module, block: nn.Module) -> int:
+    """Width of the tokens, if they are known to come in sequences: by the model's positions, or by windows."""
+    norm = block._modules.get("norm1", block._modules.get("ln_1"))
+    shape: tuple[int, ...] = getattr(norm, "normalized_shape", ())
+    if len(shape) != 1:
+        return 0
+    width = int(shape[0])
+    if hasattr(block, "window_size") and hasattr(block, "shift_size"):
+        return width
+    holders = (model, *model._modules.values())
+    positions = [getattr(m, name, None) for m in holders for name in ("pos_embed", "pos_embedding", "cls_token")]
+    return width if any(tuple(p.shape[2:]) == (width,) for p in positions if isinstance(p, Tensor)) else 0
+
+
+def _timm(block: nn.Module) -> dict[str, tuple[str, str, str]]:
+    names = [name for name, child in block._modules.items() if child is not None]
+    if not {"norm1", "attn", "norm2", "mlp"} <= set(names) <= _BLOCK or names.index("attn") < names.index("norm1"):
+        return {}
+    attention, mlp = block.get_submodule("attn"), block.get_submodule("mlp")
+    inner = set(attention._modules) - {"softmax", "rope", "inner_attn_ln"}
+    if not {"proj"} <= inner <= _LINEAR_ATTENTION or not isinstance(attention._modules["proj"], nn.Linear):
+        return {}
+    if not isinstance(mlp._modules.get("fc2"), nn.Linear):
+        return {}
+    ends = {}
+    for kind, number, name, last in (("attention", "1", "attn", "proj"), ("mlp", "2", "mlp", "fc2")):
+        scale = block._modules.get(f"ls{number}")
+        if isinstance(getattr(block, f"gamma_{number}", None), nn.Parameter):
+            # a LayerScale that is no module: the drop-path behind it is what gives out the scaled branch
+            ends[kind] = (f"drop_path{number}", name, "")
+        elif scale is not None and not isinstance(scale, nn.Identity):
+            ends[kind] = (f"ls{number}", name, "")
+        else:
+            ends[kind] = (name, name, f"{name}.{last}")
+    return ends
+
+
+def _torchvision(block: nn.Module) -> dict[str, tuple[str, str, str]]:
+    names = block._modules
+    if not isinstance(names.get("self_attention"), nn.MultiheadAttention) or "ln_2" not in names:
+        return {}
+    mlp = names.get("mlp")
+    if not isinstance(mlp, nn.Sequential):
+        return {}
+    # a Sequential is iterated over, so that its last layer is the host
+    last = [name for name, layer in mlp.named_children() if isinstance(layer, nn.Linear)][-1]
+    return {"attention": ("self_attention", "self_attention", ""), "mlp": (f"mlp.{last}", "mlp", f"mlp.{last}")}

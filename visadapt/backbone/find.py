@@ -1,0 +1,88 @@
+"""Families: where residual branches end in one kind of architecture.
+
+Each structural finder has a ``find(model, modules)`` that recognises its blocks by their names and types, at no cost,
+and returns sites, none if there is nothing of its kind. A new one is one file and one entry in ``FAMILIES``. It is
+never needed: a backbone that they do not cover whole runs once on fake tensors, and its branches are read off the
+dataflow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from visadapt.backbone import traced
+from visadapt.backbone.families import convnext, densenet, mbconv, resnet, transformer, vgg, vit
+from visadapt.backbone.heads import find_head
+from visadapt.backbone.modules import is_matrix, own_modules, plain_class
+from visadapt.backbone.site import Site, Sites
+from visadapt.errors import VisadaptError
+
+FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
+
+# a trace takes a second or so, and a model is asked for its sites at every inject, load, save and merge
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
+
+
+def find_sites(model: nn.Module, example: Any = None) -> Sites:
+    """All sites of a backbone, sorted by where they come in it.
+
+    Args:
+        model: the backbone.
+        example: an input to trace with, where no family knows the backbone and its input cannot be guessed.
+
+    Raises:
+        VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
+    """
+    modules = own_modules(model)
+    looks = hash(tuple((path, plain_class(module), _shapes(module)) for path, module in modules.items()))
+    known = _KNOWN.get(model)
+    if example is None and known is not None and known[0] == looks:
+        return known[1]
+    found = structural(model, modules)
+    sites = _sorted(found)
+    if not found or not covers(found, model, modules):
+        try:
+            sites = _sorted(traced.find(model, modules, example))
+        except VisadaptError:
+            if not found or example is not None:
+                raise
+    _KNOWN[model] = (looks, sites)
+    return sites
+
+
+def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
+    return tuple(p.shape for p in module._parameters.values() if p is not None)
+
+
+def structural(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
+    """The sites that the families know of, without running anything."""
+    return [site for family in FAMILIES for site in family.find(model, modules)]
+
+
+def _sorted(found: list[Site]) -> Sites:
+    return Sites(sorted(found, key=lambda site: site.depth))
+
+
+def covers(found: list[Site], model: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether the blocks with sites are all the repeated blocks there are: a hybrid has others beside them."""
+    head = find_head(model)
+    inside = tuple({site.block for site in found} | set(head.modules if head else ()))
+    starts = tuple(f"{path}." for path in inside)
+    seen: set[type[nn.Module]] = set()
+    for path, module in modules.items():
+        if path in inside or path.startswith(starts) or isinstance(module, nn.Sequential | nn.ModuleList):
+            continue
+        if sum(map(is_matrix, own_modules(module).values())) < 2 or any(
+            start.startswith(f"{path}.") for start in starts
+        ):
+            continue
+        if not path:
+            continue
+        if plain_class(module) in seen:
+            return False
+        seen.add(plain_class(module))
+    return True

@@ -1,0 +1,131 @@
+"""The backbone's own modules and parameters, seen without those of any task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+CHILD = "visadapt"
+"""Name of the host's child that holds the tasks' parts."""
+
+LEAN = "_visadapt_lean"
+"""Attribute of a module that :func:`visadapt.lean` made lean."""
+
+UNFUSED = "_visadapt_unfused"
+"""Attribute of a module that is kept off its fused kernel while a task is active."""
+
+REGISTRY = "_visadapt"
+"""Attribute of an injected model that holds its registry."""
+
+_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.RNNBase, nn.MultiheadAttention)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a layer that mixes channels: torch's own, or any with a weight matrix but an embedding."""
+    if isinstance(module, _MATRICES):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def within(path: str, roots: Iterable[str]) -> bool:
+    """Whether a path is one of ``roots`` or below it."""
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before visadapt swapped it (its own class if it never did)."""
+    cls: type[nn.Module] = getattr(type(module), "_visadapt_recipe", (type(module),))[0]
+    return cls
+
+
+def is_stateful(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics, which training would move (BatchNorm and its kin)."""
+    return any(name.startswith("running_") and value is not None for name, value in module._buffers.items())
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Gives a module without parts its own class back."""
+    module.__dict__.pop(LEAN, None)
+    module.__dict__.pop(UNFUSED, None)
+    module.__class__ = plain_class(module)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a wrapper of ``torch.compile``, DataParallel or DistributedDataParallel."""
+    while REGISTRY not in model.__dict__:
+        # by class, not by the child's name: a model of the user's may well call its only child ``module``
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = model._modules.get("module" if parallel else "_orig_mod")
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def joined(path: str, name: str) -> str:
+    """``path.name``, or the name alone at the root."""
+    return f"{path}.{name}" if path else name
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, without those of visadapt's tasks."""
+    return sum(p.numel() for p in own_parameters(module))
+
+
+def own_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """The backbone's parameters, each once; tasks, of which there may be thousands, are not looked into."""
+    return {p for inner in own_modules(module).values() for p in inner._parameters.values() if p is not None}
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of the backbone by path, without those of visadapt's tasks."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None and name != CHILD:
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that adapters of this backbone are kept in: fp64 beside fp64, fp32 beside everything else."""
+    double = {p.dtype for p in own_parameters(model)} == {torch.float64}
+    return torch.float64 if double else torch.float32
+
+
+def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module of a backbone without any trace of tasks: plain classes, no parts, no hooks of visadapt.
+
+    Args:
+        module: the backbone, or a module of it.
+        memo: as ``copy.deepcopy`` takes it: copies that exist already, by the id of the original.
+    """
+    memo = {} if memo is None else memo
+    registry = module.__dict__.get(REGISTRY)
+    # a memo that already knows what belongs to visadapt makes deepcopy pass it by
+    for inner in own_modules(module).values():
+        ours = (inner._modules.get(CHILD), inner.__dict__.get(LEAN), inner.__dict__.get(REGISTRY))
+        memo |= {id(each): None for each in ours if each is not None}
+    copied = copy.deepcopy(module, memo)
+    for inner in copied.modules():
+        inner._modules.pop(CHILD, None)
+        unfreeze(inner)
+    copied.__dict__.pop(REGISTRY, None)
+    for handle in registry.guards if registry is not None else ():
+        for name, hooks in copied.__dict__.items():
+            if name.startswith("_forward_"):
+                hooks.pop(handle.id, None)
+    return copied

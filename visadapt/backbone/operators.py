@@ -1,0 +1,190 @@
+"""Operators: the convolutions and linears that a kernel can stand beside, seen alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.backbone.modules import plain_class
+from visadapt.errors import VisadaptError
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The geometry of a host with one weight: a 2-D convolution, or a linear, which has no kernel to speak of.
+
+    Attributes:
+        inputs: channels in.
+        outputs: channels out.
+        conv: whether it is a convolution.
+        kernel: its height and width.
+        stride: of the convolution.
+        dilation: of the convolution.
+        padding: zeros put before each side; None where they depend on the input's size (``same``).
+        groups: of the convolution.
+        transposed: whether the weight is kept as inputs × outputs, as in GPT-2.
+    """
+
+    inputs: int
+    outputs: int
+    conv: bool
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | None = (0, 0)
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def layout(self) -> str:
+        """Of its input and output, as :class:`visadapt.layers.Pointwise` takes it."""
+        return "NCHW" if self.conv else "NLC"
+
+    def pads(self, x: Tensor) -> list[int]:
+        """Zeros that the convolution puts left, right, above and below its input."""
+        found: list[int] = []
+        for axis in (1, 0):
+            size, k = x.shape[2 + axis], self.kernel[axis]
+            reach = self.dilation[axis] * (k - 1)
+            if self.padding is not None:
+                found += [self.padding[axis]] * 2
+                continue
+            total = max((-(-size // self.stride[axis]) - 1) * self.stride[axis] + reach + 1 - size, 0)
+            found += [total // 2, total - total // 2]
+        return found
+
+    def at_centre(self, x: Tensor) -> Tensor:
+        """The input, cut or padded so that a 1×1 of the same stride reads what the kernel's centre tap reads."""
+        if not self.conv or (self.padding is not None and self.centred):
+            return x
+        left, right, above, below = self.pads(x)
+        (up, across), (dy, dx) = self.centre, self.dilation
+        shift = (
+            left - dx * across,
+            right - dx * (self.kernel[1] - 1 - across),
+            above - dy * up,
+            below - dy * (self.kernel[0] - 1 - up),
+        )
+        return F.pad(x, shift) if any(shift) else x
+
+    @property
+    def centre(self) -> tuple[int, int]:
+        """The tap in the middle of the kernel (of an even one, the later of the two)."""
+        return self.kernel[0] // 2, self.kernel[1] // 2
+
+    @property
+    def centred(self) -> bool:
+        """Whether output position i has its centre tap at input position stride·i."""
+        return self.padding is not None and all(
+            k % 2 and p == d * (k // 2) for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)
+        )
+
+    def apply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        groups: int = 1,
+        stride: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Convolves with another weight at the same geometry, or at another stride; a linear where it is one."""
+        if not self.conv:
+            return F.linear(x, weight, bias)
+        if self.padding is None:
+            return F.conv2d(F.pad(x, self.pads(x)), weight, bias, self.stride, 0, self.dilation, groups)
+        return F.conv2d(x, weight, bias, stride or self.stride, self.padding, self.dilation, groups)
+
+
+def operator_of(host: nn.Module, what: str) -> Operator:
+    """The geometry of a conv or linear.
+
+    Args:
+        host: the module.
+        what: where it is, for the error.
+
+    Raises:
+        VisadaptError: it is neither.
+    """
+    weight = host._parameters.get("weight")
+    if isinstance(host, nn.Conv2d):
+        kernel = (int(host.kernel_size[0]), int(host.kernel_size[1]))
+        same = host.padding == "same" or "Same" in plain_class(host).__name__
+        given = (0, 0) if isinstance(host.padding, str) else (int(host.padding[0]), int(host.padding[1]))
+        return Operator(
+            host.in_channels,
+            host.out_channels,
+            True,
+            kernel,
+            (int(host.stride[0]), int(host.stride[1])),
+            (int(host.dilation[0]), int(host.dilation[1])),
+            None if same else given,
+            host.groups,
+        )
+    if isinstance(host, nn.Linear):
+        return Operator(host.in_features, host.out_features, False)
+    if plain_class(host).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+        return Operator(weight.shape[0], weight.shape[1], False, transposed=True)
+    raise VisadaptError(
+        f"{what} is a {type(host).__name__}, neither a 2-D convolution nor a linear: choose such modules with where= "
+        "('conv3x3', 'conv', 'linear', or a glob over module names)"
+    )
+
+
+def is_operator(module: nn.Module) -> bool:
+    """Whether a module is one of these."""
+    return isinstance(module, nn.Conv2d) or is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear, torch's or GPT-2's."""
+    return isinstance(module, nn.Linear) or plain_class(module).__name__ == "Conv1D"
+
+
+def plain_operator(host: nn.Module, what: str) -> Operator:
+    """The operator of a host whose output is its weight's and nothing else's, so that a kernel can be added to it.
+
+    Raises:
+        VisadaptError: its forward does more, such as standardising the weight, or its weight is no parameter.
+    """
+    operator = operator_of(host, what)
+    check_weight(host, what)
+    cls = plain_class(host)
+    known = (nn.Conv2d.forward, nn.Linear.forward)
+    if cls.forward not in known and not operator.transposed and operator.padding is not None:
+        raise VisadaptError(f"the forward of {cls.__name__} does more to its weight than apply it")
+    if getattr(host, "padding_mode", "zeros") != "zeros" and not operator.centred:
+        raise VisadaptError(f"{what} pads with its input ({host.padding_mode}), its adapter with zeros")
+    return operator
+
+
+def check_weight(host: nn.Module, what: str) -> None:
+    """Refuses a host whose weight is not a parameter of its own.
+
+    Raises:
+        VisadaptError: it is computed anew for every forward.
+    """
+    if host._parameters.get("weight") is None:
+        raise VisadaptError(f"{what}: its weight is computed anew in every forward (weight norm, pruning, …)")
+
+
+def centre_tap(operator: Operator, matrix: Tensor, host: nn.Module) -> Tensor:
+    """A matrix outputs × inputs as the kernel, in the shape of the host's weight, that does the same.
+
+    Raises:
+        VisadaptError: the host is a grouped convolution, whose kernel has no place for a dense matrix.
+    """
+    if operator.groups != 1:
+        raise VisadaptError(f"a dense 1×1 beside a grouped convolution ({operator.groups} groups) has no kernel there")
+    if not operator.conv:
+        return matrix.t() if operator.transposed else matrix
+    kernel = torch.zeros(*matrix.shape, *operator.kernel, dtype=matrix.dtype, device=matrix.device)
+    kernel[:, :, operator.centre[0], operator.centre[1]] = matrix
+    return kernel
+
+
+def rows_of(weight: Tensor, transposed: bool = False) -> Tensor:
+    """A weight as a matrix with a row for each output channel."""
+    return weight.t() if transposed else weight.flatten(1)

@@ -1,0 +1,77 @@
+"""Sites: the places in a backbone where a tensor of known width flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from visadapt.table import Table
+
+LAYOUTS = ("NCHW", "NHWC", "NLC")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a backbone.
+
+    Attributes:
+        host: path of the module whose output (or input, or weight) is adapted.
+        kind: ``block`` (end of a residual branch, before the add), ``conv3x3``, ``attention``, ``mlp``, … or
+            ``module`` for a place that only a glob of the user's names.
+        channels: width of the host's output.
+        layout: of the host's output: ``NCHW``, ``NHWC`` or ``NLC``.
+        depth: number of the block it belongs to, counted from the input, from 0.
+        stage: the group of blocks it belongs to, such as ``layer3``.
+        block: path of the block it belongs to.
+        adapts: number of parameters of the module that it adapts, to compare an adapter with.
+        linear: paths of the conv or linear, and of the norm behind it if there is one, whose composition is the host's
+            output in eval mode: what a linear adapter after the host merges into. Empty if there are none.
+        norm: path of the norm that alone takes the host's output; a constant after the host merges into it.
+        traced: whether it took a run on fake tensors to find it. A task file keeps such sites, so that loading does not
+            trace.
+    """
+
+    host: str
+    kind: str
+    channels: int
+    layout: str
+    depth: int
+    stage: str = ""
+    block: str = ""
+    adapts: int = 0
+    linear: tuple[str, ...] = ()
+    norm: str = ""
+    traced: bool = False
+
+    @property
+    def full_name(self) -> str:
+        """``kind:host``, unique in a model."""
+        return f"{self.kind}:{self.host}"
+
+
+Where: TypeAlias = "str | range | slice | int | Callable[[Site], bool] | Iterable[Any]"
+"""How sites are chosen; see :func:`select`."""
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of a model, in the order of their depth; prints as a table."""
+
+    __slots__ = ()
+
+    def kinds(self) -> list[str]:
+        """The kinds there are, in order of appearance."""
+        return list(dict.fromkeys(site.kind for site in self))
+
+    def table(self) -> Table:
+        """One row a site."""
+        return Table(
+            ("depth", "stage", "kind", "host", "channels", "layout", "adapts"),
+            [(s.depth, s.stage, s.kind, s.host, s.channels, s.layout, f"{s.adapts:,}") for s in self],
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()

@@ -1,0 +1,151 @@
+"""Any other backbone: sites at the ends of its branches, as one forward on fake tensors shows them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.branches import End, ends
+from visadapt.backbone.dataflow import Flow, Value
+from visadapt.backbone.families.attention import projections
+from visadapt.backbone.families.convs import conv3x3, is_batchnorm
+from visadapt.backbone.heads import find_head
+from visadapt.backbone.modules import is_matrix, own_modules, parameter_count, within
+from visadapt.backbone.operators import is_operator
+from visadapt.backbone.site import Site
+from visadapt.backbone.trace import layout_of, trace_flow
+from visadapt.errors import VisadaptError
+
+_ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
+
+_MLP = re.compile(r"mlp|ffn|feed_?forward|glu|channel_mix", re.IGNORECASE)
+
+
+def find(model: nn.Module, modules: dict[str, nn.Module], example: Any = None) -> list[Site]:
+    """``block``, ``attention`` and ``mlp``: the ends of branches; ``conv3x3``: the 3×3 convs of their blocks.
+
+    ``query``, ``value`` and ``qkv``: the projections of attention in them.
+
+    Raises:
+        VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
+    """
+    flow, given = trace_flow(model, example)
+    head = find_head(model)
+    found = ends(flow, modules, head.modules if head else ())
+    shapes = _Shapes(model, modules, given)
+    counts = Counter(end.block for end in found)
+    depths: dict[str, int] = {}
+    sites: list[Site] = []
+    for end in found:
+        layout = shapes.layout(end)
+        if layout is None:
+            continue
+        depth = depths.setdefault(end.block, len(depths))
+        sites.append(
+            Site(
+                end.host,
+                kind_of(end, modules, alone=counts[end.block] == 1),
+                end.value.shape[1 if layout == "NCHW" else -1],
+                layout,
+                depth,
+                stage=end.block.rpartition(".")[0],
+                block=end.block,
+                adapts=sum(parameter_count(modules[path]) for path in end.branch),
+                linear=_linear(end.value, flow, modules),
+                traced=True,
+            )
+        )
+    called = flow.calls_of()
+    for block, depth in depths.items():
+        own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
+        sites += conv3x3(own, depth, block.rpartition(".")[0], block, traced=True)
+        sites += projections(own, depth, block.rpartition(".")[0], block, traced=True)
+    return sites
+
+
+def block_of(path: str, blocks: Iterable[str]) -> str | None:
+    """The innermost of some blocks that a module is in."""
+    return max((block for block in blocks if not block or within(path, [block])), key=len, default=None)
+
+
+class _Shapes:
+    """Which axis of a branch's end is the channels'."""
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], given: Any) -> None:
+        self.model = model
+        self.modules = modules
+        self.given = given
+
+    def layout(self, end: End) -> str | None:
+        """``NCHW``, ``NHWC``, ``NLC`` (which is any number of positions), or None if the channels are elsewhere."""
+        shape = end.value.shape
+        leaf = next((self.modules[path] for path, passes in end.value.made_by if not passes), None)
+        if isinstance(leaf, nn.Conv2d | nn.BatchNorm2d) and len(shape) == 4:
+            return "NCHW"
+        if isinstance(leaf, nn.Conv1d | nn.BatchNorm1d) and len(shape) == 3:
+            return None
+        last = "NHWC" if len(shape) == 4 else "NLC"
+        if isinstance(leaf, nn.Linear) and shape[-1] == leaf.out_features:
+            return last
+        if len(shape) == 4 and shape[2] == shape[3] != shape[1]:
+            return "NCHW"
+        if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
+            return last
+        # the channels are what does not grow with the input
+        grown = self._grown.get(end.host)
+        if grown is not None and len(grown) == len(shape) and grown[1:] != shape[1:]:
+            if grown[-1] == shape[-1]:
+                return last
+            return "NCHW" if len(shape) == 4 and grown[1] == shape[1] else None
+        if len(shape) == 4:
+            return layout_of(self.modules[end.host], torch.empty(shape, device="meta"))
+        return last if len(shape) > 1 else None
+
+    @cached_property
+    def _grown(self) -> dict[str, tuple[int, ...]]:
+        """Shapes at a larger input, for models that take one."""
+        if not isinstance(self.given, Tensor) or self.given.ndim != 4:
+            return {}
+        height, width = (n + 32 for n in self.given.shape[2:])
+        try:
+            flow, _ = trace_flow(self.model, self.given.new_zeros(*self.given.shape[:2], height, width))
+        except VisadaptError:
+            return {}
+        return {path: calls[0].output.shape for path, calls in flow.calls_of().items() if calls[0].output is not None}
+
+
+def _linear(value: Value, flow: Flow, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """The conv or linear, and the BatchNorm behind it, whose composition the value is."""
+    path = next((path for path, passes in value.made_by if not passes), "")
+    module = modules[path] if path else None
+    if module is not None and is_operator(module):
+        return (path,)
+    if module is not None and is_batchnorm(module) and len(value.parents) == 1:
+        before = _linear(flow.values[value.parents[0]], flow, modules)
+        return (*before, path) if len(before) == 1 else ()
+    return ()
+
+
+def kind_of(end: End, modules: dict[str, nn.Module], alone: bool) -> str:
+    """``attention`` or ``mlp`` if all modules of the branch that hold matrices have such a name, else ``block``.
+
+    Args:
+        end: of the branch.
+        modules: the backbone's modules by path.
+        alone: whether its block has no other branch; then the block's name counts as well.
+    """
+    heavy = [p for p in end.branch if any(map(is_matrix, own_modules(modules[p]).values()))]
+    for kind, words in (("mlp", _MLP), ("attention", _ATTENTION)):
+        if heavy and all(_named(p, words, modules) for p in heavy):
+            return kind
+    return "attention" if alone and end.block and _named(end.block, _ATTENTION, modules) else "block"
+
+
+def _named(path: str, words: re.Pattern[str], modules: dict[str, nn.Module]) -> bool:
+    return bool(words.search(path.rpartition(".")[2]) or words.search(type(modules[path]).__name__))

@@ -1,0 +1,178 @@
+"""Choosing sites: what ``where=`` means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from visadapt.backbone.find import find_sites
+from visadapt.backbone.heads import find_head
+from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.norms import is_norm
+from visadapt.backbone.site import Site, Sites, Where
+from visadapt.backbone.trace import layout_of, trace_outputs, trace_sites
+from visadapt.errors import VisadaptError, nearest
+
+LAYERS = ("conv", "linear", "norm", "op")
+
+
+def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) -> Sites:
+    """The plan: all sites of a model, or those that ``where`` would choose, before anything changes.
+
+    Args:
+        model: a backbone, injected or not.
+        where: as :func:`visadapt.inject` takes it; None for all.
+        example: an input (a tensor, a tuple of arguments or a dict of keyword arguments), for models whose input
+            visadapt cannot guess and sites that have to be traced. Only its shapes and dtypes are used.
+
+    Returns:
+        The sites, which print as a table of depth, stage, kind, host, channels, layout.
+
+    Raises:
+        VisadaptError: ``where`` matches nothing.
+    """
+
+    if not isinstance(model, nn.Module):
+        raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    found = find_sites(model, example)
+    return found if where is None else select(model, found, where, tuple(found.kinds()), example)
+
+
+def select(model: nn.Module, found: Sites, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
+    """The sites that ``where`` means.
+
+    Args:
+        model: the backbone.
+        found: its sites.
+        where: None (every site of the method's kinds), a kind (``"conv3x3"``), a stage (``"layer3"``), depths (``3``,
+            ``range(0, 8)``, ``slice(-4, None)``), a glob over hosts (``"layer3.*"``) or over full names
+            (``"conv3x3:layer3.*"``), every ``"conv"``, ``"linear"`` or ``"norm"`` outside the head (``"op"``: all
+            three), a predicate on :class:`Site`, or a list of these, whose union is taken.
+            Stages, depths and globs mean the sites of the method's kinds there, if it has any there.
+        kinds: the method's kinds.
+        example: an input to trace modules with that are no site yet.
+
+    Returns:
+        At least one site, in order.
+
+    Raises:
+        VisadaptError: something in ``where`` matches nothing; the nearest is named.
+    """
+    chosen: dict[str, Site] = {}
+    for term in _terms(where):
+        for site in _match(model, found, term, kinds, example):
+            chosen[site.full_name] = site
+    order = {site.full_name: i for i, site in enumerate(found)}
+    return Sites(sorted(chosen.values(), key=lambda s: order.get(s.full_name, len(order))))
+
+
+def _terms(where: Any) -> list[Any]:
+    if where is None or isinstance(where, str | range | slice | int | Site) or callable(where):
+        return [where]
+    if isinstance(where, Iterable):
+        terms = list(where)
+        if terms:
+            return terms
+    raise VisadaptError(
+        "where= takes a kind, a stage, a depth or range of depths, a glob, a predicate, or a list of these; "
+        f"got {where!r}"
+    )
+
+
+def _match(model: nn.Module, found: Sites, term: Any, kinds: Sequence[str], example: Any) -> list[Site]:
+    if isinstance(term, Site):
+        known = {site.full_name: site for site in found}
+        # one that was traced with an example is in no list, but its host is in the model
+        if known.get(term.full_name, term) != term or term.host not in own_modules(model):
+            raise VisadaptError(f"this {type(model).__name__} has no such site: {term}")
+        return [term]
+    usual = [site for site in found if site.kind in kinds]
+    if term is None:
+        if not usual:
+            hint = f"its kinds of site are {', '.join(found.kinds())}" if found else "visadapt found no site in it"
+            raise VisadaptError(
+                f"{type(model).__name__} has no site of kind {' or '.join(kinds)}: {hint}; choose with where= (a kind, "
+                "or a glob over module names, together with example= if the input is unusual)"
+            )
+        return usual
+    if isinstance(term, str):
+        return _match_name(model, found, term, kinds, example)
+    if callable(term):
+        matched = [site for site in found if term(site)]
+        what = f"predicate {getattr(term, '__name__', term)!r}"
+    elif isinstance(term, bool) or not isinstance(term, range | slice | int):
+        raise VisadaptError(f"where= cannot hold {term!r}: give a kind, a stage, a depth, a glob or a predicate")
+    else:
+        depths = range(1 + max((site.depth for site in usual), default=-1))
+        wanted = _depths(term, depths)
+        matched = [site for site in usual if site.depth in wanted]
+        what = f"{term!r} (depths run from 0 to {len(depths) - 1})"
+    if not matched:
+        raise VisadaptError(f"where={what} matches no site of {type(model).__name__}")
+    return matched
+
+
+def _depths(term: range | slice | int, depths: range) -> range:
+    if isinstance(term, slice):
+        return depths[term]
+    if isinstance(term, int):
+        return depths[term : term + 1 or None] if -len(depths) <= term < len(depths) else range(0)
+    return term
+
+
+def _match_name(model: nn.Module, found: Sites, term: str, kinds: Sequence[str], example: Any) -> list[Site]:
+    if any(site.kind == term for site in found):
+        return [site for site in found if site.kind == term]
+    if term in LAYERS:
+        matched = _layers(model, term, example)
+    elif ":" in term:
+        matched = [site for site in found if fnmatchcase(site.full_name, term)]
+        if not matched and term.startswith("module:"):
+            matched = _traced(model, term.removeprefix("module:"), example)
+    else:
+        matched = [site for site in found if term == site.stage or fnmatchcase(site.host, term)]
+        matched = [site for site in matched if site.kind in kinds] or matched
+        if not matched:
+            matched = [site for site in found if fnmatchcase(site.block, term)]
+            matched = [site for site in matched if site.kind in kinds]
+        if not matched:
+            matched = _traced(model, term, example)
+    if not matched:
+        names = {site.kind for site in found} | {site.stage for site in found if site.stage} | {s.host for s in found}
+        names |= {name for name, _ in model.named_modules() if name and "visadapt" not in name}
+        raise VisadaptError(
+            f"where={term!r} matches no site and no module of {type(model).__name__}{nearest(term, names)}"
+        )
+    return matched
+
+
+def _layers(model: nn.Module, term: str, example: Any) -> list[Site]:
+    """Every convolution, linear or norm outside the head, as far as it is called and gives features."""
+
+    def wanted(module: nn.Module) -> bool:
+        linear = isinstance(module, nn.Linear) or "Conv1D" in (c.__name__ for c in type(module).__mro__)
+        is_a = {"conv": isinstance(module, nn.Conv2d), "linear": linear, "norm": is_norm(module)}
+        return any(is_a.values()) if term == "op" else is_a[term]
+
+    head = find_head(model)
+    inside = tuple(f"{path}." for path in head.modules) if head else ()
+    modules = {n: m for n, m in own_modules(model).items() if n and wanted(m) and not f"{n}.".startswith(inside)}
+    outputs = trace_outputs(model, list(modules), example) if modules else {}
+    found = []
+    for depth, (name, module) in enumerate(modules.items()):
+        out = outputs.get(name)
+        layout = layout_of(module, out)
+        if layout is not None:
+            channels = int(out.shape[1 if layout == "NCHW" else -1])  # type: ignore[union-attr]
+            size = parameter_count(module)
+            found.append(Site(name, "module", channels, layout, depth, block=name, adapts=size, traced=True))
+    return found
+
+
+def _traced(model: nn.Module, glob: str, example: Any) -> list[Site]:
+
+    names = [n for n, _ in model.named_modules() if n and "visadapt" not in n.split(".") and fnmatchcase(n, glob)]
+    return trace_sites(model, names, example) if names else []

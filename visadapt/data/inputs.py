@@ -1,0 +1,202 @@
+"""Inputs: how pictures and texts become what a backbone takes, in a form that a task's file remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.trace import guess_input
+from visadapt.data import load_images, load_squares, load_text, normalize, read_images, renumbered, tokenizer_of
+from visadapt.data.samples import Samples, tokenised, trimmed
+from visadapt.data.text import TextSplit
+from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from visadapt.errors import VisadaptError
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Pictures for a backbone that sees; called with a batch of bytes, it gives what the backbone takes.
+
+    Args:
+        size: side in pixels of the squares that the backbone sees.
+        mean: of the three channels, in units of 1.
+        std: of the three channels, in units of 1.
+    """
+
+    size: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise VisadaptError(f"size is {self.size}, it must be at least 1 pixel")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(images, self.size, mean=self.mean, std=self.std)
+
+    def read(self, files: Iterable[str | Path]) -> Tensor:
+        """Picture files as bytes, ``(N, 3, size, size)``."""
+        return read_images(files, self.size)
+
+    def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
+        """A data set; a tenth of its training pictures becomes the validation split.
+
+        Args:
+            name: as :func:`visadapt.data.load_images` takes it.
+            labels: the classes, as a task numbers them; None for those of the data.
+            seed: of that tenth.
+            **options: passed on to :func:`visadapt.data.load_images`.
+
+        Raises:
+            VisadaptError: options of texts.
+        """
+        if columns := sorted(options.keys() & {"text", "label", "header"}):
+            raise VisadaptError(f"{name}: pictures have no {' or '.join(columns)}, which are options of texts")
+        # a folder's pictures become what read makes of them one by one; small ones of a named set stay small
+        load = load_images if Path(name).is_dir() else load_squares
+        found = load(name, size=self.size, classes=labels, **options)
+        found = found if labels is None else renumbered(found, labels)
+        train, validation = found.holdout(max(1, len(found.train) // 10), seed)
+        return Splits(found.classes, train, validation, found.test, self)
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Texts for a backbone that reads; called with a batch of tokens, it cuts off what is padding in every text.
+
+    Args:
+        tokenizer: ``"bundled/minilm"``, ``"hf/<name or folder>"``: a backbone's name is its tokenizer's.
+        length: tokens; longer texts are cut.
+        pairs: whether a sample is a pair of texts.
+    """
+
+    tokenizer: str
+    length: int = 128
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise VisadaptError(f"length is {self.length}, it must be at least 1 token")
+
+    def __call__(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        return trimmed(tokens)
+
+    def read(self, lines: Iterable[str]) -> dict[str, Tensor]:
+        """Texts as tokens, ``(N, L)`` each; a tab stands between the two of a pair.
+
+        Raises:
+            VisadaptError: a line is no pair where pairs are expected.
+        """
+        texts: list[Any] = list(lines)
+        if self.pairs:
+            texts = [tuple(line.split("\t", 1)) for line in texts]
+            single = next((pair[0] for pair in texts if len(pair) == 1), None)
+            if single is not None:
+                raise VisadaptError(f"the task takes pairs of texts with a tab between them, got {single[:60]!r}")
+        made = self._tokens(TextSplit(texts, torch.zeros(len(texts), dtype=torch.int64))).inputs
+        assert isinstance(made, dict)
+        return made
+
+    def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
+        """A data set.
+
+        Args:
+            name: as :func:`visadapt.data.load_text` takes it.
+            labels: the classes, as a task numbers them; None for those of the data.
+            seed: of the splits that the set does not bring.
+            **options: passed on to :func:`visadapt.data.load_text`.
+        """
+        found = load_text(name, seed=seed, classes=labels, **options)
+        found = found if labels is None else renumbered(found, labels)
+        splits = (found.train, found.validation, found.test)
+        train, validation, test = (self._tokens(split) if len(split) else None for split in splits)
+        inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
+        return Splits(found.classes, train, validation, test, inputs)
+
+    def _tokens(self, split: TextSplit) -> Samples:
+        return tokenised(self._tokenizer, split, self.length)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self.tokenizer)
+
+
+Inputs = ImageInputs | TextInputs
+
+_KINDS: dict[str, type[ImageInputs] | type[TextInputs]] = {"images": ImageInputs, "texts": TextInputs}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set as a backbone takes it.
+
+    Args:
+        classes: the names of the labels.
+        train: to train on; None where a file was left whole.
+        validation: to choose by; None likewise.
+        test: for the last figure only.
+        inputs: prepare a batch of it, and read single samples of its kind.
+    """
+
+    classes: tuple[str, ...]
+    train: Any
+    validation: Any
+    test: Any
+    inputs: Inputs
+
+
+def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int | None = None) -> Inputs:
+    """What a backbone takes.
+
+    Args:
+        model: the backbone.
+        name: its name, as :func:`visadapt.inject` takes it.
+        size: side of the pictures in pixels; None for the side that the backbone was trained at.
+        length: of texts in tokens; None for 128.
+
+    Raises:
+        VisadaptError: a size of texts or a length of pictures; a backbone that takes neither.
+    """
+    if getattr(model, "main_input_name", None) == "input_ids":
+        if size is not None:
+            raise VisadaptError(f"{name} reads texts, which have a length but no size")
+        return TextInputs(name) if length is None else TextInputs(name, length)
+    if length is not None:
+        raise VisadaptError(f"{name} sees pictures, which have a size but no length")
+    example = guess_input(model)
+    if not isinstance(example, Tensor) or example.ndim != 4:
+        raise VisadaptError(f"{name} takes neither pictures nor texts, as far as visadapt can tell")
+    published = getattr(model, "pretrained_cfg", None) or {}
+    return ImageInputs(
+        example.shape[-1] if size is None else size,
+        tuple(published.get("mean", IMAGENET_MEAN)),
+        tuple(published.get("std", IMAGENET_STD)),
+    )
+
+
+def described(inputs: Inputs) -> dict[str, Any]:
+    """Inputs as JSON values, for the notes of a task's file."""
+    kind = next(kind for kind, form in _KINDS.items() if isinstance(inputs, form))
+    return {"kind": kind, **dataclasses.asdict(inputs)}
+
+
+def from_description(description: Mapping[str, Any]) -> Inputs:
+    """What :func:`described` described.
+
+    Raises:
+        VisadaptError: it did not.
+    """
+    if not isinstance(description, Mapping):
+        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options, not by {description!r}")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
+    try:
+        return _KINDS[description["kind"]](**fields)
+    except (KeyError, TypeError) as error:
+        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options: {error}") from error

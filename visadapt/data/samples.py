@@ -1,0 +1,95 @@
+"""Samples in memory, and what makes a batch of them ready for a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visadapt.data.transforms import normalize
+from visadapt.errors import VisadaptError
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs in memory and their labels.
+
+    Args:
+        inputs: a tensor ``(N, …)``, or a dict of such tensors by the model's argument names.
+        labels: class indices, int64, or real values to predict, floating point, ``(N,)``; None where there are none to
+            compare with.
+    """
+
+    inputs: Tensor | dict[str, Tensor]
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        parts = self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]
+        counts = {len(part) for part in parts}
+        if len(counts) != 1:
+            raise VisadaptError(f"inputs of different lengths: {', '.join(str(n) for n in sorted(counts))}")
+        if self.labels is None:
+            return
+        if self.labels.ndim != 1 or not (self.labels.dtype == torch.int64 or self.labels.is_floating_point()):
+            got = f"{self.labels.dtype} of {tuple(self.labels.shape)}"
+            raise VisadaptError(f"labels are class indices, int64 of shape (N,), or real values; got {got}")
+        if len(self.labels) not in counts:
+            raise VisadaptError(f"{len(self.labels)} labels for {counts.pop()} inputs")
+
+    def __len__(self) -> int:
+        first = next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs
+        return len(first)
+
+    def take(self, index: Tensor | slice) -> tuple[Any, Tensor | None]:
+        """The samples at these indices: inputs, labels."""
+        if isinstance(self.inputs, dict):
+            inputs: Any = {key: value[index] for key, value in self.inputs.items()}
+        else:
+            inputs = self.inputs[index]
+        return inputs, None if self.labels is None else self.labels[index]
+
+
+def ready(inputs: Any) -> Any:
+    """What is done to a batch where the caller says nothing: bytes become normalised images, padding is cut away.
+
+    Args:
+        inputs: a batch. uint8 images ``(N, 3, H, W)`` are normalised as ImageNet's networks want them; token ids with
+            an ``attention_mask`` are cut to the longest text in the batch; anything else stays as it is.
+    """
+    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+        return normalize(inputs)
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
+        return trimmed(dict(inputs))
+    return inputs
+
+
+def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokenised texts without the columns in which every text has padding."""
+    mask = inputs["attention_mask"]
+    used = mask.bool().any(0).nonzero().flatten()
+    if len(used) == 0:
+        return inputs
+    first, last = int(used[0]), int(used[-1]) + 1
+    return {k: v[:, first:last] if v.shape[:2] == mask.shape else v for k, v in inputs.items()}
+
+
+def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
+    """Texts as tensors.
+
+    Args:
+        tokenizer: one of transformers'.
+        split: a :class:`~visadapt.data.TextSplit`, of texts or of pairs.
+        max_length: tokens; longer texts are cut.
+
+    Raises:
+        VisadaptError: there is no text.
+    """
+    if not len(split):
+        raise VisadaptError("there is no text to tokenise")
+    first = split.texts[0]
+    columns = [list(split.texts)] if isinstance(first, str) else [list(side) for side in zip(*split.texts, strict=True)]
+    made = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return Samples(dict(made), split.labels)

@@ -1,0 +1,1 @@
+"""Tasks written out: merged into plain weights, or exported as programs."""

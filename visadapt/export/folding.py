@@ -1,0 +1,50 @@
+"""Folding: eval-mode BatchNorms written into the convs before them, for inference."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.backbone.batchnorm import carried, folded, pairs
+from visadapt.errors import VisadaptError
+from visadapt.runtime.registry import find_registry
+
+
+def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
+    """Folds every BatchNorm that alone follows a conv into it: W' = s·W, b' = s·b + t with s = γ/√(σ²+ε), t = β − μ·s.
+
+    Args:
+        model: a plain model in eval mode, such as :func:`visadapt.merge` gives; changed in place.
+        example: an input to find the pairs with, as :func:`visadapt.sites` takes it; guessed if None.
+
+    Returns:
+        The same model; the folded norms have become identities (or the activation that they carried).
+
+    Raises:
+        VisadaptError: the model is injected or in train mode, or does not run on the example.
+    """
+    if find_registry(model) is not None:
+        raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
+    if model.training:
+        raise VisadaptError("folding takes the running statistics as they are: call eval() first")
+    for conv_path, norm_path in pairs(model, example):
+        conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
+        _fold_pair(cast("nn.Conv2d", conv), norm)
+        model.set_submodule(norm_path, _rest(norm))
+    return model
+
+
+@torch.no_grad()
+def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    kernel, bias = folded(conv, norm)
+    conv.weight.copy_(kernel)
+    conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What remains of a norm that is folded."""
+    after = carried(norm)
+    return nn.Sequential(*after) if after else nn.Identity()

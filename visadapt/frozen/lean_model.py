@@ -1,0 +1,95 @@
+"""``lean``: a frozen backbone that remembers, and computes, only what a frozen backbone must."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.backbone.batchnorm import pairs
+from visadapt.backbone.modules import LEAN, own_modules, unwrapped
+from visadapt.errors import VisadaptError
+from visadapt.frozen.layers import Lean, Pair, maker_for
+from visadapt.runtime.host import swap
+from visadapt.runtime.registry import registry_of
+
+
+def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = None) -> nn.Module:
+    """Makes the frozen layers of an injected model lean, for training and for inference.
+
+    An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
+    one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
+    stands behind a BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain
+    model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; :func:`unlean` undoes it
+    exactly. To compute again what is kept, adapters' inputs too, switch on the backbone's own checkpointing: timm's
+    ``set_grad_checkpointing()``, say.
+
+    Args:
+        model: an injected model. Tasks may come and go afterwards.
+        keep: a dtype in which to keep what the backward pass needs of an adapter's, a norm's or an activation's input,
+            such as ``torch.bfloat16``: half the bytes, outputs as before, gradients rounded to that dtype's precision.
+            None keeps everything in its own. A model that is lean already goes on with this one.
+        example: an input to find out with which norm follows which conv, as :func:`visadapt.sites` takes it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
+    """
+    registry = registry_of(model)
+    backbone = unwrapped(model)
+    if keep is not None and not (isinstance(keep, torch.dtype) and keep.is_floating_point):
+        raise VisadaptError(f"keep is a floating-point dtype such as torch.bfloat16, or None; got {keep!r}")
+    if registry.lean is not None:
+        registry.lean.keep = keep
+        return model
+    try:
+        found = pairs(backbone, example)
+    except VisadaptError:
+        # a backbone whose input cannot be guessed is lean without folding
+        found = []
+    folded: dict[nn.Module, Pair] = {}
+    for conv_path, norm_path in found:
+        conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
+        around = tuple(backbone.get_submodule(path) for path in {*_upwards(conv_path), *_upwards(norm_path)})
+        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm), around)
+    registry.lean = Lean(keep)
+    for module in own_modules(backbone).values():
+        make = maker_for(module, set(folded))
+        if make is not None:
+            module.__dict__[LEAN] = folded.get(module, registry.lean)
+            swap(module, make)
+    for name in registry.tasks:
+        for parts in registry.parts(name).values():
+            for part in parts.values():
+                registry.lean.apply(part)
+    return model
+
+
+def unlean(model: nn.Module) -> nn.Module:
+    """Undoes :func:`lean`, exactly.
+
+    Args:
+        model: an injected model, lean or not.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    registry = registry_of(model)
+    for module in unwrapped(model).modules():
+        if module.__dict__.pop(LEAN, None) is not None:
+            swap(module, None)
+    registry.lean = None
+    return model
+
+
+def _upwards(path: str) -> list[str]:
+    """A module's path and those of all that hold it."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(len(names) + 1)]

@@ -1,0 +1,259 @@
+"""``inject``, the one verb, and its inverses ``remove`` and ``eject``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from visadapt.backbone import heads
+from visadapt.backbone.find import find_sites
+from visadapt.backbone.heads import backbone_size
+from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import Sites, Where
+from visadapt.backbone.where import select
+from visadapt.checks import check_choice, check_num_classes, check_width
+from visadapt.data.hub import resolve
+from visadapt.errors import VisadaptError, nearest
+from visadapt.methods import METHODS, Bottleneck
+from visadapt.methods.method import Method
+from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
+from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
+from visadapt.runtime import host
+from visadapt.runtime.registry import Task, check_task_name, find_registry, registry_of
+
+
+def inject(
+    model: nn.Module | Callable[..., nn.Module] | str,
+    method: Method | str | None = None,
+    *,
+    m: int | float | None = None,
+    budget: float | None = None,
+    task: str = "default",
+    num_classes: int | None = None,
+    labels: Sequence[str] | None = None,
+    head: str = "auto",
+    norms: str = "affine",
+    where: Where | None = None,
+    example: Any = None,
+    **build: Any,
+) -> nn.Module:
+    """Puts a method's adapters into a backbone, freezes the backbone, and makes the task the active one.
+
+    The model itself is changed and returned: same object, same class, same keys in ``state_dict``. Called again with
+    the same ``task`` it adds another method to that task; with another it begins a new task on the same backbone.
+
+    Args:
+        model: a module; a builder such as torchvision's ``resnet50``; or a name: ``"timm/resnet50.a1_in1k"``,
+            ``"torchvision/vgg16"``, ``"hf/bert-base-uncased"``, ``"bundled/resnet50"``.
+        method: what to put in; ``Bottleneck()`` by default. A string names a method with its default options.
+        m: width of the bottleneck, an int or a fraction of each site's width in (0, 1).
+        budget: instead of ``m``: the largest width whose adapters and norms stay within this fraction of the backbone's
+            parameters (0.02 is 2 %); heads are not counted on either side.
+        task: name of the task that owns what is put in.
+        num_classes: width of the task's new head; None keeps the backbone's (see ``head``).
+        labels: names of the classes, in the order of the logits; kept in the task's file.
+        head: ``new`` (needs ``num_classes``), ``copy`` (the task trains a copy of the backbone's head), ``frozen``, or
+            ``auto``: new if ``num_classes`` is given, else a copy of what transformers' ``…ForSequenceClassification``
+            made for the problem, else the backbone's own, frozen.
+        norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
+            running statistics never move) or ``full`` (statistics too, which move in train mode).
+        where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
+        example: an input to trace shapes with, where a glob in ``where`` names modules that are no known site.
+        **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: something in the request matches nothing or contradicts what is there. Nothing was changed then.
+    """
+    backbone = _resolve(model, build)
+    chosen = _method(method, m, budget)
+    _check_options(task, num_classes, labels, head, norms)
+    registry = find_registry(backbone)
+    if registry is None:
+        modules = own_modules(backbone)
+        host.check_free(backbone, modules)
+        known_norms = find_norms(modules)
+    else:
+        known_norms = registry.norms
+    wanted = chosen.where if where is None else where
+    sites = Sites()
+    if chosen.kinds or wanted is not None:
+        sites = select(backbone, find_sites(backbone, example), wanted, chosen.kinds, example)
+    chosen.check(backbone, sites)
+    if budget is not None:
+        chosen = _within(backbone, chosen, sites, budget, known_norms if norms != "frozen" else {})
+    if registry is not None and task in registry.tasks:
+        plan = extended_plan(backbone, registry.tasks[task], chosen, sites, num_classes, labels, head, norms)
+    else:
+        spec = Task(task, norms, *_head_policy(backbone, head, num_classes))
+        spec.labels = None if labels is None else _checked_labels(backbone, labels, spec.num_classes)
+        plan = new_plan(backbone, spec, [(chosen, sites)], known_norms)
+    warn_if_larger(plan)
+    commit(backbone, plan)
+    return model if isinstance(model, nn.Module) else backbone
+
+
+def remove(model: nn.Module, task: str) -> nn.Module:
+    """Takes a task out of a model; the other tasks and the backbone are as they were.
+
+    Args:
+        model: an injected model.
+        task: its name. If it is the active one, the bare backbone is active afterwards.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: there is no such task.
+    """
+    registry = registry_of(model)
+    gone = registry.task(task)
+    for path in gone.hosts:
+        module = registry.hosts[path]
+        host.detach(module, task)
+        if CHILD not in module._modules:
+            del registry.hosts[path]
+    del registry.tasks[task]
+    registry.configs.pop(task, None)
+    if registry.active == task or (isinstance(registry.active, tuple) and task in registry.active):
+        registry.active = None
+    return model
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Takes all tasks out and gives the original back, bit for bit: classes, keys, modes and ``requires_grad``.
+
+    Args:
+        model: an injected model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    registry = registry_of(model)
+    backbone = unwrapped(model)
+    for name in list(registry.tasks):
+        remove(backbone, name)
+    for guard in registry.guards:
+        guard.remove()
+    for module in own_modules(backbone).values():
+        # what replaced a host may have taken its children over
+        module._modules.pop(CHILD, None)
+        unfreeze(module)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name in registry.trained)
+        parameter.grad = None
+    del backbone.__dict__["_visadapt"]
+    return model
+
+
+def _resolve(model: Any, build: dict[str, Any]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        if build:
+            names = [*inspect.signature(inject).parameters]
+            key = next(iter(build))
+            raise VisadaptError(f"inject takes no {key!r}{nearest(key, names)}")
+        return unwrapped(model)
+    return resolve(model, **build)
+
+
+def _method(given: Any, m: Any, budget: Any) -> Method:
+    method = given
+    if isinstance(method, str):
+        check_choice(method, METHODS, "method")
+        method = METHODS[method]
+    if isinstance(method, type) and issubclass(method, Method):
+        method = method()
+    if method is None:
+        method = Bottleneck()
+    if not isinstance(method, Method):
+        raise VisadaptError(f"method is one of {', '.join(METHODS)} with its options, got {given!r}")
+    if budget is not None:
+        if m is not None:
+            raise VisadaptError("give m= or budget=, not both")
+        if isinstance(budget, bool) or not isinstance(budget, float) or not 0 < budget < 1:
+            raise VisadaptError(f"budget is a fraction of the backbone's parameters in (0, 1), got {budget!r}")
+    if m is not None or budget is not None:
+        if not any(f.name == "m" for f in dataclasses.fields(method)):
+            raise VisadaptError(
+                f"{type(method).__name__} has no width m: its options are {', '.join(method.options())}"
+            )
+        if m is not None:
+            check_width(m)
+            return dataclasses.replace(method, m=m)  # type: ignore[call-arg]
+    return method
+
+
+def _check_options(task: Any, num_classes: Any, labels: Any, head: Any, norms: Any) -> None:
+    check_task_name(task)
+    check_num_classes(num_classes)
+    check_choice(norms, NORM_POLICIES, "norm policy")
+    check_choice(head, HEAD_POLICIES, "head policy")
+    is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
+    if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
+        raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
+
+
+def _checked_labels(model: nn.Module, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
+    found = heads.find_head(model)
+    own = None if found is None else heads.width_of(model.get_submodule(found.final))
+    width = own if num_classes is None else num_classes
+    if width is not None and len(labels) != width:
+        raise VisadaptError(f"{len(labels)} labels for a head of {width} classes")
+    twice = [label for label, times in Counter(labels).items() if times > 1]
+    if twice:
+        raise VisadaptError(f"labels name {twice[0]!r} twice")
+    return tuple(labels)
+
+
+def _head_policy(model: nn.Module, head: str, num_classes: int | None) -> tuple[str, int | None]:
+    if head == "new" and num_classes is None:
+        raise VisadaptError("head='new' needs num_classes=")
+    if head in ("copy", "frozen") and num_classes is not None:
+        raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or say head='new'")
+    if head == "frozen":
+        return "frozen", None
+    found = heads.find_head(model)
+    if found is None:
+        if head == "auto" and num_classes is None:
+            return "frozen", None
+        raise VisadaptError(
+            f"no head found in {type(model).__name__}: visadapt looks for timm's and transformers' own and for a last "
+            "linear called fc, classifier, head, heads, …; name yours so, or leave num_classes out"
+        )
+    if num_classes is not None:
+        return "new", num_classes
+    if head == "copy" or found.fresh:
+        return "copy", heads.width_of(model.get_submodule(found.final))
+    return "frozen", None
+
+
+def _within(model: nn.Module, method: Method, sites: Sites, budget: float, norms: dict[str, nn.Module]) -> Method:
+    """The method with the largest m whose adapters and norms stay within ``budget`` of the backbone, heads aside."""
+    allowed = budget * backbone_size(model)
+    fixed = sum(p.numel() for norm in norms.values() for p in norm._parameters.values() if p is not None)
+
+    def cost(width: int) -> int:
+        sized = dataclasses.replace(method, m=width)  # type: ignore[call-arg]
+        return fixed + sum(sized.count(site, model.get_submodule(site.host)) for site in sites)
+
+    low, high = 0, max(site.channels for site in sites)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= allowed else (low, middle - 1)
+    if low == 0:
+        raise VisadaptError(
+            f"budget={budget:g} allows {allowed:,.0f} parameters, but m=1 already takes {cost(1):,}"
+            + (f" ({fixed:,} of them the norms: norms='frozen' saves these)" if fixed else "")
+        )
+    return dataclasses.replace(method, m=low)  # type: ignore[call-arg]

@@ -1,0 +1,124 @@
+"""A report as one HTML page that needs nothing else: for light and dark rooms, desks and phones."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+from visadapt.report.assembly import Report
+from visadapt.report.section import Claim, Section
+from visadapt.report.style import Drawing, Look
+from visadapt.table import Table
+
+_PHONE = "(max-width: 560px)"
+
+_DARK = "(prefers-color-scheme: dark)"
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2530; --quiet: #56606d; --line: #d4d9e0; --card: #f6f7f9;
+        --good: #00674b; --bad: #a33f00; --link: #005a94; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181d; --ink: #e4e8ee; --quiet: #a3adba; --line: #39424e; --card: #1b2027;
+          --good: #3fd0a4; --bad: #f28e4b; --link: #7cc4f0; } }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0.5rem 0 1rem; }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 3rem 0 0.5rem; padding-top: 1rem;
+     border-top: 1px solid var(--line); }
+nav ul { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none; margin: 0; padding: 0; }
+a { color: var(--link); }
+nav a { display: inline-block; padding: 0.35rem 0; }
+.finding { font-size: 1.08rem; font-weight: 600; margin: 0.5rem 0; }
+.reading, footer { color: var(--quiet); font-size: 0.92rem; }
+figure { margin: 1.5rem 0; }
+figure img { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; margin: 0.5rem 0 1.2rem; }
+.scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--quiet); padding: 0.3rem 0; }
+th, td { padding: 0.3rem 0.7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; }
+.number { text-align: right; white-space: nowrap; }
+summary { cursor: pointer; padding: 0.5rem 0; }
+.claims, .claims ul { list-style: none; margin: 0; padding: 0; }
+.claims > li { background: var(--card); border-radius: 0.4rem; margin: 0.6rem 0; padding: 0.6rem 0.9rem;
+               font-weight: 600; }
+.claims cite, .claims ul { font-weight: 400; font-style: normal; color: var(--quiet); font-size: 0.92rem; }
+.claims ul li { margin: 0.25rem 0; padding-left: 0.7rem; border-left: 3px solid var(--good); }
+.claims ul li.fails { border-left-color: var(--bad); }
+.holds strong { color: var(--good); }
+.fails strong { color: var(--bad); }
+"""
+
+
+def page(report: Report) -> str:
+    """The page, figures and style within it."""
+    claims = [claim for section in report.sections for claim in section.claims]
+    links = [("claims", "Claims")] * bool(claims) + [(section.name, section.title) for section in report.sections]
+    entries = "".join(f"<li><a href='#{at}'>{escape(to)}</a></li>" for at, to in links)
+    parts = [f"<h1>{escape(report.title)}</h1>", f"<nav aria-label='Sections'><ul>{entries}</ul></nav>"]
+    if claims:
+        parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(claims)}</section>")
+    parts += [_section(section) for section in report.sections]
+    made = "".join(f"<li>{escape(line)}</li>" for line in report.made_with)
+    footer = f"<footer><h2>Made with</h2><ul>{made}</ul></footer>" if made else ""
+    return (
+        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{escape(report.title)}</title>"
+        f"<link rel='icon' href='data:,'><style>{STYLE}</style></head>\n"
+        f"<body><main>\n{chr(10).join(parts)}\n{footer}</main></body></html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    tables = "".join(_table(table) for table in section.tables)
+    return (
+        f"<section id='{section.name}'><h2>{escape(section.title)}</h2>"
+        f"<p class='finding'>{escape(section.finding)}</p><p class='reading'>{escape(section.reading)}</p>"
+        f"{''.join(_figure(drawing) for drawing in section.drawings)}"
+        f"<details><summary>The numbers</summary>{tables}</details></section>"
+    )
+
+
+def _figure(drawing: Drawing) -> str:
+    """Four drawings, of which the browser takes the one for its room and width."""
+    narrow = 3.7
+
+    def source(look: Look, media: str) -> str:
+        return f"<source media='{media}' srcset='{_data(drawing, look)}'>"
+
+    return (
+        "<figure><picture>"
+        + source(Look("dark", narrow), f"{_PHONE} and {_DARK}")
+        + source(Look("light", narrow), _PHONE)
+        + source(Look("dark"), _DARK)
+        + f"<img src='{_data(drawing, Look())}' alt=\"{escape(drawing.alt)}\"></picture></figure>"
+    )
+
+
+def _data(drawing: Drawing, look: Look) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawing.render(look)).decode()}"
+
+
+def _table(table: Table) -> str:
+    # a region that scrolls must be reachable by keyboard, and say what it is
+    label = escape(table.title, quote=True)
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{table.html()}</div>'
+
+
+def _claims(claims: list[Claim]) -> str:
+    """One card a claim, with a line for each case that it was put to the test on."""
+    cards = []
+    for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):
+        cases = "".join(
+            f"<li class='{'holds' if claim.holds else 'fails'}'><strong>{claim.verdict.capitalize()}</strong> "
+            f"({escape(claim.case)}): {escape(claim.measured)}</li>"
+            for claim in claims
+            if claim.text == text
+        )
+        cards.append(f"<li>{escape(text)} <cite>({escape(source)})</cite><ul>{cases}</ul></li>")
+    return f"<ul class='claims'>{''.join(cards)}</ul>"

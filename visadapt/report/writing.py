@@ -1,0 +1,47 @@
+"""A report on disk: Markdown, its figures, and the HTML page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from visadapt.experiments.record import read_results
+from visadapt.files import replacing
+from visadapt.report.assembly import build
+from visadapt.report.html_page import page
+from visadapt.report.markdown_page import markdown
+from visadapt.report.style import Look
+
+
+def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str = "Results") -> list[Path]:
+    """Writes ``OUT.md``, ``OUT.html`` and the figures, ``OUT/….svg``. The same results give the same bytes.
+
+    Args:
+        results: a folder or file of results.
+        out: where to, without a suffix: ``docs/results``.
+        title: of both pages.
+
+    Returns:
+        The paths of what was written, the pages first.
+
+    Raises:
+        VisadaptError: no results, too few of them, or of several settings under the same names; no matplotlib, or a
+            folder that cannot be written to. All is drawn before anything is written.
+    """
+    target = Path(out)
+    report = build(read_results(results), title)
+    # a name may hold a dot, so suffixes are added, not changed
+    files = {
+        Path(f"{target}.md"): markdown(report, target.name).encode(),
+        Path(f"{target}.html"): page(report).encode(),
+        **{
+            target / f"{drawing.name}.svg": drawing.render(Look())
+            for section in report.sections
+            for drawing in section.drawings
+        },
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    return list(files)

@@ -1,0 +1,1 @@
+"""For whom: the tasks of a model while it runs."""

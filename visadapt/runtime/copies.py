@@ -1,0 +1,106 @@
+"""A task's own copies of the backbone's norms and heads."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import cast
+
+import torch
+from torch import nn
+
+from visadapt.backbone.heads import Head
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_class, plain_copy
+from visadapt.runtime.classes import frozen_class, widened_class
+
+
+def build_head(model: nn.Module, head: Head, num_classes: int | None, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """A task's own head, on the backbone's device.
+
+    Args:
+        model: the backbone.
+        head: where its head is.
+        num_classes: width of a new final layer, or None to start from the backbone's weights.
+        dtype: of the head's parameters.
+
+    Returns:
+        The task's module for each of ``head.modules``.
+    """
+    made: dict[str, nn.Module] = {}
+    for path in head.modules:
+        own = model.get_submodule(path)
+        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in own_parameters(own))
+        # a head of a thousand classes is not copied only to be replaced by one of ten
+        renewed = num_classes is not None and path in head.finals
+        module = _renewed(own, cast("int", num_classes), model, dtype) if renewed else plain_copy(own).to(dtype)
+        module.requires_grad_(True)
+        for last in head.finals if num_classes is not None else ():
+            if last.startswith(f"{path}."):
+                inner = last.removeprefix(f"{path}.")
+                final = module.get_submodule(inner)
+                module.set_submodule(inner, _renewed(final, cast("int", num_classes), model, dtype))
+        if low and dtype == torch.float32:
+            module.__class__ = widened_class(type(module))
+        made[path] = module
+    return made
+
+
+def _renewed(final: nn.Module, num_classes: int, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    weight = final.weight
+    assert isinstance(weight, nn.Parameter)
+    fresh: nn.Module
+    if isinstance(final, nn.Linear):
+        fresh = nn.Linear(final.in_features, num_classes, final.bias is not None, device=weight.device, dtype=dtype)
+    else:
+        assert isinstance(final, nn.Conv2d)
+        fresh = nn.Conv2d(
+            final.in_channels, num_classes, 1, bias=final.bias is not None, device=weight.device, dtype=dtype
+        )
+    # transformers draws its heads at the scale of its config; torch's own default is as good elsewhere
+    std = getattr(getattr(model, "config", None), "initializer_range", None)
+    if isinstance(std, float) and math.isfinite(std):
+        nn.init.normal_(fresh.weight, std=std)  # type: ignore[arg-type]
+        if fresh.bias is not None:
+            nn.init.zeros_(fresh.bias)  # type: ignore[arg-type]
+    return fresh
+
+
+def own_copy(norm: nn.Module, full: bool) -> nn.Module:
+    """A task's own copy of a norm: the same class, its own affine parameters.
+
+    Args:
+        norm: a module of the backbone, with or without parts.
+        full: whether the copy has running statistics of its own, which move in train mode. Otherwise it reads the
+            backbone's, through the very same dict of buffers, so that they follow the backbone to other devices.
+    """
+    plain = plain_class(norm)
+    weight = next(p for p in norm._parameters.values() if p is not None)
+    low = weight.dtype in (torch.float16, torch.bfloat16)
+    cls = widened_class(plain) if low else plain
+    clone = cls.__new__(cls)
+    nn.Module.__init__(clone)
+    own = {k: v for k, v in norm.__dict__.items() if k not in clone.__dict__ or k == "training"}
+    clone.__dict__.update(own)
+    for name, parameter in norm._parameters.items():
+        # adapters and norms of a task are kept in fp32 beside a half-precision backbone
+        value = None if parameter is None else parameter.detach().clone()
+        if value is not None:
+            value = value.float() if low else value
+        clone._parameters[name] = None if value is None else nn.Parameter(value)
+    for name, child in norm._modules.items():
+        if name != CHILD:
+            clone._modules[name] = copy.deepcopy(child)
+    clone._non_persistent_buffers_set = set(norm._non_persistent_buffers_set)
+    if full or low:
+        clone._buffers = {
+            k: None if v is None else (v.detach().float() if low and v.is_floating_point() else v.detach().clone())
+            for k, v in norm._buffers.items()
+        }
+    else:
+        clone._buffers = norm._buffers
+    if not full:
+        clone._non_persistent_buffers_set.update(clone._buffers)
+        if is_stateful(norm):
+            clone.__dict__["track_running_stats"] = False
+            clone.__class__ = frozen_class(cls)
+    return clone

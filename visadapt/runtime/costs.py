@@ -1,0 +1,115 @@
+"""What each task costs: parameters, bytes, and its fraction of the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from visadapt.backbone.heads import backbone_size
+from visadapt.backbone.modules import unwrapped
+from visadapt.runtime.registry import Registry, registry_of
+from visadapt.table import Table
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What a task costs, in numbers.
+
+    Attributes:
+        task: its name.
+        methods: what was put in, with options.
+        sites: number of sites with an adapter.
+        adapters: parameters of the adapters.
+        norms: parameters of its norm copies.
+        norm_policy: ``frozen``, ``affine`` or ``full``.
+        head: parameters of its head.
+        num_classes: width of its head.
+        fraction: adapters and norms, over the backbone without its head.
+        bytes: of all its tensors.
+    """
+
+    task: str
+    methods: str
+    sites: int
+    adapters: int
+    norms: int
+    norm_policy: str
+    head: int
+    num_classes: int | None
+    fraction: float
+    bytes: int
+
+    @property
+    def trained(self) -> int:
+        """All parameters of the task, head included."""
+        return self.adapters + self.norms + self.head
+
+
+class Summary(dict[str, TaskSummary]):
+    """Summaries by task; prints as a table."""
+
+    def __init__(self, rows: dict[str, TaskSummary], backbone: int, active: Any) -> None:
+        super().__init__(rows)
+        self.backbone = backbone
+        """Parameters of the backbone without its head."""
+        self.active = active
+
+    def table(self) -> Table:
+        """One row a task; the active one carries a star."""
+        rows = [
+            (
+                f"{row.task} *" if row.task == self.active else row.task,
+                row.methods,
+                row.sites,
+                f"{row.adapters:,}",
+                f"{row.norms:,} ({row.norm_policy})",
+                f"{row.head:,}" if row.head else "backbone's",
+                f"{100 * row.fraction:.2f} %",
+                f"{row.bytes / 1000:,.0f} kB",
+            )
+            for row in self.values()
+        ]
+        headings = ("task", "methods", "sites", "adapters", "norms", "head", "of backbone", "size")
+        return Table(headings, rows, title=f"backbone without head: {self.backbone:,} parameters, frozen")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+
+def summary(model: nn.Module) -> Summary:
+    """Per task: parameters, fraction of the backbone, bytes, norms, head. Prints as a table.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    registry = registry_of(model)
+    whole = backbone_size(unwrapped(model))
+    return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
+
+
+def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
+    task = registry.task(name)
+    count = {"norm": 0, "head": 0, "adapters": 0}
+    size = 0
+    for parts in registry.parts(name).values():
+        for part, module in parts.items():
+            key = part if part in ("norm", "head") else "adapters"
+            count[key] += sum(p.numel() for p in module.parameters())
+            size += sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    return TaskSummary(
+        task=name,
+        methods=" + ".join(str(placement.method) for placement in task.placements),
+        sites=sum(len(placement.sites) for placement in task.placements),
+        adapters=count["adapters"],
+        norms=count["norm"],
+        norm_policy=task.norms,
+        head=count["head"],
+        num_classes=task.num_classes,
+        fraction=(count["adapters"] + count["norm"]) / max(whole, 1),
+        bytes=size,
+    )

@@ -1,0 +1,210 @@
+"""The task decider: a small classifier on the frozen backbone's features that picks the task of an unlabelled input.
+
+Rosenfeld & Tsotsos 2018 (arXiv 1705.04228) train a network to tell from which data set an image comes; here it is one
+linear layer on the features that the bare backbone gives its head, since the backbone is in memory anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.backbone import heads
+from visadapt.backbone.fingerprint import differences, fingerprint
+from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.trace import call
+from visadapt.errors import VisadaptError
+from visadapt.files import write_tensors
+from visadapt.runtime.registry import registry_of
+from visadapt.runtime.selection import bare
+
+
+class Decider(nn.Module):
+    """p(task | x) = softmax(W·(f(x) − μ)/σ + b) on the bare backbone's features f(x).
+
+    Args:
+        tasks: names of the tasks, in the order of the logits.
+        mean: ``(D,)``, μ of the features it was fitted on.
+        std: ``(D,)``, σ of them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tasks: tuple[str, ...], mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        # it starts at zero: no random numbers of the caller's are drawn for it
+        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, len(mean), len(tasks), device=mean.device)  # type: ignore
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(N, D)`` features → ``(N, T)`` logits over the tasks."""
+        logits: Tensor = self.linear((features.to(self.mean) - self.mean) / self.std)
+        return logits
+
+    @torch.no_grad()
+    def choose(self, model: nn.Module, inputs: Any) -> list[str]:
+        """The task of each sample of a batch.
+
+        Raises:
+            VisadaptError: a task that the decider knows is no longer in the model.
+        """
+        found = features(model, inputs)
+        names = [self.tasks[i] for i in self.to(found.device)(found).argmax(1).tolist()]
+        for name in set(names):
+            registry_of(model).task(name)
+        return names
+
+
+@torch.no_grad()
+def features(model: nn.Module, inputs: Any) -> Tensor:
+    """What the bare backbone gives its head, ``(N, D)``: the mean over positions where that is a map or sequence.
+
+    Args:
+        model: an injected model whose head visadapt finds.
+        inputs: a batch as the model takes it: a tensor, a tuple or a dict.
+
+    Raises:
+        VisadaptError: the model has no head to listen at.
+    """
+    backbone = unwrapped(model)
+    head = heads.find_head(backbone)
+    if head is None:
+        raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")
+    heard: list[Tensor] = []
+    # the first of the head's modules: what it gets, nothing of the head has touched
+    handle = backbone.get_submodule(head.modules[0]).register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    try:
+        with bare(backbone):
+            call(backbone, inputs)
+    finally:
+        handle.remove()
+    found = heard[0]
+    return (found.flatten(2).mean(2) if found.ndim == 4 else found.mean(1) if found.ndim == 3 else found).float()
+
+
+def fit_decider(
+    model: nn.Module, samples: Mapping[str, Iterable[Any]], *, weight_decay: float = 1e-3, steps: int = 100
+) -> Decider:
+    """Fits the decider on inputs of each task, without labels, and gives it to the model for ``using(model, "auto")``.
+
+    Args:
+        model: an injected model.
+        samples: task → its batches of inputs, each as the model takes it. A few hundred inputs a task are plenty.
+        weight_decay: of the linear layer.
+        steps: of L-BFGS at most.
+
+    Returns:
+        The decider. Its accuracy on held-out inputs is what :func:`decide` gives.
+
+    Raises:
+        VisadaptError: fewer than two tasks, one that does not exist, or one without samples.
+    """
+    registry = registry_of(model)
+    names = tuple(registry.task(name).name for name in samples)
+    if len(names) < 2:
+        raise VisadaptError(f"a decider chooses between tasks: give samples of two or more, got {len(names)}")
+    found = {name: [features(model, batch) for batch in samples[name]] for name in names}
+    empty = [name for name in names if not found[name]]
+    if empty:
+        raise VisadaptError(f"no samples of task {empty[0]!r} to fit the decider on")
+    sets = [torch.cat(found[name]) for name in names]
+    x, y = torch.cat(sets), torch.cat([torch.full((len(s),), i, device=s.device) for i, s in enumerate(sets)])
+    decider = Decider(names, x.mean(0), x.std(0).clamp_min(1e-6))
+    optimiser = torch.optim.LBFGS(decider.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+    # every task counts the same, however many samples it brought
+    weight = torch.stack([(len(x) / len(names)) / (y == i).sum() for i in range(len(names))])
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(decider(x), y, weight) + weight_decay * decider.linear.weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)  # type: ignore[no-untyped-call]
+    registry.decider = decider.requires_grad_(False).eval()
+    return decider
+
+
+def decide(model: nn.Module, inputs: Any) -> list[str]:
+    """The task of each sample, as the model's decider sees it.
+
+    Args:
+        model: an injected model with a decider.
+        inputs: a batch as the model takes it.
+
+    Raises:
+        VisadaptError: the model has no decider, or its decider names a task that is gone.
+    """
+    registry = registry_of(model)
+    if registry.decider is None:
+        raise VisadaptError("this model has no decider: visadapt.fit_decider makes one, load_decider reads one")
+    decider: Decider = registry.decider
+    return decider.choose(model, inputs)
+
+
+def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Writes the model's decider to a safetensors file, atomically.
+
+    Raises:
+        VisadaptError: the model has none, or the folder cannot be written to.
+    """
+    decider = registry_of(model).decider
+    if decider is None:
+        raise VisadaptError("this model has no decider to save: visadapt.fit_decider makes one")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decider.state_dict().items()}
+    description = {"tasks": decider.tasks, "backbone": _backbone(model)}
+    write_tensors(Path(path), tensors, {"visadapt_decider": json.dumps(description, separators=(",", ":"))})
+    return Path(path)
+
+
+def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
+    """Reads a decider into an injected model.
+
+    Raises:
+        VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone (what differs is
+            named); a task it knows is not in the model.
+    """
+    registry = registry_of(model)
+    if not Path(path).is_file():
+        raise VisadaptError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("visadapt_decider", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tasks, backbone = list(description["tasks"]), dict(description["backbone"])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise VisadaptError(f"{path} holds no decider ({error})") from error
+    unlike = differences(backbone, _backbone(model), values=True)
+    if unlike:
+        raise VisadaptError(
+            f"{path} was fitted on another backbone than this {type(unwrapped(model)).__name__}: {unlike}"
+        )
+    names = tuple(registry.task(name).name for name in tasks)
+    try:
+        decider = Decider(names, tensors["mean"], tensors["std"])
+        decider.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise VisadaptError(f"{path} holds no whole decider ({error})") from error
+    registry.decider = decider.requires_grad_(False).eval()
+    return decider
+
+
+def _backbone(model: nn.Module) -> dict[str, list[str]]:
+    """The fingerprint of what gives the features: the backbone without its head."""
+    backbone = unwrapped(model)
+    head = heads.find_head(backbone)
+    return fingerprint(backbone, head.modules if head else (), registry_of(model).digests)

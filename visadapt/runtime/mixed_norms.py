@@ -1,0 +1,93 @@
+"""Norms in a mixed batch: every sample with its own task's affine part and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.backbone.modules import is_stateful, plain_class
+from visadapt.methods.stacking import Rows
+from visadapt.runtime.roles import role
+
+
+def stack_norms(
+    host: nn.Module, plain: type[nn.Module], groups: Sequence[nn.ModuleDict], rows: Rows, x: Tensor
+) -> Tensor | None:
+    """A BatchNorm (in eval mode) or LayerNorm in which every sample has its task's affine part and statistics.
+
+    Args:
+        host: the backbone's norm.
+        plain: its class.
+        groups: the tasks' parts there.
+        rows: which group each row of ``x`` belongs to.
+        x: the norm's input.
+
+    Returns:
+        The output, or None where the norm is of another kind or sees its batch's statistics.
+    """
+    if not (_is_batch_norm(host, plain) or plain.forward is nn.LayerNorm.forward):
+        return None
+    norms = []
+    for parts in groups:
+        own = parts._modules.get("norm")
+        if any(part is not own and role(part) in ("instead", "weights") for part in parts.values()):
+            return None
+        norms.append(host if own is None else own)
+    if any(plain_class(norm) is not plain_class(host) for norm in norms):
+        return None
+    if plain.forward is nn.LayerNorm.forward:
+        return _layer_norm(host, norms, rows, x)
+    return None if any(norm.training for norm in norms) else _batch_norm(host, norms, rows, x)
+
+
+def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
+    """Whether it is one, with statistics; timm's with an activation behind it is one too."""
+    known = plain.forward is _BatchNorm.forward or (
+        plain.__name__ == "BatchNormAct2d" and plain.__module__.startswith("timm.")
+    )
+    return known and is_stateful(host)
+
+
+def _batch_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
+    # not by getattr, which a module answers slowly: there may be thousands to ask
+    mean, var = (rows.gather([norm._buffers[name] for norm in norms]) for name in ("running_mean", "running_var"))
+    weight, bias = (rows.gather([norm._parameters[name] for norm in norms]) for name in ("weight", "bias"))
+    wide = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    eps = cast("float", host.eps)
+    if wide.is_contiguous():
+        # samples × channels as so many channels: the kernel that a task alone would use, and so its very bits
+        flat = wide.view(1, -1, *wide.shape[2:]) if wide.ndim > 2 else wide.view(1, -1)
+        stats = (mean.flatten(), var.flatten(), weight.flatten(), bias.flatten())
+        y = F.batch_norm(flat, *stats, training=False, eps=eps).view_as(wide)
+    else:
+        ones = [1] * (x.ndim - 2)
+        scale = weight * torch.rsqrt(var + eps)
+        shift = torch.addcmul(bias, mean, scale, value=-1)
+        y = torch.addcmul(shift.view(*shift.shape, *ones), wide, scale.view(*scale.shape, *ones))
+    y = y.to(x.dtype)
+    for child in host.children():
+        # the dropout and the activation that some norms carry
+        y = y if isinstance(child, nn.ModuleDict) else child(y)
+    return y
+
+
+def _layer_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
+    shape = cast("tuple[int, ...]", host.normalized_shape)
+    view = (x.shape[0], *[1] * (x.ndim - 1 - len(shape)), *shape)
+    weights = [norm.weight for norm in norms]
+    wide = x
+    if weights[0] is not None and x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        wide = x.to(weights[0].dtype)
+    y = F.layer_norm(wide, shape, eps=cast("float", host.eps))
+    if weights[0] is None:
+        return y.to(x.dtype)
+    weight = rows.gather(weights).view(view)
+    if norms[0].bias is None:
+        return (y * weight).to(y.dtype if wide is x else x.dtype)
+    bias = rows.gather([norm.bias for norm in norms]).view(view)
+    return torch.addcmul(bias, y.to(weight.dtype), weight).to(y.dtype if wide is x else x.dtype)

@@ -1,0 +1,40 @@
+"""Options of a task's parts that can be changed after inject."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from visadapt.errors import VisadaptError
+from visadapt.methods.dan import DAN, Controller, check_alpha
+from visadapt.runtime.registry import registry_of
+
+
+def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
+    """Mixes the kernels of a task's DAN controllers with the backbone's, as the paper's switch does.
+
+    Args:
+        model: an injected model.
+        task: name of a task with a ``DAN``.
+        alpha: 1 for the task's kernels, 0 for the backbone's, or between.
+
+    Returns:
+        The same model. The task's file will remember.
+
+    Raises:
+        VisadaptError: there is no such task, it has no ``DAN``, or ``alpha`` is out of range.
+    """
+    registry = registry_of(model)
+    placements = registry.task(task).placements
+    if not any(isinstance(placement.method, DAN) for placement in placements):
+        raise VisadaptError(f"task {task!r} has no DAN, whose alpha could be set")
+    check_alpha(alpha)
+    for i, placement in enumerate(placements):
+        if isinstance(placement.method, DAN):
+            placements[i] = dataclasses.replace(placement, method=dataclasses.replace(placement.method, alpha=alpha))
+    for parts in registry.parts(task).values():
+        for part in parts.values():
+            if isinstance(part, Controller):
+                part.alpha = alpha
+    return model

@@ -1,0 +1,58 @@
+"""The parameters that a task trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from visadapt.backbone.modules import joined
+from visadapt.runtime.registry import check_hosts, registry_of
+from visadapt.runtime.selection import active
+
+
+def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """A task's parameters by name (``host.part.tensor``, as in its file), for optimisers with groups.
+
+    Raises:
+        VisadaptError: there is no such task, or a module that holds its parts was replaced.
+    """
+    check_hosts(model, task)
+    for path, parts in registry_of(model).parts(task).items():
+        for name, parameter in parts.named_parameters():
+            yield joined(path, name), parameter
+
+
+def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
+    """A task's parameters, for the optimiser: adapters, norm copies and head, nothing of the backbone.
+
+    Args:
+        model: an injected model.
+        task: its name; None for the active one.
+
+    Raises:
+        VisadaptError: there is no such task, or none is active.
+    """
+    return [parameter for _, parameter in named_parameters(model, active(model) if task is None else task)]  # type: ignore[arg-type]
+
+
+def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
+    """Lets gradients flow to these tasks only, as DDP wants it, which refuses parameters that a step does not use.
+
+    Args:
+        model: an injected model.
+        task: a name, or several for a training batch of mixed tasks.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: there is no such task.
+    """
+    registry = registry_of(model)
+    several = isinstance(task, Sequence) and not isinstance(task, str)
+    wanted = {registry.task(name).name for name in (task if several else [task])}
+    for name in registry.tasks:
+        for parts in registry.parts(name).values():
+            parts.requires_grad_(name in wanted)
+    return model

@@ -1,0 +1,215 @@
+"""What a model knows of its tasks, and which of them is meant at this moment in this thread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.fingerprint import Digests
+from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.errors import VisadaptError, nearest
+from visadapt.methods.method import Method
+
+AUTO = "auto"
+"""In a task's place: let the decider choose for each sample."""
+
+_USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method at its sites (full names, ``kind:host``), as ``inject`` put it there."""
+
+    method: Method
+    sites: tuple[str, ...]
+
+
+@dataclass
+class Task:
+    """Everything that a downstream problem trains, by description; the tensors live in the hosts.
+
+    Attributes:
+        name: letters, digits, ``_`` and ``-``.
+        norms: ``frozen``, ``affine`` or ``full``.
+        head: ``new`` (of ``num_classes`` outputs), ``copy`` (of the backbone's) or ``frozen`` (the backbone's own).
+        num_classes: width of the task's head; None with a frozen head.
+        labels: the classes' names, in the order of the head's outputs, where they are known.
+        placements: methods and their sites.
+        hosts: paths of the modules that hold a part of this task.
+        notes: what else its file remembers, as JSON values.
+    """
+
+    name: str
+    norms: str
+    head: str
+    num_classes: int | None = None
+    labels: tuple[str, ...] | None = None
+    placements: list[Placement] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Registry:
+    """The tasks of one injected model, shared by all its hosts (and copied with it by ``deepcopy``).
+
+    Attributes:
+        tasks: by name.
+        hosts: every module that holds parts, by its path in the model.
+        norms: every norm with parameters of its own, by path; known once, asked by each task.
+        trained: names of the backbone's parameters that required a gradient before the first inject.
+        configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
+        digests: of the backbone's tensors, as far as they are known.
+        lean: how lean :func:`visadapt.lean` made the model, None if it did not.
+        decider: the one that ``auto`` asks.
+        traced: sites that no family knows, by full name, as they were traced.
+        active: the task chosen by ``activate``; None is the bare backbone.
+        hidden: whether a forward with gradients was another task's, by ``using``, since then.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, Task] = {}
+        self.hosts: dict[str, nn.Module] = {}
+        self.norms: dict[str, nn.Module] = {}
+        self.trained: frozenset[str] = frozenset()
+        self.active: Any = None
+        self.hidden = False
+        self.traced: dict[str, Any] = {}
+        self.configs: dict[Any, Any] = {}
+        self.guards: tuple[Any, ...] = ()
+        self.decider: Any = None
+        self.digests: Digests = {}
+        self.lean: Any = None
+
+    def current(self) -> Any:
+        """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
+        using = _USING.get()
+        if using is not None and id(self) in using:
+            return using[id(self)]
+        return self.active
+
+    def acting(self) -> Any:
+        """The same for a forward that happens now.
+
+        Raises:
+            VisadaptError: it happens within backward, out of sight of the ``using`` of the forward that it repeats.
+        """
+        task = self.current()
+        if torch.compiler.is_compiling():
+            return task
+        if id(self) in (_USING.get() or ()):
+            self.hidden = self.hidden or (torch.is_grad_enabled() and task != self.active)
+        elif self.hidden and torch._C._current_graph_task_id() != -1:
+            raise VisadaptError(
+                "a part of the model is computed again in backward (gradient checkpointing), which does not see the "
+                "using() of its forward: call backward() inside that block, or choose by activate() (on a GPU always: "
+                "backward is another thread's there); what only evaluates belongs under torch.no_grad()"
+            )
+        return task
+
+    def task(self, name: Any) -> Task:
+        """The task of that name.
+
+        Raises:
+            VisadaptError: there is none; the nearest is named.
+        """
+        if not isinstance(name, str) or name not in self.tasks:
+            hint = nearest(name, self.tasks) or "; the model has no tasks yet: visadapt.inject makes one"
+            raise VisadaptError(f"no task {name!r}{hint}")
+        return self.tasks[name]
+
+    def parts(self, name: str) -> dict[str, nn.ModuleDict]:
+        """A task's parts by host path, in the order they were put in."""
+        return {
+            path: cast("nn.ModuleDict", cast("Parts", self.hosts[path]._modules[CHILD])[name])
+            for path in self.task(name).hosts
+        }
+
+
+def find_registry(model: Any) -> Registry | None:
+    """The registry of an injected model, or None.
+
+    Raises:
+        VisadaptError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return cast("Registry | None", unwrapped(model).__dict__.get("_visadapt"))
+
+
+def registry_of(model: Any) -> Registry:
+    """The registry of an injected model.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    registry = find_registry(model)
+    if registry is None:
+        raise VisadaptError(f"this {type(model).__name__} has no tasks: call visadapt.inject(model, …) first")
+    return registry
+
+
+def check_hosts(model: nn.Module, name: str) -> None:
+    """Refuses a model in which another module stands where one holds a task's parts: they would never act again.
+
+    Raises:
+        VisadaptError: there is no such task, or a module was replaced.
+    """
+    registry = registry_of(model)
+    there = set(own_modules(unwrapped(model)).values())
+    for path in registry.task(name).hosts:
+        if registry.hosts[path] not in there:
+            raise VisadaptError(
+                f"{path} was replaced after the inject (as nn.SyncBatchNorm.convert_sync_batchnorm does, or model.fc = "
+                f"…), so task {name!r} does not act there: change the backbone first, then inject"
+            )
+
+
+def check_task_name(name: Any) -> None:
+    """Refuses names that cannot be a module's or a file's."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise VisadaptError(f"a task's name is made of letters, digits, '_' and '-', got {name!r}")
+    if hasattr(Parts, name) or name in ("training", AUTO):
+        raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
+
+
+def named_tensors(registry: Registry, name: str) -> dict[str, Tensor]:
+    """All tensors that belong to a task (parameters and persistent buffers): ``host.part.tensor`` → tensor."""
+    return {
+        joined(path, key): tensor
+        for path, parts in registry.parts(name).items()
+        for key, tensor in parts.state_dict(keep_vars=True).items()
+    }
+
+
+class Parts(nn.ModuleDict):
+    """The parts of all tasks at one host: task name → part name → module."""
+
+    _registry: Registry
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.
+        for task, parts in self._modules.items():
+            at = f"{prefix}{task}."
+            if parts is not None and not any(key.startswith(at) for key in state_dict):
+                # the parameters themselves: with assign=True an optimiser goes on holding what the model holds
+                state_dict.update({at + key: value for key, value in parts.state_dict(keep_vars=True).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
+    """A task's parts at a module, by name; it may well have none."""
+    parts = host._modules.get(CHILD)
+    own = parts._modules.get(task) if isinstance(parts, Parts) else None
+    return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
+
+
+def tasks(model: nn.Module) -> dict[str, Task]:
+    """The tasks of a model by name, in the order they came; empty if it was never injected."""
+    registry = find_registry(model)
+    return {} if registry is None else dict(registry.tasks)

@@ -1,0 +1,143 @@
+"""Tasks in use: which one is meant, what it trains, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from visadapt.backbone.modules import unwrapped
+from visadapt.errors import VisadaptError
+from visadapt.runtime.registry import _USING, AUTO, Registry, find_registry, registry_of
+
+
+def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Module:
+    """Chooses the task that the model performs from now on, in every thread that has not chosen by :func:`using`.
+
+    Args:
+        model: an injected model.
+        task: its name, None for the bare backbone, a list that names one for each sample of the batches
+            to come, or ``"auto"`` for the decider's choice.
+
+    Returns:
+        The same model.
+
+    Raises:
+        VisadaptError: there is no such task; the nearest is named.
+    """
+    registry = registry_of(model)
+    registry.active, registry.hidden = _checked(model, registry, task), False
+    return model
+
+
+@contextmanager
+def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator[nn.Module]:
+    """Chooses a task within a ``with`` block, for this thread (or async task) only.
+
+    With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
+    padded with −inf; :func:`visadapt.split` takes the logits apart again.
+
+    Gradient checkpointing runs parts of the forward again in backward, which has to be inside the block too; on a GPU,
+    where backward is another thread's, choose by :func:`activate`.
+
+    Args:
+        model: an injected model.
+        task: its name, None for the bare backbone, a list that names one for each sample, or ``"auto"``: the model's
+            decider chooses for each sample (see :func:`visadapt.fit_decider`).
+
+    Yields:
+        The same model.
+
+    Raises:
+        VisadaptError: there is no such task (the nearest is named), or, in the forward, the batch has another length
+            than the list.
+    """
+    registry = registry_of(model)
+    token = _USING.set({**(_USING.get() or {}), id(registry): _checked(model, registry, task)})
+    try:
+        yield model
+    finally:
+        _USING.reset(token)
+
+
+def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
+    if task is None or (isinstance(task, str) and task != AUTO):
+        return None if task is None else registry.task(task).name
+    if not isinstance(task, Sequence) or not task:
+        raise VisadaptError(f"expected a task's name, None, or a list with one name a sample; got {task!r}")
+    if task == AUTO:
+        if registry.decider is None:
+            raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
+        names: Any = AUTO
+    else:
+        names = tuple(None if name is None else registry.task(name).name for name in task)
+    guard(model)
+    return names
+
+
+def guard(model: nn.Module) -> None:
+    """Has a model look at the batches that come, once it was asked for a list of tasks or for the decider's choice."""
+    registry = registry_of(model)
+    if not registry.guards:
+        backbone = unwrapped(model)
+        registry.guards = (
+            backbone.register_forward_pre_hook(_enter, with_kwargs=True),
+            backbone.register_forward_hook(_leave, always_call=True),
+        )
+
+
+def _enter(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Before a forward of the whole model: lets the decider choose, and checks that there is one task a sample.
+
+    A wrong length can only be told apart from windows (Swin cuts each sample into many) at the model's own door.
+    """
+    registry = registry_of(model)
+    names = registry.current()
+    if names == AUTO:
+        chosen = _Decided(registry.decider.choose(model, kwargs if kwargs and not args else args))
+        chosen.token = _USING.set({**(_USING.get() or {}), id(registry): chosen})
+    elif isinstance(names, tuple):
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is not None and first.shape[0] != len(names):
+            raise VisadaptError(f"{len(names)} tasks were named for a batch of {first.shape[0]}: name one a sample")
+
+
+def _leave(model: nn.Module, args: Any, out: Any) -> None:
+    """After it: the next batch is decided anew."""
+    chosen = registry_of(model).current()
+    if isinstance(chosen, _Decided):
+        _USING.reset(chosen.token)
+
+
+class _Decided(tuple[str, ...]):
+    """The tasks that the decider chose for one batch, and how to forget them."""
+
+    token: Any
+
+
+def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
+    """The task that a forward here and now performs; None for the bare backbone; a tuple for a mixed batch.
+
+    Raises:
+        VisadaptError: the model was never injected.
+    """
+    name: str | tuple[str | None, ...] | None = registry_of(model).current()
+    return name
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """The bare backbone in eval mode, whatever is active; modes are put back as they were."""
+    modes = {module: module.__dict__["training"] for module in model.modules()}
+    model.eval()
+    try:
+        if find_registry(model) is None:
+            yield
+        else:
+            with using(unwrapped(model), None):
+                yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

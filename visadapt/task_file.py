@@ -1,0 +1,269 @@
+"""Task files: one safetensors file a task, its description and its backbone's fingerprint as JSON in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from visadapt.backbone import heads
+from visadapt.backbone.find import find_sites
+from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint
+from visadapt.backbone.modules import joined, own_modules, unwrapped
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import LAYOUTS, Site, Sites
+from visadapt.checks import check_choice, check_num_classes
+from visadapt.errors import VisadaptError, nearest
+from visadapt.files import write_tensors
+from visadapt.methods import METHODS
+from visadapt.methods.method import Method
+from visadapt.methods.policy import NORM_POLICIES
+from visadapt.plan import commit, new_plan
+from visadapt.runtime.host import check_free
+from visadapt.runtime.registry import Task, check_hosts, check_task_name, find_registry, named_tensors, registry_of
+from visadapt.table import Table
+
+FORMAT = 1
+
+
+def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> Path:
+    """Writes a task to a file: its own tensors and nothing of the backbone. Atomic: a file is whole or not there.
+
+    Args:
+        model: an injected model.
+        task: name of the task.
+        path: of the file, ``flowers.visadapt`` say; an existing one is replaced.
+        notes: what else the file should remember, as JSON values: how inputs are prepared, say. They join those that
+            the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
+
+    Returns:
+        The path.
+
+    Raises:
+        VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to.
+    """
+    registry = registry_of(model)
+    spec = registry.task(task)
+    check_hosts(model, task)
+    backbone = unwrapped(model)
+    if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
+        raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
+    tensors = {k: t.detach().cpu().contiguous() for k, t in named_tensors(registry, task).items()}
+    description = {
+        "format": FORMAT,
+        "task": spec.name,
+        "norms": spec.norms,
+        "head": spec.head,
+        "num_classes": spec.num_classes,
+        "labels": spec.labels,
+        "notes": {**spec.notes, **(notes or {})},
+        "placements": [
+            {
+                "method": type(placement.method).__name__,
+                "options": placement.method.options(),
+                "sites": list(placement.sites),
+            }
+            for placement in spec.placements
+        ],
+        # sites that no family knows were traced once; their shapes are kept, so that loading needs no trace
+        "traced": {
+            name: [site.channels, site.layout, site.depth, list(site.linear), site.norm]
+            for name, site in registry.traced.items()
+            if any(name in p.sites for p in spec.placements)
+        },
+        "backbone": fingerprint(backbone, _own_head(backbone, spec), registry.digests),
+    }
+    try:
+        written = json.dumps(description, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise VisadaptError(f"the notes of task {task!r} cannot be written as JSON: {error}") from error
+    target = Path(path)
+    write_tensors(target, tensors, {"visadapt": written})
+    return target
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
+    """Reads a task from a file into a model, injected or not, and makes it the active one.
+
+    Args:
+        model: the backbone that the task was trained on.
+        path: of the file.
+        task: a name to give it, if not its own.
+        check: ``weights``: the backbone must have the very weights that the task was trained on; ``shapes``: only their
+            names and shapes (a backbone rounded to another dtype, say).
+
+    Returns:
+        The task's name.
+
+    Raises:
+        VisadaptError: no such file or not a task file; another backbone (what differs is named); a task of that name is
+            there; tensors are missing, unexpected or of another shape. Nothing was changed then.
+    """
+    check_choice(check, ("weights", "shapes"), "check")
+    description, tensors = read(path)
+    name = description["task"] if task is None else task
+    check_task_name(name)
+    registry = find_registry(model)
+    backbone = unwrapped(model)
+    if registry is not None and name in registry.tasks:
+        raise VisadaptError(f"the model has a task {name!r} already: remove it first, or load with task='another-name'")
+    check_choice(description["norms"], NORM_POLICIES, "norm policy")
+    check_choice(description["head"], ("new", "copy", "frozen"), "head policy")
+    check_num_classes(description["num_classes"])
+    spec = Task(name, description["norms"], description["head"], description["num_classes"])
+    spec.labels = None if description["labels"] is None else tuple(description["labels"])
+    spec.notes = description["notes"]
+    digests = {} if registry is None else registry.digests
+    found = fingerprint(backbone, _own_head(backbone, spec), digests)
+    unlike = differences(description["backbone"], found, values=check == "weights")
+    if unlike:
+        hint = (
+            "; check='shapes' loads it all the same" if not differences(description["backbone"], found, False) else ""
+        )
+        raise VisadaptError(
+            f"{path} was trained on another backbone than this {type(backbone).__name__}: {unlike}{hint}"
+        )
+    modules = own_modules(backbone)
+    if registry is None:
+        check_free(backbone, modules)
+    placements = [
+        (_method(path, entry), _sites(backbone, entry["sites"], description)) for entry in description["placements"]
+    ]
+    with torch.random.fork_rng(devices=[]):
+        # what is drawn here is overwritten: the caller's random numbers stay as they were
+        plan = new_plan(backbone, spec, placements, registry.norms if registry else find_norms(modules))
+    _fill(path, plan.parts, tensors)
+    commit(backbone, plan)
+    registry_of(backbone).digests = digests
+    return spec.name
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a task file says: its description and its tensors.
+
+    Raises:
+        VisadaptError: there is no such file, or it is no task file.
+    """
+    if not Path(path).is_file():
+        siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if Path(path).parent.is_dir() else []
+        raise VisadaptError(f"no file {path}{nearest(Path(path).name, siblings)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise VisadaptError(f"{path} is no task file, or not a whole one ({error})") from error
+    try:
+        description = json.loads(metadata.get("visadapt", "null"))
+    except json.JSONDecodeError:
+        description = None
+    version = description.get("format") if isinstance(description, dict) else None
+    if isinstance(version, int) and version != FORMAT:
+        raise VisadaptError(f"{path} has format {version}; this version of visadapt reads {FORMAT}")
+    if not isinstance(version, int) or not _well_formed(description):
+        raise VisadaptError(f"{path} is a safetensors file, but visadapt did not write it")
+    return description, tensors
+
+
+def contents(path: str | os.PathLike[str]) -> Table:
+    """What a task file holds, as a table; the backbone is not needed.
+
+    Raises:
+        VisadaptError: there is no such file, or it is no task file.
+    """
+    description, tensors = read(path)
+    labels = description["labels"]
+    shown = "–" if labels is None else ", ".join(labels[:12]) + (f", … ({len(labels)})" if len(labels) > 12 else "")
+    rows = [
+        ("task", description["task"]),
+        ("methods", " + ".join(str(_method(path, entry)) for entry in description["placements"])),
+        ("sites", f"{sum(len(entry['sites']) for entry in description['placements'])}"),
+        ("norms", description["norms"]),
+        ("head", description["head"]),
+        ("classes", "–" if description["num_classes"] is None else f"{description['num_classes']}"),
+        ("labels", shown),
+        ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
+        ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
+        *((key, json.dumps(value)) for key, value in description["notes"].items()),
+    ]
+    return Table(("", str(path)), rows)
+
+
+def _well_formed(description: dict[str, Any]) -> bool:
+    """Whether a description has all entries, each of the form that its readers rely on."""
+
+    def has(entry: Any, **forms: Any) -> bool:
+        return isinstance(entry, dict) and all(k in entry and isinstance(entry[k], form) for k, form in forms.items())
+
+    def holds(entries: Any, *forms: Any) -> bool:
+        return len(entries) == len(forms) and all(isinstance(e, form) for e, form in zip(entries, forms, strict=True))
+
+    return (
+        has(description, task=str, norms=str, head=str, num_classes=int | None, labels=list | None)
+        and has(description, notes=dict, placements=list, traced=dict, backbone=dict)
+        and all(isinstance(label, str) for label in description["labels"] or ())
+        and all(has(p, method=str, options=dict, sites=list) for p in description["placements"])
+        and all(isinstance(site, str) for p in description["placements"] for site in p["sites"])
+        and all(isinstance(s, list) and holds(s, int, str, int, list, str) for s in description["traced"].values())
+        and all(isinstance(path, str) for s in description["traced"].values() for path in s[3])
+        and all(isinstance(pair, list) and holds(pair, str, str) for pair in description["backbone"].values())
+    )
+
+
+def _method(path: Any, entry: dict[str, Any]) -> Method:
+    if entry["method"] not in METHODS:
+        raise VisadaptError(f"{path} needs a method {entry['method']!r}{nearest(entry['method'], METHODS)}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
+    try:
+        return METHODS[entry["method"]](**options)
+    except TypeError as error:
+        raise VisadaptError(f"{path}: {entry['method']} does not take what the file says ({error})") from error
+
+
+def _sites(model: nn.Module, names: list[str], description: dict[str, Any]) -> Sites:
+    known = {}
+    modules = own_modules(model)
+    for name, (channels, layout, depth, linear, norm) in description["traced"].items():
+        kind, _, host = name.partition(":")
+        if host in modules and layout in LAYOUTS:
+            known[name] = Site(host, kind, channels, layout, depth, linear=tuple(linear), norm=norm, traced=True)
+    if any(name not in known for name in names):
+        known = {site.full_name: site for site in find_sites(model)} | known
+    for name in names:
+        if name not in known:
+            raise VisadaptError(f"this {type(model).__name__} has no site {name!r}{nearest(name, known)}")
+    return Sites(known[name] for name in names)
+
+
+def _own_head(model: nn.Module, task: Task) -> tuple[str, ...]:
+    if task.head not in ("new", "copy"):
+        return ()
+    head = heads.find_head(model)
+    if head is None:
+        raise VisadaptError(f"task {task.name!r} has a head of its own, and {type(model).__name__} has no place for it")
+    return head.modules
+
+
+def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:
+    places = [(joined(host, f"{name}."), part, part.state_dict(keep_vars=True)) for host, name, part in parts]
+    expected = {f"{at}{key}": own for at, _, state in places for key, own in state.items()}
+    missing = [key for key in expected if key not in tensors]
+    extra = [key for key in tensors if key not in expected]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the task does not"
+        raise VisadaptError(f"{path} {what} ({len(missing)} missing, {len(extra)} unexpected tensors)")
+    for key, own in expected.items():
+        if own.shape != tensors[key].shape:
+            raise VisadaptError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(own.shape)}")
+    for at, part, state in places:
+        # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses,
+        # and the kernels that torch picks for these round differently
+        values = {key: tensors[f"{at}{key}"].to(own.device, copy=True) for key, own in state.items()}
+        part.load_state_dict(values, assign=True)
+        part.requires_grad_(True)

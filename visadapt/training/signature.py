@@ -1,0 +1,90 @@
+"""What a training is of, so that it goes on with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from visadapt.backbone import heads
+from visadapt.backbone.fingerprint import differences, fingerprint, raw
+from visadapt.backbone.modules import unwrapped
+from visadapt.runtime.registry import find_registry
+from visadapt.training.batches import Batches
+
+
+def identity(
+    model: nn.Module, task: str | None, train: Batches, validation: Batches | None, **settings: Any
+) -> dict[str, Any]:
+    """Backbone, task, data and settings, as JSON values.
+
+    Of a ``DataLoader`` there is the number of its batches only. Settings are JSON values or dataclasses.
+    """
+    found = {
+        "task": _task(model, task),
+        "backbone": _backbone(model, task),
+        "training data": _data(train),
+        "validation data": None if validation is None else _data(validation),
+        **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()},  # type: ignore[arg-type]
+    }
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def unlike(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """What differs between two trainings, in words; empty if nothing does."""
+    words = []
+    for name in expected:
+        theirs, ours = found.get(name), expected[name]
+        if theirs == ours:
+            continue
+        if name == "backbone":
+            words.append(f"another backbone: {differences(theirs or {}, ours, values=True)}")
+        elif isinstance(theirs, dict) and isinstance(ours, dict):
+            both = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
+            words += [f"{name}: {k} was {then}, is {now}" for k, then, now in both if then != now]
+        else:
+            words.append(f"{name} was {theirs}, is {ours}")
+    return "; ".join(words)
+
+
+def _task(model: nn.Module, task: str | None) -> dict[str, Any]:
+    registry = find_registry(model)
+    if task is None or registry is None:
+        shapes = {name: list(t.shape) for name, t in unwrapped(model).state_dict().items()}
+        return {"model": type(unwrapped(model)).__name__, "shapes": _digest(json.dumps(shapes).encode())}
+    spec = registry.task(task)
+    return {
+        "name": task,
+        "methods": [str(p.method) for p in spec.placements],
+        "sites": [list(p.sites) for p in spec.placements],
+        "norms": spec.norms,
+        "head": spec.head,
+        "classes": spec.num_classes,
+    }
+
+
+def _backbone(model: nn.Module, task: str | None) -> dict[str, Any]:
+    registry = find_registry(model)
+    if task is None or registry is None:
+        return {}
+    head = heads.find_head(unwrapped(model))
+    replaced = head.modules if head and registry.task(task).head != "frozen" else ()
+    return dict(fingerprint(unwrapped(model), replaced, registry.digests))
+
+
+def _data(data: Batches) -> dict[str, Any]:
+    if data.samples is None:
+        return {"batches": len(data)}
+    inputs, labels = data.samples.inputs, data.samples.labels
+    columns: dict[str, Tensor | None] = inputs if isinstance(inputs, dict) else {"inputs": inputs}  # type: ignore[assignment]
+    return {
+        "samples": len(data.samples),
+        **{f"digest of {k}": _digest(raw(t)) for k, t in {**columns, "labels": labels}.items() if t is not None},
+    }
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
