@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.heads import backbone_size
-from visadapt.backbone.modules import unwrapped
-from visadapt.runtime.registry import Registry, registry_of
+from visadapt.runtime.registry import Registry, facts_of, registry_of
 from visadapt.table import Table
 
 
@@ -88,7 +86,7 @@ def summary(model: nn.Module) -> Summary:
         VisadaptError: the model was never injected.
     """
     registry = registry_of(model)
-    whole = backbone_size(unwrapped(model))
+    whole = facts_of(model).size
     return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
 
 

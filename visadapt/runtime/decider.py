@@ -17,13 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone import heads
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
 from visadapt.files import write_tensors
-from visadapt.runtime.registry import registry_of
+from visadapt.runtime.registry import facts_of, registry_of
 from visadapt.runtime.selection import bare
 
 
@@ -80,7 +79,7 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
         VisadaptError: the model has no head to listen at.
     """
     backbone = unwrapped(model)
-    head = heads.find_head(backbone)
+    head = facts_of(model).head
     if head is None:
         raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")
     heard: list[Tensor] = []
@@ -205,6 +204,4 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
 
 def _backbone(model: nn.Module) -> dict[str, list[str]]:
     """The fingerprint of what gives the features: the backbone without its head."""
-    backbone = unwrapped(model)
-    head = heads.find_head(backbone)
-    return fingerprint(backbone, head.modules if head else (), registry_of(model).digests)
+    return fingerprint(unwrapped(model), facts_of(model).head_modules, registry_of(model).digests)

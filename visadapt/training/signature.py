@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
 from visadapt.backbone.fingerprint import differences, fingerprint, raw
 from visadapt.backbone.modules import unwrapped
-from visadapt.runtime.registry import find_registry
+from visadapt.runtime.registry import facts_of, find_registry
 from visadapt.training.batches import Batches
 
 
@@ -70,8 +69,7 @@ def _backbone(model: nn.Module, task: str | None) -> dict[str, Any]:
     registry = find_registry(model)
     if task is None or registry is None:
         return {}
-    head = heads.find_head(unwrapped(model))
-    replaced = head.modules if head and registry.task(task).head != "frozen" else ()
+    replaced = facts_of(model).head_modules if registry.task(task).head != "frozen" else ()
     return dict(fingerprint(unwrapped(model), replaced, registry.digests))
 
 
