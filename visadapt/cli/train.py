@@ -9,6 +9,7 @@ import torch
 import typer
 
 import visadapt
+from visadapt.allowlist import objections
 from visadapt.cli.opening import opened
 from visadapt.cli.options import (
     Build,
@@ -107,5 +108,7 @@ def train(
     score = measure(model, name, splits.test, (metric,), **shared)[metric]
     notes = {"backbone": {"name": backbone, "build": loading}, "inputs": described(splits.inputs)}
     visadapt.save(model, name, target, notes=notes)
+    if refused := objections(backbone, loading):
+        say(f"{target} must not choose {', '.join(refused)}: what reads it will ask for --backbone and --build")
     say(f"{metric} on {len(splits.test):,} test samples: {score:.4f}")
     say(f"{target}: {len(splits.classes)} classes, {target.stat().st_size / 1e6:.2f} MB")

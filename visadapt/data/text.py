@@ -195,11 +195,12 @@ def minilm_path() -> Path:
     return folder
 
 
-def tokenizer_of(backbone: str) -> Any:
+def tokenizer_of(backbone: str, **options: Any) -> Any:
     """The tokenizer of a backbone of transformers.
 
     Args:
         backbone: its name, ``"bundled/minilm"`` or ``"hf/<name or folder>"``, or what transformers calls it.
+        **options: passed to ``AutoTokenizer.from_pretrained``.
 
     Raises:
         VisadaptError: transformers is not installed, or finds none.
@@ -210,7 +211,7 @@ def tokenizer_of(backbone: str) -> Any:
         raise VisadaptError("a tokenizer needs transformers: pip install 'visadapt[text]'") from error
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error
 
