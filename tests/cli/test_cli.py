@@ -40,6 +40,11 @@ def run(*arguments: object, code: int = 0) -> Result:
     return result
 
 
+def reads(place: Path) -> tuple[str, str]:
+    """The tiny BERT by hand: a file must not choose a local folder."""
+    return ("--backbone", f"hf/{place / 'bert'}")
+
+
 def records(result: Result) -> list[dict]:
     return [json.loads(line) for line in result.stdout.split("\n") if line]
 
@@ -132,34 +137,36 @@ def test_evaluate(place: Path) -> None:
     inputs = from_description(visadapt.tasks(model)["photos"].notes["inputs"])
     right = predict(model, "photos", images, prepare=inputs).argmax(-1) == images.labels
     assert found["accuracy"] == pytest.approx(right.double().mean().item())
-    shown = run("evaluate", place / "tweets.visadapt", place / "tweets.tsv", "--split", "validation").stdout
+    shown = run(
+        "evaluate", place / "tweets.visadapt", place / "tweets.tsv", "--split", "validation", *reads(place)
+    ).stdout
     assert "6 validation samples" in shown
     assert "loss" in shown
 
 
 def test_evaluate_measures_all_of_a_single_file_by_the_tasks_classes(place: Path, tmp_path: Path) -> None:
-    task = place / "tweets.visadapt"
-    (found,) = records(run("evaluate", task, place / "tweets.tsv", "--json"))
+    task = (place / "tweets.visadapt", *reads(place))
+    (found,) = records(run("evaluate", *task, place / "tweets.tsv", "--json"))
     assert (found["split"], found["samples"]) == ("all", 60)
-    (held,) = records(run("evaluate", task, place / "tweets.tsv", "--split", "test", "--json"))
+    (held,) = records(run("evaluate", *task, place / "tweets.tsv", "--split", "test", "--json"))
     assert (held["split"], held["samples"]) == ("test", 12)
     rows = [row for row in (place / "plain.tsv").read_text(encoding="utf-8").split("\n") if row.endswith("\tgood")][:3]
     (tmp_path / "few.tsv").write_text("\n".join(["text\tlabel", *rows]), encoding="utf-8")
-    (few,) = records(run("evaluate", task, tmp_path / "few.tsv", "--metric", "accuracy", "--json"))
+    (few,) = records(run("evaluate", *task, tmp_path / "few.tsv", "--metric", "accuracy", "--json"))
     (tmp_path / "few.txt").write_text("\n".join(row.partition("\t")[0] for row in rows), encoding="utf-8")
-    answers = records(run("predict", tmp_path / "few.txt", "--task", task))
+    answers = records(run("predict", tmp_path / "few.txt", "--task", *task))
     assert few["samples"] == len(answers) == 3
     assert few["accuracy"] == pytest.approx(sum(a["top"][0]["label"] == "good" for a in answers) / 3)
-    assert "all 3 samples" in run("evaluate", task, tmp_path / "few.tsv").stdout
+    assert "all 3 samples" in run("evaluate", *task, tmp_path / "few.tsv").stdout
 
 
 def test_evaluate_refuses_what_the_task_does_not_take(place: Path, tmp_path: Path) -> None:
-    task, file = place / "tweets.visadapt", tmp_path / "pairs.tsv"
+    task, file = (place / "tweets.visadapt", *reads(place)), tmp_path / "pairs.tsv"
     file.write_text("sentence1\tsentence2\tlabel\none\ttwo\tgood\n", encoding="utf-8")
-    assert "takes single texts, and" in run("evaluate", task, file, code=1).stderr
-    run("evaluate", task, file, "--text", "sentence2")
+    assert "takes single texts, and" in run("evaluate", *task, file, code=1).stderr
+    run("evaluate", *task, file, "--text", "sentence2")
     file.write_text("text\tlabel\none\tgod\n", encoding="utf-8")
-    assert "label 'god', none of the classes; did you mean 'good'" in run("evaluate", task, file, code=1).stderr
+    assert "label 'god', none of the classes; did you mean 'good'" in run("evaluate", *task, file, code=1).stderr
 
 
 def test_evaluate_finds_classes_by_name(place: Path, tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_predict_pictures_by_many_tasks(place: Path, tmp_path: Path) -> None:
 
 def test_predict_texts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines.txt").write_text("what a day\n\nwhat a mess\n", encoding="utf-8")
-    task = ("--task", place / "tweets.visadapt")
+    task = ("--task", place / "tweets.visadapt", *reads(place))
     answers = records(run("predict", tmp_path / "lines.txt", *task))
     assert [answer["input"] for answer in answers] == ["what a day", "what a mess"]
     assert all(answer["top"][0]["label"] in ("bad", "so-so", "good") for answer in answers)
@@ -291,7 +298,7 @@ def test_export_to_a_program(place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_export_to_onnx(place: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    run("export", place / "tweets.visadapt", "--out", tmp_path / "tweets.onnx")
+    run("export", place / "tweets.visadapt", "--out", tmp_path / "tweets.onnx", *reads(place))
     session = onnxruntime.InferenceSession(tmp_path / "tweets.onnx", providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == ["bad", "good", "so-so"]
     model = resolve(f"hf/{place / 'bert'}").eval()
@@ -406,7 +413,7 @@ WRONG = {
         "tweets.tsv is not a picture that can be read",
     ),
     "no picture": ("predict {place}/none.png --task {place}/photos.visadapt", 1, "no picture and no folder"),
-    "no text file": ("predict {place}/none.txt --task {place}/tweets.visadapt", 1, "none.txt cannot be read"),
+    "no text file": ("predict {place}/none.txt --task {place}/tweets.visadapt READS", 1, "none.txt cannot be read"),
     "task twice": (
         "predict x --task {place}/photos.visadapt --task {place}/photos.visadapt",
         1,
@@ -501,7 +508,8 @@ def test_force_replaces(place: Path, tmp_path: Path) -> None:
 
 
 def test_texts_and_pictures_are_not_asked_at_once(place: Path, tmp_path: Path) -> None:
-    result = run("predict", "x", "--task", place / "photos.visadapt", "--task", place / "tweets.visadapt", code=1)
+    tasks = ("--task", place / "photos.visadapt", "--task", place / "tweets.visadapt")
+    result = run("predict", "x", *tasks, *SEES, code=1)
     assert "was trained on another backbone" in result.stderr
 
 

@@ -30,9 +30,9 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         inputs_of(reads, "b", size=8)
     with pytest.raises(VisadaptError, match="c takes neither pictures nor texts"):
         inputs_of(nn.Sequential(nn.Linear(3, 3)), "c")
-    with pytest.raises(VisadaptError, match="size is 0"):
+    with pytest.raises(VisadaptError, match=r"size must be an integer from 1 to 8192 \(pixels\), got 0"):
         ImageInputs(0)
-    with pytest.raises(VisadaptError, match="length is -1"):
+    with pytest.raises(VisadaptError, match="length must be an integer from 1 to 131072"):
         TextInputs("bundled/minilm", -1)
 
 

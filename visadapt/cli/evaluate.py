@@ -11,15 +11,18 @@ from visadapt.checks import check_choice
 from visadapt.cli.models import with_tasks
 from visadapt.cli.options import (
     BatchSize,
+    Build,
     Device,
     Header,
     Label,
+    Online,
     OtherBackbone,
     Precision,
     Root,
     TaskFile,
     Text,
     columns,
+    pairs,
 )
 from visadapt.cli.output import show
 from visadapt.data.inputs import TextInputs
@@ -48,6 +51,8 @@ def evaluate(
     device: Device = None,
     precision: Precision = None,
     backbone: OtherBackbone = None,
+    build: Build = None,
+    online: Online = False,
     as_json: Annotated[bool, typer.Option("--json", help="Prints one JSON object.")] = False,
 ) -> None:
     """Measures a task on labelled data.
@@ -60,7 +65,7 @@ def evaluate(
     metrics = metric or ["accuracy", "loss"]
     for name in metrics:
         check_choice(name, OF_CLASSES, "metric")
-    model, prepared = with_tasks([task], backbone)
+    model, prepared = with_tasks([task], backbone, pairs(build, "--build"), online)
     ((name, inputs),) = prepared.items()
     known, options = tasks(model)[name], columns(text, label, header, root)
     if split is None and isinstance(inputs, TextInputs):

@@ -9,7 +9,7 @@ import typer
 
 import visadapt
 from visadapt.cli.models import with_tasks
-from visadapt.cli.options import Force, OtherBackbone, Out, TaskFile, unwritten
+from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, pairs, unwritten
 from visadapt.cli.output import say
 from visadapt.data.inputs import ImageInputs
 from visadapt.errors import VisadaptError
@@ -23,6 +23,8 @@ def export(
     out: Out,
     merged: Annotated[bool, typer.Option("--merge", help="Merges the task into the weights first.")] = False,
     backbone: OtherBackbone = None,
+    build: Build = None,
+    online: Online = False,
     force: Force = False,
 ) -> None:
     """Writes a network as ONNX or torch.export program.
@@ -33,7 +35,7 @@ def export(
     target = unwritten(out, force)
     if target.suffix not in FORMATS:
         raise VisadaptError(f"{target} would be exported as {' or '.join(FORMATS)}, by its suffix")
-    model, prepared = with_tasks([task], backbone)
+    model, prepared = with_tasks([task], backbone, pairs(build, "--build"), online)
     ((name, inputs),) = prepared.items()
     example = inputs(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)) if isinstance(inputs, ImageInputs) else None
     labels = tasks(model)[name].labels

@@ -61,7 +61,11 @@ Header = Annotated[bool, typer.Option("--header/--no-header", help="Whether the 
 Root = Annotated[Path | None, typer.Option(help="Folder of the named sets that do not come with the library.")]
 
 OtherBackbone = Annotated[
-    str | None, typer.Option("--backbone", help="The backbone's name, where the file does not remember it.")
+    str | None,
+    typer.Option("--backbone", help="The backbone's name, where the file does not remember it or must not choose it."),
+]
+Online = Annotated[
+    bool, typer.Option("--online", help="Downloads a backbone that only the file names, if it is not on this machine.")
 ]
 
 

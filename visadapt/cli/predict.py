@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visadapt.checks import check_choice
 from visadapt.cli.models import with_tasks
-from visadapt.cli.options import BatchSize, Device, Force, OtherBackbone, Precision, unwritten
+from visadapt.cli.options import BatchSize, Build, Device, Force, Online, OtherBackbone, Precision, pairs, unwritten
 from visadapt.cli.output import show
 from visadapt.data import image_files
 from visadapt.data.inputs import ImageInputs, Inputs
@@ -40,6 +40,8 @@ def predict(
     device: Device = None,
     precision: Precision = None,
     backbone: OtherBackbone = None,
+    build: Build = None,
+    online: Online = False,
     force: Force = False,
 ) -> None:  # fmt: skip
     """Names the class of each picture or line of text.
@@ -49,7 +51,7 @@ def predict(
     check_choice(form, FORMATS, "format")
     if out is not None:
         unwritten(out, force)
-    model, prepared = with_tasks(task, backbone)
+    model, prepared = with_tasks(task, backbone, pairs(build, "--build"), online)
     seen = {isinstance(each, ImageInputs) for each in prepared.values()}
     if len(seen) > 1:
         raise VisadaptError("some of the tasks take pictures and some texts")

@@ -34,6 +34,7 @@ from visadapt.cli.options import (
 from visadapt.cli.output import say, show
 from visadapt.cli.putting import chosen
 from visadapt.data import augment
+from visadapt.data.allowlist import objections
 from visadapt.data.inputs import TextInputs, described, inputs_of
 from visadapt.errors import VisadaptError
 from visadapt.training import RECIPES, JsonLines, fit
@@ -107,5 +108,7 @@ def train(
     score = measure(model, name, splits.test, (metric,), **shared)[metric]
     notes = {"backbone": {"name": backbone, "build": loading}, "inputs": described(splits.inputs)}
     visadapt.save(model, name, target, notes=notes)
+    if refused := objections(backbone, loading):
+        say(f"{target} must not choose {', '.join(refused)}: what reads it will ask for --backbone and --build")
     say(f"{metric} on {len(splits.test):,} test samples: {score:.4f}")
     say(f"{target}: {len(splits.classes)} classes, {target.stat().st_size / 1e6:.2f} MB")

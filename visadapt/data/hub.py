@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from visadapt.data.text import minilm_path
+from visadapt.data.weights import resnet50
 from visadapt.errors import VisadaptError, nearest
+from visadapt.optional import require
 
 
 def resolve(source: Any, **build: Any) -> nn.Module:
@@ -56,8 +60,7 @@ def _built(builder: Callable[..., Any], name: str, build: dict[str, Any]) -> nn.
 
 
 def _timm(name: str, **build: Any) -> nn.Module:
-    import timm
-
+    timm = require("timm", f"'timm/{name}'", "timm")
     model_name = name.partition(".")[0]
     # "hf-hub:…" and "local-dir:…" are timm's own places
     if ":" not in name and not timm.is_model(model_name):
@@ -67,45 +70,39 @@ def _timm(name: str, **build: Any) -> nn.Module:
 
 
 def _torchvision(name: str, **build: Any) -> nn.Module:
-    import torchvision
-
-    if name not in torchvision.models.list_models():
-        raise VisadaptError(f"torchvision has no model {name!r}{nearest(name, torchvision.models.list_models())}")
-    model: nn.Module = torchvision.models.get_model(name, **{"weights": "DEFAULT", **build})
+    models = require("torchvision.models", f"'torchvision/{name}'", "torchvision")
+    if name not in models.list_models():
+        raise VisadaptError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+    model: nn.Module = models.get_model(name, **{"weights": "DEFAULT", **build})
     return model
 
 
 def _transformers(name: str, **build: Any) -> nn.Module:
-    try:
-        from transformers import AutoModelForSequenceClassification
-    except ImportError as error:
-        raise VisadaptError("'hf/…' needs transformers: pip install 'visadapt[text]'") from error
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, **build)
+    transformers = require("transformers", f"'hf/{name}'", "visadapt[text]")
+    with _quiet(transformers.utils.logging):
+        model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(name, **build)
     return model
 
 
-def _minilm(**build: Any) -> nn.Module:
-    from visadapt.data import minilm_path
-
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise VisadaptError("'bundled/minilm' needs transformers: pip install 'visadapt[text]'") from error
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Keep transformers from warning that a new head is new, which is what it is for, and from drawing bars."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # it says at length that the classifier is new, which it is meant to be
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return _transformers(str(minilm_path()), **build)
+        yield
     finally:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
 
 
-def _bundled(name: str, **build: Any) -> nn.Module:
-    from visadapt.data import resnet50
+def _minilm(**build: Any) -> nn.Module:
+    return _transformers(str(minilm_path()), **build)
 
+
+def _bundled(name: str, **build: Any) -> nn.Module:
     builders: dict[str, Callable[..., nn.Module]] = {"resnet50": resnet50, "minilm": _minilm}
     if name not in builders:
         raise VisadaptError(f"nothing bundled is called {name!r}{nearest(name, builders)}")

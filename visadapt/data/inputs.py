@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 
 from visadapt.backbone.trace import guess_input
 from visadapt.data import load_images, load_squares, load_text, normalize, read_images, renumbered, tokenizer_of
+from visadapt.data.file_requests import check_tokenizer, tokenizer
 from visadapt.data.samples import Samples, tokenised, trimmed
 from visadapt.data.text import TextSplit
 from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from visadapt.errors import VisadaptError
+from visadapt.typed import fits, from_json
+
+LARGEST, LONGEST = 8192, 131072
+"""Bounds of images in pixels per side and of texts in tokens, so that no description asks for all of the memory."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,12 @@ class ImageInputs:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise VisadaptError(f"size is {self.size}, it must be at least 1 pixel")
+        _check_whole(self.size, LARGEST, "size", "pixels")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not fits(values, tuple[float, ...]) or len(values) != 3 or not all(map(math.isfinite, values)):
+                raise VisadaptError(f"{name} must be three finite numbers, got {values!r}")
+        if min(self.std) <= 0:
+            raise VisadaptError(f"std must be three positive numbers, got {self.std!r}")
 
     def __call__(self, images: Tensor) -> Tensor:
         return normalize(images, self.size, mean=self.mean, std=self.std)
@@ -75,15 +85,16 @@ class TextInputs:
         tokenizer: ``"bundled/minilm"``, ``"hf/<name or folder>"``: a backbone's name is its tokenizer's.
         length: tokens; longer texts are cut.
         pairs: whether a sample is a pair of texts.
+        loader: loads the tokenizer by its name; not part of the description.
     """
 
     tokenizer: str
     length: int = 128
     pairs: bool = False
+    loader: Callable[[str], Any] = field(default=tokenizer_of, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise VisadaptError(f"length is {self.length}, it must be at least 1 token")
+        _check_whole(self.length, LONGEST, "length", "tokens")
 
     def __call__(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         return trimmed(tokens)
@@ -125,7 +136,12 @@ class TextInputs:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return tokenizer_of(self.tokenizer)
+        return self.loader(self.tokenizer)
+
+
+def _check_whole(value: Any, most: int, what: str, unit: str) -> None:
+    if not fits(value, int) or not 1 <= value <= most:
+        raise VisadaptError(f"{what} must be an integer from 1 to {most} ({unit}), got {value!r}")
 
 
 Inputs = ImageInputs | TextInputs
@@ -184,19 +200,37 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
 def described(inputs: Inputs) -> dict[str, Any]:
     """Inputs as JSON values, for the notes of a task's file."""
     kind = next(kind for kind, form in _KINDS.items() if isinstance(inputs, form))
-    return {"kind": kind, **dataclasses.asdict(inputs)}
+    return {"kind": kind, **{f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.compare}}
 
 
-def from_description(description: Mapping[str, Any]) -> Inputs:
-    """What :func:`described` described.
+def from_description(description: Mapping[str, Any], *, backbone: str | None = None, online: bool = False) -> Inputs:
+    """Rebuild inputs from the output of :func:`described`, as a file holds it.
+
+    Args:
+        description: of the inputs.
+        backbone: name of a backbone whose tokenizer is the caller's own choice: it is loaded without restrictions where
+            the description names the same, and in place of a local path, which a file may not choose.
+        online: whether a tokenizer that only the description names may be downloaded.
 
     Raises:
-        VisadaptError: it did not.
+        VisadaptError: a field is unknown, of another type or out of bounds; a tokenizer that no file may choose.
     """
+    kinds = " or ".join(_KINDS)
     if not isinstance(description, Mapping):
-        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options, not by {description!r}")
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
+        raise VisadaptError(f"inputs are described by kind ({kinds}) and options, not by {description!r}")
+    fields = {key: value for key, value in description.items() if key != "kind"}
     try:
-        return _KINDS[description["kind"]](**fields)
+        if "loader" in fields:
+            raise TypeError("loader is not part of it")
+        inputs = from_json(_KINDS[description["kind"]], fields)
     except (KeyError, TypeError) as error:
-        raise VisadaptError(f"inputs are described by kind ({' or '.join(_KINDS)}) and options: {error}") from error
+        raise VisadaptError(f"inputs are described by kind ({kinds}) and options: {error}") from error
+    if not isinstance(inputs, TextInputs) or inputs.tokenizer == backbone:
+        return inputs
+    try:
+        check_tokenizer(inputs.tokenizer)
+    except VisadaptError:
+        if backbone is None:
+            raise
+        return dataclasses.replace(inputs, tokenizer=backbone)
+    return dataclasses.replace(inputs, loader=partial(tokenizer, online=online))

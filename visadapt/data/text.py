@@ -204,11 +204,12 @@ def minilm_path() -> Path:
     return folder
 
 
-def tokenizer_of(backbone: str) -> Any:
+def tokenizer_of(backbone: str, **options: Any) -> Any:
     """The tokenizer of a backbone of transformers.
 
     Args:
         backbone: its name, ``"bundled/minilm"`` or ``"hf/<name or folder>"``, or what transformers calls it.
+        **options: passed to ``AutoTokenizer.from_pretrained``.
 
     Raises:
         VisadaptError: transformers is not installed, or finds none.
@@ -216,7 +217,7 @@ def tokenizer_of(backbone: str) -> Any:
     transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error
 

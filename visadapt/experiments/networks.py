@@ -1,4 +1,4 @@
-"""Backbones of experiments: those of :mod:`visadapt.hub`, and VGG-16 from a file of its convolutions."""
+"""Backbones of experiments: those of :mod:`visadapt.data.hub`, and VGG-16 from a file of its convolutions."""
 
 from __future__ import annotations
 

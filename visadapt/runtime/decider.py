@@ -24,6 +24,7 @@ from visadapt.errors import VisadaptError
 from visadapt.files import write_tensors
 from visadapt.runtime.registry import facts_of, registry_of
 from visadapt.runtime.selection import bare
+from visadapt.typed import fits
 
 
 class Decider(nn.Module):
@@ -184,7 +185,13 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("visadapt_decider", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        tasks, backbone = list(description["tasks"]), dict(description["backbone"])
+        tasks, backbone = description["tasks"], description["backbone"]
+        if (
+            not fits(tasks, list[str])
+            or not fits(backbone, dict[str, list[str]])
+            or any(len(pair) != 2 for pair in backbone.values())
+        ):
+            raise TypeError("tasks must be names, and the backbone digests of tensors")
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise VisadaptError(f"{path} holds no decider ({error})") from error
     unlike = differences(backbone, _backbone(model), values=True)
@@ -196,7 +203,7 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     try:
         decider = Decider(names, tensors["mean"], tensors["std"])
         decider.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise VisadaptError(f"{path} holds no whole decider ({error})") from error
     registry.decider = decider.requires_grad_(False).eval()
     return decider

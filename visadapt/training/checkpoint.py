@@ -17,8 +17,10 @@ from visadapt.files import write_tensors
 from visadapt.training.history import Epoch
 from visadapt.training.loop import Loop, Run
 from visadapt.training.signature import unlike
+from visadapt.typed import fits, from_json
 
 FORMAT = 1
+_SCHEDULE: dict[str, Any] = {"last_epoch": int, "_step_count": int, "_last_lr": list[float]}
 
 
 class Checkpoint:
@@ -45,12 +47,23 @@ class Checkpoint:
                 notes = json.loads((file.metadata() or {}).get("visadapt_training", "{}"))
                 # copied: a file's tensors lie at odd addresses, where torch picks kernels that round differently
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise VisadaptError(f"{self.path} is no checkpoint of a training, or not a whole one ({error})") from error
-        if notes.get("format") != FORMAT:
+        if not isinstance(notes, dict) or notes.get("format") != FORMAT:
             raise VisadaptError(
                 f"{self.path} is no checkpoint of a training that this version of visadapt can go on with"
             )
+        try:
+            # typed, and no more than is listed here: what is in a file must not choose attributes
+            epochs = [from_json(Epoch, epoch) for epoch in notes["run"]["epochs"]]
+            run = from_json(Run, {**notes["run"], "epochs": epochs})
+            schedule = {key: notes["schedule"][key] for key in _SCHEDULE}
+            for key, hint in _SCHEDULE.items():
+                if not fits(schedule[key], hint):
+                    raise TypeError(f"{key} must be {hint}, got {schedule[key]!r:.60}")
+            notes = {"identity": dict(notes["identity"]), "run": run, "schedule": schedule}
+        except (KeyError, TypeError, ValueError) as error:
+            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
         others = unlike(notes["identity"], self.identity)
         if others:
             raise VisadaptError(f"{self.path} is the checkpoint of another training: {others}")
@@ -71,8 +84,9 @@ class Checkpoint:
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
 
-        epochs = [Epoch(**epoch) for epoch in notes["run"].pop("epochs")]
-        loop.run = Run(epochs, **notes["run"])
+        if len(notes["schedule"]["_last_lr"]) != len(loop.optimiser.param_groups):
+            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: it has other learning rates")
+        loop.run = notes["run"]
         loop.trained.restore(part("now"))
         loop.kept = part("kept")
         state = loop.optimiser.state_dict()
@@ -85,7 +99,7 @@ class Checkpoint:
         for group, rate in zip(state["param_groups"], notes["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
         loop.optimiser.load_state_dict(state)
-        loop.schedule.load_state_dict(notes["schedule"])
+        loop.schedule.load_state_dict({**loop.schedule.state_dict(), **notes["schedule"]})
         # copied: torch crashes on a state that is a row of a larger tensor
         own = loop.engine.rank
         loop.began, here = ({k: v[own].clone() for k, v in part(name).items()} for name in ("began", "here"))
