@@ -27,6 +27,7 @@ class Value:
         ancestors: the values that it was computed from, as a bit mask of their indices.
         parents: indices of the operator's inputs.
         op: name of the operator.
+        weighed: whether the operator took a parameter.
         made_by: the modules whose output it is, innermost first; ``True`` beside those that only pass it through.
     """
 
@@ -36,6 +37,7 @@ class Value:
     ancestors: int
     parents: tuple[int, ...]
     op: str
+    weighed: bool = False
     made_by: list[tuple[str, bool]] = field(default_factory=list)
 
     def comes_from(self, other: Value) -> bool:
@@ -83,6 +85,7 @@ class Flow(TorchFunctionMode):
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.joins: list[Join] = []
+        self.outputs: tuple[Value, ...] = ()
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
         # a tensor that died would leave its id to another
@@ -129,6 +132,7 @@ class Flow(TorchFunctionMode):
             if id(tensor) in before and not inplace:
                 continue  # dropout in eval mode and its kin give back what they got
             value = self._note(tensor, known, name)
+            value.weighed = any(isinstance(t, nn.Parameter) for t in inputs)
         if parts and value is not None:
             self.joins.append(Join(tuple(self._stack), parts, value, name in _ADDS))
         return out
@@ -166,7 +170,7 @@ class Flow(TorchFunctionMode):
             return
         if id(first) not in self._now and call.inputs:
             # an autograd.Function of its own hides its dataflow
-            self._note(first, call.inputs, "call")
+            self._note(first, call.inputs, "call").weighed = any(True for _ in module.parameters())
         value = self._now.get(id(first))
         if value is not None:
             call.output = value
@@ -190,5 +194,5 @@ def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any
     flow.watch(modules)
     flow.start(given)
     with torch.no_grad(), flow:
-        run(model, given)
+        flow.outputs = flow.known(_tensors(run(model, given)))
     return flow

@@ -33,6 +33,12 @@ def guess_inputs(model: nn.Module) -> list[Any]:
         tokens = {"input_ids": ids, "attention_mask": ids.clone()}
         if getattr(config, "is_encoder_decoder", False):
             tokens["decoder_input_ids"] = ids.clone()
+        seen = getattr(config, "vision_config", None)
+        side = getattr(seen, "image_size", None)
+        if isinstance(side, int):
+            # a text and an image encoder side by side
+            planes = getattr(seen, "num_channels", 3)
+            tokens["pixel_values"] = torch.zeros(2, planes, side, side, dtype=dtype, device=device)
         return [tokens]
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     side = getattr(config, "image_size", getattr(model, "image_size", None))

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.heads import width_of
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows, rows_for
 from visadapt.runtime.mixed_norms import stack_norms
@@ -176,7 +175,7 @@ def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict
     if len(tasks) != logits.shape[0]:
         raise VisadaptError(f"{len(tasks)} tasks for {logits.shape[0]} rows of logits")
     facts = facts_of(model)
-    own = None if facts.head is None else width_of(facts.modules[facts.head.final])
+    own = None if facts.head is None else facts.head.classes(facts.modules)
     found = {}
     for name in dict.fromkeys(tasks):
         width = None if name is None else registry.task(name).num_classes

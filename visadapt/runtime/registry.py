@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
+from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
+from visadapt.runtime.versions import Versions
 
 AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
@@ -44,6 +46,8 @@ class Task:
         placements: methods and their sites.
         hosts: paths of the modules that hold a part of this task.
         notes: what else its file remembers, as JSON values.
+        head_at: where its own head stands; None with a frozen head.
+        also: paths of the modules of which it trains a copy beside its head.
     """
 
     name: str
@@ -54,6 +58,13 @@ class Task:
     placements: list[Placement] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    head_at: Head | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules instead of which it has its own."""
+        return (*(self.head_at.modules if self.head_at else ()), *self.also)
 
 
 class Registry:
@@ -64,6 +75,7 @@ class Registry:
         hosts: every module that holds parts, by its path in the model.
         facts: of the backbone, as they were when they were last established.
         trained: names of the backbone's parameters that required a gradient before the first inject.
+        versions: which of the backbone's parameters changed since the registry was made, at the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
@@ -78,6 +90,7 @@ class Registry:
         self.tasks: dict[str, Task] = {}
         self.hosts: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
+        self.versions = Versions(facts.model)
         self.active: Any = None
         self.hidden = False
         self.traced: dict[str, Any] = {}

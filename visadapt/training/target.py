@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
 from visadapt.runtime.parameters_of import named_parameters
@@ -102,7 +102,8 @@ def _plain(model: nn.Module) -> Trainee:
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise VisadaptError(f"no parameter of this {type(model).__name__} requires a gradient")
-    end = heads.find_head(model)
+    facts = Facts(model)
+    end = facts.head
     return Trainee(
         type(model).__name__,
         found,
@@ -110,7 +111,7 @@ def _plain(model: nn.Module) -> Trainee:
         {f"{path}.{k}" if path else k for path, m in model.named_modules() if _is_norm(m) for k in m._parameters},
         {name for name in found if end and any(name.startswith(f"{path}.") for path in end.modules)},
         set(),
-        heads.width_of(model.get_submodule(end.final)) if end else None,
+        end.classes(facts.modules) if end else None,
         nullcontext,
     )
 
