@@ -75,10 +75,10 @@ def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, proce
     ("data", "words"),
     [
         ((X, Y[:5]), "5 labels for 10 inputs"),
-        ((X, Y.int()), "labels are class indices, int64"),
-        ((X, Y.bool()), "labels are class indices, int64"),
+        ((X, Y.int()), "labels must be class indices (int64)"),
+        ((X, Y.bool()), "labels must be class indices (int64)"),
         ((X, Y[:, None]), r"of \(10, 1\)"),
-        (({"a": X, "b": X[:3]}, Y), "inputs of different lengths: 3, 10"),
+        (({"a": X, "b": X[:3]}, Y), "inputs must have one length: 3, 10"),
         ((X[:0], Y[:0]), "the training data is empty"),
         ([], "the training data is empty"),
         (X, "the training data has no labels"),
