@@ -88,7 +88,7 @@ def _conv_biases(keras: dict[str, np.ndarray]) -> int:
 
 
 def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Quantise matrices and kernels to int8 with one fp32 scale per output channel (`KEY_scale`); keep other tensors."""
+    """Quantise matrices and kernels to int8 with one fp32 scale per output channel (`KEY_scale`); keep the rest."""
     packed = {}
     for key, value in state.items():
         if value.ndim < 2:
