@@ -190,7 +190,7 @@ def test_folder_without_splits(tmp_path: Path) -> None:
     with pytest.raises(VisadaptError, match="cat must have at least one image, got none"):
         load_images(tmp_path)
     save(tmp_path / "train" / "cat" / "0.png", 4, 4)
-    with pytest.raises(VisadaptError, match="test: must have at least one image, got none"):
+    with pytest.raises(VisadaptError, match="test must have at least one image, got none"):
         load_images(tmp_path)
 
 

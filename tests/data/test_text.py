@@ -303,7 +303,7 @@ def test_hugging_face_faults(hub: dict[str, FakeSplit], monkeypatch: pytest.Monk
     hub["train"] = FakeSplit([0, 1], None)
     with pytest.raises(VisadaptError, match="must have a train split and a labelled test or validation"):
         load_text("hf/glue", config="sst2")
-    with pytest.raises(VisadaptError, match="no column 'sentense'; did you mean 'sentence'"):
+    with pytest.raises(VisadaptError, match="no column 'sentense' in hf/glue; did you mean 'sentence'"):
         load_text("hf/glue", config="sst2", text="sentense")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(VisadaptError, match="pip install datasets"):
