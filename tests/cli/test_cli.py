@@ -346,7 +346,7 @@ WRONG = {
         "no option 'rnk'; did you mean 'rank'",
     ),
     "width of a method without": ("summary timm/resnet18 --method DAN --m 8", 1, "DAN has no option 'm'"),
-    "width that is none": ("summary timm/resnet18 --m wide", 1, "m is a positive int"),
+    "width that is none": ("summary timm/resnet18 --m wide", 1, "m must be a positive integer"),
     "task file that is none": (
         "summary {place}/photo.visadapt",
         1,
@@ -374,7 +374,11 @@ WRONG = {
         1,
         "no column 'lable' in .*; did you mean 'label'",
     ),
-    "rate of zero": ("train {place}/photos SEES --lr 0 --out {tmp}/o.visadapt", 1, "lr is a positive number, got 0"),
+    "rate of zero": (
+        "train {place}/photos SEES --lr 0 --out {tmp}/o.visadapt",
+        1,
+        "lr must be a positive number, got 0",
+    ),
     "recipe misspelt": (
         "train {place}/photos SEES --recipe houlsbi --out {tmp}/o.visadapt",
         1,
