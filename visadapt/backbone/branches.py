@@ -57,7 +57,7 @@ def ends(flow: Flow, modules: dict[str, nn.Module], skip: Iterable[str] = ()) ->
     reader = _Reader(flow, modules)
     for look in (reader.added, reader.entangled, reader.joined, reader.blocks):
         found = [end for end in look() if not within(end.host, head)]
-        # weak branches, such as a positional convolution or a part of a re-parametrised conv, count if there are no others
+        # weak branches (a positional convolution, a part of a re-parametrised conv) count only if there are no others
         for least in (0,) if look == reader.blocks else (2, 1, 0):
             strong = {end.host: end for end in found if reader.matrices(end.branch) >= least}
             if strong:
