@@ -250,8 +250,7 @@ def _new_task(
     if isinstance(head, str) and head not in HEAD_POLICIES and head not in facts.modules:
         known = (*HEAD_POLICIES, *filter(None, facts.modules))
         raise VisadaptError(
-            f"head must be one of {', '.join(HEAD_POLICIES)} or the path of a module, got {head!r}"
-            + nearest(head, known)
+            f"no head policy {head!r}{nearest(head, known)} (head= takes {', '.join(HEAD_POLICIES)}, or paths)"
         )
     named = not isinstance(head, str) or head not in HEAD_POLICIES
     if head == "new" and num_classes is None:

@@ -24,7 +24,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
 from visadapt.runtime.host import check_free
-from visadapt.runtime.owned import check_nothing_else_trained, described, take_up
+from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
 from visadapt.runtime.registry import (
     Task,
     check_hosts,
@@ -71,7 +71,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "norms": spec.norms,
         "head": spec.head,
         "num_classes": spec.num_classes,
-        **described(spec),
+        **described(spec, tensors, facts_of(backbone).modules),
         "labels": spec.labels,
         "notes": {**spec.notes, **(notes or {})},
         "placements": [
@@ -142,6 +142,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
         raise VisadaptError(
             f"{path} was trained on another backbone than this {type(backbone).__name__}: {unlike}{hint}"
         )
+    check_owned(spec, tensors, facts.modules)
     if registry is None:
         check_free(backbone, facts.modules)
     placements = [

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from visadapt.backbone.fingerprint import backbone_tensors
 from visadapt.backbone.heads import Final, Head, is_final
-from visadapt.backbone.modules import within
+from visadapt.backbone.modules import joined, within
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import Registry, Task
 from visadapt.typed import fits
 
 
-def described(task: Task) -> dict[str, Any]:
-    """The entries of a task's file that say which modules it owns, as JSON values."""
+def described(task: Task, tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The entries of a task's file that say which modules it owns, as JSON values.
+
+    Args:
+        task: the task.
+        tensors: names of its tensors. Where its head is, these say already, unless its layers are others than the last.
+        modules: the backbone's modules by path.
+    """
     entries: dict[str, Any] = {}
-    if task.head_at is not None:
+    if task.head_at is not None and task.head_at != _by_names(tensors, modules):
         finals = [[final.path, final.times, final.plus] for final in task.head_at.finals]
         entries["head_at"] = {"modules": list(task.head_at.modules), "finals": finals}
     return entries | ({"also": list(task.also)} if task.also else {})
@@ -32,52 +38,59 @@ def take_up(
     Args:
         task: with its policies.
         description: of the file.
-        tensors: names of the file's tensors; files of earlier versions say by these where the head is.
+        tensors: names of the file's tensors.
         modules: the backbone's modules by path.
 
     Raises:
-        VisadaptError: the entries are not of their form, or name no such modules of this backbone.
+        VisadaptError: the entries are not of their form.
     """
-    also = description.get("also", [])
+    also, entry = description.get("also", []), description.get("head_at")
     if not fits(also, list[str]):
         raise VisadaptError(f"also must be a list of paths, got {also!r}")
     task.also = tuple(also)
     if task.head != "frozen":
-        task.head_at = _head(description.get("head_at"), tensors, modules)
-        if not task.head_at.modules:
-            raise VisadaptError(f"task {task.name!r} has a head of its own, and this model has no place for it")
-    _check_there(task.also, modules)
+        task.head_at = _by_names(tensors, modules) if entry is None else _read(entry)
 
 
-def _check_there(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
-    for path in paths:
+def check_owned(task: Task, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+    """Refuses a task that owns modules that a backbone does not have, before memory is taken for its own.
+
+    Args:
+        task: as its file describes it.
+        tensors: of the file.
+        modules: the backbone's modules by path.
+
+    Raises:
+        VisadaptError: there is no such module, it is not a layer that gives logits, or the file's tensor for such a
+            layer is not as wide as the number of classes makes it.
+    """
+    if task.head_at is not None and not task.head_at.modules:
+        raise VisadaptError(f"task {task.name!r} has a head of its own, and this model has no place for it")
+    for path in task.owned:
         if not path or path not in modules:
-            raise VisadaptError(f"the task has its own {path or 'root'}, and this model has no such module")
+            raise VisadaptError(f"task {task.name!r} has its own {path or 'root'}, and this model has no such module")
+    for final in task.head_at.finals if task.head_at is not None else ():
+        if not within(final.path, task.owned) or not is_final(modules.get(final.path)):
+            raise VisadaptError(
+                f"task {task.name!r} has its logits from {final.path}, which is not a layer of its head"
+            )
 
 
-def _head(entry: Any, tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
-    if entry is None:
-        return _by_names(tensors, modules)
-    if not (
-        isinstance(entry, dict) and fits(entry.get("modules"), list[str]) and isinstance(entry.get("finals"), list)
-    ):
+def _read(entry: Any) -> Head:
+    if not fits(entry, dict[str, list[Any]]) or not fits(entry.get("modules"), list[str]) or "finals" not in entry:
         raise VisadaptError("head_at must have modules and finals")
-    paths = tuple(entry["modules"])
-    _check_there(paths, modules)
-    finals = []
     for final in entry["finals"]:
         if not fits(final, list[Any]) or len(final) != 3 or not fits(final[0], str) or not fits(final[1:], list[int]):
             raise VisadaptError(f"head_at: a final must be a path and two integers, got {final!r:.60}")
-        if not within(final[0], paths) or not is_final(modules.get(final[0])) or final[1] < 1 or final[2] < 0:
-            raise VisadaptError(f"head_at: {final!r:.60} is not a layer of the head")
-        finals.append(Final(*final))
-    return Head(paths, tuple(finals))
+        if final[1] < 1 or final[2] < 0:
+            raise VisadaptError(f"head_at: a final must have outputs per class, got {final!r:.60}")
+    return Head(tuple(entry["modules"]), tuple(Final(*final) for final in entry["finals"]))
 
 
 def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
-    """Where the head of a file without ``head_at`` is: its tensors are called ``path.head.tensor``.
+    """Where a head is by the names of its tensors, ``path.head.tensor``; its last layers are the logits'.
 
-    The last layers are those that these versions took: the modules themselves, or else the last one inside them.
+    These are the modules themselves, where they are layers, or else the last layer inside them.
     """
     paths: dict[str, None] = {}
     for name in tensors:
