@@ -17,7 +17,7 @@ from visadapt.experiments.compare import Compare
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result
-from visadapt.experiments.train import Workplace, measure
+from visadapt.experiments.train import Workspace, measure
 from visadapt.methods import Bottleneck, Full, Linear, Norms
 from visadapt.report import plot, sweep_table, table
 from visadapt.task_file import load
@@ -109,7 +109,7 @@ def main(
     print(f"\n{shown}\n")
     best = max((result for result in results if result.contender in adapters), key=lambda result: result.score)
     (key,) = (run.task_key for run in wanted.runs(lambda key: None) if run.key == best.key)
-    kept = Workplace(folder).task_file(key)
+    kept = Workspace(folder).task_file(key)
     if kept.is_file():
         reload(problem, shutil.copyfile(kept, out / f"{problem.name}.visadapt"), best, args.device)
     else:
@@ -122,7 +122,7 @@ def reload(problem: Problem, file: Path, result: Result, device: str) -> None:
     """Loads a task file into a fresh backbone and shows that the accuracy is the same."""
     fresh = problem.fresh()
     name = load(fresh, file)
-    score = measure(fresh, name, problem, "test", Workplace(file.parent, device))
+    score = measure(fresh, name, problem, "test", Workspace(file.parent, device))
     same = "the same" if score == result.score else f"NOT the {result.score:.4f} that it was saved with"
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a fresh backbone: "
           f"accuracy {score:.4f}, {same}")  # fmt: skip

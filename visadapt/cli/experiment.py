@@ -14,7 +14,7 @@ from visadapt.cli.options import Device, Root
 from visadapt.cli.output import say
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
-from visadapt.methods import TopLayers
+from visadapt.experiments.catalogue import FULL, is_adapter
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
@@ -94,12 +94,12 @@ def _planned(
         takes = "one --contender" if "who" in taken else "no --contender, it has its own"
         raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
     who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
-    # what stands at sites, and is not the network's own
-    deep = next((one for one in who if one.method.kinds and not isinstance(one.method, TopLayers)), None)
+    # an adapter that has sites, and so layers; SSF, for one, has none
+    deep = next((one for one in who if is_adapter(one.name) and one.method.kinds), None)
     if "deep" in taken and deep is None:
         raise VisadaptError(f"{kind.name} puts a --contender at parts of the depth: name one with adapters, such as "
                             "'bottleneck m=8'")  # fmt: skip
-    full = contender("full fine-tuning", epochs)
+    full = contender(FULL, epochs)
     offered: dict[str, Any] = {
         "problems": problems,
         "contenders": who,
