@@ -12,10 +12,10 @@ from tests.report import fake_results
 from visadapt import inject, tasks
 from visadapt.data.hub import resolve
 from visadapt.experiments import Compare, contender, write_csv
-from visadapt.experiments.run import Training
+from visadapt.experiments.run import TrainingRun
 
 
-def score(run: Training) -> float:
+def score(run: TrainingRun) -> float:
     """Best at the highest rate, but on films, and there by more."""
     return 0.5 + run.contender.recipe.lr * (-2 if run.problem.name == "movies" else 1)
 
@@ -102,7 +102,7 @@ def test_what_has_one_name_in_one_experiment_is_of_one_setting(asked, tmp_path):
     settings = {}
     for experiment in asked:
         for run in experiment.runs(lambda key: None):
-            if isinstance(run, Training):
+            if isinstance(run, TrainingRun):
                 name = experiment.name, run.problem.backbone, run.problem.name, run.contender.name, str(run.facts)
                 settings.setdefault(name, set()).add(run.setting)
     assert len(settings) > 100
@@ -121,7 +121,7 @@ def test_what_is_given_is_used_too(asked, tmp_path):
 
 def test_what_was_published_is_known_and_what_is_made_is_published(asked, tmp_path, monkeypatch):
     published = tmp_path / "evidence.csv"
-    write_csv(fake_results.every(), published)
+    write_csv(fake_results.all_results(), published)
     seen = []
 
     def stage(data, lab):
