@@ -46,7 +46,7 @@ def test_quick_writes_the_table_the_task_and_the_figure(
     assert fractions == sorted(fractions)
     assert fractions[0] == 0
     assert fractions[-1] == 100
-    reloaded = re.search(r"in a fresh backbone: accuracy ([\d.]+), the same", text)
+    reloaded = re.search(r"in a new backbone: accuracy ([\d.]+), the same", text)
     assert reloaded, text
     results = read_results(tmp_path / "results")
     others = {"linear probe", "norms only", "full fine-tuning"}

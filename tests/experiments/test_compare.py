@@ -58,18 +58,18 @@ def test_each_contender_trains_what_its_name_says(problem: ImageProblem, workspa
 
 
 def test_finished_results_are_not_computed_again(problem: ImageProblem, tmp_path: Path) -> None:
-    first, made = run(Compare((problem,), CONTENDERS[:2], (0,)), tmp_path)
-    assert made == 2
+    first, computed = run(Compare((problem,), CONTENDERS[:2], (0,)), tmp_path)
+    assert computed == 2
     assert read_results(tmp_path) == first
-    more, made = run(Compare((problem,), CONTENDERS[:3], (0, 1)), tmp_path)
-    assert made == 4, "two of six existed"
+    more, computed = run(Compare((problem,), CONTENDERS[:3], (0, 1)), tmp_path)
+    assert computed == 4, "two of six existed"
     assert set(map(str, first)) <= set(map(str, more))
-    _, made = run(Compare((small(train=63),), CONTENDERS[:1], (0,)), tmp_path)
-    assert made == 1, "another subset is another result"
+    _, computed = run(Compare((small(train=63),), CONTENDERS[:1], (0,)), tmp_path)
+    assert computed == 1, "another subset is another result"
     file = next((tmp_path / "compare").glob("*.json"))
     file.unlink()
-    _, made = run(Compare((problem,), CONTENDERS[:3], (0, 1)), tmp_path)
-    assert made <= 1, "only a missing result is computed again"
+    _, computed = run(Compare((problem,), CONTENDERS[:3], (0, 1)), tmp_path)
+    assert computed <= 1, "only a missing result is computed again"
 
 
 def test_another_experiment_reuses_results(problem: ImageProblem, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_another_experiment_reuses_results(problem: ImageProblem, tmp_path: Path
 
     (first,), _ = run(Compare((problem,), CONTENDERS[:1], (0,)), tmp_path)
     renamed = dataclasses.replace(CONTENDERS[0], name="the same by another name")
-    (taken,), made = run(Other((problem,), (renamed,), (0,)), tmp_path)
-    assert made == 0
+    (taken,), computed = run(Other((problem,), (renamed,), (0,)), tmp_path)
+    assert computed == 0
     assert taken == dataclasses.replace(first, experiment="other", contender=renamed.name)
     assert (tmp_path / "other" / f"{first.key}.json").is_file()
 
@@ -92,8 +92,8 @@ def test_runs_that_depend_on_reused_results_are_executed(problem: ImageProblem, 
 
     probe = dataclasses.replace(make_contender(Linear(), "linear probe"), rates=(1e-5, 1e-1))
     run(Compare((problem,), (probe,), (0,), "validation"), tmp_path)
-    results, made = run(Other((problem,), (probe,), (0,)), tmp_path)
-    assert made == 1
+    results, computed = run(Other((problem,), (probe,), (0,)), tmp_path)
+    assert computed == 1
     assert [r.split for r in results] == ["validation", "validation", "test"]
 
 
@@ -114,8 +114,8 @@ def test_a_reused_result_gets_its_setting(problem: ImageProblem, tmp_path: Path)
 
     (first,), _ = run(Compare((problem,), CONTENDERS[:1], (0,)), tmp_path)
     write(dataclasses.replace(first, setting=None), tmp_path)
-    (taken,), made = run(Other((problem,), CONTENDERS[:1], (0,)), tmp_path)
-    assert (made, taken.setting) == (0, first.setting)
+    (taken,), computed = run(Other((problem,), CONTENDERS[:1], (0,)), tmp_path)
+    assert (computed, taken.setting) == (0, first.setting)
 
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds() -> None:
@@ -127,16 +127,16 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds() -> None:
 
 def test_learning_rates_are_chosen_on_validation_data(problem: ImageProblem, tmp_path: Path) -> None:
     probe = dataclasses.replace(make_contender(Linear(), "linear probe", epochs=20), rates=(1e-5, 1e-1))
-    results, made = run(Compare((problem,), (probe,), (0, 1)), tmp_path)
-    assert made == 4
+    results, computed = run(Compare((problem,), (probe,), (0, 1)), tmp_path)
+    assert computed == 4
     assert [(r.split, r.lr, r.seed) for r in results] == [
         ("validation", 1e-5, 0),
         ("validation", 1e-1, 0),
         ("test", 1e-1, 0),
         ("test", 1e-1, 1),
     ]
-    swept, made = run(Compare((problem,), (probe,), (0,), "validation"), tmp_path)
-    assert made == 0, "a sweep alone is the first half of a comparison"
+    swept, computed = run(Compare((problem,), (probe,), (0,), "validation"), tmp_path)
+    assert computed == 0, "a sweep alone is the first half of a comparison"
     shown = sweep_table(swept)
     assert shown.rows[0][-1] == "0.1"
     assert str(shown).count("*") == 1
@@ -152,16 +152,16 @@ def test_a_trial_that_diverges_is_not_chosen(problem: ImageProblem, tmp_path: Pa
         name = "other"
 
     adapters = dataclasses.replace(make_contender(**WILD), rates=(1e30, 1e-3))
-    results, made = run(Compare((problem,), (adapters,), (0,)), tmp_path)
-    assert made == 3
+    results, computed = run(Compare((problem,), (adapters,), (0,)), tmp_path)
+    assert computed == 3
     assert [(r.split, r.lr, "stopped" in r.facts) for r in results] == [
         ("validation", 1e30, True),
         ("validation", 1e-3, False),
         ("test", 1e-3, False),
     ]
     assert "1e+30: diverged" in str(sweep_table(results))
-    again, made = run(Other((problem,), (adapters,), (0,)), tmp_path)
-    assert made == 0, "it is not tried again, here or in another experiment"
+    again, computed = run(Other((problem,), (adapters,), (0,)), tmp_path)
+    assert computed == 0, "it is not tried again, here or in another experiment"
     assert [r.lr for r in again] == [1e30, 1e-3, 1e-3]
     assert again[0].diverged
 

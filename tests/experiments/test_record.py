@@ -15,7 +15,7 @@ from visadapt.experiments.record import Record, key_of
 
 
 def result(**changes: Any) -> Result:
-    made = Result(
+    base = Result(
         key="k0",
         experiment="tradeoff",
         modality="image",
@@ -36,7 +36,7 @@ def result(**changes: Any) -> Result:
         facts={"m": 8, "source": None, "where": "last 4"},
         machine={"device": "cpu", "torch": "2.6"},
     )
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(base, **changes)
 
 
 def test_each_result_has_its_own_file_and_reads_back_unchanged(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def compare(results: Sequence[Result]) -> Section | None:
 def _partial(results: Sequence[Result]) -> dict[str, str]:
     """Return contender → number of its problems, such as `` (1 problem)``, for those not run on all problems."""
     total = len({r.problem for r in results})
-    counts = {name: len({r.problem for r in own}) for name, own in group_by(results, lambda r: r.contender).items()}
+    counts = {name: len({r.problem for r in runs}) for name, runs in group_by(results, lambda r: r.contender).items()}
     return {name: f" ({pluralize(count, 'problem')})" for name, count in counts.items() if count < total}
 
 
@@ -81,7 +81,8 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
         figure, (axes,) = look.panels(1, 0.7 + 0.27 * len(names), title)
         for row, name in enumerate(names):
             style = {key: look.series(0 if is_adapter(name) else 1)[key] for key in ("color", "marker")}
-            per_problem = [mean_score(by[name]) - mean_score(by[FULL]) for by in problems if name in by and FULL in by]
+            shared = [runs for runs in problems if name in runs and FULL in runs]
+            per_problem = [mean_score(runs[name]) - mean_score(runs[FULL]) for runs in shared]
             axes.plot(per_problem, [row] * len(per_problem), markersize=3.5, alpha=0.6, **{**style, "linestyle": ""})
             axes.plot(gaps[name], row, markersize=8, **style)
         axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %{partial.get(name, '')}" for name in names])
@@ -101,18 +102,18 @@ def _table(network: str, results: Sequence[Result]) -> Table:
     problems = group_by(results, lambda r: r.problem)
     several = len(problems) > 1
     rows = []
-    for name, own in group_by(results, lambda r: r.contender).items():
-        by = group_by(own, lambda r: r.problem)
-        overall = f"{mean(map(mean_score, by.values())):.1f}" if len(by) == len(problems) else "–"
+    for name, runs in group_by(results, lambda r: r.contender).items():
+        by_problem = group_by(runs, lambda r: r.problem)
+        overall = f"{mean(map(mean_score, by_problem.values())):.1f}" if len(by_problem) == len(problems) else "–"
         rows.append(
             (
                 name,
-                *(mean_and_std(by.get(problem, [])) for problem in problems),
+                *(mean_and_std(by_problem.get(problem, [])) for problem in problems),
                 *((overall,) if several else ()),
-                f"{own[0].trained:,}",
-                f"{percent_trained(own[0]):.2f} %",
-                f"{mean(r.seconds for r in own):.0f}",
-                f"{own[0].bytes / 1e6:.2f} MB",
+                f"{runs[0].trained:,}",
+                f"{percent_trained(runs[0]):.2f} %",
+                f"{mean(r.seconds for r in runs):.0f}",
+                f"{runs[0].bytes / 1e6:.2f} MB",
             )
         )
     scores = (*problems, "mean") if several else tuple(problems)
@@ -129,7 +130,9 @@ def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
     problems = {(r.network, r.problem) for r in tests}
     validated = {}
     for name, group in group_by([r for r in results if r.split == "validation"], lambda r: r.contender).items():
-        best = {at: _at_best_rate(own) for at, own in group_by(group, lambda r: (r.network, r.problem)).items()}
+        best = {
+            problem: _at_best_rate(runs) for problem, runs in group_by(group, lambda r: (r.network, r.problem)).items()
+        }
         if is_adapter(name) and name in gaps and set(best) == problems and cost[name] <= MAX_TRAINED:
             validated[name] = mean(best.values())
     if not validated:
@@ -148,19 +151,19 @@ def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
 
 def _at_best_rate(results: Sequence[Result]) -> float:
     """Return the mean score over seeds at the learning rate with the most seeds; among equals, the best."""
-    return max((len(own), mean(r.standing for r in own)) for own in group_by(results, lambda r: r.lr).values())[1]
+    return max((len(runs), mean(r.standing for r in runs)) for runs in group_by(results, lambda r: r.lr).values())[1]
 
 
 def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
     """Compare bottlenecks on feature maps with the same ones without an activation between the two 1×1 convolutions."""
-    by = {
-        name: group_by(own, lambda r: (r.problem, r.seed))
-        for name, own in group_by(results, lambda r: r.contender).items()
+    contenders = {
+        name: group_by(runs, lambda r: (r.problem, r.seed))
+        for name, runs in group_by(results, lambda r: r.contender).items()
     }
     gaps = {}
-    for name, own in by.items():
-        linear = by.get(f"{name}{LINEAR}", {})
-        if pairs := [100 * (own[at][0].score - linear[at][0].score) for at in own if at in linear]:
+    for name, runs in contenders.items():
+        linear = contenders.get(f"{name}{LINEAR}", {})
+        if pairs := [100 * (runs[pair][0].score - linear[pair][0].score) for pair in runs if pair in linear]:
             gaps[name] = pairs
     if not gaps or results[0].modality != "image":
         return None

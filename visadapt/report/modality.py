@@ -88,10 +88,10 @@ def _gaps_to_all(results: Sequence[Result], end: str) -> dict[int, float]:
     gaps: dict[int, list[float]] = {}
     for group in group_by(results, lambda r: r.problem).values():
         by = group_by(group, lambda r: (r.facts["where"].partition(" ")[0], r.facts["k"]))
-        all_layers = next((own for (where, _), own in by.items() if where == "all"), None)
-        for (where, k), own in by.items() if all_layers else ():
+        all_layers = next((runs for (where, _), runs in by.items() if where == "all"), None)
+        for (where, k), runs in by.items() if all_layers else ():
             if where == end:
-                gaps.setdefault(k, []).append(mean_score(own) - mean_score(all_layers or own))
+                gaps.setdefault(k, []).append(mean_score(runs) - mean_score(all_layers or runs))
     return {k: mean(values) for k, values in sorted(gaps.items())}
 
 
@@ -142,7 +142,9 @@ def _upper(network: str, results: Sequence[Result]) -> Claim | None:
 def _table(networks: Networks, gaps: dict[str, dict[str, float]]) -> Table:
     """Build the table of methods by trained parameters, with two columns per network."""
     by = {network: group_by(group, lambda r: r.contender) for network, group in networks.items()}
-    trained = {network: {name: percent_trained(own[0]) for name, own in group.items()} for network, group in by.items()}
+    trained = {
+        network: {name: percent_trained(runs[0]) for name, runs in group.items()} for network, group in by.items()
+    }
     names = sorted({name for group in by.values() for name in group})
     rows = []
     for name in sorted(names, key=lambda name: mean(shares[name] for shares in trained.values() if name in shares)):
@@ -152,6 +154,6 @@ def _table(networks: Networks, gaps: dict[str, dict[str, float]]) -> Table:
             cells.append(f"{shares[name]:.2f} %" if name in shares else "–")
         rows.append((name, *cells))
     problems = {network: list(dict.fromkeys(r.problem for r in group)) for network, group in networks.items()}
-    over = "; ".join(f"{join_words(own)} ({network})" for network, own in problems.items())
+    over = "; ".join(f"{join_words(names)} ({network})" for network, names in problems.items())
     headings = ("method", *(heading for network in networks for heading in (network, "of backbone")))
     return Table(headings, rows, f"Points relative to full fine-tuning, mean over {over}")

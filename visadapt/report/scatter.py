@@ -44,18 +44,18 @@ def size_scatter(results: Sequence[Result], title: str) -> Drawing:
     """Build the figure, with means and standard deviations over seeds."""
     contenders = group_by(results, lambda r: r.contender)
 
-    def x(own: list[Result]) -> float:
-        return 100 * (own[0].trained + own[0].head) / own[0].backbone
+    def x(runs: list[Result]) -> float:
+        return 100 * (runs[0].trained + runs[0].head) / runs[0].backbone
 
     def draw(look: Look) -> Figure:
         figure, (axes,) = look.panels(1, 3.6, title)
-        for position, (name, own) in enumerate(sorted(contenders.items(), key=lambda item: x(item[1]))):
+        for position, (name, runs) in enumerate(sorted(contenders.items(), key=lambda item: x(item[1]))):
             kind = 0 if is_adapter(name) else 1
             style = {key: look.series(kind)[key] for key in ("color", "marker")}
-            axes.errorbar(x(own), mean_score(own), score_std(own) or None, capsize=3, **style)
+            axes.errorbar(x(runs), mean_score(runs), score_std(runs) or None, capsize=3, **style)
             # labels alternate above and below, so that they do not overlap
             above = position % 2 == 0
-            axes.annotate(name, (x(own), mean_score(own)), xytext=(0, 9 if above else -9), textcoords="offset points",
+            axes.annotate(name, (x(runs), mean_score(runs)), xytext=(0, 9 if above else -9), textcoords="offset points",
                           ha="center", va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
@@ -64,5 +64,5 @@ def size_scatter(results: Sequence[Result], title: str) -> Drawing:
         axes.set_ylabel(f"{results[0].metric} in %")
         return figure
 
-    values = "; ".join(f"{name} {mean_and_std(own)} % with {x(own):.2g} %" for name, own in contenders.items())
+    values = "; ".join(f"{name} {mean_and_std(runs)} % with {x(runs):.2g} %" for name, runs in contenders.items())
     return Drawing("size", f"Score by trained parameters: {values}.", draw)

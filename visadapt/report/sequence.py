@@ -31,7 +31,9 @@ def sequence(results: Several[Result]) -> Section | None:
     findings = []
     for name, group in chains.items():
         last = len(_order(group)) - 1
-        totals = {contender: _total(own, last) for contender, own in _contenders(group).items() if contender != SHARED}
+        totals = {
+            contender: _total(runs, last) for contender, runs in _contenders(group).items() if contender != SHARED
+        }
         least = min(totals, key=lambda contender: totals[contender])
         findings.append(
             f"{last + 1} tasks on {name} with {least} have {totals[least]:.2f} times the backbone's parameters"
@@ -56,7 +58,7 @@ def _chains(network: str, results: Several[Result]) -> dict[str, list[Result]]:
     A contender and seed that an interrupted experiment did not finish is left out.
     """
     runs = {key: _orders(run) for key, run in group_by(results, lambda r: (r.contender, r.seed)).items()}
-    orders = {order for (contender, _), own in runs.items() if contender != SHARED for order in own}
+    orders = {order for (contender, _), complete in runs.items() if contender != SHARED for order in complete}
     longest = [order for order in orders if not any(order == other[: len(order)] for other in orders - {order})]
     chains: dict[str, list[Result]] = {}
     for order in sorted(longest, key=lambda order: (-len(order), order)):

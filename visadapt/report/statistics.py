@@ -47,6 +47,6 @@ def gaps_to_full(results: Sequence[Result]) -> dict[str, float]:
     for group in problems.values():
         contenders = group_by(group, lambda r: r.contender)
         if FULL in contenders:
-            for name, own in contenders.items():
-                gaps.setdefault(name, []).append(mean_score(own) - mean_score(contenders[FULL]))
+            for name, runs in contenders.items():
+                gaps.setdefault(name, []).append(mean_score(runs) - mean_score(contenders[FULL]))
     return {name: mean(values) for name, values in gaps.items()}

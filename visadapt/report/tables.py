@@ -22,16 +22,16 @@ def table(results: Sequence[Result], title: str = "") -> Table:
         The table, with one row per contender.
     """
     rows = []
-    for name, own in group_by(results, lambda r: r.contender).items():
-        first = own[0]
+    for name, runs in group_by(results, lambda r: r.contender).items():
+        first = runs[0]
         rows.append(
             (
                 name,
-                mean_and_std(own),
+                mean_and_std(runs),
                 f"{first.trained:,}",
                 f"{percent_trained(first):.2f} %",
                 f"{first.head:,}",
-                f"{mean(result.seconds for result in own):.0f}",
+                f"{mean(result.seconds for result in runs):.0f}",
                 f"{first.bytes / 1e6:.2f} MB",
             )
         )

@@ -109,10 +109,10 @@ def _table(network: str, results: Sequence[Result]) -> Table:
     rows = [
         (
             name,
-            *(mean_and_std([r for r in own if r.problem == problem]) for problem in problems),
-            f"{percent_trained(own[0]):.2f} %",
+            *(mean_and_std([r for r in runs if r.problem == problem]) for problem in problems),
+            f"{percent_trained(runs[0]):.2f} %",
         )
-        for name, own in contenders
+        for name, runs in contenders
     ]
     return Table(("method", *problems, "of backbone"), rows, f"{network}: score in %")
 

@@ -45,7 +45,7 @@ def _gains(results: Sequence[Result]) -> Gains:
     for target, group in group_by(results, lambda r: r.problem).items():
         by = group_by(group, lambda r: r.facts["source"])
         if None in by:
-            gains |= {(target, s): mean_score(own) - mean_score(by[None]) for s, own in by.items() if s is not None}
+            gains |= {(target, s): mean_score(runs) - mean_score(by[None]) for s, runs in by.items() if s is not None}
     return gains
 
 
