@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "visadapt"
 
 ROOMS = (
     ("errors",),
-    ("checks", "optional"),
+    ("checks", "optional", "typed"),
     ("table", "files"),
     ("backbone",),
     ("methods",),

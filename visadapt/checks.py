@@ -63,3 +63,15 @@ def check_choice(value: Any, choices: Any, what: str) -> None:
     """Refuses a value that is none of ``choices``, naming the nearest."""
     if value not in list(choices):  # a list, since what cannot be hashed is refused as well
         raise VisadaptError(f"no {what} {value!r}{nearest(str(value), [str(c) for c in choices])}")
+
+
+def check_fraction(value: Any, what: str) -> None:
+    """Refuses anything but a number in [0, 1)."""
+    if not is_real(value) or not 0 <= value < 1:
+        raise VisadaptError(f"{what} must be a number in [0, 1), got {value!r}")
+
+
+def check_non_negative(value: Any, what: str) -> None:
+    """Refuses anything but a number that is zero or positive."""
+    if not is_real(value) or value < 0:
+        raise VisadaptError(f"{what} must be a number that is zero or positive, got {value!r}")

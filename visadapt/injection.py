@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.find import find_sites
-from visadapt.backbone.heads import backbone_size
+from visadapt.backbone.facts import Facts
+from visadapt.backbone.heads import width_of
 from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped
-from visadapt.backbone.norms import find_norms
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width
@@ -25,7 +23,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
 from visadapt.runtime import host
-from visadapt.runtime.registry import Task, check_task_name, find_registry, registry_of
+from visadapt.runtime.registry import Task, check_task_name, facts_of, find_registry, registry_of
 
 
 def inject(
@@ -77,27 +75,24 @@ def inject(
     chosen = _method(method, m, budget)
     _check_options(task, num_classes, labels, head, norms)
     registry = find_registry(backbone)
+    facts = facts_of(backbone)
     if registry is None:
-        modules = own_modules(backbone)
-        host.check_free(backbone, modules)
-        known_norms = find_norms(modules)
-    else:
-        known_norms = registry.norms
+        host.check_free(backbone, facts.modules)
     wanted = chosen.where if where is None else where
     sites = Sites()
     if chosen.kinds or wanted is not None:
-        sites = select(backbone, find_sites(backbone, example), wanted, chosen.kinds, example)
-    chosen.check(backbone, sites)
+        sites = select(facts, wanted, chosen.kinds, example)
+    chosen.check(facts, sites)
     if budget is not None:
-        chosen = _within(backbone, chosen, sites, budget, known_norms if norms != "frozen" else {})
+        chosen = _within(facts, chosen, sites, budget, norms)
     if registry is not None and task in registry.tasks:
-        plan = extended_plan(backbone, registry.tasks[task], chosen, sites, num_classes, labels, head, norms)
+        plan = extended_plan(facts, registry.tasks[task], chosen, sites, num_classes, labels, head, norms)
     else:
-        spec = Task(task, norms, *_head_policy(backbone, head, num_classes))
-        spec.labels = None if labels is None else _checked_labels(backbone, labels, spec.num_classes)
-        plan = new_plan(backbone, spec, [(chosen, sites)], known_norms)
+        spec = Task(task, norms, *_head_policy(facts, head, num_classes))
+        spec.labels = None if labels is None else _checked_labels(facts, labels, spec.num_classes)
+        plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
-    commit(backbone, plan)
+    commit(facts, plan)
     return model if isinstance(model, nn.Module) else backbone
 
 
@@ -204,9 +199,8 @@ def _check_options(task: Any, num_classes: Any, labels: Any, head: Any, norms: A
         raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
 
 
-def _checked_labels(model: nn.Module, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
-    found = heads.find_head(model)
-    own = None if found is None else heads.width_of(model.get_submodule(found.final))
+def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
+    own = None if facts.head is None else width_of(facts.modules[facts.head.final])
     width = own if num_classes is None else num_classes
     if width is not None and len(labels) != width:
         raise VisadaptError(f"{len(labels)} labels for a head of {width} classes")
@@ -216,36 +210,37 @@ def _checked_labels(model: nn.Module, labels: Sequence[str], num_classes: int | 
     return tuple(labels)
 
 
-def _head_policy(model: nn.Module, head: str, num_classes: int | None) -> tuple[str, int | None]:
+def _head_policy(facts: Facts, head: str, num_classes: int | None) -> tuple[str, int | None]:
     if head == "new" and num_classes is None:
         raise VisadaptError("head='new' needs num_classes=")
     if head in ("copy", "frozen") and num_classes is not None:
         raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or say head='new'")
     if head == "frozen":
         return "frozen", None
-    found = heads.find_head(model)
+    found = facts.head
     if found is None:
         if head == "auto" and num_classes is None:
             return "frozen", None
         raise VisadaptError(
-            f"no head found in {type(model).__name__}: visadapt looks for timm's and transformers' own and for a last "
+            f"no head found in {facts.name}: visadapt looks for timm's and transformers' own and for a last "
             "linear called fc, classifier, head, heads, …; name yours so, or leave num_classes out"
         )
     if num_classes is not None:
         return "new", num_classes
     if head == "copy" or found.fresh:
-        return "copy", heads.width_of(model.get_submodule(found.final))
+        return "copy", width_of(facts.modules[found.final])
     return "frozen", None
 
 
-def _within(model: nn.Module, method: Method, sites: Sites, budget: float, norms: dict[str, nn.Module]) -> Method:
+def _within(facts: Facts, method: Method, sites: Sites, budget: float, norms: str) -> Method:
     """The method with the largest m whose adapters and norms stay within ``budget`` of the backbone, heads aside."""
-    allowed = budget * backbone_size(model)
-    fixed = sum(p.numel() for norm in norms.values() for p in norm._parameters.values() if p is not None)
+    allowed = budget * facts.size
+    copied = facts.norms.values() if norms != "frozen" else ()
+    fixed = sum(p.numel() for norm in copied for p in norm._parameters.values() if p is not None)
 
     def cost(width: int) -> int:
         sized = dataclasses.replace(method, m=width)  # type: ignore[call-arg]
-        return fixed + sum(sized.count(site, model.get_submodule(site.host)) for site in sites)
+        return fixed + sum(sized.count(site, facts.modules[site.host]) for site in sites)
 
     low, high = 0, max(site.channels for site in sites)
     while low < high:

@@ -31,6 +31,6 @@ def require(module: str, purpose: str, install: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        library = module.partition(".")[0]
+        library = (error.name or module).partition(".")[0]
         wanted = f"'{install}'" if "[" in install else install
         raise VisadaptError(f"{purpose} needs {library}: pip install {wanted}") from error

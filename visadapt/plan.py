@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.modules import dtype_of, own_modules
-from visadapt.backbone.norms import find_norms
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.site import Sites
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
@@ -31,40 +29,35 @@ class Plan:
     sites: Sites = field(default_factory=Sites)
 
 
-def new_plan(
-    model: nn.Module, task: Task, placements: Sequence[tuple[Method, Sites]], norms: dict[str, nn.Module]
-) -> Plan:
+def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]]) -> Plan:
     """The parts of a new task: its norms, the adapters of each method, its head.
 
     Args:
-        model: the backbone.
+        facts: of the backbone.
         task: its description, to which the placements are added.
         placements: each method with its sites.
-        norms: the backbone's norms by path.
     """
     parts: list[tuple[str, str, nn.Module]] = []
     owned: tuple[str, ...] = ()
     if task.head in ("new", "copy"):
-        found = heads.find_head(model)
-        assert found is not None
-        owned = found.modules
+        owned = facts.head_modules
         width = task.num_classes if task.head == "new" else None
-        parts += [(path, "head", part) for path, part in build_head(model, found, width, dtype_of(model)).items()]
+        parts += [(path, "head", part) for path, part in build_head(facts, width).items()]
     if task.norms != "frozen":
         parts += [
             (path, "norm", own_copy(norm, full=task.norms == "full"))
-            for path, norm in norms.items()
+            for path, norm in facts.norms.items()
             # the norms inside a task's own head are already its own
             if not any(path == head or path.startswith(f"{head}.") for head in owned)
         ]
     plan = Plan(task, parts)
     for method, sites in placements:
-        _place(model, plan, method, sites)
+        _place(facts, plan, method, sites)
     return plan
 
 
 def extended_plan(
-    model: nn.Module,
+    facts: Facts,
     task: Task,
     method: Method,
     sites: Sites,
@@ -87,25 +80,23 @@ def extended_plan(
     twice = [f" at {site.full_name}" for site in sites if site.full_name in taken]
     if twice or (alike and not sites):
         raise VisadaptError(f"task {task.name!r} has a {method.part}{''.join(twice[:1])} already: name another task")
-    _place(model, plan, method, sites)
+    _place(facts, plan, method, sites)
     return plan
 
 
-def _place(model: nn.Module, plan: Plan, method: Method, sites: Sites) -> None:
-    _check_outside_head(model, plan.task, sites)
-    dtype = dtype_of(model)
-    for path, part in method.parts(model, sites, plan.task):
-        device = _device_of(model.get_submodule(path), model)
-        plan.parts.append((path, method.part, part.to(device=device, dtype=dtype)))
+def _place(facts: Facts, plan: Plan, method: Method, sites: Sites) -> None:
+    _check_outside_head(facts, plan.task, sites)
+    for path, part in method.parts(facts, sites, plan.task):
+        device = _device_of(facts.modules[path], facts.model)
+        plan.parts.append((path, method.part, part.to(device=device, dtype=facts.dtype)))
     plan.task.placements.append(Placement(method, tuple(site.full_name for site in sites)))
     plan.sites = Sites((*plan.sites, *sites))
 
 
-def _check_outside_head(model: nn.Module, task: Task, sites: Sites) -> None:
+def _check_outside_head(facts: Facts, task: Task, sites: Sites) -> None:
     """Refuses adapters in a head that the task replaces: they would see other logits, or never run."""
-    found = heads.find_head(model) if task.head in ("new", "copy") else None
-    for site in sites if found else ():
-        for path in found.modules:  # type: ignore[union-attr]
+    for site in sites if task.head in ("new", "copy") else ():
+        for path in facts.head_modules:
             if f"{site.host}.".startswith(f"{path}."):
                 where = "is" if site.host == path else "is in"
                 raise VisadaptError(
@@ -120,17 +111,16 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def commit(model: nn.Module, plan: Plan) -> None:
+def commit(facts: Facts, plan: Plan) -> Registry:
     """Does what a plan says. Nothing here can fail for a reason of the user's."""
+    model = facts.model
     registry = find_registry(model)
     if registry is None:
-        registry = Registry()
-        modules = own_modules(model)
-        registry.norms = find_norms(modules)
+        registry = Registry(facts)
         registry.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
         model.zero_grad()  # an optimiser moves whatever has a gradient
-        for module in modules.values():
+        for module in facts.modules.values():
             host.freeze(module)
             host.unfuse(module, registry)
         if hf_config.is_labelled(model):
@@ -141,7 +131,7 @@ def commit(model: nn.Module, plan: Plan) -> None:
     if task.head != "frozen" and hf_config.is_labelled(model):
         registry.configs[task.name] = hf_config.task_config(model, task)
     for path, name, part in plan.parts:
-        module = model.get_submodule(path)
+        module = facts.modules[path]
         part.train(model.training)
         host.attach(module, registry, task.name, name, part)
         if registry.lean is not None:
@@ -151,6 +141,7 @@ def commit(model: nn.Module, plan: Plan) -> None:
             task.hosts.append(path)
     registry.traced.update({site.full_name: site for site in plan.sites if site.traced})
     registry.active = task.name
+    return registry
 
 
 def warn_if_larger(plan: Plan) -> None:

@@ -12,11 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.find import find_sites
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint
-from visadapt.backbone.modules import joined, own_modules, unwrapped
-from visadapt.backbone.norms import find_norms
+from visadapt.backbone.modules import joined, unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
@@ -26,7 +24,15 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
 from visadapt.runtime.host import check_free
-from visadapt.runtime.registry import Task, check_hosts, check_task_name, find_registry, named_tensors, registry_of
+from visadapt.runtime.registry import (
+    Task,
+    check_hosts,
+    check_task_name,
+    facts_of,
+    find_registry,
+    named_tensors,
+    registry_of,
+)
 from visadapt.table import Table
 
 FORMAT = 1
@@ -77,7 +83,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
             for name, site in registry.traced.items()
             if any(name in p.sites for p in spec.placements)
         },
-        "backbone": fingerprint(backbone, _own_head(backbone, spec), registry.digests),
+        "backbone": fingerprint(backbone, _own_head(facts_of(backbone), spec), registry.digests),
     }
     try:
         written = json.dumps(description, separators=(",", ":"))
@@ -120,7 +126,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     spec.labels = None if description["labels"] is None else tuple(description["labels"])
     spec.notes = description["notes"]
     digests = {} if registry is None else registry.digests
-    found = fingerprint(backbone, _own_head(backbone, spec), digests)
+    facts = facts_of(backbone)
+    found = fingerprint(backbone, _own_head(facts, spec), digests)
     unlike = differences(description["backbone"], found, values=check == "weights")
     if unlike:
         hint = (
@@ -129,18 +136,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
         raise VisadaptError(
             f"{path} was trained on another backbone than this {type(backbone).__name__}: {unlike}{hint}"
         )
-    modules = own_modules(backbone)
     if registry is None:
-        check_free(backbone, modules)
+        check_free(backbone, facts.modules)
     placements = [
-        (_method(path, entry), _sites(backbone, entry["sites"], description)) for entry in description["placements"]
+        (_method(path, entry), _sites(facts, entry["sites"], description)) for entry in description["placements"]
     ]
     with torch.random.fork_rng(devices=[]):
         # what is drawn here is overwritten: the caller's random numbers stay as they were
-        plan = new_plan(backbone, spec, placements, registry.norms if registry else find_norms(modules))
+        plan = new_plan(facts, spec, placements)
     _fill(path, plan.parts, tensors)
-    commit(backbone, plan)
-    registry_of(backbone).digests = digests
+    commit(facts, plan).digests = digests
     return spec.name
 
 
@@ -226,28 +231,26 @@ def _method(path: Any, entry: dict[str, Any]) -> Method:
         raise VisadaptError(f"{path}: {entry['method']} does not take what the file says ({error})") from error
 
 
-def _sites(model: nn.Module, names: list[str], description: dict[str, Any]) -> Sites:
+def _sites(facts: Facts, names: list[str], description: dict[str, Any]) -> Sites:
     known = {}
-    modules = own_modules(model)
     for name, (channels, layout, depth, linear, norm) in description["traced"].items():
         kind, _, host = name.partition(":")
-        if host in modules and layout in LAYOUTS:
+        if host in facts.modules and layout in LAYOUTS:
             known[name] = Site(host, kind, channels, layout, depth, linear=tuple(linear), norm=norm, traced=True)
     if any(name not in known for name in names):
-        known = {site.full_name: site for site in find_sites(model)} | known
+        known = {site.full_name: site for site in facts.sites()} | known
     for name in names:
         if name not in known:
-            raise VisadaptError(f"this {type(model).__name__} has no site {name!r}{nearest(name, known)}")
+            raise VisadaptError(f"this {facts.name} has no site {name!r}{nearest(name, known)}")
     return Sites(known[name] for name in names)
 
 
-def _own_head(model: nn.Module, task: Task) -> tuple[str, ...]:
+def _own_head(facts: Facts, task: Task) -> tuple[str, ...]:
     if task.head not in ("new", "copy"):
         return ()
-    head = heads.find_head(model)
-    if head is None:
-        raise VisadaptError(f"task {task.name!r} has a head of its own, and {type(model).__name__} has no place for it")
-    return head.modules
+    if facts.head is None:
+        raise VisadaptError(f"task {task.name!r} has a head of its own, and {facts.name} has no place for it")
+    return facts.head_modules
 
 
 def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:

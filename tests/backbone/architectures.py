@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visadapt
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import backbone_tensors
-from visadapt.backbone.heads import backbone_size
 from visadapt.backbone.trace import call
 
 
@@ -378,7 +378,7 @@ def _check(architecture: Architecture, folder: Path, m: int, report: Report) -> 
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         before = logits_of(model, example)
-    report.backbone = backbone_size(model)
+    report.backbone = Facts(model).size
 
     begin = time.perf_counter()
     visadapt.inject(model, m=m, task="same", head="frozen", norms="frozen")

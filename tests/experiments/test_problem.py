@@ -34,7 +34,7 @@ def test_the_backbone_decides_between_images_and_texts() -> None:
     assert (texts.name, texts.backbone, texts.modality, texts.metric) == ("cola", "minilm", "text", "matthews")
     with pytest.raises(VisadaptError, match="ImageProblem has no option 'length'"):
         problem("bundled/resnet50", "cifar10", length=3)
-    with pytest.raises(VisadaptError, match="no image set and no folder 'cifar'; did you mean 'cifar10'"):
+    with pytest.raises(VisadaptError, match="no image data set or folder 'cifar'; did you mean 'cifar10'"):
         problem("bundled/resnet50", "cifar").load()
 
 

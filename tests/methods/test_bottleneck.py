@@ -13,6 +13,7 @@ import visadapt
 from tests.models import answer
 from visadapt import Bottleneck, Site, VisadaptError
 from visadapt.methods.layers import ACTIVATIONS
+from visadapt.runtime.registry import registry_of
 
 LAYOUTS = {"NCHW": (2, 6, 4, 5), "NHWC": (2, 4, 5, 6), "NLC": (2, 7, 6)}
 
@@ -24,7 +25,7 @@ def adapter(layout="NLC", channels=6, **options):
 def sizes(model, task="default"):
     return {
         path: sum(p.numel() for p in parts["bottleneck"].parameters())
-        for path, parts in visadapt.registry.registry_of(model).parts(task).items()
+        for path, parts in registry_of(model).parts(task).items()
         if "bottleneck" in parts
     }
 

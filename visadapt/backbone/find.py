@@ -16,7 +16,7 @@ from torch import nn
 
 from visadapt.backbone import traced
 from visadapt.backbone.families import convnext, densenet, mbconv, resnet, transformer, vgg, vit
-from visadapt.backbone.heads import find_head
+from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import is_matrix, own_modules, plain_class
 from visadapt.backbone.site import Site, Sites
 from visadapt.errors import VisadaptError
@@ -27,26 +27,27 @@ FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
 
 
-def find_sites(model: nn.Module, example: Any = None) -> Sites:
+def find_sites(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
     """All sites of a backbone, sorted by where they come in it.
 
     Args:
         model: the backbone.
+        modules: its modules by path.
+        head: where its head is, if it has one.
         example: an input to trace with, where no family knows the backbone and its input cannot be guessed.
 
     Raises:
         VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
     """
-    modules = own_modules(model)
     looks = hash(tuple((path, plain_class(module), _shapes(module)) for path, module in modules.items()))
     known = _KNOWN.get(model)
     if example is None and known is not None and known[0] == looks:
         return known[1]
     found = structural(model, modules)
     sites = _sorted(found)
-    if not found or not covers(found, model, modules):
+    if not found or not covers(found, modules, head):
         try:
-            sites = _sorted(traced.find(model, modules, example))
+            sites = _sorted(traced.find(model, modules, head, example))
         except VisadaptError:
             if not found or example is not None:
                 raise
@@ -67,9 +68,8 @@ def _sorted(found: list[Site]) -> Sites:
     return Sites(sorted(found, key=lambda site: site.depth))
 
 
-def covers(found: list[Site], model: nn.Module, modules: dict[str, nn.Module]) -> bool:
+def covers(found: list[Site], modules: dict[str, nn.Module], head: Head | None) -> bool:
     """Whether the blocks with sites are all the repeated blocks there are: a hybrid has others beside them."""
-    head = find_head(model)
     inside = tuple({site.block for site in found} | set(head.modules if head else ()))
     starts = tuple(f"{path}." for path in inside)
     seen: set[type[nn.Module]] = set()

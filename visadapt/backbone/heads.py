@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.modules import CHILD, own_modules, parameter_count
+from visadapt.backbone.modules import CHILD, own_modules
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,14 @@ class Head:
 _NAMES = ("fc", "classifier", "head", "heads", "head_dist", "last_linear", "logits", "score", "pre_classifier")
 
 
-def find_head(model: nn.Module) -> Head | None:
-    """The head of a torchvision, timm or transformers model, or of anything that names it as they do; else None."""
-    modules = own_modules(model)
+def find_head(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Head | None:
+    """The head of a torchvision, timm or transformers model, or of anything that names it as they do; else None.
+
+    Args:
+        model: the backbone.
+        modules: its modules by path, where they are known.
+    """
+    modules = own_modules(model) if modules is None else modules
     if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
         return _transformers(model, modules)
     finals = _timm(model, modules)
@@ -81,10 +85,3 @@ def _is_final(module: nn.Module | None) -> bool:
 def width_of(final: nn.Module) -> int:
     """Number of logits that a final layer gives."""
     return int(final.out_features if isinstance(final, nn.Linear) else final.out_channels)  # type: ignore[arg-type]
-
-
-def backbone_size(model: nn.Module) -> int:
-    """Number of parameters of the backbone without its head: the whole that fractions are parts of."""
-    head = heads.find_head(model)
-    without = sum(parameter_count(model.get_submodule(path)) for path in head.modules) if head else 0
-    return parameter_count(model) - without

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 CHILD = "visadapt"
@@ -98,12 +97,6 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit(model, "")
     return found
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that adapters of this backbone are kept in: fp64 beside fp64, fp32 beside everything else."""
-    double = {p.dtype for p in own_parameters(model)} == {torch.float64}
-    return torch.float64 if double else torch.float32
 
 
 def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

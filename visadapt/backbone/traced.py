@@ -15,7 +15,7 @@ from visadapt.backbone.branches import End, ends
 from visadapt.backbone.dataflow import Flow, Value
 from visadapt.backbone.families.attention import projections
 from visadapt.backbone.families.convs import conv3x3, is_batchnorm
-from visadapt.backbone.heads import find_head
+from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import is_matrix, own_modules, parameter_count, within
 from visadapt.backbone.operators import is_operator
 from visadapt.backbone.site import Site
@@ -27,7 +27,7 @@ _ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|glu|channel_mix", re.IGNORECASE)
 
 
-def find(model: nn.Module, modules: dict[str, nn.Module], example: Any = None) -> list[Site]:
+def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> list[Site]:
     """``block``, ``attention`` and ``mlp``: the ends of branches; ``conv3x3``: the 3×3 convs of their blocks.
 
     ``query``, ``value`` and ``qkv``: the projections of attention in them.
@@ -36,7 +36,6 @@ def find(model: nn.Module, modules: dict[str, nn.Module], example: Any = None) -
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
     flow, given = trace_flow(model, example)
-    head = find_head(model)
     found = ends(flow, modules, head.modules if head else ())
     shapes = _Shapes(model, modules, given)
     counts = Counter(end.block for end in found)

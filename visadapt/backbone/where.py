@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.find import find_sites
-from visadapt.backbone.heads import find_head
-from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.norms import is_norm
 from visadapt.backbone.site import Site, Sites, Where
 from visadapt.backbone.trace import layout_of, trace_outputs, trace_sites
@@ -33,20 +32,26 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
 
     Raises:
         VisadaptError: ``where`` matches nothing.
+
+    Example:
+        >>> visadapt.sites(backbone).kinds()
+        ['conv3x3', 'block']
+        >>> [site.host for site in visadapt.sites(backbone, "block:layer4.*")]
+        ['layer4.0.bn2', 'layer4.1.bn2']
     """
 
     if not isinstance(model, nn.Module):
         raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    found = find_sites(model, example)
-    return found if where is None else select(model, found, where, tuple(found.kinds()), example)
+    facts = Facts(model)
+    found = facts.sites(example)
+    return found if where is None else select(facts, where, tuple(found.kinds()), example)
 
 
-def select(model: nn.Module, found: Sites, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
+def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
     """The sites that ``where`` means.
 
     Args:
-        model: the backbone.
-        found: its sites.
+        facts: of the backbone.
         where: None (every site of the method's kinds), a kind (``"conv3x3"``), a stage (``"layer3"``), depths (``3``,
             ``range(0, 8)``, ``slice(-4, None)``), a glob over hosts (``"layer3.*"``) or over full names
             (``"conv3x3:layer3.*"``), every ``"conv"``, ``"linear"`` or ``"norm"`` outside the head (``"op"``: all
@@ -61,9 +66,10 @@ def select(model: nn.Module, found: Sites, where: Where | None, kinds: Sequence[
     Raises:
         VisadaptError: something in ``where`` matches nothing; the nearest is named.
     """
+    found = facts.sites(example)
     chosen: dict[str, Site] = {}
     for term in _terms(where):
-        for site in _match(model, found, term, kinds, example):
+        for site in _match(facts, found, term, kinds, example):
             chosen[site.full_name] = site
     order = {site.full_name: i for i, site in enumerate(found)}
     return Sites(sorted(chosen.values(), key=lambda s: order.get(s.full_name, len(order))))
@@ -82,24 +88,24 @@ def _terms(where: Any) -> list[Any]:
     )
 
 
-def _match(model: nn.Module, found: Sites, term: Any, kinds: Sequence[str], example: Any) -> list[Site]:
+def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example: Any) -> list[Site]:
     if isinstance(term, Site):
         known = {site.full_name: site for site in found}
         # one that was traced with an example is in no list, but its host is in the model
-        if known.get(term.full_name, term) != term or term.host not in own_modules(model):
-            raise VisadaptError(f"this {type(model).__name__} has no such site: {term}")
+        if known.get(term.full_name, term) != term or term.host not in facts.modules:
+            raise VisadaptError(f"this {facts.name} has no such site: {term}")
         return [term]
     usual = [site for site in found if site.kind in kinds]
     if term is None:
         if not usual:
             hint = f"its kinds of site are {', '.join(found.kinds())}" if found else "visadapt found no site in it"
             raise VisadaptError(
-                f"{type(model).__name__} has no site of kind {' or '.join(kinds)}: {hint}; choose with where= (a kind, "
+                f"{facts.name} has no site of kind {' or '.join(kinds)}: {hint}; choose with where= (a kind, "
                 "or a glob over module names, together with example= if the input is unusual)"
             )
         return usual
     if isinstance(term, str):
-        return _match_name(model, found, term, kinds, example)
+        return _match_name(facts, found, term, kinds, example)
     if callable(term):
         matched = [site for site in found if term(site)]
         what = f"predicate {getattr(term, '__name__', term)!r}"
@@ -111,7 +117,7 @@ def _match(model: nn.Module, found: Sites, term: Any, kinds: Sequence[str], exam
         matched = [site for site in usual if site.depth in wanted]
         what = f"{term!r} (depths run from 0 to {len(depths) - 1})"
     if not matched:
-        raise VisadaptError(f"where={what} matches no site of {type(model).__name__}")
+        raise VisadaptError(f"where={what} matches no site of {facts.name}")
     return matched
 
 
@@ -123,15 +129,15 @@ def _depths(term: range | slice | int, depths: range) -> range:
     return term
 
 
-def _match_name(model: nn.Module, found: Sites, term: str, kinds: Sequence[str], example: Any) -> list[Site]:
+def _match_name(facts: Facts, found: Sites, term: str, kinds: Sequence[str], example: Any) -> list[Site]:
     if any(site.kind == term for site in found):
         return [site for site in found if site.kind == term]
     if term in LAYERS:
-        matched = _layers(model, term, example)
+        matched = _layers(facts, term, example)
     elif ":" in term:
         matched = [site for site in found if fnmatchcase(site.full_name, term)]
         if not matched and term.startswith("module:"):
-            matched = _traced(model, term.removeprefix("module:"), example)
+            matched = _traced(facts, term.removeprefix("module:"), example)
     else:
         matched = [site for site in found if term == site.stage or fnmatchcase(site.host, term)]
         matched = [site for site in matched if site.kind in kinds] or matched
@@ -139,17 +145,15 @@ def _match_name(model: nn.Module, found: Sites, term: str, kinds: Sequence[str],
             matched = [site for site in found if fnmatchcase(site.block, term)]
             matched = [site for site in matched if site.kind in kinds]
         if not matched:
-            matched = _traced(model, term, example)
+            matched = _traced(facts, term, example)
     if not matched:
         names = {site.kind for site in found} | {site.stage for site in found if site.stage} | {s.host for s in found}
-        names |= {name for name, _ in model.named_modules() if name and "visadapt" not in name}
-        raise VisadaptError(
-            f"where={term!r} matches no site and no module of {type(model).__name__}{nearest(term, names)}"
-        )
+        names |= {name for name in facts.modules if name}
+        raise VisadaptError(f"where={term!r} matches no site and no module of {facts.name}{nearest(term, names)}")
     return matched
 
 
-def _layers(model: nn.Module, term: str, example: Any) -> list[Site]:
+def _layers(facts: Facts, term: str, example: Any) -> list[Site]:
     """Every convolution, linear or norm outside the head, as far as it is called and gives features."""
 
     def wanted(module: nn.Module) -> bool:
@@ -157,10 +161,9 @@ def _layers(model: nn.Module, term: str, example: Any) -> list[Site]:
         is_a = {"conv": isinstance(module, nn.Conv2d), "linear": linear, "norm": is_norm(module)}
         return any(is_a.values()) if term == "op" else is_a[term]
 
-    head = find_head(model)
-    inside = tuple(f"{path}." for path in head.modules) if head else ()
-    modules = {n: m for n, m in own_modules(model).items() if n and wanted(m) and not f"{n}.".startswith(inside)}
-    outputs = trace_outputs(model, list(modules), example) if modules else {}
+    inside = tuple(f"{path}." for path in facts.head_modules)
+    modules = {n: m for n, m in facts.modules.items() if n and wanted(m) and not f"{n}.".startswith(inside)}
+    outputs = trace_outputs(facts.model, list(modules), example) if modules else {}
     found = []
     for depth, (name, module) in enumerate(modules.items()):
         out = outputs.get(name)
@@ -172,7 +175,7 @@ def _layers(model: nn.Module, term: str, example: Any) -> list[Site]:
     return found
 
 
-def _traced(model: nn.Module, glob: str, example: Any) -> list[Site]:
+def _traced(facts: Facts, glob: str, example: Any) -> list[Site]:
 
-    names = [n for n, _ in model.named_modules() if n and "visadapt" not in n.split(".") and fnmatchcase(n, glob)]
-    return trace_sites(model, names, example) if names else []
+    names = [name for name in facts.modules if name and fnmatchcase(name, glob)]
+    return trace_sites(facts.model, names, example) if names else []

@@ -1,70 +1,77 @@
-"""Backbones by name, and with the tasks of files."""
+"""Load backbones by name, and backbones with the tasks of files."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from visadapt.data.file_requests import vetted
 from visadapt.data.hub import WEIGHTLESS, resolve
-from visadapt.data.inputs import Inputs, from_description, inputs_of
+from visadapt.data.inputs import Inputs, described, from_description, inputs_of
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import tasks
 from visadapt.task_file import load, read
 
 
-def opened(name: str, build: dict[str, Any]) -> nn.Module:
-    """A backbone; what its loader may draw at random is the same each time."""
-    _hush(name)
+def open_backbone(name: str, build: dict[str, Any]) -> nn.Module:
+    """Load a backbone in eval mode; random initial values are the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return resolve(name, **build).eval()
 
 
-def shaped(name: str, build: dict[str, Any]) -> nn.Module:
-    """A backbone to look at, not to run: no weights are fetched where it can be built without."""
-    return opened(name, {**WEIGHTLESS.get(name.partition("/")[0], {}), **build})
+def build_backbone(name: str, build: dict[str, Any]) -> nn.Module:
+    """Build a backbone whose shapes are of interest only: without downloading weights where that is possible."""
+    return open_backbone(name, {**WEIGHTLESS.get(name.partition("/")[0], {}), **build})
 
 
-def with_tasks(files: Sequence[Path], backbone: str | None = None) -> tuple[nn.Module, dict[str, Inputs]]:
-    """The backbone that task files belong to, with their tasks.
+def with_tasks(
+    files: Sequence[Path], backbone: str | None = None, build: Mapping[str, Any] | None = None, online: bool = False
+) -> tuple[nn.Module, dict[str, Inputs]]:
+    """Load the backbone of some task files, and their tasks into it.
+
+    Files are data: of the options they note, only those listed in :mod:`visadapt.data.allowlist` are used.
 
     Args:
-        files: of tasks of one backbone.
-        backbone: its name; None for the one that the first file remembers.
+        files: task files of one backbone.
+        backbone: name of the backbone; None for the one that the first file records.
+        build: options for its loader given by the user; they replace those of the file.
+        online: whether a backbone or tokenizer that only a file names may be downloaded.
 
     Returns:
-        The model in eval mode, and what each task takes, in the order of the files.
+        The model in eval mode, and the inputs of each task, in the order of the files.
 
     Raises:
-        VisadaptError: a file is none, or belongs to another backbone, or nobody says to which.
+        VisadaptError: a file is not a task file, belongs to another backbone or does not record its backbone, or asks
+            for something that no file may choose.
     """
-    remembered = [read(file)[0]["notes"].get("backbone") for file in files]
-    match {"name": backbone} if backbone else remembered[0]:
-        case {"name": str(name), "build": dict(build)}:
-            pass
-        case {"name": str(name), **others} if "build" not in others:
-            build = {}
-        case _:
-            raise VisadaptError(f"{files[0]} does not remember its backbone: name it by --backbone")
-    model = opened(name, build)
+    notes = [read(file)[0]["notes"] for file in files]
+    if backbone is None:
+        name, noted = _noted(files[0], notes[0].get("backbone"))
+        source, loading = vetted(str(files[0]), name, noted, build, online=online)
+    else:
+        name, source, loading = backbone, backbone, dict(build or {})
+
+    def inputs(description: Any) -> Inputs:
+        return from_description(description, backbone=backbone, online=online)
+
+    # first, because loading the backbone takes longer
+    prepared = [None if each.get("inputs") is None else inputs(each["inputs"]) for each in notes]
+    model = open_backbone(source, loading)
     names = [load(model, file) for file in files]
-    known = tasks(model)
-    inputs = {}
-    for task in names:
-        described = known[task].notes.get("inputs")
-        inputs[task] = inputs_of(model, name) if described is None else from_description(described)
-    return model, inputs
+    return model, {
+        task: inputs(described(inputs_of(model, name))) if found is None else found
+        for task, found in zip(names, prepared, strict=True)
+    }
 
 
-def _hush(name: str) -> None:
-    """transformers says at length that a new head is new, and draws bars of its own."""
-    if name.startswith("hf/") and importlib.util.find_spec("transformers"):
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+def _noted(file: Path, backbone: Any) -> tuple[str, dict[str, Any]]:
+    match backbone:
+        case {"name": str(name), "build": dict(build)}:
+            return name, build
+        case {"name": str(name), **others} if "build" not in others:
+            return name, {}
+    raise VisadaptError(f"{file} does not record its backbone: give it with --backbone")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
+from visadapt.typed import from_json
 
 STOPPED = "stopped"
 """Name of the fact with the reason why a training run ended in numbers that are not finite."""
@@ -186,7 +188,14 @@ class Record:
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write a result to ``<folder>/<experiment>/<key>.json`` and return that path."""
+    """Write a result to ``<folder>/<experiment>/<key>.json`` and return that path.
+
+    Raises:
+        VisadaptError: the experiment or the key is not a plain name, and could lead out of the folder.
+    """
+    for name in (result.experiment, result.key):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise VisadaptError(f"experiment and key must be plain names, got {name!r}")
     target = folder / result.experiment / f"{result.key}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
@@ -196,7 +205,7 @@ def write(result: Result, folder: Path) -> Path:
 
 def _read_json(file: Path) -> Result:
     try:
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
+        return from_json(Result, json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise VisadaptError(f"{file} is not a result of an experiment") from error
 
@@ -212,7 +221,7 @@ def _read_csv(file: Path) -> list[Result]:
 
 def _from_row(row: dict[str, str], where: str) -> Result:
     try:
-        return Result(**{name: _value(_FIELDS[name].type, text) for name, text in row.items()})
+        return from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in row.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise VisadaptError(f"{where} is not a result of an experiment") from error
 

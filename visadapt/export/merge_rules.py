@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batchnorm import carried, pairs
-from visadapt.backbone.find import find_sites
 from visadapt.backbone.modules import is_stateful, plain_copy
 from visadapt.backbone.norms import is_norm
 from visadapt.backbone.operators import is_operator, plain_operator, rows_of
 from visadapt.backbone.site import Site
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import Registry
+from visadapt.runtime.registry import Registry, facts_of
 from visadapt.runtime.roles import role
 
 
@@ -31,7 +30,7 @@ def absorb(plain: nn.Module, source: nn.Module, registry: Registry, task: str) -
     Raises:
         VisadaptError: something cannot be merged exactly; the site and the reason are named.
     """
-    known = {site.full_name: site for site in find_sites(source)} | registry.traced
+    known = {site.full_name: site for site in facts_of(source).sites()} | registry.traced
     sites = {
         (known[name].host, placement.method.part): known[name]
         for placement in registry.task(task).placements

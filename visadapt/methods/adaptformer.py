@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site
 from visadapt.checks import check_positive, check_probability, check_width
@@ -50,18 +51,18 @@ class AdaptFormer(Method):
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return ParallelBottleneck(self, site)
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         for site in sites:
-            path, before = _beside(model, site)
+            path, before = _beside(backbone, site)
             yield path, BeforeSum(self, site) if before else ParallelBottleneck(self, site)
 
 
-def _beside(model: nn.Module, site: Site) -> tuple[str, bool]:
+def _beside(backbone: Facts, site: Site) -> tuple[str, bool]:
     """The module whose input is the MLP's, and whether that input is only its second argument, to be summed."""
-    host = model.get_submodule(site.host)
+    host = backbone.modules[site.host]
     if _is_mlp(host):
         return site.host, False
-    block = model.get_submodule(site.block)
+    block = backbone.modules[site.block]
     at = f"{site.block}." if site.block else ""
     output = block._modules.get("output")
     # BERT and its kin: LayerNorm(dropout(dense(h)) + x) is all in one module, called with h and x
@@ -71,7 +72,7 @@ def _beside(model: nn.Module, site: Site) -> tuple[str, bool]:
         if name in block._modules:
             return f"{at}{name}", False
     raise VisadaptError(
-        f"no MLP found at {site.full_name} (looked for {', '.join(_MLPS)} in {site.block or type(model).__name__}): "
+        f"no MLP found at {site.full_name} (looked for {', '.join(_MLPS)} in {site.block or backbone.name}): "
         "name it with where="
     )
 

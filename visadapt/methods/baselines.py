@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from visadapt.backbone.modules import own_modules
-from visadapt.backbone.norms import find_norms
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.site import Site
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
@@ -28,7 +27,7 @@ class Linear(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         if task.norms != "frozen":
             raise VisadaptError(
@@ -53,10 +52,10 @@ class Norms(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         if task.norms == "frozen":
             raise VisadaptError("Norms() trains the norms, and norms='frozen' forbids it: say 'affine' or 'full'")
-        if not find_norms(own_modules(model)):
-            raise VisadaptError(f"Norms(): {type(model).__name__} has no norms")
+        if not backbone.norms:
+            raise VisadaptError(f"Norms(): {backbone.name} has no norms")
         return ()

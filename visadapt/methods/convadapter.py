@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import Operator, operator_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_choice, check_count
@@ -75,13 +76,13 @@ class ConvAdapter(Method):
             return ConvAfter(self, c, c, _same(c, kernel), site.layout)
         return ConvAfter(self, c, c, _same(c), site.layout)
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         if self.scheme != "residual-parallel":
-            yield from super().parts(model, sites, task)
+            yield from super().parts(backbone, sites, task)
             return
         taken: set[str] = set()
         for site in sites:
-            block = model.get_submodule(site.block)
+            block = backbone.modules[site.block]
             if site.layout == "NLC" or site.block == site.host or site.block in taken:
                 raise VisadaptError(
                     f"residual-parallel needs the input of a residual branch of feature maps; {site.full_name} has none"

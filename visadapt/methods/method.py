@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.site import Site, Where
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.policy import Policy
@@ -59,20 +60,20 @@ class Method:
         """
         raise VisadaptError(f"{type(self).__name__} puts nothing at {site.full_name}")
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
-        """Everything that the method puts into ``model``: pairs of a host's path and a part.
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+        """Everything that the method puts into the backbone: pairs of a host's path and a part.
 
         One adapter a site, unless a method says otherwise because it stands at more than its sites or at none.
 
         Args:
-            model: the backbone, not to be changed.
+            backbone: what is known of the backbone, which is not to be changed.
             sites: where ``where`` wants it.
             task: what it will belong to; its policies for norms and head are decided.
         """
         for site in sites:
-            yield site.host, self.build(site, model.get_submodule(site.host))
+            yield site.host, self.build(site, backbone.modules[site.host])
 
-    def check(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def check(self, backbone: Facts, sites: Sequence[Site]) -> None:
         """What ``inject`` asks of the model beyond the sites, and ``load``, whose file has all it needs, does not.
 
         Raises:

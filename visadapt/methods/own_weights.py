@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.modules import CHILD, own_modules
-from visadapt.backbone.norms import find_norms
+from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import CHILD
 from visadapt.backbone.site import Site
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -32,10 +31,9 @@ class Full(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
-        norms = find_norms(own_modules(model))
-        yield "", own_weights(model, "", lambda name: _module(name) not in norms)
+        yield "", own_weights(backbone, "", lambda name: _module(name) not in backbone.norms)
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,14 @@ class Biases(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
-        norms = find_norms(own_modules(model)) if task.norms != "frozen" else {}
+        norms = backbone.norms if task.norms != "frozen" else {}
 
         def wanted(name: str) -> bool:
             return name.rpartition(".")[2].endswith("bias") and _module(name) not in norms
 
-        yield "", own_weights(model, "", wanted)
+        yield "", own_weights(backbone, "", wanted)
 
 
 @dataclass(frozen=True)
@@ -83,17 +81,16 @@ class TopLayers(Method):
         check_count(self.n, "n")
         object.__setattr__(self, "where", slice(-self.n, None))
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         depths = sorted({site.depth for site in sites})
         if len(depths) < self.n:
             raise VisadaptError(f"TopLayers(n={self.n}): there are {len(depths)} blocks where it is to stand")
         paths = dict.fromkeys(site.block for site in sites if site.depth in depths[-self.n :])
-        norms = find_norms(own_modules(model))
         for path in paths:
             # a block may be one activation (in VGG, behind the conv that is a block of its own), or lie in another
-            if any(path.startswith(f"{other}.") for other in paths) or not any(_named(model.get_submodule(path))):
+            if any(path.startswith(f"{other}.") for other in paths) or not any(_named(backbone.modules[path])):
                 continue
-            yield path, own_weights(model, path, lambda name: _module(name) not in norms)
+            yield path, own_weights(backbone, path, lambda name: _module(name) not in backbone.norms)
 
 
 class OwnWeights(nn.Module):
@@ -118,26 +115,24 @@ class OwnWeights(nn.Module):
         return {name: own[source] for name, source in self._names.items()}
 
 
-def own_weights(model: nn.Module, path: str, wanted: Callable[[str], bool]) -> OwnWeights:
+def own_weights(backbone: Facts, path: str, wanted: Callable[[str], bool]) -> OwnWeights:
     """The task's own copies of the parameters below ``path``, but for the head's: these are the head policy's.
 
     Args:
-        model: the backbone.
+        backbone: what is known of it.
         path: of the host.
         wanted: whether a parameter is to be copied, by its name in the model.
 
     Raises:
         VisadaptError: there is no such parameter.
     """
-    found = heads.find_head(model)
-    owned = found.modules if found else ()
     first: dict[int, str] = {}
     copies: dict[str, nn.Parameter] = {}
     names: dict[str, str] = {}
     at = f"{path}." if path else ""
-    for name, parameter in _named(model.get_submodule(path)):
+    for name, parameter in _named(backbone.modules[path]):
         full = f"{at}{name}"
-        if any(full.startswith(f"{head}.") for head in owned) or not wanted(full):
+        if any(full.startswith(f"{head}.") for head in backbone.head_modules) or not wanted(full):
             continue
         # weights that are tied stay tied
         source = first.setdefault(id(parameter), name)
@@ -145,7 +140,7 @@ def own_weights(model: nn.Module, path: str, wanted: Callable[[str], bool]) -> O
         if source == name:
             copies[name] = nn.Parameter(parameter.detach().clone())
     if not copies:
-        what = path or type(model).__name__
+        what = path or backbone.name
         raise VisadaptError(
             f"{what} has no such parameters beside its norms, which are the norm policy's, and its head"
         )

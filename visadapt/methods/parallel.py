@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.operators import Operator, centre_tap, operator_of, plain_operator
 from visadapt.backbone.site import Site
@@ -63,11 +64,11 @@ class Parallel(Method):
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         return ParallelAdapter(self, operator_of(host, site.full_name), site, self._factor(host))
 
-    def check(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def check(self, backbone: Facts, sites: Sequence[Site]) -> None:
         if self.factor_of is None:
             return
         for site in sites:
-            host = model.get_submodule(site.host)
+            host = backbone.modules[site.host]
             rank = width(cast("int | float", self.rank), site.channels)
             factor = self._factor(host)
             if factor is None:

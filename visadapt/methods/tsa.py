@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import operator_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, is_real
@@ -54,19 +54,19 @@ class TSA(Method):
             nn.init.eye_(adapter.full.weight).mul_(self.init)
         return adapter
 
-    def parts(self, model: nn.Module, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
-        yield from super().parts(model, sites, task)
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+        yield from super().parts(backbone, sites, task)
         if self.align:
-            yield _before_head(model)
+            yield _before_head(backbone)
 
 
-def _before_head(model: nn.Module) -> tuple[str, nn.Module]:
-    head = heads.find_head(model)
+def _before_head(backbone: Facts) -> tuple[str, nn.Module]:
+    head = backbone.head
     if head is None:
-        raise VisadaptError(f"align=True: no head found in {type(model).__name__}, before which to align")
+        raise VisadaptError(f"align=True: no head found in {backbone.name}, before which to align")
     # a task's own head stands instead of the whole module, so the alignment comes before that, not inside
     path = next((p for p in head.modules if head.final.startswith(f"{p}.")), head.final)
-    first = next(m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    first = next(m for m in backbone.modules[path].modules() if isinstance(m, nn.Linear | nn.Conv2d))
     operator = operator_of(first, path)
     return path, Alignment(operator.inputs, operator.layout)
 

@@ -9,26 +9,26 @@ from typing import cast
 import torch
 from torch import nn
 
-from visadapt.backbone.heads import Head
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_class, plain_copy
 from visadapt.runtime.classes import frozen_class, widened_class
 
 
-def build_head(model: nn.Module, head: Head, num_classes: int | None, dtype: torch.dtype) -> dict[str, nn.Module]:
+def build_head(facts: Facts, num_classes: int | None) -> dict[str, nn.Module]:
     """A task's own head, on the backbone's device.
 
     Args:
-        model: the backbone.
-        head: where its head is.
+        facts: of a backbone that has a head.
         num_classes: width of a new final layer, or None to start from the backbone's weights.
-        dtype: of the head's parameters.
 
     Returns:
         The task's module for each of ``head.modules``.
     """
+    model, head, dtype = facts.model, facts.head, facts.dtype
+    assert head is not None
     made: dict[str, nn.Module] = {}
     for path in head.modules:
-        own = model.get_submodule(path)
+        own = facts.modules[path]
         low = any(p.dtype in (torch.float16, torch.bfloat16) for p in own_parameters(own))
         # a head of a thousand classes is not copied only to be replaced by one of ten
         renewed = num_classes is not None and path in head.finals

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.heads import backbone_size
-from visadapt.backbone.modules import unwrapped
-from visadapt.runtime.registry import Registry, registry_of
+from visadapt.runtime.registry import Registry, facts_of, registry_of
 from visadapt.table import Table
 
 
@@ -86,9 +84,15 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         VisadaptError: the model was never injected.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> flowers = visadapt.summary(model)["flowers"]
+        >>> flowers.methods, flowers.sites, flowers.norm_policy, flowers.num_classes
+        ('Bottleneck(m=4)', 8, 'affine', 3)
     """
     registry = registry_of(model)
-    whole = backbone_size(unwrapped(model))
+    whole = facts_of(model).size
     return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
 
 

@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone import heads
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
 from visadapt.files import write_tensors
-from visadapt.runtime.registry import registry_of
+from visadapt.runtime.registry import facts_of, registry_of
 from visadapt.runtime.selection import bare
+from visadapt.typed import fits
 
 
 class Decider(nn.Module):
@@ -80,7 +80,7 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
         VisadaptError: the model has no head to listen at.
     """
     backbone = unwrapped(model)
-    head = heads.find_head(backbone)
+    head = facts_of(model).head
     if head is None:
         raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")
     heard: list[Tensor] = []
@@ -185,7 +185,13 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("visadapt_decider", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        tasks, backbone = list(description["tasks"]), dict(description["backbone"])
+        tasks, backbone = description["tasks"], description["backbone"]
+        if (
+            not fits(tasks, list[str])
+            or not fits(backbone, dict[str, list[str]])
+            or any(len(pair) != 2 for pair in backbone.values())
+        ):
+            raise TypeError("tasks must be names, and the backbone digests of tensors")
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise VisadaptError(f"{path} holds no decider ({error})") from error
     unlike = differences(backbone, _backbone(model), values=True)
@@ -197,7 +203,7 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     try:
         decider = Decider(names, tensors["mean"], tensors["std"])
         decider.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise VisadaptError(f"{path} holds no whole decider ({error})") from error
     registry.decider = decider.requires_grad_(False).eval()
     return decider
@@ -205,6 +211,4 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
 
 def _backbone(model: nn.Module) -> dict[str, list[str]]:
     """The fingerprint of what gives the features: the backbone without its head."""
-    backbone = unwrapped(model)
-    head = heads.find_head(backbone)
-    return fingerprint(backbone, head.modules if head else (), registry_of(model).digests)
+    return fingerprint(unwrapped(model), facts_of(model).head_modules, registry_of(model).digests)

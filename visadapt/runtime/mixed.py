@@ -14,12 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
-from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.heads import width_of
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows, rows_for
 from visadapt.runtime.mixed_norms import stack_norms
-from visadapt.runtime.registry import _USING, Parts, registry_of
+from visadapt.runtime.registry import _USING, Parts, facts_of, registry_of
 from visadapt.runtime.roles import around, core, role, run
 
 NONE = nn.ModuleDict()
@@ -176,9 +175,8 @@ def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict
     registry = registry_of(model)
     if len(tasks) != logits.shape[0]:
         raise VisadaptError(f"{len(tasks)} tasks for {logits.shape[0]} rows of logits")
-    backbone = unwrapped(model)
-    head = heads.find_head(backbone)
-    own = None if head is None else heads.width_of(backbone.get_submodule(head.final))
+    facts = facts_of(model)
+    own = None if facts.head is None else width_of(facts.modules[facts.head.final])
     found = {}
     for name in dict.fromkeys(tasks):
         width = None if name is None else registry.task(name).num_classes

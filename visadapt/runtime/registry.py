@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
 from visadapt.errors import VisadaptError, nearest
@@ -61,7 +62,7 @@ class Registry:
     Attributes:
         tasks: by name.
         hosts: every module that holds parts, by its path in the model.
-        norms: every norm with parameters of its own, by path; known once, asked by each task.
+        facts: of the backbone, as they were when they were last established.
         trained: names of the backbone's parameters that required a gradient before the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
@@ -72,10 +73,10 @@ class Registry:
         hidden: whether a forward with gradients was another task's, by ``using``, since then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
         self.tasks: dict[str, Task] = {}
         self.hosts: dict[str, nn.Module] = {}
-        self.norms: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
         self.active: Any = None
         self.hidden = False
@@ -152,6 +153,16 @@ def registry_of(model: Any) -> Registry:
     if registry is None:
         raise VisadaptError(f"this {type(model).__name__} has no tasks: call visadapt.inject(model, …) first")
     return registry
+
+
+def facts_of(model: nn.Module) -> Facts:
+    """The facts of a backbone: those that its registry keeps as long as they hold, or else new ones."""
+    registry = find_registry(model)
+    if registry is None:
+        return Facts(unwrapped(model))
+    if not registry.facts.hold():
+        registry.facts = Facts(unwrapped(model))
+    return registry.facts
 
 
 def check_hosts(model: nn.Module, name: str) -> None:

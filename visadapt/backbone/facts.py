@@ -1,0 +1,77 @@
+"""What is known of a backbone: each fact established once, and asked for by name ever after."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from visadapt.backbone.find import find_sites
+from visadapt.backbone.heads import Head, find_head
+from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.norms import find_norms
+from visadapt.backbone.site import Sites
+
+
+class Facts:
+    """The modules, head, norms and sites of one backbone, each found when first asked for.
+
+    Args:
+        model: the backbone, injected or not; it is not changed.
+
+    Attributes:
+        model: the backbone.
+        modules: its modules by path, without those of tasks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = own_modules(model)
+
+    @property
+    def name(self) -> str:
+        """Name of the backbone's class, for messages."""
+        return type(self.model).__name__
+
+    def hold(self) -> bool:
+        """Whether the backbone still consists of the same modules at the same paths."""
+        return own_modules(self.model) == self.modules
+
+    @cached_property
+    def head(self) -> Head | None:
+        """Where its head is; None if it has none that can be found."""
+        return find_head(self.model, self.modules)
+
+    @cached_property
+    def norms(self) -> dict[str, nn.Module]:
+        """Every norm with parameters of its own, by path."""
+        return find_norms(self.modules)
+
+    def sites(self, example: Any = None) -> Sites:
+        """All sites, sorted by where they come in the backbone.
+
+        Args:
+            example: an input to trace with, where no family knows the backbone and its input cannot be guessed.
+
+        Raises:
+            VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
+        """
+        return find_sites(self.model, self.modules, self.head, example)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that adapters are kept in: fp64 beside fp64, fp32 beside everything else."""
+        parameters = (p for m in self.modules.values() for p in m._parameters.values() if p is not None)
+        return torch.float64 if {p.dtype for p in parameters} == {torch.float64} else torch.float32
+
+    @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """Paths of the modules that are its head; none if it has none that can be found."""
+        return () if self.head is None else self.head.modules
+
+    @property
+    def size(self) -> int:
+        """Number of parameters without the head: the whole that fractions are parts of."""
+        return parameter_count(self.model) - sum(parameter_count(self.modules[path]) for path in self.head_modules)
