@@ -465,7 +465,8 @@ WRONG = {
     "nothing to take out": (
         "experiment ablation --problem hf/{place}/bert:{place}/tweets.tsv --contender full --results {tmp}/r",
         1,
-        "'full fine-tuning' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
+        "the contender must have adapters in the layers of hf/{place}/bert, such as 'bottleneck m=8'; "
+        "got 'full fine-tuning'",
     ),
     "device that is not there": (
         "experiment compare --problem hf/{place}/bert:{place}/tweets.tsv --device cuda:99 --results {tmp}/r",
