@@ -155,7 +155,7 @@ def test_transfer_starts_from_the_source_exactly(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("visadapt.experiments.run.train", look)
     run.trained(Workplace(tmp_path))
-    source = read(Workplace(tmp_path).task_file(run.start.task_key))[1]
+    source = read(Workplace(tmp_path).task_file(run.start.task_key)).tensors
     assert started
     assert all(torch.equal(value, source[key]) for key, value in started.items())
 

@@ -149,7 +149,7 @@ class Training(Run):
         file = workplace.task_file(self.task_key)
         if not file.is_file():
             dataclasses.replace(self, keep=True).trained(workplace)
-        return read(file)[1]
+        return read(file).tensors
 
 
 @dataclass(frozen=True)
