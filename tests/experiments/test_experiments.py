@@ -156,7 +156,7 @@ def test_transfer_starts_from_the_source_exactly(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("visadapt.experiments.run.train", train)
     training.trained(Workspace(tmp_path))
-    source = read(Workspace(tmp_path).task_file(training.start.task_key))[1]
+    source = read(Workspace(tmp_path).task_file(training.start.task_key)).tensors
     assert initial
     assert all(torch.equal(value, source[key]) for key, value in initial.items())
 

@@ -154,7 +154,7 @@ class TrainingRun(Run):
         file = workspace.task_file(self.task_key)
         if not file.is_file():
             dataclasses.replace(self, keep=True).trained(workspace)
-        return read(file)[1]
+        return read(file).tensors
 
 
 @dataclass(frozen=True)
