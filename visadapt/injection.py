@@ -88,18 +88,20 @@ def inject(
         VisadaptError: something in the request matches nothing or contradicts what is there. Nothing was changed then.
 
     Example:
-        A network with two heads, of which one task replaces the first and trains the second as well::
+        >>> model = visadapt.inject(backbone, m=8, task="flowers", num_classes=3)
+        >>> model is backbone, visadapt.active(model)
+        (True, 'flowers')
+        >>> model = visadapt.inject(model, visadapt.Parallel(), task="birds", num_classes=5, where="conv3x3")
+        >>> list(visadapt.tasks(model))
+        ['flowers', 'birds']
 
-            model = visadapt.inject(Net(), m=32, task="ages", head="heads.age", num_classes=8, train_also="heads.sex")
+        A head that is named by its path, and a block that the task trains as a whole beside it:
 
-        A detector for four classes and the background: its class heads follow, its boxes are trained beside them::
-
-            model = torchvision.models.detection.retinanet_resnet50_fpn(weights="DEFAULT")
-            visadapt.inject(model, m=32, num_classes=5, train_also="head.regression_head")
-
-        An encoder without a head, and an adapter task on it::
-
-            model = visadapt.inject(transformers.ViTModel.from_pretrained("google/vit-base-patch16-224-in21k"), m=32)
+        >>> model = visadapt.inject(model, m=8, task="c", head="fc", num_classes=4, train_also="layer4.0")
+        >>> visadapt.tasks(model)["c"].owned
+        ('fc', 'layer4.0')
+        >>> [name for name, _ in visadapt.named_parameters(model, "c") if name.startswith("fc")]
+        ['fc.head.weight', 'fc.head.bias']
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
@@ -141,6 +143,12 @@ def remove(model: nn.Module, task: str) -> nn.Module:
 
     Raises:
         VisadaptError: there is no such task.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
+        >>> list(visadapt.tasks(visadapt.remove(model, "flowers")))
+        ['birds']
     """
     registry = registry_of(model)
     gone = registry.task(task)
@@ -167,6 +175,13 @@ def eject(model: nn.Module) -> nn.Module:
 
     Raises:
         VisadaptError: the model was never injected.
+
+    Example:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> before = backbone.eval()(images)
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> torch.equal(visadapt.eject(model)(images), before)
+        True
     """
     registry = registry_of(model)
     backbone = unwrapped(model)

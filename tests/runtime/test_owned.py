@@ -256,7 +256,5 @@ def test_files_that_name_other_modules_are_refused(net, x, tmp_path) -> None:
             super().__init__()
             self.heads = nn.ModuleDict({"height": nn.Linear(8, 4), "sex": nn.Linear(8, 2)})
 
-    with pytest.raises(
-        VisadaptError, match=r"trained on another backbone than this Other: it has beyond it heads.height"
-    ):
+    with pytest.raises(VisadaptError, match=r"than this Other: it has beyond it heads\.height"):
         visadapt.load(Other(), path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.fingerprint import backbone_tensors
 from visadapt.backbone.heads import Final, Head, is_final
-from visadapt.backbone.modules import joined, within
+from visadapt.backbone.modules import within
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import Registry, Task
 from visadapt.typed import fits
@@ -70,10 +70,14 @@ def check_owned(task: Task, tensors: Mapping[str, Tensor], modules: Mapping[str,
         if not path or path not in modules:
             raise VisadaptError(f"task {task.name!r} has its own {path or 'root'}, and this model has no such module")
     for final in task.head_at.finals if task.head_at is not None else ():
-        if not within(final.path, task.owned) or not is_final(modules.get(final.path)):
-            raise VisadaptError(
-                f"task {task.name!r} has its logits from {final.path}, which is not a layer of its head"
-            )
+        root = next((path for path in task.owned if within(final.path, [path])), None)
+        if root is None or not is_final(modules.get(final.path)):
+            raise VisadaptError(f"task {task.name!r} has logits from {final.path}, which is not a layer of its head")
+        name = f"{root}.head{final.path.removeprefix(root)}.weight"
+        shape = tuple(tensors[name].shape) if name in tensors else ()
+        width = final.width(task.num_classes or 0)
+        if task.head == "new" and shape and shape[0] != width:
+            raise VisadaptError(f"{name} is {shape}, expected {(width, *shape[1:])}")
 
 
 def _read(entry: Any) -> Head:
