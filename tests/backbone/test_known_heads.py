@@ -427,3 +427,36 @@ def test_a_forward_of_ones_own_is_run_and_not_believed() -> None:
 def test_one_layer_is_not_a_head_on_nothing() -> None:
     assert Facts(nn.Linear(4, 3)).head is None
     assert Facts(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))).size == 15
+
+
+class Restored(nn.Module):
+    """An image plus what is added to it, where the sizes differ or not."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.body = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = nn.functional.interpolate(x, scale_factor=self.factor)
+        return x + self.last(self.body(x))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_what_is_added_to_an_image_is_not_a_head(factor: int) -> None:
+    assert Facts(Restored(factor)).head is None
+
+
+def test_an_input_may_scale_or_mask_the_logits() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.tag = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.tag(self.body(x).relu()) * mask[..., None]
+
+    facts = Facts(Masked())
+    assert facts.head is None
+    assert facts.look_for_head((torch.randn(2, 5, 4), torch.ones(2, 5))).modules == ("tag",)

@@ -73,7 +73,7 @@ def head_at(modules: Mapping[str, nn.Module], given: Any, known: Head | None, tr
             not say which of its layers comes last.
 
     Returns:
-        The head; with an obstacle where it cannot be told which layers give the logits.
+        The head; with an obstacle where it is not known which layers give the logits.
 
     Raises:
         VisadaptError: as :func:`modules_at`.
@@ -92,6 +92,6 @@ def head_at(modules: Mapping[str, nn.Module], given: Any, known: Head | None, tr
             traced = trace()
             own = [final for final in (traced.finals if traced else ()) if within(final.path, [path])]
         if not own:
-            return Head(paths, obstacle=f"it cannot be told which layer of {path} gives the logits: name that layer")
+            return Head(paths, obstacle=f"it is not known which layer of {path} gives the logits: name that layer")
         finals += own
     return Head(paths, tuple(finals))

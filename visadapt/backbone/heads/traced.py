@@ -58,6 +58,7 @@ def _all(modules: Mapping[str, nn.Module]) -> set[nn.Parameter]:
 def _layers(flow: Flow, output: Value, modules: Mapping[str, nn.Module]) -> list[str]:
     """The layers that an output was computed from with nothing that has parameters behind them; none if not all is."""
     found: dict[int, str] = {}
+    layers = sum(1 << value.index for value in flow.values if value.weighed)
     waiting = [output]
     seen: set[int] = set()
     while waiting:
@@ -70,7 +71,8 @@ def _layers(flow: Flow, output: Value, modules: Mapping[str, nn.Module]) -> list
             if not is_final(modules.get(path)):
                 return []
             found[value.index] = path
-        elif not value.parents:
+        elif not value.ancestors & layers and value.shape == output.shape:
+            # an image that is added to what was made of it; a mask or a scale among the inputs is no matter
             return []
         waiting += [] if value.weighed else [flow.values[i] for i in value.parents]
     made = sum(1 << index for index in found)
