@@ -17,7 +17,7 @@ from visadapt.backbone.modules import CHILD, UNFUSED, is_stateful, plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
 from visadapt.runtime.mixed import run_mixed
-from visadapt.runtime.registry import Parts, Registry
+from visadapt.runtime.registry import AUTO, Parts, Registry
 from visadapt.runtime.roles import run
 
 
@@ -28,7 +28,7 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = cast("Parts", self._modules[CHILD])
         task = parts._registry.acting()
-        if isinstance(task, tuple):
+        if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)
         if task is None or task not in parts:
             return plain.forward(self, *args, **kwargs)
@@ -59,11 +59,11 @@ def swap(module: nn.Module, make: Maker | None) -> None:
     module.__class__ = hosting_class(base) if hosts else base
 
 
-def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:
+def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str, part: nn.Module) -> None:
     """Gives ``host`` a part of ``task``, swapping the host's class if it is the first."""
     if CHILD not in host._modules:
         parts = Parts()
-        parts._registry = registry
+        parts._registry, parts._path = registry, path
         host.add_module(CHILD, parts)
         host.__class__ = hosting_class(type(host))
     parts = cast("Parts", host._modules[CHILD])
