@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.fingerprint import fingerprint, raw
+from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
@@ -24,6 +24,7 @@ from visadapt.runtime.classes import cached, subclass
 from visadapt.runtime.host import swap
 from visadapt.runtime.registry import Registry, registry_of
 from visadapt.runtime.selection import bare, using
+from visadapt.tensor_file import raw
 
 SPENT = "_visadapt_prefix"
 """Attribute of a module that a prefix spares: the shape of its output, or None for the one whose output is kept."""
