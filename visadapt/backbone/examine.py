@@ -297,7 +297,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def _evidence(small: Any, outputs: dict[Key, Fact]) -> bool:
-    """Whether the two samples can be told apart in the output."""
+    """Whether the two samples differ in the output."""
     for key, leaf in leaves(small, lambda key, _: key in outputs and outputs[key] == Lying(ITEMS)):
         fact = outputs.get(key)
         if not isinstance(fact, Lying):

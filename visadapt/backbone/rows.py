@@ -62,7 +62,7 @@ class HostRows:
 
     @property
     def known(self) -> bool:
-        """Whether rows of the batch can be told apart there: along the first axis, in one order."""
+        """Whether each row there is known to be of one sample: along the first axis, in one order."""
         facts = [*self.inputs.values(), *self.outputs.values()]
         lying = list(self._lying())
         return (
@@ -86,7 +86,7 @@ class RowFacts:
         outputs: how they lie in its output, by path.
         hosts: facts of the modules that were called, by path.
         reordered: the operator on account of which the order of rows may depend on the data, or "".
-        evidence: whether the samples that were looked at could be told apart at all.
+        evidence: whether the samples that were compared differ in the output.
     """
 
     cut: dict[Key, Axis]
