@@ -53,6 +53,15 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
 
     Raises:
         VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])
+        >>> path = visadapt.save(model, "flowers", "flowers.visadapt", notes={"trained by": "me"})
+        >>> model = visadapt.eject(model)
+        >>> visadapt.load(model, path)
+        'flowers'
+        >>> visadapt.tasks(model)["flowers"].labels
+        ('iris', 'lily', 'rose')
     """
     registry = registry_of(model)
     spec = registry.task(task)
@@ -109,6 +118,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     Raises:
         VisadaptError: no such file or not a task file; another backbone (what differs is named); a task of that name is
             there; tensors are missing, unexpected or of another shape. Nothing was changed then.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> path = visadapt.save(model, "flowers", "flowers.visadapt")
+        >>> visadapt.load(model, path, task="again")
+        'again'
+        >>> list(visadapt.tasks(model))
+        ['flowers', 'again']
     """
     check_choice(check, ("weights", "shapes"), "check")
     content = read(path)

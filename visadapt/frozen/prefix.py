@@ -222,6 +222,13 @@ def cache_prefix(
     Raises:
         VisadaptError: there is no prefix to keep; the features would pass the limit; the model does not give the same
             from the cache as without (then it draws random numbers, or its prefix is more than one tensor).
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> cached = visadapt.cache_prefix(model, "flowers", images)
+        >>> cached.features.shape[:2]  # views, samples
+        torch.Size([1, 4])
     """
     ready: Callable[[Any], Any] = prepare or (lambda batch: batch)
     count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)

@@ -112,6 +112,14 @@ def fit_decider(
 
     Raises:
         VisadaptError: fewer than two tasks, one that does not exist, or one without samples.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> decider.tasks
+        ('dark', 'bright')
     """
     registry = registry_of(model)
     names = tuple(registry.task(name).name for name in samples)
@@ -149,6 +157,14 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
 
     Raises:
         VisadaptError: the model has no decider, or its decider names a task that is gone.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> visadapt.decide(model, torch.cat([dark[:1], bright[:1]]))
+        ['dark', 'bright']
     """
     registry = registry_of(model)
     if registry.decider is None:
