@@ -18,14 +18,14 @@ from visadapt.backbone.batch import is_cache, leaves
 from visadapt.backbone.heads import width_of
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.errors import VisadaptError
-from visadapt.runtime.classes import cached, subclass
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.registry import AUTO, Mixed, Parts, Registry, meant
 
 
 @cached
-def door_class(plain: type[nn.Module]) -> type[nn.Module]:
+def door_class(plain: ModuleClass) -> ModuleClass:
     """A subclass of a whole model's whose forward takes batches of mixed tasks."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def door_class(plain: type[nn.Module]) -> type[nn.Module]:
         return enter(self, registry, tasks, args, kwargs)
 
     forward.__wrapped__ = plain.forward  # type: ignore[attr-defined]
-    return subclass(plain, door_class, forward=forward, _visadapt_mixes=True)
+    return subclass(plain, door_class, forward=forward)
 
 
 def is_outside(tasks: Any) -> bool:

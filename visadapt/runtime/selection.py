@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.door import door_class
-from visadapt.runtime.host import swap
+from visadapt.runtime.host import dress
 from visadapt.runtime.registry import AUTO, Registry, find_registry, meant, registry_of
 
 
@@ -94,8 +95,8 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
 def _open_door(model: nn.Module) -> None:
     """Lets a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice."""
     backbone = unwrapped(model)
-    if not getattr(type(backbone), "_visadapt_mixes", False):
-        swap(backbone, door_class)
+    if door_class not in made_by(type(backbone)):
+        dress(backbone, door_class)
 
 
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
