@@ -125,7 +125,7 @@ REQUESTS = {
     "a policy": ({"head": "newer"}, r"no head policy 'newer'; did you mean 'new'"),
     "which layer": (
         {"head": "whole", "num_classes": 3},
-        r"cannot have num_classes=3: it cannot be told which layer of whole gives the logits: name that layer",
+        r"cannot have num_classes=3: it is not known which layer of whole gives the logits: name that layer",
     ),
 }  # fmt: skip
 

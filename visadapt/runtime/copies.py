@@ -10,7 +10,8 @@ from torch import nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import CLASS_COUNTS, Final, Head
-from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_class, plain_copy, within
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy, within
+from visadapt.backbone.subclass import plain_class
 from visadapt.runtime.classes import frozen_class, widened_class
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from visadapt.backbone.modules import CHILD, own_parameters, plain_class
+from visadapt.backbone.modules import CHILD, own_parameters
+from visadapt.backbone.subclass import plain_class
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer, width_of
 from visadapt.backbone.heads.of_transformers import transformers_head
-from visadapt.backbone.modules import own_modules, own_parameters, plain_class
+from visadapt.backbone.modules import own_modules, own_parameters
+from visadapt.backbone.subclass import plain_class
 
 NO_HEAD = Head(())
 """A backbone that is known to have none."""
@@ -18,8 +20,8 @@ NO_HEAD = Head(())
 def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Head | None:
     """The head of a model whose library says where it is.
 
-    A library is asked only if the forward that runs is its own: a subclass with another forward may well end in
-    something else.
+    A library is asked only if the forward that runs is its own, or wraps it: a subclass with another forward may well
+    end in something else.
 
     Args:
         model: the backbone.
@@ -29,7 +31,8 @@ def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) 
         The head, with no modules if the library says that there is none; None if no library says anything.
     """
     modules = own_modules(model) if modules is None else modules
-    if "forward" in model.__dict__:
+    forward = inspect.unwrap(model.__dict__.get("forward", plain_class(model).forward))
+    if getattr(forward, "__func__", forward) is not plain_class(model).forward:
         return None
     if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
         return transformers_head(model, modules)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer
-from visadapt.backbone.modules import own_parameters, plain_class, within
+from visadapt.backbone.modules import own_parameters, within
+from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError, nearest
 
 

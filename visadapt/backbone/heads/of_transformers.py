@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer, width_of
-from visadapt.backbone.modules import CHILD, own_parameters, plain_class, within
+from visadapt.backbone.modules import CHILD, own_parameters, within
+from visadapt.backbone.subclass import plain_class
 
 
 def transformers_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
