@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import visadapt
 from visadapt import VisadaptError
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.heads import find_head
 
 # backbones as small as these have blocks smaller than an adapter
 pytestmark = pytest.mark.filterwarnings("ignore:the bottleneck at:UserWarning")
@@ -422,6 +424,16 @@ def test_a_forward_of_ones_own_is_run_and_not_believed() -> None:
             return self.rank(super().forward(x).relu())
 
     assert Facts(Scorer().eval()).head.modules == ("rank",)
+
+
+def test_a_forward_that_wraps_the_librarys_is_the_librarys() -> None:
+    model = torchvision.models.resnet18(weights=None)
+    model.forward = functools.update_wrapper(
+        functools.partial(lambda m, x: type(m).forward(m, x), model), model.forward
+    )
+    assert find_head(model).modules == ("fc",)
+    model.forward = lambda x: torch.relu(model.fc(x))
+    assert find_head(model) is None
 
 
 def test_one_layer_is_not_a_head_on_nothing() -> None:

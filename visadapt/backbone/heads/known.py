@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +31,8 @@ def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) 
         The head, with no modules if the library says that there is none; None if no library says anything.
     """
     modules = own_modules(model) if modules is None else modules
-    forward = inspect.unwrap(model.__dict__.get("forward", plain_class(model).forward))
-    if getattr(forward, "__func__", forward) is not plain_class(model).forward:
+    given = model.__dict__.get("forward")
+    if given is not None and not _wraps(given, plain_class(model).forward):
         return None
     if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
         return transformers_head(model, modules)
@@ -44,6 +44,13 @@ def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) 
     if library.startswith("torchvision.models."):
         return _torchvision(modules)
     return None
+
+
+def _wraps(forward: Any, own: Any) -> bool:
+    """Whether a forward given to a module calls that of its class, as accelerate's hooks do and say."""
+    while forward is not None and getattr(forward, "__func__", forward) is not own:
+        forward = forward.__dict__.get("__wrapped__") if hasattr(forward, "__dict__") else None
+    return forward is not None
 
 
 def _timm(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
