@@ -78,7 +78,7 @@ def inject(
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
             running statistics never move) or ``full`` (statistics too, which move in train mode).
         where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
-        example: an input to trace shapes with, where a glob in ``where`` names modules that are no known site.
+        example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
 
     Returns:
