@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 Maker = Callable[[type[nn.Module]], type[nn.Module]]
+M = TypeVar("M", bound=Callable[..., type[nn.Module]])
 
 
-def cached(make: Maker) -> Maker:
-    """``functools.cache`` for makers of classes: one subclass a class."""
-    return cast("Maker", cache(make))
+def cached(make: M) -> M:
+    """``functools.cache`` for makers of classes: one subclass per class."""
+    return cast("M", cache(make))
 
 
 def _never_trains(module: nn.Module) -> bool:
@@ -34,7 +35,8 @@ def _rebuild(plain: type[nn.Module], makers: tuple[Any, ...]) -> nn.Module:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # the class was made at run time: pickle finds it again by what it was made from
-    return _rebuild, getattr(type(self), "_visadapt_recipe"), self.__dict__  # noqa: B009
+    state = self.__getstate__()  # type: ignore[no-untyped-call]
+    return _rebuild, getattr(type(self), "_visadapt_recipe"), state  # noqa: B009
 
 
 def subclass(plain: type[nn.Module], make: Maker, **members: Any) -> type[nn.Module]:

@@ -8,7 +8,7 @@ a child of the host named ``visadapt``, so ``.to()``, ``state_dict`` and ``deepc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, cast
 
 from torch import nn
@@ -18,12 +18,18 @@ from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import Parts, Registry
-from visadapt.runtime.roles import run
+from visadapt.runtime.roles import role, run
+from visadapt.runtime.weights import owned_members
 
 
 @cached
-def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose forward lets the active task's parts act."""
+def hosting_class(plain: type[nn.Module], *, owned: tuple[str, ...] = ()) -> type[nn.Module]:
+    """A subclass whose forward lets the active task's parts act.
+
+    Args:
+        plain: the host's class.
+        owned: names of the host's parameters that some task has values of its own for.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = cast("Parts", self._modules[CHILD])
@@ -35,10 +41,15 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
         return run(self, plain, cast("nn.ModuleDict", parts[task]), args, kwargs)
 
     # the signature stays the host's own, for those who look at it
-    members: dict[str, Any] = {"forward": update_wrapper(forward, plain.forward)}
+    members: dict[str, Any] = {"forward": update_wrapper(forward, plain.forward), "_visadapt_owned": owned}
+    members |= owned_members(plain, owned)
     if issubclass(plain, nn.Sequential):
         members |= {"__iter__": _layers, "__len__": _number_of_layers}
-    return subclass(plain, hosting_class, **members)
+    return subclass(plain, partial(hosting_class, owned=owned) if owned else hosting_class, **members)
+
+
+def _hosting(plain: type[nn.Module], owned: tuple[str, ...]) -> type[nn.Module]:
+    return hosting_class(plain, owned=owned) if owned else hosting_class(plain)
 
 
 def _layers(self: nn.Module) -> Iterator[nn.Module | None]:
@@ -56,7 +67,7 @@ def swap(module: nn.Module, make: Maker | None) -> None:
     hosts = CHILD in module._modules
     base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
     base = base._visadapt_base if make is None else make(base)
-    module.__class__ = hosting_class(base) if hosts else base
+    module.__class__ = _hosting(base, cls._visadapt_owned) if hosts else base  # type: ignore[attr-defined]
 
 
 def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:
@@ -70,7 +81,22 @@ def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.M
     if task not in parts:
         parts[task] = nn.ModuleDict().train(part.training)
     parts.training = part.training
-    cast("nn.ModuleDict", parts[task])[name] = part
+    own = cast("nn.ModuleDict", parts[task])
+    own[name] = part
+    if role(part) == "weights":
+        if getattr(part, "replaces", False):
+            # what changes weights changes the task's own
+            own._modules.update({key: own._modules.pop(key) for key in [k for k in own._modules if k != name]})
+        _answer_for(host, part)
+
+
+def _answer_for(host: nn.Module, part: nn.Module) -> None:
+    """Has the host's class answer for the parameters that a part may change."""
+    cls: Any = type(host)
+    names = getattr(part, "names", None) or [name for name, own in host._parameters.items() if own is not None]
+    owned = tuple(sorted({*cls._visadapt_owned, *names}))
+    if owned != cls._visadapt_owned:
+        host.__class__ = _hosting(cls._visadapt_base, owned)
 
 
 def detach(host: nn.Module, task: str) -> None:

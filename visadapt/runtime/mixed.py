@@ -7,8 +7,8 @@ that train-mode statistics see their own task's samples only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from visadapt.backbone.heads import width_of
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows, rows_for
 from visadapt.runtime.mixed_norms import stack_norms
-from visadapt.runtime.registry import _USING, Parts, facts_of, registry_of
+from visadapt.runtime.registry import Parts, facts_of, registry_of
 from visadapt.runtime.roles import around, core, role, run
 
 NONE = nn.ModuleDict()
@@ -53,8 +53,9 @@ class Groups:
         self.rows: Rows = rows_for(number, repeat, first.device)
         self._registry = parts._registry
         self._tasks = tasks
-        # what a host without children runs asks for no task
-        self._leaf = len(host._modules) == 1
+        # what a host without children runs asks for no task, but for the weights that it computes with
+        asks = any(role(part) == "weights" for own in self.parts for part in own.values())
+        self._leaf = len(host._modules) == 1 and not asks
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Runs ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
@@ -65,18 +66,13 @@ class Groups:
                 outs.append(function(parts, *mine))
         return self._join(outs)
 
-    @contextmanager
-    def _alone(self, group: int) -> Iterator[None]:
+    def _alone(self, group: int) -> AbstractContextManager[None]:
         """What runs within sees the rows of one group only, and so their tasks only."""
         if self._leaf:
-            yield
-            return
-        tasks = tuple([t for t, number in zip(self._tasks, self.rows.number, strict=True) if number == group])
-        token = _USING.set({**(_USING.get() or {}), id(self._registry): tasks})
-        try:
-            yield
-        finally:
-            _USING.reset(token)
+            return nullcontext()
+        return self._registry.only(
+            tuple([t for t, number in zip(self._tasks, self.rows.number, strict=True) if number == group])
+        )
 
     def _take(self, value: Any, group: int) -> Any:
         """One group's share of an argument: every tensor with a row a sample is cut to the group's rows."""
@@ -109,6 +105,11 @@ def run_mixed(
         raise VisadaptError(
             f"{type(host).__name__} was called without a tensor: a mixed batch cannot be told apart there"
         )
+    if first.shape[:1] == (1,) and len(tasks) > 1:
+        # what all samples share, such as the positions that a table is asked for
+        args = tuple([_each(a, len(tasks)) for a in args])
+        kwargs = {name: _each(a, len(tasks)) for name, a in kwargs.items()}
+        first = _each(first, len(tasks))
     groups = Groups(host, parts, tasks, first)
     if len(groups.parts) == 1:
         return run(host, plain, groups.parts[0], args, kwargs)
@@ -126,6 +127,12 @@ def run_mixed(
     for step in range(max(map(len, acting))):
         out = _around(groups.rows, {g: own[step] for g, own in enumerate(acting) if step < len(own)}, out, first)
     return out
+
+
+def _each(value: Any, samples: int) -> Any:
+    """A tensor of one row with that row for each sample."""
+    rowed = isinstance(value, Tensor) and value.shape[:1] == (1,)
+    return value.expand(samples, *value.shape[1:]) if rowed else value
 
 
 def _around(rows: Rows, acting: dict[int, nn.Module], out: Any, first: Tensor) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
-from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.backbone.modules import CHILD, own_modules, unwrapped
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 
@@ -21,6 +22,9 @@ AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
 
 _USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
+
+_TRACED: list[tuple[int, Any]] = []
+"""The same within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,26 @@ class Registry:
         self.digests: Digests = {}
         self.lean: Any = None
 
+    @contextmanager
+    def only(self, tasks: Any) -> Iterator[None]:
+        """Has these tasks meant by what runs within, in this thread."""
+        if torch.compiler.is_dynamo_compiling():
+            _TRACED.append((id(self), tasks))
+            try:
+                yield
+            finally:
+                _TRACED.pop()
+            return
+        token = _USING.set({**(_USING.get() or {}), id(self): tasks})
+        try:
+            yield
+        finally:
+            _USING.reset(token)
+
     def current(self) -> Any:
         """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
+        if torch.compiler.is_dynamo_compiling() and _TRACED:
+            return next((tasks for key, tasks in reversed(_TRACED) if key == id(self)), self.active)
         using = _USING.get()
         if using is not None and id(self) in using:
             return using[id(self)]
@@ -189,13 +211,29 @@ def check_task_name(name: Any) -> None:
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
 
+def prefix_of(path: str, name: str, part: nn.Module) -> str:
+    """What the names of a part's tensors begin with: ``host.part.``.
+
+    Weights of a task's own stand at the modules that own them, below the place (``root``) that their method names.
+    They are called ``root.part.`` and what follows the root in the model.
+    """
+    root = getattr(part, "root", path)
+    inner = path.removeprefix(root).removeprefix(".")
+    return "".join(f"{each}." for each in (root, name, inner) if each)
+
+
 def named_tensors(registry: Registry, name: str) -> dict[str, Tensor]:
-    """All tensors that belong to a task (parameters and persistent buffers): ``host.part.tensor`` → tensor."""
-    return {
-        joined(path, key): tensor
-        for path, parts in registry.parts(name).items()
-        for key, tensor in parts.state_dict(keep_vars=True).items()
-    }
+    """All parameters and persistent buffers that belong to a task, each once: ``host.part.tensor`` → tensor."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, parts in registry.parts(name).items():
+        for key, part in parts.items():
+            for inner, tensor in part.state_dict(keep_vars=True).items():
+                # weights that are tied stand at several modules
+                if id(tensor) not in seen:
+                    found[prefix_of(path, key, part) + inner] = tensor
+                seen.add(id(tensor))
+    return found
 
 
 class Parts(nn.ModuleDict):

@@ -14,7 +14,7 @@ from visadapt.backbone import heads
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
 from visadapt.runtime.parameters_of import named_parameters
-from visadapt.runtime.registry import find_registry, named_tensors, registry_of
+from visadapt.runtime.registry import find_registry, named_tensors, prefix_of, registry_of
 from visadapt.runtime.selection import using
 
 
@@ -70,8 +70,8 @@ def trainee(model: nn.Module, task: str | None) -> Trainee:
     for path, parts in registry.parts(task).items():
         for part, root in parts.items():
             for inner, module in root.named_modules():
-                at = ".".join(filter(None, (path, part, inner)))
-                own = {f"{at}.{name}" for name in module._parameters}
+                at = prefix_of(path, part, root) + (f"{inner}." if inner else "")
+                own = {f"{at}{name}" for name in module._parameters}
                 head |= own if part == "head" else set()
                 adapters |= own if part not in ("head", "norm") else set()
                 norms |= own if part == "norm" or _is_norm(module) else set()
