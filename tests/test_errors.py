@@ -78,10 +78,10 @@ WRONG = {
     # method and its options
     "method misspelt": (inject(method="Botleneck", m=None), r"no method 'Botleneck'; did you mean 'Bottleneck'"),
     "method of another kind": (inject(method=3, m=None), r"method is one of Bottleneck.*got 3"),
-    "m is zero": (inject(m=0), r"m is a positive int, or a fraction.*got 0"),
-    "m is one point five": (inject(m=1.5), r"m is a positive int, or a fraction.*got 1\.5"),
-    "m is negative": (inject(m=-0.1), r"m is a positive int, or a fraction.*got -0\.1"),
-    "m is a string": (inject(m="8"), r"m is a positive int, or a fraction.*got '8'"),
+    "m is zero": (inject(m=0), r"m must be a positive integer, or a fraction.*got 0"),
+    "m is one point five": (inject(m=1.5), r"m must be a positive integer, or a fraction.*got 1\.5"),
+    "m is negative": (inject(m=-0.1), r"m must be a positive integer, or a fraction.*got -0\.1"),
+    "m is a string": (inject(m="8"), r"m must be a positive integer, or a fraction.*got '8'"),
     "m and budget": (inject(budget=0.1), r"give m= or budget=, not both"),
     "budget above one": (inject(m=None, budget=2.0), r"budget is a fraction.*\(0, 1\), got 2\.0"),
     "budget in per cent": (inject(m=None, budget=3), r"budget is a fraction.*got 3"),
@@ -122,9 +122,9 @@ WRONG = {
     "new head without a width": (inject(head="new"), r"head='new' needs num_classes="),
     "copied head with a width": (inject(head="copy", num_classes=3), r"head='copy' keeps the backbone's width"),
     "frozen head with a width": (inject(head="frozen", num_classes=3), r"head='frozen' keeps the backbone's width"),
-    "no classes": (inject(num_classes=0), r"num_classes is a positive int, got 0"),
-    "classes are a float": (inject(num_classes=2.0), r"num_classes is a positive int, got 2\.0"),
-    "classes are True": (inject(num_classes=True), r"num_classes is a positive int, got True"),
+    "no classes": (inject(num_classes=0), r"num_classes must be a positive integer, got 0"),
+    "classes are a float": (inject(num_classes=2.0), r"num_classes must be a positive integer, got 2\.0"),
+    "classes are True": (inject(num_classes=True), r"num_classes must be a positive integer, got True"),
     "too few labels": (inject(num_classes=3, labels=["a", "b"]), r"2 labels for a head of 3 classes"),
     "a label twice": (inject(num_classes=3, labels=["a", "b", "a"]), r"labels name 'a' twice"),
     "too few labels for the backbone's head": (inject(labels=["a", "b"]), r"2 labels for a head of 10 classes"),
@@ -140,12 +140,15 @@ WRONG = {
     ),
     # the model itself
     "an option misspelt": (inject(num_clases=3), r"inject takes no 'num_clases'; did you mean 'num_classes'"),
-    "no model": (lambda model, place: visadapt.inject(5), r"expected a module, a builder or a name, got int"),
+    "no model": (lambda model, place: visadapt.inject(5), r"model must be a module, a builder or a name, got int"),
     "a model that was never run": (
         lambda model, place: visadapt.inject(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)), m=2),
         r"2 has uninitialised parameters: run the model once, then inject",
     ),
-    "a builder of no model": (lambda model, place: visadapt.inject(dict), r"the builder 'dict' gave dict, no module"),
+    "a builder of no model": (
+        lambda model, place: visadapt.inject(dict),
+        r"the builder 'dict' must return a torch\.nn\.Module, got dict",
+    ),
     "a name that is none": (lambda model, place: visadapt.inject("resnet"), r"no backbone 'resnet'"),
     "tasks of no model": (
         lambda model, place: visadapt.activate(None, "a"),
@@ -172,13 +175,13 @@ WRONG = {
     # files
     "no file": (load("flower.visadapt"), r"no file .*flower\.visadapt; did you mean 'flowers\.visadapt'"),
     "a folder": (load("."), r"no file "),
-    "an empty file": (load("empty.visadapt"), r"empty\.visadapt is no task file, or not a whole one"),
-    "a pickle": (load("pickle.visadapt"), r"pickle\.visadapt is no task file, or not a whole one"),
+    "an empty file": (load("empty.visadapt"), r"empty\.visadapt is not a whole task file"),
+    "a pickle": (load("pickle.visadapt"), r"pickle\.visadapt is not a whole task file"),
     "another safetensors file": (
         load("other.visadapt"),
-        r"other\.visadapt is a safetensors file, but visadapt did not",
+        r"other\.visadapt is not a task file",
     ),
-    "a broken description": (load("broken.visadapt"), r"broken\.visadapt is a safetensors file, but visadapt did not"),
+    "a broken description": (load("broken.visadapt"), r"broken\.visadapt is not a whole task file"),
     "a task that is there": (
         load("flowers.visadapt"),
         r"the model has a task 'flowers' already: .*task='another-name'",

@@ -1,4 +1,4 @@
-"""Files that are whole, or not there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, TensorSpec, serialize_file
-
 from visadapt.errors import VisadaptError
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file to write to, which takes ``target``'s place when the block ends, and is gone if it ends in an error.
+    """Open a temporary file that replaces ``target`` when the block ends, and is deleted if it ends in an error.
 
     Args:
-        target: the file to make or to replace.
+        target: the file to create or replace.
 
     Yields:
-        The path of an empty file beside it.
+        The path of an empty file in the same folder.
 
     Raises:
         VisadaptError: the folder cannot be written to.
@@ -45,24 +42,3 @@ def replacing(target: Path) -> Iterator[Path]:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_tensors(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically: whole, or not at all.
-
-    Raises:
-        VisadaptError: the folder cannot be written to.
-    """
-    # by address, as safetensors.torch does it too, which needs numpy for it
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=str(t.dtype).removeprefix("torch."), shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes
-        )
-        for name, t in data.items()
-    }
-    with replacing(target) as partial:
-        try:
-            serialize_file(specs, partial, metadata)
-        except SafetensorError as error:
-            raise VisadaptError(f"cannot write {target}: {error}") from error

@@ -38,6 +38,14 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
 
     Raises:
         VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3).train()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> plain = model(images)
+        >>> lean = visadapt.lean(model)(images)  # keeps less for the backward pass
+        >>> torch.allclose(lean, plain, atol=1e-4)
+        True
     """
     registry = registry_of(model)
     backbone = unwrapped(model)

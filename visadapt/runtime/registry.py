@@ -259,6 +259,12 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
 
 
 def tasks(model: nn.Module) -> dict[str, Task]:
-    """The tasks of a model by name, in the order they came; empty if it was never injected."""
+    """The tasks of a model by name, in the order they came; empty if it was never injected.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.tasks(model)["flowers"].num_classes
+        3
+    """
     registry = find_registry(model)
     return {} if registry is None else dict(registry.tasks)
