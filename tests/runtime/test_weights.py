@@ -302,16 +302,20 @@ def test_feature_lists() -> None:
             torch.testing.assert_close(out[row], expected[task][level][row], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attention", "encoder", "tied", "remembers"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", [Full(), Biases()], ids=str)
 def test_mixed_batches(name, method) -> None:
+    if isinstance(method, Biases) and name in ("lstm", "gru", "rnn"):
+        return  # torch calls their biases bias_hh_l0, which are none by name
     model = injected(name, "a", "b", method=method)
     tasks = ["b", None, "a", "a", "b", "a"]
-    with torch.no_grad(), using(model, tasks):
-        found = model(X)
-    for row, task in enumerate(tasks):
-        with torch.no_grad(), using(model, task):
-            torch.testing.assert_close(found[row], model(X[row : row + 1])[0])
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad(), using(model, tasks):
+            found = model(X)
+        for row, task in enumerate(tasks):
+            with torch.no_grad(), using(model, task):
+                torch.testing.assert_close(found[row], model(X[row : row + 1])[0])
 
 
 @dataclass(frozen=True)
@@ -324,21 +328,27 @@ class Alone(Full):
         return own_weights(backbone, self.at, lambda path, name: True)
 
 
-def test_a_weight_that_is_used_without_a_call_is_refused_in_a_mixed_batch() -> None:
+def test_a_weight_that_is_used_without_a_call_in_a_mixed_batch() -> None:
     model = nn.Sequential(MODELS["parents that read"]()).eval()
-    # only the child that is never called has weights of its own
+    # only the child that is never called has weights of its own: the model runs one task at a time
     for seed, task in enumerate("ab"):
         visadapt.inject(model, Alone("0.read"), task=task, norms="frozen")
         stir(model, task, seed)
-    expected = answer(model, {"input": X}, "a")
-    assert not torch.equal(expected, answer(model, {"input": X}, None))
-    with using(model, list("ababab")):
+    expected = {task: answer(model, {"input": X}, task) for task in ("a", "b", None)}
+    assert not torch.equal(expected["a"], expected[None])
+    tasks = ["a", None, "b", "a", "b", "b"]
+    for training in (True, False):
+        with using(model.train(training), tasks):
+            found = model(X)
+        for row, task in enumerate(tasks):
+            torch.testing.assert_close(found[row], expected[task][row])
+    with using(model, tasks):
         weight = model[0].read.weight
         assert (weight.dtype, weight.device.type, weight.shape, weight.dim()) == (torch.float32, "cpu", (4, 4), 2)
         with pytest.raises(VisadaptError, match="weight of a Linear was used without calling"):
-            model(X)
+            F.linear(X, weight)
     with using(model, ["a"] * 6):
-        assert torch.equal(model(X), expected)
+        assert torch.equal(model[0].read.weight, visadapt.parameters(model, "a")[0])
 
 
 @pytest.mark.parametrize("method", [Full(), Biases(), DAN()], ids=str)
@@ -347,7 +357,7 @@ def test_mixed_batches_compile_as_one_graph(tiny, image, method) -> None:
         visadapt.inject(tiny, method, task=task, num_classes=3, norms="frozen")
         stir(tiny, task, seed)
     with torch.no_grad(), using(tiny, ["b", "a"]):
-        expected = tiny(image)
+        expected = tiny(image)  # which also shows whose rows are whose
         compiled = torch.compile(copy.deepcopy(tiny), backend="eager", fullgraph=True)
     with torch.no_grad(), using(compiled, ["b", "a"]):
         torch.testing.assert_close(compiled(image), expected)

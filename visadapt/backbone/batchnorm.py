@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import is_stateful, plain_class
+from visadapt.backbone.modules import is_stateful
 from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.subclass import plain_class
 from visadapt.backbone.trace import trace_flow
 
 

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visadapt.backbone.batchnorm import pairs
 from visadapt.backbone.modules import LEAN, own_modules, unwrapped
 from visadapt.errors import VisadaptError
-from visadapt.frozen.layers import Lean, Pair, maker_for
-from visadapt.runtime.host import swap
+from visadapt.frozen.layers import MAKERS, Lean, Pair, maker_for
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import registry_of
 
 
@@ -68,7 +68,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
         make = maker_for(module, set(folded))
         if make is not None:
             module.__dict__[LEAN] = folded.get(module, registry.lean)
-            swap(module, make)
+            dress(module, make)
     for name in registry.tasks:
         for parts in registry.parts(name).values():
             for part in parts.values():
@@ -91,6 +91,6 @@ def unlean(model: nn.Module) -> nn.Module:
     registry = registry_of(model)
     for module in unwrapped(model).modules():
         if module.__dict__.pop(LEAN, None) is not None:
-            swap(module, None)
+            undress(module, *MAKERS)
     registry.lean = None
     return model

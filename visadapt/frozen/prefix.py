@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from visadapt.backbone.dataflow import Call, Flow
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.subclass import cached, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
-from visadapt.runtime.classes import cached, subclass
-from visadapt.runtime.host import swap
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import Registry, registry_of
 from visadapt.runtime.selection import bare, using
 from visadapt.tensor_file import raw
@@ -88,7 +88,7 @@ class Prefix:
         modules = own_modules(self.model)
         for path, shape in spared.items():
             modules[path].__dict__[SPENT] = shape
-            swap(modules[path], sparing_class)
+            dress(modules[path], sparing_class)
         self.spared = [modules[path] for path in spared]
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class Prefix:
         """Gives the spared modules their classes back."""
         for module in self.spared:
             if module.__dict__.pop(SPENT, "none") != "none":
-                swap(module, None)
+                undress(module, sparing_class)
         self.spared = []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
-from visadapt.backbone.modules import CHILD, own_modules, unwrapped
+from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.backbone.rows import RowFacts
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 
@@ -25,6 +26,40 @@ _USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default
 
 _TRACED: list[tuple[int, Any]] = []
 """The same within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
+
+
+class Mixed(tuple[str | None, ...]):
+    """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
+
+    Attributes:
+        rows: the facts of the batch.
+    """
+
+    rows: RowFacts
+
+    @staticmethod
+    def of(tasks: Iterable[str | None], rows: RowFacts) -> Mixed:
+        """The tasks, one per sample, with the facts of their batch."""
+        mixed = Mixed(tasks)
+        mixed.rows = rows
+        return mixed
+
+
+@contextmanager
+def meant(registry: Registry, task: Any) -> Iterator[None]:
+    """Within it a task is the one that is meant, in this thread."""
+    if torch.compiler.is_dynamo_compiling():
+        _TRACED.append((id(registry), task))
+        try:
+            yield
+        finally:
+            _TRACED.pop()
+        return
+    token = _USING.set({**(_USING.get() or {}), id(registry): task})
+    try:
+        yield
+    finally:
+        _USING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -86,26 +121,9 @@ class Registry:
         self.hidden = False
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
-        self.guards: tuple[Any, ...] = ()
         self.decider: Any = None
         self.digests: Digests = {}
         self.lean: Any = None
-
-    @contextmanager
-    def only(self, tasks: Any) -> Iterator[None]:
-        """Has these tasks meant by what runs within, in this thread."""
-        if torch.compiler.is_dynamo_compiling():
-            _TRACED.append((id(self), tasks))
-            try:
-                yield
-            finally:
-                _TRACED.pop()
-            return
-        token = _USING.set({**(_USING.get() or {}), id(self): tasks})
-        try:
-            yield
-        finally:
-            _USING.reset(token)
 
     def current(self) -> Any:
         """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
@@ -240,15 +258,26 @@ class Parts(nn.ModuleDict):
     """The parts of all tasks at one host: task name → part name → module."""
 
     _registry: Registry
+    _path: str = ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.
         for task, parts in self._modules.items():
             at = f"{prefix}{task}."
             if parts is not None and not any(key.startswith(at) for key in state_dict):
-                # the parameters themselves: with assign=True an optimiser goes on holding what the model holds
-                state_dict.update({at + key: value for key, value in parts.state_dict(keep_vars=True).items()})
+                # the very tensors: neither rounded as a state dict may hold them, nor replaced where an optimiser
+                # holds them
+                state_dict.update({at + key: value for key, value in _held(parts)})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _held(parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that loading a state dict asks a module for, by name."""
+    for path, module in parts.named_modules(remove_duplicate=False):
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                yield joined(path, name), tensor
 
 
 def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:

@@ -14,8 +14,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import CHILD
-from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import Parts
+from visadapt.runtime.division import UnfitError
+from visadapt.runtime.registry import AUTO, Parts
 from visadapt.runtime.roles import role
 
 
@@ -66,10 +66,13 @@ def _held(module: nn.Module, name: str) -> Any:
 def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
     """The value of a parameter for the task that is meant here and now."""
     task = parts._registry.acting()
+    if task == AUTO:
+        # the decider has not yet chosen for any batch
+        task = (None, *parts)
     if not isinstance(task, tuple):
         return own if task is None or task not in parts else _changed(parts, task, name, own)
     # samples of other tasks than these have the backbone's
-    tasks = {each if each is not None and _changes(parts, each) else None for each in task}
+    tasks = {each if each is not None and changes(parts, each) else None for each in task}
     if len(tasks) == 1:
         task = tasks.pop()
         return own if task is None else _changed(parts, task, name, own)
@@ -78,7 +81,7 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
     return undecided
 
 
-def _changes(parts: Parts, task: str) -> bool:
+def changes(parts: Parts, task: str) -> bool:
     """Whether a task has weights of its own at a host."""
     return task in parts and any(role(part) == "weights" for part in cast("nn.ModuleDict", parts[task]).values())
 
@@ -108,7 +111,7 @@ class Undecided(Tensor):
         if func in _LOOKS:
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         self = next(arg for arg in args if isinstance(arg, Undecided))
-        raise VisadaptError(
+        raise UnfitError(
             f"in a mixed batch, the {self.name_} of a {self.host} was used without calling the module, and its tasks "
             "have different ones: run each task's samples alone"
         )
