@@ -89,20 +89,23 @@ def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | N
     """Whether the tasks differ at a module whose rows are not known."""
     paths = dict.fromkeys(path for name in distinct if name is not None for path in registry.task(name).hosts)
     return (
-        any(not facts.knows(path) and _differ(registry, facts, path, distinct) for path in paths)
-        or bool(facts.reordered)
-        or not facts.evidence
+        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
     )
 
 
 def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
-    """Whether tasks differ at a module whose rows are not known."""
+    """Whether tasks differ at one module, and its rows are not known where they do."""
     parts = _parts_at(registry, path)
+    if facts.knows(path) and not registry.hosts[path]._forward_pre_hooks:
+        return False
+    owners = [name for name in distinct if name is not None and changes(parts, name)]
+    if facts.knows(path):
+        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
+        return bool(owners)
     if path in facts.hosts:
         return len({name if name in parts._modules else None for name in distinct}) > 1
     # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
     # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
-    owners = [name for name in distinct if name is not None and changes(parts, name)]
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
     covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
     return bool(owners) and len(distinct) > 1 and not covered

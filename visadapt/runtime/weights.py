@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import CHILD
+from visadapt.backbone.subclass import plain_class
 from visadapt.runtime.division import UnfitError
 from visadapt.runtime.registry import AUTO, Parts
 from visadapt.runtime.roles import role
@@ -29,6 +30,7 @@ def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any
     members: dict[str, Any] = {name: _owned(name) for name in names}
     if members and issubclass(plain, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+        members["flatten_parameters"] = _flatten_parameters
     return members
 
 
@@ -127,3 +129,9 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
 def _set_flat_weights(self: nn.RNNBase, value: Any) -> None:
     names = self._flat_weights_names
     self.__dict__["_flat_weights"] = [self._parameters.get(name, self.__dict__.get(name)) for name in names]
+
+
+def _flatten_parameters(self: nn.RNNBase) -> None:
+    # asked for by every copy and move, whatever is meant then
+    if not any(isinstance(weight, Undecided) for weight in self._flat_weights):
+        plain_class(self).flatten_parameters(self)  # type: ignore[attr-defined]
