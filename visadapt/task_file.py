@@ -13,7 +13,7 @@ from torch import nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint
-from visadapt.backbone.modules import joined, unwrapped
+from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
@@ -30,6 +30,7 @@ from visadapt.runtime.registry import (
     facts_of,
     find_registry,
     named_tensors,
+    prefix_of,
     registry_of,
 )
 from visadapt.table import Table
@@ -268,8 +269,13 @@ def _sites(facts: Facts, names: list[str], description: dict[str, Any]) -> Sites
 
 
 def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:
-    places = [(joined(host, f"{name}."), part, part.state_dict(keep_vars=True)) for host, name, part in parts]
-    expected = {f"{at}{key}": own for at, _, state in places for key, own in state.items()}
+    places = [(prefix_of(host, name, part), part, part.state_dict(keep_vars=True)) for host, name, part in parts]
+    # weights that are tied stand at several modules, and in the file under the first's name
+    first: dict[int, str] = {}
+    for at, _, state in places:
+        for key, own in state.items():
+            first.setdefault(id(own), f"{at}{key}")
+    expected = {first[id(own)]: own for _, _, state in places for own in state.values()}
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
     if missing or extra:
@@ -278,9 +284,10 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     for key, own in expected.items():
         if own.shape != tensors[key].shape:
             raise VisadaptError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(own.shape)}")
-    for at, part, state in places:
-        # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses,
-        # and the kernels that torch picks for these round differently
-        values = {key: tensors[f"{at}{key}"].to(own.device, copy=True) for key, own in state.items()}
-        part.load_state_dict(values, assign=True)
+    # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses, and
+    # the kernels that torch picks for these round differently
+    values = {name: tensors[name].to(own.device, copy=True) for name, own in expected.items()}
+    values |= {name: nn.Parameter(values[name]) for name, own in expected.items() if isinstance(own, nn.Parameter)}
+    for _, part, state in places:
+        part.load_state_dict({key: values[first[id(own)]] for key, own in state.items()}, assign=True)
         part.requires_grad_(True)

@@ -72,7 +72,7 @@ def test_biases_are_bitfit(tiny) -> None:
 def test_top_layers(tiny, n) -> None:
     v.inject(tiny, v.TopLayers(n), norms="frozen", head="frozen")
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)][-n:]
-    assert v.tasks(tiny)["default"].hosts == blocks
+    assert {".".join(host.split(".")[:2]) for host in v.tasks(tiny)["default"].hosts} == set(blocks)
     convs = sum(
         p.numel() for b in blocks for p in tiny.get_submodule(b).parameters() if p.ndim == 4 and not p.requires_grad
     )
@@ -84,10 +84,10 @@ def test_top_layers_of_others() -> None:
     convs = [n for n, m in vgg.named_modules() if isinstance(m, nn.Conv2d)]
     assert v.tasks(vgg)["default"].hosts == convs[-2:]
     bert = v.inject(ZOO["transformers/bert"].make(), v.TopLayers(1), norms="frozen", head="frozen")
-    assert v.tasks(bert)["default"].hosts == ["bert.encoder.layer.1"]
+    assert all(host.startswith("bert.encoder.layer.1.") for host in v.tasks(bert)["default"].hosts)
     # of the sites that where= names, the top ones
     v.inject(bert, v.TopLayers(1), where=range(1), task="first", norms="frozen", head="frozen")
-    assert v.tasks(bert)["first"].hosts == ["bert.encoder.layer.0"]
+    assert all(host.startswith("bert.encoder.layer.0.") for host in v.tasks(bert)["first"].hosts)
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -17,14 +17,15 @@ from visadapt.errors import VisadaptError
 
 ModuleClass = type[nn.Module]
 Maker = Callable[[ModuleClass], ModuleClass]
+M = TypeVar("M", bound=Callable[..., ModuleClass])
 
 _RECIPE = "_visadapt_recipe"
 _BASE = "_visadapt_base"
 
 
-def cached(make: Maker) -> Maker:
+def cached(make: M) -> M:
     """``functools.cache`` for makers of classes: one subclass per class."""
-    return cast("Maker", cache(make))
+    return cast("M", cache(make))
 
 
 def _rebuild(plain: ModuleClass, makers: tuple[Maker, ...]) -> nn.Module:

@@ -39,8 +39,7 @@ def absorb(plain: nn.Module, source: nn.Module, registry: Registry, task: str) -
     }
     norms = Norms(plain)
     parts = registry.parts(task)
-    # weights of a whole before those of what is in it
-    for path in sorted(parts, key=len):
+    for path in parts:
         _own(plain, path, parts[path])
 
     def order(path: str) -> int:
@@ -84,7 +83,7 @@ def _own(plain: nn.Module, path: str, parts: nn.ModuleDict) -> None:
             _replace(plain, path, part, what)
         elif acting == "weights" and "instead" not in roles:
             target = plain.get_submodule(path)
-            _assign(target, part(dict(target.named_parameters(remove_duplicate=False))))
+            _assign(target, part({key: own for key, own in target._parameters.items() if own is not None}))
 
 
 class Norms:

@@ -57,14 +57,12 @@ class Pair:
         registry: of the model, to ask which task is meant.
         conv: the conv.
         norm: the norm.
-        around: the modules that hold one of them, whose parts may give it other weights.
         folded: W' = s·W and b' = s·b + t, made at the first use and again after the norm or conv was changed or moved.
     """
 
     registry: Registry
     conv: nn.Conv2d
     norm: _BatchNorm
-    around: tuple[nn.Module, ...]
     folded: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def active(self) -> bool:
@@ -78,11 +76,9 @@ class Pair:
 
     def _owned(self, task: str) -> bool:
         """Whether a task changes what is folded."""
-        return (
-            bool(parts_of(self.conv, task))
-            or "norm" in parts_of(self.norm, task)
-            or any(role(part) == "weights" for module in self.around for part in parts_of(module, task).values())
-        )
+        at_norm = parts_of(self.norm, task)
+        weights = any(role(part) == "weights" for part in at_norm.values())
+        return bool(parts_of(self.conv, task)) or "norm" in at_norm or weights
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The folded kernel and bias."""

@@ -62,8 +62,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     folded: dict[nn.Module, Pair] = {}
     for conv_path, norm_path in found:
         conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
-        around = tuple(backbone.get_submodule(path) for path in {*_upwards(conv_path), *_upwards(norm_path)})
-        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm), around)
+        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm))
     registry.lean = Lean(keep)
     for module in own_modules(backbone).values():
         make = maker_for(module, set(folded))
@@ -95,9 +94,3 @@ def unlean(model: nn.Module) -> nn.Module:
             undress(module, *MAKERS)
     registry.lean = None
     return model
-
-
-def _upwards(path: str) -> list[str]:
-    """A module's path and those of all that hold it."""
-    names = path.split(".")
-    return [".".join(names[:count]) for count in range(len(names) + 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,18 +74,27 @@ class Controller(nn.Module):
         self.controller = nn.Parameter(torch.zeros(rows) if method.diagonal else torch.zeros(rows, rows))
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
 
-    def forward(self, parameters: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        weight = cast("Tensor", parameters["weight"])
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The host's parameters that it changes."""
+        return ("weight",) if self.bias is None else ("weight", "bias")
+
+    def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed = {}
+        if "weight" in parameters:
+            changed["weight"] = self._combined(parameters["weight"])
+        if self.bias is not None and "bias" in parameters:
+            bias = parameters["bias"]
+            changed["bias"] = bias + (self.alpha * self.bias).to(bias.dtype)
+        return changed
+
+    def _combined(self, weight: Tensor) -> Tensor:
         own = torch.promote_types(weight.dtype, self.controller.dtype)
         d = (self.controller if self.bits is None else rounded(self.controller, self.bits)).to(own)
         matrix = rows_of(weight, self.transposed).to(own)
         delta = d[:, None] * matrix if d.ndim == 1 else d @ matrix
         delta = delta.t() if self.transposed else delta.view_as(weight)
-        changed: dict[str, Tensor | None] = {"weight": weight + (self.alpha * delta).to(weight.dtype)}
-        if self.bias is not None:
-            bias = cast("Tensor", parameters["bias"])
-            changed["bias"] = bias + (self.alpha * self.bias).to(bias.dtype)
-        return changed
+        return weight + (self.alpha * delta).to(weight.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import CHILD, within
+from visadapt.backbone.modules import joined, own_parameters, within
 from visadapt.backbone.site import Site
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -33,7 +33,7 @@ class Full(Method):
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
-        yield "", own_weights(backbone, task, "", lambda name: _module(name) not in backbone.norms)
+        return own_weights(backbone, task, "", lambda path, name: path not in backbone.norms)
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ class Biases(Method):
         self.no_sites(sites)
         norms = backbone.norms if task.norms != "frozen" else {}
 
-        def wanted(name: str) -> bool:
-            return name.rpartition(".")[2].endswith("bias") and _module(name) not in norms
-
-        yield "", own_weights(backbone, task, "", wanted)
+        return own_weights(backbone, task, "", lambda path, name: name.endswith("bias") and path not in norms)
 
 
 @dataclass(frozen=True)
@@ -88,72 +85,78 @@ class TopLayers(Method):
         paths = dict.fromkeys(site.block for site in sites if site.depth in depths[-self.n :])
         for path in paths:
             # a block may be one activation (in VGG, behind the conv that is a block of its own), or lie in another
-            if any(path.startswith(f"{other}.") for other in paths) or not any(_named(backbone.modules[path])):
+            if any(path.startswith(f"{other}.") for other in paths) or not own_parameters(backbone.modules[path]):
                 continue
-            yield path, own_weights(backbone, task, path, lambda name: _module(name) not in backbone.norms)
+            yield from own_weights(backbone, task, path, lambda path, name: path not in backbone.norms)
 
 
 class OwnWeights(nn.Module):
-    """Copies of a host's parameters, in a tree of modules like the host's own, so that their names are the same."""
+    """A task's own values of the parameters that one module owns.
+
+    Args:
+        values: by the parameters' names in that module.
+        root: path of the module that the method names, of which this one is a part.
+    """
 
     role: ClassVar[str] = "weights"
+    replaces: ClassVar[bool] = True
 
-    def __init__(self, copies: dict[str, nn.Parameter], names: dict[str, str]) -> None:
+    def __init__(self, values: dict[str, nn.Parameter], root: str) -> None:
         super().__init__()
-        self._names = names
-        for name, parameter in copies.items():
-            *path, last = name.split(".")
-            node: nn.Module = self
-            for step in path:
-                if step not in node._modules:
-                    node.add_module(step, nn.Module())
-                node = node._modules[step]  # type: ignore[assignment]
-            node.register_parameter(last, parameter)
+        self.root = root
+        # not by register_parameter, which refuses the names of this class's own attributes
+        self._parameters.update(values)
 
-    def forward(self, parameters: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        own = dict(self.named_parameters())
-        return {name: own[source] for name, source in self._names.items()}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The host's parameters that it replaces."""
+        return tuple(self._parameters)
+
+    def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        # a replica of DataParallel's keeps its tensors as attributes
+        own: dict[str, Any] = self._parameters or self.__dict__
+        return {name: own[name] for name in parameters if name in own}
 
 
-def own_weights(backbone: Facts, task: Policy, path: str, wanted: Callable[[str], bool]) -> OwnWeights:
-    """The task's own copies of the parameters below ``path``, but for the head's: these are the head policy's.
+def own_weights(
+    backbone: Facts, task: Policy, root: str, wanted: Callable[[str, str], bool]
+) -> list[tuple[str, OwnWeights]]:
+    """The task's own values of parameters, for each module that owns some of them.
+
+    The head's are left out: they are the head policy's. Weights that are tied stay tied.
 
     Args:
         backbone: what is known of it.
         task: whose own modules have their own weights already.
-        path: of the host.
-        wanted: whether a parameter is to be copied, by its name in the model.
+        root: path of the module in and below which the parameters are.
+        wanted: whether a parameter is to be the task's, by its module's path and its name there.
+
+    Returns:
+        Path and part of each module.
 
     Raises:
-        VisadaptError: there is no such parameter.
+        VisadaptError: there is no such parameter, or one is of a dtype that cannot be trained.
     """
-    first: dict[int, str] = {}
-    copies: dict[str, nn.Parameter] = {}
-    names: dict[str, str] = {}
-    at = f"{path}." if path else ""
+    values: dict[nn.Parameter, nn.Parameter] = {}
     elsewhere = (*backbone.head_modules, *task.owned)
-    for name, parameter in _named(backbone.modules[path]):
-        full = f"{at}{name}"
-        if within(_module(full), elsewhere) or not wanted(full):
+    parts = []
+    for path, module in backbone.modules.items():
+        if (root and not within(path, (root,))) or within(path, elsewhere):
             continue
-        # weights that are tied stay tied
-        source = first.setdefault(id(parameter), name)
-        names[name] = source
-        if source == name:
-            copies[name] = nn.Parameter(parameter.detach().clone())
-    if not copies:
-        what = path or backbone.name
+        own = {}
+        for name, parameter in module._parameters.items():
+            if parameter is None or not wanted(path, name):
+                continue
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise VisadaptError(f"{joined(path, name)} cannot be trained: it is kept in {parameter.dtype}")
+            if parameter not in values:
+                values[parameter] = nn.Parameter(parameter.detach().clone())
+            own[name] = values[parameter]
+        if own:
+            parts.append((path, OwnWeights(own, root)))
+    if not parts:
         raise VisadaptError(
-            f"{what} has no such parameters beside its norms, which are the norm policy's, and its head"
+            f"{root or backbone.name} has no such parameters beside its norms, which are the norm policy's, and its "
+            "head"
         )
-    return OwnWeights(copies, names)
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if CHILD not in name.split("."):
-            yield name, parameter
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    return parts

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.runtime.registry import Registry, facts_of, registry_of
+from visadapt.runtime.registry import Registry, facts_of, named_tensors, registry_of
 from visadapt.table import Table
 
 
@@ -104,12 +104,15 @@ def summary(model: nn.Module) -> Summary:
 def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
     task = registry.task(name)
     count = {"norm": 0, "head": 0, "also": 0, "adapters": 0}
-    size = 0
+    seen: set[nn.Parameter] = set()
     for parts in registry.parts(name).values():
         for part, module in parts.items():
             key = part if part in count else "adapters"
-            count[key] += sum(p.numel() for p in module.parameters())
-            size += sum(t.numel() * t.element_size() for t in module.state_dict().values())
+            # weights that are tied stand at several modules
+            own = set(module.parameters()) - seen
+            count[key] += sum(p.numel() for p in own)
+            seen |= own
+    size = sum(t.numel() * t.element_size() for t in named_tensors(registry, name).values())
     return TaskSummary(
         task=name,
         methods=" + ".join(str(placement.method) for placement in task.placements),

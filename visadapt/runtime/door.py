@@ -22,6 +22,7 @@ from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.errors import VisadaptError
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.registry import AUTO, Mixed, Parts, Registry, meant
+from visadapt.runtime.weights import changes
 
 
 @cached
@@ -87,14 +88,33 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
     """Whether the tasks differ at a module whose rows are not known."""
     paths = dict.fromkeys(path for name in distinct if name is not None for path in registry.task(name).hosts)
-    for path in paths:
-        # what was never called in the forwards that were looked at says so when it is
-        if path in facts.hosts and not facts.knows(path):
-            parts = registry.hosts[path]._modules["visadapt"]
-            assert isinstance(parts, Parts)
-            if len({name if name in parts._modules else None for name in distinct}) > 1:
-                return True
-    return bool(facts.reordered) or not facts.evidence
+    return (
+        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
+    )
+
+
+def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
+    """Whether tasks differ at one module, and its rows are not known where they do."""
+    parts = _parts_at(registry, path)
+    if facts.knows(path) and not registry.hosts[path]._forward_pre_hooks:
+        return False
+    owners = [name for name in distinct if name is not None and changes(parts, name)]
+    if facts.knows(path):
+        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
+        return bool(owners)
+    if path in facts.hosts:
+        return len({name if name in parts._modules else None for name in distinct}) > 1
+    # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
+    # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
+    around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
+    covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
+    return bool(owners) and len(distinct) > 1 and not covered
+
+
+def _parts_at(registry: Registry, path: str) -> Parts:
+    parts = registry.hosts[path]._modules["visadapt"]
+    assert isinstance(parts, Parts)
+    return parts
 
 
 def _one_by_one(

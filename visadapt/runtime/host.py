@@ -8,7 +8,7 @@ a child of the host named ``visadapt``, so ``.to()``, ``state_dict`` and ``deepc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, cast
 
@@ -31,12 +31,17 @@ from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import AUTO, Parts, Registry
-from visadapt.runtime.roles import run
+from visadapt.runtime.roles import role, run
+from visadapt.runtime.weights import owned_members
 
 
 @cached
-def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
+def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleClass:
     """A subclass whose forward lets the active task's parts act.
+
+    Args:
+        plain: the host's class.
+        owned: names of the host's parameters that some task has values of its own for.
 
     A forward that someone gives to this one module (accelerate's hooks, a patch) is not put in ``__dict__``, where
     it would be called instead of this one: it takes the place of the host's own, around which the parts act.
@@ -72,11 +77,13 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
         "forward": update_wrapper(forward, plain.forward),
         "__setattr__": set_attribute,
         "__delattr__": delete_attribute,
+        "_visadapt_owned": owned,
+        **owned_members(plain, owned),
     }
     _LEVELS[forward] = level
     if issubclass(plain, nn.Sequential):
         members |= {"__iter__": _layers, "__len__": _number_of_layers}
-    return subclass(plain, hosting_class, **members)
+    return subclass(plain, partial(hosting_class, owned=owned) if owned else hosting_class, **members)
 
 
 _LEVELS: dict[Any, int] = {}
@@ -152,7 +159,23 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
     if task not in parts:
         parts[task] = nn.ModuleDict().train(part.training)
     parts.training = part.training
-    cast("nn.ModuleDict", parts[task])[name] = part
+    own = cast("nn.ModuleDict", parts[task])
+    own[name] = part
+    if role(part) == "weights":
+        if getattr(part, "replaces", False):
+            # what changes weights changes the task's own
+            own._modules.update({key: own._modules.pop(key) for key in [k for k in own._modules if k != name]})
+        _answer_for(host, part)
+
+
+def _answer_for(host: nn.Module, part: nn.Module) -> None:
+    """Let the host's class answer for the parameters that a part may change."""
+    before: tuple[str, ...] = host._visadapt_owned  # type: ignore[assignment]
+    names = getattr(part, "names", None) or [name for name, own in host._parameters.items() if own is not None]
+    owned = tuple(sorted({*before, *names}))
+    if owned != before:
+        make = partial(hosting_class, owned=owned)
+        host.__class__ = rebuilt(type(host), lambda cls: make(without(cls, hosting_class)))
 
 
 def detach(host: nn.Module, task: str) -> None:

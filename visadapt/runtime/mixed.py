@@ -47,8 +47,9 @@ class Groups:
         self.division = Division(tuple([names[here[task]] for task in tasks]), parts._path or type(host).__name__)
         self._registry = parts._registry
         self._tasks = tasks
-        # what a host without children runs asks for no task
-        self._leaf = len(host._modules) == 1
+        # what a host without children runs asks for no task, but for the weights that it computes with
+        asks = any(role(part) == "weights" for own in self.parts for part in own.values())
+        self._leaf = len(host._modules) == 1 and not asks
         known = self._facts(parts._path)
         self.inputs: dict[Key, Fact] = known.inputs
         self.outputs: dict[Key, Fact] = known.outputs

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from visadapt.backbone.modules import joined
-from visadapt.runtime.registry import check_hosts, registry_of
+from visadapt.runtime.registry import check_hosts, prefix_of, registry_of
 from visadapt.runtime.selection import active
 
 
@@ -18,9 +17,14 @@ def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Para
         VisadaptError: there is no such task, or a module that holds its parts was replaced.
     """
     check_hosts(model, task)
+    seen: set[nn.Parameter] = set()
     for path, parts in registry_of(model).parts(task).items():
-        for name, parameter in parts.named_parameters():
-            yield joined(path, name), parameter
+        for name, part in parts.items():
+            for inner, parameter in part.named_parameters():
+                # weights that are tied stand at several modules
+                if parameter not in seen:
+                    yield prefix_of(path, name, part) + inner, parameter
+                seen.add(parameter)
 
 
 def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:

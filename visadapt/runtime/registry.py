@@ -26,6 +26,9 @@ AUTO = "auto"
 
 _USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
 
+_TRACED: list[tuple[int, Any]] = []
+"""The same within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
+
 
 class Mixed(tuple[str | None, ...]):
     """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
@@ -47,6 +50,13 @@ class Mixed(tuple[str | None, ...]):
 @contextmanager
 def meant(registry: Registry, task: Any) -> Iterator[None]:
     """Within it a task is the one that is meant, in this thread."""
+    if torch.compiler.is_dynamo_compiling():
+        _TRACED.append((id(registry), task))
+        try:
+            yield
+        finally:
+            _TRACED.pop()
+        return
     token = _USING.set({**(_USING.get() or {}), id(registry): task})
     try:
         yield
@@ -130,6 +140,8 @@ class Registry:
 
     def current(self) -> Any:
         """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
+        if torch.compiler.is_dynamo_compiling() and _TRACED:
+            return next((tasks for key, tasks in reversed(_TRACED) if key == id(self)), self.active)
         using = _USING.get()
         if using is not None and id(self) in using:
             return using[id(self)]
@@ -230,13 +242,29 @@ def check_task_name(name: Any) -> None:
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
 
+def prefix_of(path: str, name: str, part: nn.Module) -> str:
+    """What the names of a part's tensors begin with: ``host.part.``.
+
+    Weights of a task's own stand at the modules that own them, below the place (``root``) that their method names.
+    They are called ``root.part.`` and what follows the root in the model.
+    """
+    root = getattr(part, "root", path)
+    inner = path.removeprefix(root).removeprefix(".")
+    return "".join(f"{each}." for each in (root, name, inner) if each)
+
+
 def named_tensors(registry: Registry, name: str) -> dict[str, Tensor]:
-    """All tensors that belong to a task (parameters and persistent buffers): ``host.part.tensor`` → tensor."""
-    return {
-        joined(path, key): tensor
-        for path, parts in registry.parts(name).items()
-        for key, tensor in parts.state_dict(keep_vars=True).items()
-    }
+    """All parameters and persistent buffers that belong to a task, each once: ``host.part.tensor`` → tensor."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, parts in registry.parts(name).items():
+        for key, part in parts.items():
+            for inner, tensor in part.state_dict(keep_vars=True).items():
+                # weights that are tied stand at several modules
+                if id(tensor) not in seen:
+                    found[prefix_of(path, key, part) + inner] = tensor
+                seen.add(id(tensor))
+    return found
 
 
 class Parts(nn.ModuleDict):

@@ -15,7 +15,7 @@ from visadapt.backbone.modules import joined
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
 from visadapt.runtime.parameters_of import named_parameters
-from visadapt.runtime.registry import find_registry, named_tensors, registry_of
+from visadapt.runtime.registry import find_registry, named_tensors, prefix_of, registry_of
 from visadapt.runtime.selection import using
 
 
@@ -71,7 +71,8 @@ def target_of(model: nn.Module, task: str | None) -> Target:
     for path, parts in registry.parts(task).items():
         for part, root in parts.items():
             for inner, module in root.named_modules():
-                names = {joined(joined(path, part), joined(inner, name)) for name in module._parameters}
+                at = prefix_of(path, part, root) + (f"{inner}." if inner else "")
+                names = {f"{at}{name}" for name in module._parameters}
                 head |= names if part == "head" else set()
                 adapters |= names if part not in ("head", "norm") else set()
                 norms |= names if part == "norm" or _is_norm(module) else set()

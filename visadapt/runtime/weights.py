@@ -1,0 +1,137 @@
+"""Weights of a task's own: a host answers for the parameters that it owns, whoever reads them.
+
+The class of a host has a property for each parameter that some task has a value of its own for. While that task is
+meant, ``module.weight`` is the task's tensor: to the module's own forward, to a parent that reads a child's weight
+without calling it (as ``nn.MultiheadAttention`` does), and to any other reader. Nothing is changed in the module, so
+threads do not meet: ``_parameters`` and the state dict are the backbone's throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from visadapt.backbone.modules import CHILD
+from visadapt.backbone.subclass import plain_class
+from visadapt.runtime.division import UnfitError
+from visadapt.runtime.registry import AUTO, Parts
+from visadapt.runtime.roles import role
+
+
+def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any]:
+    """The properties that a host's class needs to answer for these parameters.
+
+    Args:
+        plain: the host's class.
+        names: of the host's own parameters.
+    """
+    members: dict[str, Any] = {name: _owned(name) for name in names}
+    if members and issubclass(plain, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+        members["flatten_parameters"] = _flatten_parameters
+    return members
+
+
+def _owned(name: str) -> property:
+    def get(self: nn.Module) -> Any:
+        own = _held(self, name)
+        parts = self._modules.get(CHILD)
+        return own if parts is None else _meant(self, cast("Parts", parts), name, own)
+
+    def put(self: nn.Module, value: Any) -> None:
+        # a plain tensor in the parameter's place, as DataParallel's replicas and weight normalisation have it
+        self.__dict__[name] = value
+
+    def delete(self: nn.Module) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        del self.__dict__[name]
+
+    return property(get, put, delete)
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """The backbone's own value of a parameter.
+
+    Raises:
+        AttributeError: the module has none of that name any more; nn.Module goes on looking among buffers and children.
+    """
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module.__dict__:
+        return module.__dict__[name]
+    raise AttributeError(name)
+
+
+def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
+    """The value of a parameter for the task that is meant here and now."""
+    task = parts._registry.acting()
+    if task == AUTO:
+        # the decider has not yet chosen for any batch
+        task = (None, *parts)
+    if not isinstance(task, tuple):
+        return own if task is None or task not in parts else _changed(parts, task, name, own)
+    # samples of other tasks than these have the backbone's
+    tasks = {each if each is not None and changes(parts, each) else None for each in task}
+    if len(tasks) == 1:
+        task = tasks.pop()
+        return own if task is None else _changed(parts, task, name, own)
+    undecided = cast("Tensor", own.detach()).as_subclass(Undecided)
+    undecided.host, undecided.name_ = type(host).__name__, name
+    return undecided
+
+
+def changes(parts: Parts, task: str) -> bool:
+    """Whether a task has weights of its own at a host."""
+    return task in parts and any(role(part) == "weights" for part in cast("nn.ModuleDict", parts[task]).values())
+
+
+def _changed(parts: Parts, task: str, name: str, own: Any) -> Any:
+    value = own
+    for part in cast("nn.ModuleDict", parts[task]).values():
+        if role(part) == "weights":
+            value = part({name: value}).get(name, value)
+    # a task's fp32 weights beside a half-precision backbone
+    return value if value is own or own is None else value.to(own.dtype)
+
+
+_LOOKS = {
+    getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "layout", "requires_grad")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+
+
+class Undecided(Tensor):
+    """A parameter read in a mixed batch where its tasks' values differ: it has a shape and a dtype, but no values."""
+
+    host: str
+    name_: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        self = next(arg for arg in args if isinstance(arg, Undecided))
+        raise UnfitError(
+            f"in a mixed batch, the {self.name_} of a {self.host} was used without calling the module, and its tasks "
+            "have different ones: run each task's samples alone"
+        )
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
+    """What an LSTM hands to its kernel: a list that it keeps of its own parameters."""
+    kept = cast("list[Tensor]", self.__dict__["_flat_weights"])
+    now = [getattr(self, name, None) for name in self._flat_weights_names]
+    return kept if all(a is b for a, b in zip(kept, now, strict=True)) else cast("list[Tensor]", now)
+
+
+def _set_flat_weights(self: nn.RNNBase, value: Any) -> None:
+    names = self._flat_weights_names
+    self.__dict__["_flat_weights"] = [self._parameters.get(name, self.__dict__.get(name)) for name in names]
+
+
+def _flatten_parameters(self: nn.RNNBase) -> None:
+    # asked for by every copy and move, whatever is meant then
+    if not any(isinstance(weight, Undecided) for weight in self._flat_weights):
+        plain_class(self).flatten_parameters(self)  # type: ignore[attr-defined]
