@@ -85,7 +85,7 @@ def test_initialisers_leave_tasks_alone(name, method):
 @every
 def test_gradient_checkpointing(name):
     if not MODELS[name][0].supports_gradient_checkpointing:
-        with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+        with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
             injected(name).gradient_checkpointing_enable()
         return
     found = []
