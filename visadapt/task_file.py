@@ -148,10 +148,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     spec = Task(name, description["norms"], description["head"], description["num_classes"])
     spec.labels = None if description["labels"] is None else tuple(description["labels"])
     spec.notes = description["notes"]
+    if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
+        raise VisadaptError(
+            f"task {name!r} cannot be loaded into a model on the meta device: load the backbone's weights first"
+        )
     digests = {} if registry is None else registry.digests
     facts = facts_of(backbone)
     take_up(spec, description, tensors, facts.modules)
-    found = fingerprint(backbone, spec.owned, digests)
+    found = fingerprint(backbone, spec.owned, digests, packed=content.digest is not None)
     unlike = differences(description["backbone"], found, values=check == "weights")
     if unlike:
         hint = (

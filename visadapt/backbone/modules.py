@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.backbone.stored_values import packed_tensors
 from visadapt.backbone.subclass import made_by, stripped
 
 CHILD = "visadapt"
@@ -82,8 +83,9 @@ def joined(path: str, name: str) -> str:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters, without those of visadapt's tasks."""
-    return sum(p.numel() for p in own_parameters(module))
+    """Number of parameters, packed ones included, without those of visadapt's tasks."""
+    packed = (tensor for inner in own_modules(module).values() for tensor in packed_tensors(inner).values())
+    return sum(p.numel() for p in (*own_parameters(module), *packed))
 
 
 def own_parameters(module: nn.Module) -> set[nn.Parameter]:

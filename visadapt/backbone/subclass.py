@@ -8,7 +8,7 @@ whatever stood on top stays on top.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, update_wrapper
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -62,7 +62,14 @@ def subclass(plain: ModuleClass, make: Maker, **members: Any) -> ModuleClass:
         **members: what differs.
     """
     root, makers = getattr(plain, _RECIPE, (plain, ()))
+
+    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # another model is built by this class, as transformers' from_pretrained does: a plain one
+        self.__class__ = root
+        root.__init__(self, *args, **kwargs)
+
     members |= {
+        "__init__": update_wrapper(construct, plain.__init__),
         _BASE: plain,
         _RECIPE: (root, (*makers, make)),
         "__reduce_ex__": _reduce,

@@ -209,7 +209,7 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
             raise TypeError("tasks must be names, and the backbone digests of tensors")
     except (TypeError, KeyError) as error:
         raise VisadaptError(f"{path} is not a whole decider: {error}") from error
-    unlike = differences(backbone, _backbone(model), values=True)
+    unlike = differences(backbone, _backbone(model, content.digest is not None), values=True)
     if unlike:
         raise VisadaptError(
             f"{path} was fitted on another backbone than this {type(unwrapped(model)).__name__}: {unlike}"
@@ -224,6 +224,6 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     return decider
 
 
-def _backbone(model: nn.Module) -> dict[str, list[str]]:
+def _backbone(model: nn.Module, packed: bool = True) -> dict[str, list[str]]:
     """The fingerprint of what gives the features: the backbone without its head."""
-    return fingerprint(unwrapped(model), facts_of(model).head_modules, registry_of(model).digests)
+    return fingerprint(unwrapped(model), facts_of(model).head_modules, registry_of(model).digests, packed)

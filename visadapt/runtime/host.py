@@ -155,6 +155,9 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
         kept = host.__dict__.get(FORWARDS, ())
         if given is not None:
             _keep_forwards(host, kept if kept and kept[-1] is given else (given,))
+    for module in part.modules():
+        # a model's own init_weights() and post_init() would draw it anew
+        module.__dict__["_is_hf_initialized"] = True
     parts = cast("Parts", host._modules[CHILD])
     if task not in parts:
         parts[task] = nn.ModuleDict().train(part.training)

@@ -1,0 +1,125 @@
+"""What timm's own tests ask of a model, asked of small injected models of many families."""
+
+import pytest
+import timm
+import torch
+from timm.models import create_feature_extractor, get_notrace_functions, get_notrace_modules
+from torch import nn
+from torchvision.models.feature_extraction import get_graph_node_names
+
+import visadapt
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MODELS = {
+    "test_byobnet": {},
+    "test_convnext": {},
+    "test_convnext2": {},
+    "test_efficientnet": {},
+    "test_efficientnet_evos": {},
+    "test_efficientnet_gn": {},
+    "test_mambaout": {},
+    "test_nfnet": {},
+    "test_resnet": {},
+    "test_vit": {},
+    "test_vit_relpos": {},
+    "vit_tiny_patch16_224": VIT,
+    "mobilenetv3_small_050": {},
+    "resnet10t": {},
+    "regnetx_002": {},
+}
+every = pytest.mark.parametrize("name", MODELS)
+pytestmark = pytest.mark.filterwarnings("ignore:the .* has .* parameters, more than")
+
+
+def make(name: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **MODELS[name], **options).eval()
+    return visadapt.inject(model, visadapt.Bottleneck(m=2, init_std=0.05), num_classes=3)
+
+
+def images(name: str, n: int = 2) -> torch.Tensor:
+    side = MODELS[name].get("img_size", 160 if name.startswith("test_") else 64)
+    return torch.randn(n, 3, side, side)
+
+
+@every
+def test_forward_and_backward(name):
+    model = make(name).train()
+    out = model(images(name))
+    assert out.shape == (2, 3)
+    assert torch.isfinite(out).all()
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in visadapt.parameters(model, "default"))
+    assert all(p.grad is None for n, p in model.named_parameters() if ".visadapt." not in n)
+
+
+@every
+def test_features_and_head_in_two_steps(name):
+    model = make(name)
+    x = images(name)
+    with torch.no_grad():
+        expected = model(x)
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), expected)
+        assert model.num_features in features.shape
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+
+
+@every
+def test_intermediates(name):
+    model = make(name)
+    x = images(name)
+    with torch.no_grad():
+        final, steps = model.forward_intermediates(x)
+        assert steps
+        assert torch.equal(final, model.forward_features(x))
+        only = model.forward_intermediates(x, intermediates_only=True)
+        assert all(torch.equal(one, other) for one, other in zip(only, steps, strict=True))
+
+
+@every
+def test_feature_lists(name):
+    torch.manual_seed(0)
+    layers = {"out_indices": (0, 1)} if MODELS[name] else {}
+    model = timm.create_model(name, features_only=True, **layers, **MODELS[name]).eval()
+    x = images(name)
+    with torch.no_grad():
+        expected = model(x)
+        visadapt.inject(model, m=2)
+        found = model(x)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        for parameter in visadapt.parameters(model, "default"):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        assert not torch.equal(model(x)[-1], expected[-1])
+        visadapt.eject(model)
+        assert torch.equal(model(x)[-1], expected[-1])
+    widths = [info["num_chs"] for info in model.feature_info.get_dicts()]
+    assert all(width in each.shape[1:] for width, each in zip(widths, found, strict=True))
+
+
+@every
+def test_symbolic_trace_as_timm_does_it(name):
+    model = make(name)
+    x = images(name)
+    options = {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+    last = get_graph_node_names(model, tracer_kwargs=options)[1][-1]
+    extractor = create_feature_extractor(model, {last: "out"})
+    with torch.no_grad():
+        assert torch.equal(extractor(x)["out"], model(x))
+
+
+@every
+def test_settings_of_the_model(name):
+    model = make(name)
+    assert model.num_classes == 4
+    assert model.get_classifier() is not None
+    assert model.default_cfg["classifier"]
+    model.set_grad_checkpointing(True)
+    x = images(name)
+    with torch.no_grad():
+        expected = model(x)
+    visadapt.eject(model)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    assert expected.shape == (2, 3)
