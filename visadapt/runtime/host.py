@@ -7,7 +7,6 @@ a child of the host named ``visadapt``, so ``.to()``, ``state_dict`` and ``deepc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, cast
@@ -28,6 +27,7 @@ from visadapt.backbone.subclass import (
 )
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class
+from visadapt.runtime.containers import container_members, listing_class, lists_children
 from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import AUTO, Parts, Registry
@@ -49,7 +49,7 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
     level = count_given(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        parts = cast("Parts | None", self._modules.get(CHILD))
+        parts = cast("Parts | None", self.__dict__["_modules"].get(CHILD))
         if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
             # kept by someone since before this was a host, or before it was given another forward that calls this one
             return plain.forward(self, *args, **kwargs)
@@ -79,10 +79,9 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         "__delattr__": delete_attribute,
         "_visadapt_owned": owned,
         **owned_members(plain, owned),
+        **container_members(plain),
     }
     _LEVELS[forward] = level
-    if issubclass(plain, nn.Sequential):
-        members |= {"__iter__": _layers, "__len__": _number_of_layers}
     return subclass(plain, partial(hosting_class, owned=owned) if owned else hosting_class, **members)
 
 
@@ -118,15 +117,6 @@ def _keep_forwards(host: nn.Module, forwards: tuple[Any, ...]) -> None:
     host.__class__ = rebuilt(type(host), change)
 
 
-def _layers(self: nn.Module) -> Iterator[nn.Module | None]:
-    # a Sequential runs, counts and slices its children: the parts are none of its layers
-    return (child for name, child in self._modules.items() if name != CHILD)
-
-
-def _number_of_layers(self: nn.Module) -> int:
-    return sum(name != CHILD for name in self._modules)
-
-
 def dress(module: nn.Module, make: Maker) -> None:
     """Add the class that ``make`` makes to a module's, below the hosting one and below other libraries' classes."""
 
@@ -153,6 +143,8 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
         host.add_module(CHILD, parts)
         host.__class__ = rebuilt(type(host), hosting_class)
         kept = host.__dict__.get(FORWARDS, ())
+        if lists_children(plain_class(host)):
+            dress(host, listing_class)
         if given is not None:
             _keep_forwards(host, kept if kept and kept[-1] is given else (given,))
     for module in part.modules():
@@ -187,7 +179,7 @@ def detach(host: nn.Module, task: str) -> None:
     del parts[task]
     if not parts:
         del host._modules[CHILD]
-        undress(host, hosting_class, given_class)
+        undress(host, hosting_class, given_class, listing_class)
         release_forward(host)
 
 

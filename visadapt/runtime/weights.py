@@ -37,7 +37,7 @@ def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any
 def _owned(name: str) -> property:
     def get(self: nn.Module) -> Any:
         own = _held(self, name)
-        parts = self._modules.get(CHILD)
+        parts = self.__dict__["_modules"].get(CHILD)
         return own if parts is None else _meant(self, cast("Parts", parts), name, own)
 
     def put(self: nn.Module, value: Any) -> None:
