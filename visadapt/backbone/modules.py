@@ -14,6 +14,9 @@ CHILD = "visadapt"
 LEAN = "_visadapt_lean"
 """Attribute of a module that :func:`visadapt.lean` made lean."""
 
+PREFIX = "_visadapt_prefix"
+"""Attribute of a module that cached prefixes spare: how many of them do."""
+
 UNFUSED = "_visadapt_unfused"
 """Attribute of a module that is kept off its fused kernel while a task is active."""
 
@@ -50,6 +53,7 @@ def is_stateful(module: nn.Module) -> bool:
 def unfreeze(module: nn.Module) -> None:
     """Gives a module without parts its own class back."""
     module.__dict__.pop(LEAN, None)
+    module.__dict__.pop(PREFIX, None)
     module.__dict__.pop(UNFUSED, None)
     module.__class__ = plain_class(module)
 

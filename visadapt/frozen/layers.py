@@ -254,6 +254,20 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
+MAKERS: tuple[Maker, ...] = (
+    lean_conv,
+    lean_norm,
+    lean_relu,
+    lean_dropout,
+    lean_pool,
+    lean_activation,
+    lean_layer_norm,
+    lean_own_norm,
+    lean_bottleneck,
+)
+"""What makes lean classes."""
+
+
 def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
     forward = type(module).forward if CHILD not in module._modules else type(module)._visadapt_base.forward  # type: ignore[attr-defined]

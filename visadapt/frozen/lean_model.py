@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visadapt.backbone.batchnorm import pairs
 from visadapt.backbone.modules import LEAN, own_modules, unwrapped
 from visadapt.errors import VisadaptError
-from visadapt.frozen.layers import Lean, Pair, maker_for
+from visadapt.frozen.layers import MAKERS, Lean, Pair, maker_for
+from visadapt.frozen.swapping import take_out
 from visadapt.runtime.host import swap
 from visadapt.runtime.registry import registry_of
 
@@ -84,7 +85,7 @@ def unlean(model: nn.Module) -> nn.Module:
     registry = registry_of(model)
     for module in unwrapped(model).modules():
         if module.__dict__.pop(LEAN, None) is not None:
-            swap(module, None)
+            take_out(module, MAKERS)
     registry.lean = None
     return model
 

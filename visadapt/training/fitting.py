@@ -14,6 +14,7 @@ from torch import nn
 
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
+from visadapt.frozen.cached_prefix import CachedPrefix
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, Performer
@@ -94,6 +95,13 @@ def fit(
     _check(recipe, validation, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if checkpoint_every is not None and checkpoint is None:
         raise VisadaptError(f"checkpoint_every={checkpoint_every} needs a checkpoint, the file to write")
+    cached = prepare if isinstance(prepare, CachedPrefix) else None
+    if cached is not None:
+        cached.check(model, task)
+        if augment is not None:
+            raise VisadaptError(
+                "augment changes inputs, and prepare is a cache of these: give it to cache_prefix instead"
+            )
     trained = trainee(model, task)
     source = Batches(train, recipe.batch_size, "training")
     held = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
@@ -106,7 +114,7 @@ def fit(
         "recipe": recipe,
         "metric": metric,
         "seed": seed,
-        "inputs": prepare if dataclasses.is_dataclass(prepare) else None,
+        "inputs": cached.identity if cached is not None else prepare if dataclasses.is_dataclass(prepare) else None,
         "augmentation": augment is not None,
         **engine.settings,
     }
