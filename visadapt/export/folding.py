@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batchnorm import carried, folded, pairs
+from visadapt.backbone.batchnorm import carried, find_pairs, folded
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import find_registry
 
@@ -30,7 +30,7 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
         raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
     if model.training:
         raise VisadaptError("folding takes the running statistics as they are: call eval() first")
-    for conv_path, norm_path in pairs(model, example):
+    for conv_path, norm_path in find_pairs(model, example):
         conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
         _fold_pair(cast("nn.Conv2d", conv), norm)
         model.set_submodule(norm_path, _rest(norm))

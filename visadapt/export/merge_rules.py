@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batchnorm import carried, pairs
+from visadapt.backbone.batchnorm import carried, find_pairs
 from visadapt.backbone.modules import is_stateful, plain_copy
 from visadapt.backbone.norms import is_norm
 from visadapt.backbone.operators import is_operator, plain_operator, rows_of
@@ -98,7 +98,7 @@ class Norms:
         """The norm behind a site's host, None if none is known."""
         if not site.norm and self._pairs is None:
             try:
-                self._pairs = dict(pairs(self.model))
+                self._pairs = dict(find_pairs(self.model))
             except VisadaptError:
                 self._pairs = {}
         path = site.norm or cast("dict[str, str]", self._pairs).get(site.host)
