@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.dataflow import Flow, record
-from visadapt.backbone.modules import is_stateful, own_modules, plain_class
+from visadapt.backbone.modules import is_stateful, own_modules
 from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.subclass import plain_class
 from visadapt.backbone.trace import call, rehearse
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone.modules import plain_class
+from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
 

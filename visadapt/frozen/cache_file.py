@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visadapt.backbone.fingerprint import raw
 from visadapt.errors import VisadaptError
+from visadapt.tensor_file import raw
 
 try:
     import fcntl

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from visadapt.backbone.fingerprint import fingerprint, raw
+from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.checks import check_count
@@ -21,6 +21,7 @@ from visadapt.errors import VisadaptError
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.frozen.prefix import Prefix
 from visadapt.runtime.selection import bare, using
+from visadapt.tensor_file import raw
 
 Prepare = Callable[[Any], Any]
 Augment = Callable[[Any, torch.Generator], Any]
@@ -145,6 +146,13 @@ def cache_prefix(
         VisadaptError: there is no prefix to keep; the features would pass the limit; the disk is full; the model does
             not give the same from the cache as without (it draws random numbers, its prefix is more than one tensor, or
             what it gives for one sample depends on the others in the batch).
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> cached = visadapt.cache_prefix(model, "flowers", images)
+        >>> cached.features.shape[:2]  # views, samples
+        torch.Size([1, 4])
     """
     ready: Prepare = prepare or (lambda batch: batch)
     count = _count(inputs)

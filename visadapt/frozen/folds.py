@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import folded, is_hooked
 from visadapt.backbone.modules import LEAN
+from visadapt.backbone.subclass import cached, subclass
 from visadapt.errors import VisadaptError
 from visadapt.frozen.checksums import Checksums
-from visadapt.runtime.classes import cached, subclass
 from visadapt.runtime.registry import AUTO, Registry, parts_of
 from visadapt.runtime.roles import role
 

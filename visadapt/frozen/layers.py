@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, is_foldable
-from visadapt.backbone.modules import CHILD, LEAN, plain_class
+from visadapt.backbone.modules import LEAN
+from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
 from visadapt.frozen.folds import FOLDED, Pair, lean_root
 from visadapt.frozen.functions import (
     Activation,
@@ -25,8 +26,8 @@ from visadapt.frozen.functions import (
     OwnBatchNorm,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
-from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
-from visadapt.runtime.host import swap
+from visadapt.runtime.classes import frozen_class
+from visadapt.runtime.host import dress, hosting_class
 
 SOURCE = "_visadapt_source"
 """Attribute of a norm's output: what it can be made of again."""
@@ -48,7 +49,7 @@ class Lean:
         for module, make in ((part, part_maker_for(part)), *((m, maker_for(m)) for m in inner)):
             if make is not None:
                 module.__dict__[LEAN] = self
-                swap(module, make)
+                dress(module, make)
 
 
 def _remembers(x: Tensor) -> bool:
@@ -246,7 +247,7 @@ MAKERS: tuple[Maker, ...] = (
 
 def maker_for(module: nn.Module) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
-    forward = type(module).forward if CHILD not in module._modules else type(module)._visadapt_base.forward  # type: ignore[attr-defined]
+    forward = without(type(module), hosting_class).forward
     if forward is nn.Conv2d.forward and isinstance(module, nn.Conv2d):
         return lean_conv
     if is_foldable(module):

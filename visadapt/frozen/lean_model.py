@@ -12,8 +12,7 @@ from visadapt.backbone.modules import LEAN, own_modules, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.frozen.folds import Folds, lean_root
 from visadapt.frozen.layers import MAKERS, Lean, maker_for
-from visadapt.frozen.swapping import take_out
-from visadapt.runtime.host import swap
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import registry_of
 
 
@@ -39,6 +38,14 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
 
     Raises:
         VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3).train()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> plain = model(images)
+        >>> lean = visadapt.lean(model)(images)  # keeps less for the backward pass
+        >>> torch.allclose(lean, plain, atol=1e-4)
+        True
     """
     registry = registry_of(model)
     backbone = unwrapped(model)
@@ -57,12 +64,12 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     registry.lean = Lean(keep)
     if found and maker_for(backbone) is None:
         backbone.__dict__[LEAN] = folds
-        swap(backbone, lean_root)
+        dress(backbone, lean_root)
     for module in own_modules(backbone).values():
         make = maker_for(module)
         if make is not None:
             module.__dict__[LEAN] = pairs.get(module, registry.lean)
-            swap(module, make)
+            dress(module, make)
     for name in registry.tasks:
         for parts in registry.parts(name).values():
             for part in parts.values():
@@ -85,6 +92,6 @@ def unlean(model: nn.Module) -> nn.Module:
     registry = registry_of(model)
     for module in unwrapped(model).modules():
         if module.__dict__.pop(LEAN, None) is not None:
-            take_out(module, MAKERS)
+            undress(module, *MAKERS)
     registry.lean = None
     return model

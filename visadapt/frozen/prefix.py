@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.modules import PREFIX, joined, own_modules, plain_class, unwrapped, within
+from visadapt.backbone.modules import PREFIX, joined, own_modules, unwrapped, within
+from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
 from visadapt.frozen.checksums import Checksums
-from visadapt.frozen.swapping import take_out
-from visadapt.runtime.classes import cached, subclass
-from visadapt.runtime.host import swap
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import AUTO, registry_of
 from visadapt.runtime.selection import bare, using
 
@@ -119,7 +118,7 @@ class Prefix:
         for module in self.spared:
             module.__dict__[PREFIX] = module.__dict__.get(PREFIX, 0) + 1
             if module.__dict__[PREFIX] == 1:
-                swap(module, sparing_class)
+                dress(module, sparing_class)
         self.autocast = _autocast(self.model)
         self.checksums = Checksums(list(self.tensors().values()))
         self.hooks = self._hooks()
@@ -246,7 +245,7 @@ class Prefix:
                 continue
             module.__dict__.pop(PREFIX, None)
             _RESUMED.discard(module)
-            take_out(module, (sparing_class,))
+            undress(module, sparing_class)
         self.spared = []
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_class, plain_copy
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy
+from visadapt.backbone.subclass import plain_class
 from visadapt.runtime.classes import frozen_class, widened_class
 
 

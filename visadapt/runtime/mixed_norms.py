@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import is_stateful, plain_class
+from visadapt.backbone.modules import is_stateful
+from visadapt.backbone.subclass import plain_class
 from visadapt.methods.stacking import Rows
 from visadapt.runtime.roles import role
 
