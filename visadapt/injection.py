@@ -160,8 +160,6 @@ def eject(model: nn.Module) -> nn.Module:
     backbone = unwrapped(model)
     for name in list(registry.tasks):
         remove(backbone, name)
-    for guard in registry.guards:
-        guard.remove()
     for module in own_modules(backbone).values():
         # what replaced a host may have taken its children over
         module._modules.pop(CHILD, None)

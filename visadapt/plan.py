@@ -138,7 +138,7 @@ def commit(facts: Facts, plan: Plan) -> Registry:
     for path, name, part in plan.parts:
         module = facts.modules[path]
         part.train(model.training)
-        host.attach(module, registry, task.name, name, part)
+        host.attach(module, registry, path, task.name, name, part)
         if registry.lean is not None:
             registry.lean.apply(part)
         registry.hosts[path] = module

@@ -10,6 +10,7 @@ from torch import nn
 
 from visadapt.backbone.find import find_sites
 from visadapt.backbone.heads import Head, find_head
+from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import own_modules, parameter_count
 from visadapt.backbone.norms import find_norms
 from visadapt.backbone.site import Sites
@@ -24,11 +25,13 @@ class Facts:
     Attributes:
         model: the backbone.
         modules: its modules by path, without those of tasks.
+        batches: which rows belong to which sample, for the kinds of batch that it has met.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = own_modules(model)
+        self.batches = KnownBatches()
 
     @property
     def name(self) -> str:

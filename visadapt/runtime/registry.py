@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.backbone.rows import RowFacts
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 
@@ -21,6 +23,33 @@ AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
 
 _USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
+
+
+class Mixed(tuple[str | None, ...]):
+    """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
+
+    Attributes:
+        rows: the facts of the batch.
+    """
+
+    rows: RowFacts
+
+    @staticmethod
+    def of(tasks: Iterable[str | None], rows: RowFacts) -> Mixed:
+        """The tasks, one per sample, with the facts of their batch."""
+        mixed = Mixed(tasks)
+        mixed.rows = rows
+        return mixed
+
+
+@contextmanager
+def meant(registry: Registry, task: Any) -> Iterator[None]:
+    """Within it a task is the one that is meant, in this thread."""
+    token = _USING.set({**(_USING.get() or {}), id(registry): task})
+    try:
+        yield
+    finally:
+        _USING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,6 @@ class Registry:
         self.hidden = False
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
-        self.guards: tuple[Any, ...] = ()
         self.decider: Any = None
         self.digests: Digests = {}
         self.lean: Any = None
@@ -202,6 +230,7 @@ class Parts(nn.ModuleDict):
     """The parts of all tasks at one host: task name → part name → module."""
 
     _registry: Registry
+    _path: str = ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.
