@@ -160,7 +160,7 @@ def test_weights_that_change_between_forward_and_backward(folds):
 def watched(model, way):
     """What hooks see at every conv and norm in a forward and backward."""
     seen, handles, register = [], [], REGISTER[way]
-    # torch refuses what is done in place to the output of a module with a full backward hook, as behind a ResNet's norms
+    # torch refuses what is done in place behind a full backward hook, as behind a ResNet's norms
     kinds = nn.Conv2d if way == "backward" else (nn.Conv2d, nn.BatchNorm2d)
     for path, module in model.named_modules():
         if isinstance(module, kinds) and "visadapt" not in path:

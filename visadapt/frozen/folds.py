@@ -17,11 +17,12 @@ from visadapt.backbone.modules import LEAN
 from visadapt.backbone.subclass import cached, subclass
 from visadapt.errors import VisadaptError
 from visadapt.frozen.checksums import Checksums
+from visadapt.frozen.functions import version
 from visadapt.runtime.registry import AUTO, Registry, parts_of
 from visadapt.runtime.roles import role
 
 FOLDED = "_visadapt_folded"
-"""Attribute of a conv's output that needs its norm no more: the pair."""
+"""Attribute of a conv's output that needs its norm no more: the pair, and its version then."""
 
 
 class Pair:
@@ -59,7 +60,7 @@ class Pair:
 
     def end(self, x: Tensor) -> bool:
         """Whether the norm has nothing left to do for this input."""
-        if torch.compiler.is_compiling() or getattr(x, FOLDED, None) is not self:
+        if torch.compiler.is_compiling() or getattr(x, FOLDED, None) != (self, version(x)):
             return False
         delattr(x, FOLDED)
         run = _RUN.get()

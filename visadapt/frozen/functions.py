@@ -34,7 +34,8 @@ def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
     return made
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -56,7 +57,7 @@ class FrozenConv(Function):
         dilation: tuple[int, ...],
         groups: int,
     ) -> Tensor:
-        ctx.weight, ctx.version, ctx.settings = weight, _version(weight), (stride, padding, dilation, groups)
+        ctx.weight, ctx.version, ctx.settings = weight, version(weight), (stride, padding, dilation, groups)
         ctx.shape, ctx.dtype, ctx.format = x.shape, x.dtype, format_of(x)
         kernel, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y: Tensor = torch.ops.aten.convolution(x, kernel, shift, stride, padding, dilation, False, [0, 0], groups)
@@ -65,7 +66,7 @@ class FrozenConv(Function):
     @staticmethod
     @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if _version(ctx.weight) != ctx.version:
+        if version(ctx.weight) != ctx.version:
             raise RuntimeError(
                 f"the weight {tuple(ctx.weight.shape)} of a frozen convolution, needed for gradient computation, has "
                 "been modified by an inplace operation since the forward"

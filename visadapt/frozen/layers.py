@@ -24,13 +24,14 @@ from visadapt.frozen.functions import (
     MaskedReLU,
     NormInput,
     OwnBatchNorm,
+    version,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.host import dress, hosting_class
 
 SOURCE = "_visadapt_source"
-"""Attribute of a norm's output: what it can be made of again."""
+"""Attribute of a norm's output: what it can be made of again, and its version then."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
         folded = pair.begin(self, x) if isinstance(pair, Pair) else None
         out = _frozen_conv(self, x, *(folded or (self.weight, self.bias)))
         if folded is not None:
-            setattr(out, FOLDED, pair)
+            setattr(out, FOLDED, (pair, version(out)))
         return out
 
     return subclass(plain, lean_conv, forward=forward)
@@ -187,7 +188,7 @@ def lean_own_norm(plain: type[nn.Module]) -> type[nn.Module]:
             kept, self.weight.detach(), self.bias.detach(), self.running_mean, self.running_var, self.eps, x.dtype
         )
         out: Tensor = OwnBatchNorm.apply(x, self.weight, self.bias, source)
-        setattr(out, SOURCE, source)
+        setattr(out, SOURCE, (source, version(out)))
         for module in carried(self):
             out = module(out)
         return out
@@ -204,7 +205,11 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
         if drops or self.depthwise is not None or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, getattr(h, SOURCE, None), *weights)
+        source, written = getattr(h, SOURCE, (None, 0))
+        if written != version(h):
+            # an in-place activation stands between them
+            source = None
+        out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, source, *weights)
         return out
 
     return subclass(plain, lean_bottleneck, forward=forward)
