@@ -23,10 +23,12 @@ from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
     FrozenConv,
+    FrozenNorm,
     IndexedMaxPool,
     LayerNorm,
     MaskedDropout,
     MaskedReLU,
+    NormInput,
     OwnBatchNorm,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
@@ -272,8 +274,8 @@ def test_bottleneck_passes_gradcheck(layout, activation):
     adapter = BottleneckAdapter(method, Site("at", "block", 6, layout, 0)).double()
     h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
-    assert torch.equal(Bottleneck.apply(h, adapter, h.dtype, *weights), adapter(h))
-    assert gradcheck(lambda h, *weights: Bottleneck.apply(h, adapter, h.dtype, *weights), (h, *weights))
+    assert torch.equal(Bottleneck.apply(h, adapter, h.dtype, None, *weights), adapter(h))
+    assert gradcheck(lambda h, *weights: Bottleneck.apply(h, adapter, h.dtype, None, *weights), (h, *weights))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 4, 6, 6)])
@@ -287,11 +289,18 @@ def test_dropout_draws_what_torchs_own_draws(shape):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 
 
+def source_of(x, weight, bias, mean, var):
+    return NormInput(x.detach(), weight.detach(), bias.detach(), mean, var, 1e-5, x.dtype)
+
+
 def test_norms_and_activations_pass_gradcheck():
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
-    assert gradcheck(lambda *a: OwnBatchNorm.apply(*a, mean, var, 1e-5, x.dtype), (x, weight, bias))
+    norm = nn.BatchNorm2d(3).double().eval()
+    norm.running_mean, norm.running_var = mean, var
+    assert gradcheck(lambda x: FrozenNorm.apply(x, norm.requires_grad_(False)), x)
+    assert gradcheck(lambda *a: OwnBatchNorm.apply(*a, source_of(*a, mean, var)), (x, weight, bias))
     last = x.flatten(2).transpose(1, 2)
     assert gradcheck(lambda *a: LayerNorm.apply(*a, (3,), 1e-5, x.dtype), (last, weight, bias))
     assert gradcheck(lambda x: Activation.apply(x, F.silu, x.dtype), x)
@@ -302,8 +311,9 @@ def test_a_norms_output_is_kept_by_nobody():
     x, weight = torch.randn(2, 8, 16, 16), torch.ones(8, requires_grad=True)
     weights = (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
     with saved(adapter, x) as kept:
-        h = OwnBatchNorm.apply(x * 2, weight, weight, torch.zeros(8), torch.ones(8), 1e-5, x.dtype)
-        Bottleneck.apply(h, adapter, h.dtype, *weights).sum().backward()
+        source = source_of(x * 2, weight, weight, torch.zeros(8), torch.ones(8))
+        h = OwnBatchNorm.apply(source.x, weight, weight, source)
+        Bottleneck.apply(h, adapter, h.dtype, source, *weights).sum().backward()
     assert sum(kept.values()) < 1.5 * x.untyped_storage().nbytes()
 
 

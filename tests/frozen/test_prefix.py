@@ -7,8 +7,9 @@ import torchvision
 from transformers import BertConfig, BertForSequenceClassification
 
 import visadapt
+from visadapt.backbone.modules import PREFIX
 from visadapt.data import augment
-from visadapt.frozen.prefix import SPENT, Prefix
+from visadapt.frozen.prefix import Prefix
 from visadapt.training import Recipe, evaluate, fit
 
 
@@ -51,16 +52,17 @@ def test_training_from_the_cache_is_training(name):
             torch.testing.assert_close(value, trained[key], rtol=1e-3, atol=1e-5)
     cached.prefix.close()
     assert evaluate(model, "t", (x, labels), prepare=lambda batch: batch)["loss"] > 0
-    assert not any(SPENT in module.__dict__ for module in model.modules())
+    assert not any(PREFIX in module.__dict__ for module in model.modules())
 
 
 def test_the_prefix_is_not_run_again():
     model, x = late("resnet18")
-    cached = visadapt.cache_prefix(model, "t", x)
-    assert cached.prefix.path == "layer3.1"  # its output is that of layer3
     ran = []
     model.layer2[0].conv1.register_forward_hook(lambda *_: ran.append("layer2"))
     model.layer4[0].conv1.register_forward_hook(lambda *_: ran.append("layer4"))
+    cached = visadapt.cache_prefix(model, "t", x)
+    assert cached.prefix.path == "layer3.1"  # its output is that of layer3
+    ran.clear()
     with torch.no_grad():
         out = cached(torch.tensor([3, 1])).resume()
     assert ran == ["layer4"]
@@ -79,7 +81,7 @@ def test_a_file_is_reused_only_for_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(Prefix, "compute", lambda self, inputs, run=Prefix.compute: runs.append(1) or run(self, inputs))
     again = visadapt.cache_prefix(model, "t", x, file=file)
     again.prefix.close()
-    assert len(runs) == 1  # the check on the first samples
+    assert len(runs) == 2  # the checks on the first samples
     assert torch.equal(again.features, kept)
     other = visadapt.cache_prefix(model, "t", x + 1, file=file)
     other.prefix.close()

@@ -3,44 +3,78 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
-from visadapt.backbone.modules import is_stateful
+from visadapt.backbone.dataflow import Flow, record
+from visadapt.backbone.modules import is_stateful, own_modules
 from visadapt.backbone.norms import scale_and_shift
 from visadapt.backbone.subclass import plain_class
-from visadapt.backbone.trace import trace_flow
+from visadapt.backbone.trace import call, rehearse
 
 
-def pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
-    """Paths of each conv and of the BatchNorm that takes its output, where nothing else does.
+def find_pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
+    """Finds each conv whose output goes into a BatchNorm and nowhere else, when the model runs in eval mode.
+
+    A conv or norm with hooks is in no pair, nor one whose weight is computed anew in every forward.
 
     Args:
         model: any model; it is run once on fake tensors.
         example: an input, as :func:`visadapt.sites` takes it; guessed if None.
 
+    Returns:
+        Paths of the conv and of the norm.
+
     Raises:
         VisadaptError: the model does not run on the example.
     """
-    flow, _ = trace_flow(model, example)
+    flow, held = rehearse(model, example, _record)[0]
     consumers = Counter(parent for value in flow.values for parent in value.parents)
-    calls = {path: made[0] for path, made in flow.calls_of().items() if len(made) == 1}
+    once = {path: made[0] for path, made in flow.calls_of().items() if len(made) == 1}
     convs = {
-        call.output.index: path
-        for path, call in calls.items()
-        if call.output is not None and plain_class(model.get_submodule(path)).forward is nn.Conv2d.forward
+        made.output.index: path
+        for path, made in once.items()
+        if made.output is not None and _is_plain(model.get_submodule(path))
     }
     found = []
-    for path, call in calls.items():
+    for path, made in once.items():
         norm = model.get_submodule(path)
-        if is_foldable(norm) and len(call.inputs) == 1:
-            index = call.inputs[0].index
-            if index in convs and consumers[index] == 1:
+        if is_foldable(norm) and not is_hooked(norm) and len(made.inputs) == 1:
+            index = made.inputs[0].index
+            if index in convs and consumers[index] == 1 and index not in held:
                 found.append((convs[index], path))
     return found
+
+
+def _record(model: nn.Module, given: Any) -> tuple[Flow, set[int]]:
+    """The dataflow of one forward, and the values that leave it: returned, or left in an attribute of a module."""
+    outs: list[Any] = []
+    flow = record(model, own_modules(model), lambda model, given: outs.append(call(model, given)), given)
+    attributes = [
+        value
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    ]
+    leaves = tree_leaves([dict(out) if isinstance(out, Mapping) else out for out in [*outs, *attributes]])
+    return flow, {value.index for value in flow.known(leaf for leaf in leaves if isinstance(leaf, Tensor))}
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    forward = plain_class(conv).forward is nn.Conv2d.forward
+    return forward and conv._parameters.get("weight") is not None and not is_hooked(conv)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone looks at what goes in and out of a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 @torch.no_grad()

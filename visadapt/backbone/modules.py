@@ -17,6 +17,9 @@ CHILD = "visadapt"
 LEAN = "_visadapt_lean"
 """Attribute of a module that :func:`visadapt.lean` made lean."""
 
+PREFIX = "_visadapt_prefix"
+"""Attribute of a module that cached prefixes spare: how many of them do."""
+
 UNFUSED = "_visadapt_unfused"
 """Attribute of a module that is kept off its fused kernel while a task is active."""
 
@@ -59,6 +62,7 @@ def release_forward(module: nn.Module) -> None:
 def unfreeze(module: nn.Module) -> None:
     """Give a module without parts its own class back."""
     module.__dict__.pop(LEAN, None)
+    module.__dict__.pop(PREFIX, None)
     module.__dict__.pop(UNFUSED, None)
     release_forward(module)
     if made_by(type(module)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batchnorm import carried, folded, pairs
+from visadapt.backbone.batchnorm import carried, find_pairs, folded
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import find_registry
 
@@ -36,18 +37,26 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
         raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
     if model.training:
         raise VisadaptError("folding takes the running statistics as they are: call eval() first")
-    for conv_path, norm_path in pairs(model, example):
+    tensors = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    uses = Counter(p.untyped_storage().data_ptr() for p in tensors)
+    for conv_path, norm_path in find_pairs(model, example):
         conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
-        _fold_pair(cast("nn.Conv2d", conv), norm)
-        model.set_submodule(norm_path, _rest(norm))
+        kernel = cast("nn.Parameter", conv.weight)
+        # a weight that is tied has to stay what it is
+        if not norm.training and uses[kernel.untyped_storage().data_ptr()] == 1:
+            _fold_pair(cast("nn.Conv2d", conv), norm, model, norm_path)
     return model
 
 
 @torch.no_grad()
-def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm, model: nn.Module, path: str) -> None:
     kernel, bias = folded(conv, norm)
+    if not kernel.isfinite().all() or not bias.isfinite().all():
+        # it would overflow in half precision
+        return
     conv.weight.copy_(kernel)
     conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+    model.set_submodule(path, _rest(norm))
 
 
 def _rest(norm: nn.Module) -> nn.Module:

@@ -7,23 +7,43 @@ layer that does not learn need not remember what its own gradient would be made 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.methods.layers import in_dtype_of
 
 
+def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
+    """A backward pass that is differentiated no further, and computes in its own dtypes whatever autocast is on."""
+
+    def run(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):
+            return backward(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    made: Callable[..., Any] = once_differentiable(run)
+    return made
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class FrozenConv(Function):
     """y = W∗x + b with W and b frozen: keeps neither input nor output; ∂L/∂x needs W alone.
 
-    It computes in the dtype of x, which autocast may have chosen; no copy of W in that dtype is kept.
+    It computes in the dtype of x, which autocast may have chosen; no copy of W in that dtype is kept. W is not a saved
+    tensor, so that a checkpoint that is computed again may take another W that does the same (a folded one).
     """
 
     @staticmethod
@@ -37,15 +57,20 @@ class FrozenConv(Function):
         dilation: tuple[int, ...],
         groups: int,
     ) -> Tensor:
-        ctx.weight, ctx.settings = weight, (stride, padding, dilation, groups)
+        ctx.weight, ctx.version, ctx.settings = weight, version(weight), (stride, padding, dilation, groups)
         ctx.shape, ctx.dtype, ctx.format = x.shape, x.dtype, format_of(x)
         kernel, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y: Tensor = torch.ops.aten.convolution(x, kernel, shift, stride, padding, dilation, False, [0, 0], groups)
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if version(ctx.weight) != ctx.version:
+            raise RuntimeError(
+                f"the weight {tuple(ctx.weight.shape)} of a frozen convolution, needed for gradient computation, has "
+                "been modified by an inplace operation since the forward"
+            )
         stride, padding, dilation, groups = ctx.settings
         needed = [True, False, False]
         pointwise = ctx.weight.shape[2:] == (1, 1) and groups == 1 and not any(padding)
@@ -77,7 +102,7 @@ class MaskedReLU(Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
         return masked(grad, unpack(bits, ctx.shape, ctx.format)), None, None
@@ -99,7 +124,7 @@ class MaskedDropout(Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         return masked(grad, unpack(bits, ctx.shape, ctx.format)).mul_(1 / (1 - ctx.p)), None
@@ -117,7 +142,7 @@ class IndexedMaxPool(Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
@@ -135,7 +160,7 @@ class Activation(Function):
         return function(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         leaf = x.to(ctx.dtype).detach().requires_grad_()
@@ -164,7 +189,7 @@ class LayerNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
@@ -174,59 +199,95 @@ class LayerNorm(Function):
         return (*found, None, None, None)
 
 
+class FrozenNorm(Function):
+    """y = γ·(x − μ)/σ + β with everything but x frozen: keeps γ/σ, one number a channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: _BatchNorm) -> Tensor:
+        mean, var = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+        scale = torch.rsqrt(var + norm.eps)
+        ctx.scale = scale if norm.weight is None else scale * norm.weight
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+
+    @staticmethod
+    @_gradient
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        scale = ctx.scale.view(1, -1, *[1] * (grad.ndim - 2))
+        return (grad * scale).to(grad.dtype), None
+
+
+class NormInput(NamedTuple):
+    """What a BatchNorm's output can be made of again.
+
+    Attributes:
+        x: its input, possibly in a narrower dtype.
+        dtype: of its output.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+    dtype: torch.dtype
+
+
 class OwnBatchNorm(Function):
     """y = γ·(x − μ)/σ + β with the statistics frozen and γ, β a task's own: keeps x, in the dtype that is chosen.
 
-    What follows need not keep y: :meth:`output` gives it again.
+    What follows need not keep y: it keeps what is kept here, once more at no cost, and calls :meth:`output`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, keep: torch.dtype
-    ) -> Tensor:
-        ctx.eps, ctx.dtype = eps, x.dtype
-        ctx.save_for_backward(x.to(keep), weight, bias, mean, var)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kept: NormInput) -> Tensor:
+        ctx.eps, ctx.dtype = kept.eps, kept.dtype
+        ctx.save_for_backward(kept.x, weight, bias, kept.mean, kept.var)
+        return F.batch_norm(x, kept.mean, kept.var, weight, bias, eps=kept.eps)
+
+    @staticmethod
+    def output(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        """y, made again."""
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
-    def output(node: Any) -> Tensor:
-        """y, made again of what a node of the graph keeps."""
-        x, weight, bias, mean, var = node.saved_tensors
-        return F.batch_norm(x.to(node.dtype), mean, var, weight, bias, eps=node.eps)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _, mean, var = ctx.saved_tensors
         found = torch.ops.aten.native_batch_norm_backward(
             grad, x.to(ctx.dtype), weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3])
         )
-        return (*found, None, None, None, None)
+        return (*found, None)
 
 
 class Bottleneck(Function):
     """a(h) = h + W2·φ(W1·h + b1) + b2: keeps h once, or nothing of it where a norm has it, and W1·h + b1.
 
-    φ(·) is made again, at the width of the bottleneck; so is W1·h + b1 where h is kept in a narrower dtype.
+    φ(·) is made again, at the width of the bottleneck; so is W1·h + b1 where h is kept in a narrower dtype. Where h is
+    the output of a norm, ``source`` is what that norm keeps.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, adapter: BottleneckAdapter, keep: torch.dtype, *weights: Tensor) -> Tensor:
-        # the norm's node goes backward after this one, and is part of the same graph anyway
-        ctx.norm = h.grad_fn if isinstance(h.grad_fn, OwnBatchNorm._backward_cls) else None  # type: ignore[attr-defined]
+    def forward(
+        ctx: Any, h: Tensor, adapter: BottleneckAdapter, keep: torch.dtype, source: NormInput | None, *weights: Tensor
+    ) -> Tensor:
         z = adapter.down(in_dtype_of(weights[0], h))
-        ctx.adapter, ctx.dtype = adapter, z.dtype
-        kept = None if ctx.norm is not None else h.to(keep)
-        ctx.save_for_backward(kept, z if keep == h.dtype or z.dtype != h.dtype else None, *weights)
+        ctx.adapter, ctx.dtype, ctx.source = adapter, z.dtype, None if source is None else source[5:]
+        kept = (h.to(keep),) if source is None else source[:5]
+        ctx.save_for_backward(z if keep == h.dtype or z.dtype != h.dtype else None, *weights, *kept)
         y: Tensor = adapter.up(adapter.activation(z))
         return y.to(h.dtype).add_(h)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, z, w1, _, w2, _ = ctx.saved_tensors
+        z, w1, _, w2, _, h, *norm = ctx.saved_tensors
+        if ctx.source is not None:
+            eps, dtype = ctx.source
+            weight, bias, mean, var = norm
+            h = OwnBatchNorm.output(h.to(dtype), weight, bias, mean, var, eps)
         # in the dtype that the forward computed in, which autocast may have chosen
-        h = (OwnBatchNorm.output(ctx.norm) if h is None else h).to(ctx.dtype)
+        h = h.to(ctx.dtype)
         z, layout = ctx.adapter.down(h) if z is None else z, ctx.adapter.layout
         w1, w2, through = w1.to(ctx.dtype), w2.to(ctx.dtype), grad.to(ctx.dtype)
         leaf = z.detach().requires_grad_()
@@ -235,7 +296,8 @@ class Bottleneck(Function):
         inner = _pointwise_backward(through, active.detach(), w2, layout)
         (before,) = torch.autograd.grad(active, leaf, inner[0])
         outer = _pointwise_backward(before, h, w1, layout, ctx.needs_input_grad[0])
-        return None if outer[0] is None else outer[0].to(grad.dtype).add_(grad), None, None, *outer[1:], *inner[1:]
+        through_h = None if outer[0] is None else outer[0].to(grad.dtype).add_(grad)
+        return through_h, None, None, None, *outer[1:], *inner[1:]
 
 
 def _pointwise_backward(
@@ -246,19 +308,11 @@ def _pointwise_backward(
         through, inputs = grad.flatten(2), x.flatten(2)
         of_weight = torch.bmm(through, inputs.transpose(1, 2)).sum(0)
         return _products(grad, weight) if needed else None, of_weight, through.sum((0, 2))
-    if layout == "NCHW":
+    if layout.startswith("NC"):
+        rank = x.ndim - 2
+        kernel, ones, zeros = weight.view(*weight.shape, *[1] * rank), [1] * rank, [0] * rank
         found = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight[:, :, None, None],
-            [len(weight)],
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [needed, True, True],
+            grad, x, kernel, [len(weight)], ones, zeros, ones, False, zeros, 1, [needed, True, True]
         )
         return found[0], found[1].view_as(weight), found[2]
     flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

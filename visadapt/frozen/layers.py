@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batchnorm import carried, folded, is_foldable
-from visadapt.backbone.modules import LEAN, is_stateful
+from visadapt.backbone.batchnorm import carried, is_foldable
+from visadapt.backbone.modules import LEAN
 from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
+from visadapt.frozen.folds import FOLDED, Pair, lean_root
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
     FrozenConv,
+    FrozenNorm,
     IndexedMaxPool,
     LayerNorm,
     MaskedDropout,
     MaskedReLU,
+    NormInput,
     OwnBatchNorm,
+    version,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.methods.layers import is_hooked
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.host import dress, hosting_class
-from visadapt.runtime.registry import AUTO, Registry, parts_of
-from visadapt.runtime.roles import role
+
+SOURCE = "_visadapt_source"
+"""Attribute of a norm's output: what it can be made of again, and its version then."""
 
 
 @dataclass
@@ -43,51 +48,10 @@ class Lean:
     def apply(self, part: nn.Module) -> None:
         """Makes a part of a task lean, and the activation that a norm carries, if they can be."""
         inner = carried(part) if is_foldable(part) else []
-        for module, make in ((part, part_maker_for(part)), *((m, maker_for(m, set())) for m in inner)):
+        for module, make in ((part, part_maker_for(part)), *((m, maker_for(m)) for m in inner)):
             if make is not None:
                 module.__dict__[LEAN] = self
                 dress(module, make)
-
-
-@dataclass
-class Pair:
-    """A conv and the BatchNorm that alone takes its output, folded into it as long as the task owns neither.
-
-    Attributes:
-        registry: of the model, to ask which task is meant.
-        conv: the conv.
-        norm: the norm.
-        folded: W' = s·W and b' = s·b + t, made at the first use and again after the norm or conv was changed or moved.
-    """
-
-    registry: Registry
-    conv: nn.Conv2d
-    norm: _BatchNorm
-    folded: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
-
-    def active(self) -> bool:
-        """Whether the folded conv stands for both here and now."""
-        if torch.compiler.is_compiling():
-            # the compiler fuses a norm with what is around it, and decides by itself what to keep
-            return False
-        task = self.registry.current()
-        tasks = task if isinstance(task, tuple) else (task,)
-        return task != AUTO and not any(self._owned(t) for t in set(tasks) if t is not None)
-
-    def _owned(self, task: str) -> bool:
-        """Whether a task changes what is folded."""
-        at_norm = parts_of(self.norm, task)
-        weights = any(role(part) == "weights" for part in at_norm.values())
-        return bool(parts_of(self.conv, task)) or "norm" in at_norm or weights
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The folded kernel and bias."""
-        norm, conv = self.norm, self.conv
-        tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.weight, conv.bias]
-        now = tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
-        if self.folded is None or self.folded[0] != now:
-            self.folded = (now, *folded(conv, norm))
-        return self.folded[1], self.folded[2]
 
 
 def _remembers(x: Tensor) -> bool:
@@ -101,33 +65,45 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
-        folds = isinstance(pair, Pair) and pair.active()
-        weight, bias = cast("Pair", pair).weights() if folds else (self.weight, self.bias)
-        ordinary = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        # to a task whose own weights these are they are not frozen
-        learns = _learns(weight) or (bias is not None and _learns(bias))
-        if not ordinary or learns or not _remembers(x):
-            return cast("Tensor", self._conv_forward(x, weight, bias))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        out: Tensor = FrozenConv.apply(x, weight, bias, *settings)
+        folded = pair.begin(self, x) if isinstance(pair, Pair) else None
+        out = _frozen_conv(self, x, *(folded or (self.weight, self.bias)))
+        if folded is not None:
+            setattr(out, FOLDED, (pair, version(out)))
         return out
 
     return subclass(plain, lean_conv, forward=forward)
 
 
+def _frozen_conv(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    ordinary = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == 4
+    # to a task whose own weights these are they are not frozen
+    learns = _learns(weight) or (bias is not None and _learns(bias))
+    if not ordinary or learns or not _remembers(x):
+        return cast("Tensor", conv._conv_forward(x, weight, bias))
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight.dtype:
+        return cast("Tensor", conv._conv_forward(x, weight, bias))
+    out: Tensor = FrozenConv.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return out
+
+
 @cached
 def lean_norm(plain: type[nn.Module]) -> type[nn.Module]:
-    """A norm that does nothing where the conv before it has done its work already."""
+    """A frozen BatchNorm that keeps no input, and does nothing where the conv before it has done its work already."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        pair: Pair = self.__dict__[LEAN]
-        if not pair.active():
+    def forward(self: _BatchNorm, x: Tensor) -> Tensor:
+        pair: Pair | Lean = self.__dict__[LEAN]
+        if isinstance(pair, Pair) and pair.end(x):
+            out = x
+        elif self.training or not _remembers(x) or any(p is not None and _learns(p) for p in (self.weight, self.bias)):
             return cast("Tensor", plain.forward(self, x))
+        else:
+            self._check_input_dim(x)  # type: ignore[no-untyped-call]
+            out = FrozenNorm.apply(x, self)
         for module in carried(self):
-            x = module(x)
-        return x
+            out = module(out)
+        return out
 
     return subclass(plain, lean_norm, forward=forward)
 
@@ -208,8 +184,12 @@ def lean_own_norm(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if not _learns(self.weight):
             return cast("Tensor", plain.forward(self, x))
-        stats = self.running_mean, self.running_var, self.eps
-        out: Tensor = OwnBatchNorm.apply(x, self.weight, self.bias, *stats, _keep(self, x) or x.dtype)
+        kept = x.detach().to(_keep(self, x) or x.dtype)
+        source = NormInput(
+            kept, self.weight.detach(), self.bias.detach(), self.running_mean, self.running_var, self.eps, x.dtype
+        )
+        out: Tensor = OwnBatchNorm.apply(x, self.weight, self.bias, source)
+        setattr(out, SOURCE, (source, version(out)))
         for module in carried(self):
             out = module(out)
         return out
@@ -228,7 +208,11 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
         if drops or hooked or self.depthwise is not None or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, *weights)
+        source, written = getattr(h, SOURCE, (None, 0))
+        if written != version(h):
+            # an in-place activation stands between them
+            source = None
+        out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, source, *weights)
         return out
 
     return subclass(plain, lean_bottleneck, forward=forward)
@@ -254,12 +238,27 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
+MAKERS: tuple[Maker, ...] = (
+    lean_conv,
+    lean_norm,
+    lean_relu,
+    lean_dropout,
+    lean_pool,
+    lean_activation,
+    lean_layer_norm,
+    lean_own_norm,
+    lean_bottleneck,
+    lean_root,
+)
+"""What makes lean classes."""
+
+
+def maker_for(module: nn.Module) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
     forward = without(type(module), hosting_class).forward
     if forward is nn.Conv2d.forward and isinstance(module, nn.Conv2d):
         return lean_conv
-    if module in paired and is_stateful(module):
+    if is_foldable(module):
         return lean_norm
     if forward is nn.ReLU.forward or (forward is nn.ReLU6.forward and isinstance(module, nn.ReLU6)):
         return lean_relu
@@ -284,17 +283,3 @@ def part_maker_for(part: nn.Module) -> Maker | None:
     if type(part).forward is nn.LayerNorm.forward:
         return lean_layer_norm
     return None
-
-
-MAKERS = (
-    lean_conv,
-    lean_norm,
-    lean_relu,
-    lean_dropout,
-    lean_pool,
-    lean_activation,
-    lean_layer_norm,
-    lean_own_norm,
-    lean_bottleneck,
-)
-"""All makers of lean classes."""

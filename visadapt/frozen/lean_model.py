@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batchnorm import pairs
+from visadapt.backbone.batchnorm import find_pairs
 from visadapt.backbone.modules import LEAN, own_modules, unwrapped
 from visadapt.errors import VisadaptError
-from visadapt.frozen.layers import MAKERS, Lean, Pair, maker_for
+from visadapt.frozen.folds import Folds, lean_root
+from visadapt.frozen.layers import MAKERS, Lean, maker_for
 from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import registry_of
 
@@ -55,19 +55,20 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
         registry.lean.keep = keep
         return model
     try:
-        found = pairs(backbone, example)
+        found = find_pairs(backbone, example)
     except VisadaptError:
         # a backbone whose input cannot be guessed is lean without folding
         found = []
-    folded: dict[nn.Module, Pair] = {}
-    for conv_path, norm_path in found:
-        conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
-        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm))
+    folds = Folds(registry)
+    pairs = folds.add(backbone, found)
     registry.lean = Lean(keep)
+    if found and maker_for(backbone) is None:
+        backbone.__dict__[LEAN] = folds
+        dress(backbone, lean_root)
     for module in own_modules(backbone).values():
-        make = maker_for(module, set(folded))
+        make = maker_for(module)
         if make is not None:
-            module.__dict__[LEAN] = folded.get(module, registry.lean)
+            module.__dict__[LEAN] = pairs.get(module, registry.lean)
             dress(module, make)
     for name in registry.tasks:
         for parts in registry.parts(name).values():

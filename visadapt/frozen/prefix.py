@@ -1,48 +1,80 @@
-"""The prefix cache: what lies below the first site that trains is the same in every epoch, so it is computed once."""
+"""The prefix of a task: what a backbone computes below the first site that the task trains, and going on from there."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.fingerprint import fingerprint
-from visadapt.backbone.modules import own_modules, unwrapped
-from visadapt.backbone.subclass import cached, subclass
+from visadapt.backbone.modules import PREFIX, joined, own_modules, unwrapped, within
+from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
+from visadapt.frozen.checksums import Checksums
 from visadapt.runtime.host import dress, undress
-from visadapt.runtime.registry import Registry, registry_of
+from visadapt.runtime.registry import AUTO, registry_of
 from visadapt.runtime.selection import bare, using
-from visadapt.tensor_file import raw
 
-SPENT = "_visadapt_prefix"
-"""Attribute of a module that a prefix spares: the shape of its output, or None for the one whose output is kept."""
 
-_RESUMED: ContextVar[Tensor | None] = ContextVar("visadapt_resumed", default=None)
+@dataclass(eq=False)
+class _Call:
+    """A forward that stops at the end of a prefix (``features`` is None), or starts there.
+
+    Attributes:
+        shapes: the spared modules, and the shape of what each gives for one sample; None for the last one.
+        features: the prefix's output to go on from.
+        reached: whether the last module was called.
+    """
+
+    shapes: dict[nn.Module, tuple[int, ...] | None]
+    features: Tensor | None = None
+    reached: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("visadapt_prefix", default=None)
+
+_RESUMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that were spared in a forward with gradients."""
+
+
+class _EndOfPrefix(BaseException):
+    """Ends a forward once the prefix is through."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
 
 
 @cached
 def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that computes nothing while a forward is resumed from the prefix's output."""
+    """A subclass that computes nothing in a forward which starts behind it, and its own forward in every other."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        features = _RESUMED.get()
-        if features is None:
+        if torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
-        shape = self.__dict__[SPENT]
-        # what a spared module would give is never looked at; memory that nobody touches costs nothing
-        return features if shape is None else features.new_empty((len(features), *shape))
+        at = _CALL.get()
+        if at is None or self not in at.shapes:
+            if self in _RESUMED and torch._C._current_graph_task_id() != -1:
+                raise VisadaptError(
+                    f"{plain.__name__} is computed again in backward (gradient checkpointing) and lies below the end "
+                    "of a prefix that is cached: checkpoint only what lies above it, or train without the cache"
+                )
+            return plain.forward(self, *args, **kwargs)
+        shape = at.shapes[self]
+        if at.features is None:
+            out = plain.forward(self, *args, **kwargs)
+            if shape is None:
+                raise _EndOfPrefix(out)
+            return out
+        at.reached = at.reached or shape is None
+        # the output of a spared module is never read, so its memory is left as it is
+        return at.features if shape is None else at.features.new_empty((len(at.features), *shape))
 
     return subclass(plain, sparing_class, forward=forward)
 
@@ -50,10 +82,15 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
 class Prefix:
     """The part of a backbone below the first host of a task, and how to go on from its output.
 
+    Any number of prefixes may be open on one model: which one a forward starts from is known to that forward only.
+
     Args:
         model: an injected model.
-        task: the task; what its first host computes, and everything above, runs anew in every step.
+        task: the task; its first host and everything above are computed in every step.
         example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+
+    Attributes:
+        path: the last module of the prefix.
 
     Raises:
         VisadaptError: nothing lies below the first trained host, or what lies above needs more of it than one tensor.
@@ -61,8 +98,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, task: str, example: Any = None) -> None:
         self.model, self.task = unwrapped(model), task
-        registry = registry_of(model)
-        hosts = set(registry.task(task).hosts)
+        hosts = set(registry_of(model).task(task).hosts)
         flow, _ = trace_flow(self.model, example)
         cut = _cut(flow, hosts)
         if cut is None:
@@ -72,237 +108,201 @@ class Prefix:
                 "is no prefix to keep (where= puts adapters into late stages, norms='frozen' keeps early norms out)"
             )
         self.path = cut.path
-        self._spare(flow, cut, hosts)
-
-    def _spare(self, flow: Flow, cut: Call, hosts: set[str]) -> None:
-        assert cut.output is not None
-        order = [c.path for c in flow.calls]
-        end = max(i for i, c in enumerate(flow.calls) if c.path.startswith(f"{cut.path}.") or c is cut)
-        later = set(order[end + 1 :])
-        spared: dict[str, tuple[int, ...] | None] = {cut.path: None}
-        for c in flow.calls[: order.index(cut.path)]:
-            outer = c.path == "" or cut.path.startswith(f"{c.path}.")
-            covered = any(c.path.startswith(f"{path}.") for path in spared)
-            if not outer and not covered and c.path not in later and c.output is not None:
-                spared[c.path] = c.output.shape[1:]
+        shapes = _spared(flow, cut)
         modules = own_modules(self.model)
-        for path, shape in spared.items():
-            modules[path].__dict__[SPENT] = shape
-            dress(modules[path], sparing_class)
-        self.spared = [modules[path] for path in spared]
+        self._paths = {path: modules[path] for path in shapes}
+        names = [path.split(".") for path in shapes]
+        self._outer = sorted({".".join(steps[:count]) for steps in names for count in range(len(steps))})
+        self.spared = [modules[path] for path in shapes]
+        self._shapes = {modules[path]: shape for path, shape in shapes.items()}
+        for module in self.spared:
+            module.__dict__[PREFIX] = module.__dict__.get(PREFIX, 0) + 1
+            if module.__dict__[PREFIX] == 1:
+                dress(module, sparing_class)
+        self.autocast = _autocast(self.model)
+        self.checksums = Checksums(list(self.tensors().values()))
+        self.hooks = self._hooks()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the prefix computes with, by name.
+
+        Raises:
+            VisadaptError: a module of the prefix was replaced.
+        """
+        found: dict[str, Tensor] = {}
+        for path in self._outer:
+            found.update(_own_tensors(self.model.get_submodule(path), path))
+        for path, module in self._paths.items():
+            if self.model.get_submodule(path) is not module:
+                raise VisadaptError(f"{path} was replaced since the prefix was cached: make the cache again")
+            for inner, own in own_modules(module).items():
+                found.update(_own_tensors(own, _below(path, inner)))
+        return found
+
+    def structure(self) -> list[str]:
+        """The modules of the prefix as far as they say what they compute: path, class and options."""
+        found = []
+        for path, module in self._paths.items():
+            for inner, own in own_modules(module).items():
+                cls = plain_class(own)
+                found.append(f"{_below(path, inner)} {cls.__module__}.{cls.__qualname__} {own.extra_repr()}")
+        return found
+
+    def _hooks(self) -> list[tuple[int, ...]]:
+        return [
+            (*own._forward_pre_hooks, -1, *own._forward_hooks)
+            for module in self.spared
+            for own in own_modules(module).values()
+        ]
+
+    def check_task(self, task: str, what: str) -> None:
+        """Refuses a task that has parts within the prefix, or that is gone.
+
+        Raises:
+            VisadaptError: its first such host is named.
+        """
+        for path in registry_of(self.model).task(task).hosts:
+            if within(path, self._paths) or any(spared == path or _holds(path, spared) for spared in self._paths):
+                raise VisadaptError(
+                    f"{what} is of task {self.task!r} and starts behind {self.path}; task {task!r} acts at "
+                    f"{path or 'the root'} already: make one with cache_prefix(model, {task!r}, …)"
+                )
+
+    def check(self) -> None:
+        """Refuses to go on where that would not give what the whole model gives.
+
+        Raises:
+            VisadaptError: the prefix is closed; the active task acts within it; autocast, weights, modules or hooks
+                are not what they were when it was made.
+        """
+        if not self.spared:
+            raise VisadaptError(f"the cache of task {self.task!r} was closed")
+        current = registry_of(self.model).current()
+        if current == AUTO:
+            raise VisadaptError("a cache cannot be used with the task 'auto': name the task of each sample")
+        for name in dict.fromkeys(current if isinstance(current, tuple) else (current,)):
+            if name is not None:
+                self.check_task(name, "the cache")
+        if _autocast(self.model) != self.autocast:
+            raise VisadaptError(
+                f"the cache was made {_told(self.autocast)} and is used {_told(_autocast(self.model))}: make it in the "
+                "same autocast context that it is used in"
+            )
+        if self._hooks() != self.hooks:
+            raise VisadaptError(
+                f"hooks below {self.path} were added or removed since the cache was made: make it again"
+            )
+        if Checksums(list(self.tensors().values())) != self.checksums:
+            raise VisadaptError(f"weights below {self.path} changed since the cache was made: make it again")
 
     @torch.no_grad()
     def compute(self, inputs: Any) -> Tensor:
-        """The prefix's output for a batch, in eval mode."""
-        kept: list[Tensor] = []
+        """The prefix's output for a batch, in eval mode.
 
-        def keep(module: nn.Module, args: Any, out: Tensor) -> None:
-            kept.append(out.detach().clone())
-            raise _EnoughError
-
-        handle = self.model.get_submodule(self.path).register_forward_hook(keep)
+        Raises:
+            VisadaptError: the model did not call the last module of the prefix, or that did not give a tensor.
+        """
+        token = _CALL.set(_Call(self._shapes))
+        out: Any = None
         try:
             with bare(self.model), using(self.model, self.task):
                 call(self.model, inputs)
-        except _EnoughError:
-            pass
+        except _EndOfPrefix as end:
+            out = end.output
         finally:
-            handle.remove()
-        return kept[0]
+            _CALL.reset(token)
+        if not isinstance(out, Tensor):
+            raise VisadaptError(f"{self.path} gave no tensor when the model ran: its output cannot be kept")
+        return out.detach().clone()
 
     def resume(self, features: Tensor, inputs: Any) -> Any:
-        """What the model gives for ``inputs`` whose prefix gave ``features``; only what lies above is computed."""
-        token = _RESUMED.set(features)
+        """The model's output for ``inputs`` whose prefix gave ``features``; only what lies above is computed.
+
+        Raises:
+            VisadaptError: see :meth:`check`.
+        """
+        self.check()
+        if torch.is_grad_enabled():
+            _RESUMED.update(self.spared)
+        at = _Call(self._shapes, features)
+        token = _CALL.set(at)
         try:
-            return call(self.model, inputs)
+            out = call(self.model, inputs)
         finally:
-            _RESUMED.reset(token)
+            _CALL.reset(token)
+        if not at.reached:
+            raise VisadaptError(
+                f"{self.path}, where the cache goes on, was not called: the model takes another path now"
+            )
+        return out
 
     def close(self) -> None:
         """Gives the spared modules their classes back."""
         for module in self.spared:
-            if module.__dict__.pop(SPENT, "none") != "none":
-                undress(module, sparing_class)
+            left = module.__dict__.get(PREFIX, 0) - 1
+            if left > 0:
+                module.__dict__[PREFIX] = left
+                continue
+            module.__dict__.pop(PREFIX, None)
+            _RESUMED.discard(module)
+            undress(module, sparing_class)
         self.spared = []
 
 
-class _EnoughError(Exception):
-    """Ends a forward once the prefix is through."""
+def _below(path: str, inner: str) -> str:
+    return joined(path, inner) if inner else path
+
+
+def _holds(path: str, inner: str) -> bool:
+    return path == "" or inner.startswith(f"{path}.")
+
+
+def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name != "num_batches_tracked":
+            yield joined(path, name), tensor
+
+
+def _autocast(model: nn.Module) -> torch.dtype | None:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _told(autocast: torch.dtype | None) -> str:
+    return "without autocast" if autocast is None else f"under autocast to {autocast}"
 
 
 def _cut(flow: Flow, hosts: set[str]) -> Call | None:
     """The last call before any host's whose output is all that the rest needs of what was computed before."""
-
-    def holds_host(path: str) -> bool:
-        return path in hosts or any(host.startswith(f"{path}.") for host in hosts) or path == ""
-
     counts: dict[str, int] = {}
     for c in flow.calls:
         counts[c.path] = counts.get(c.path, 0) + 1
+    inputs = {v.index for v in flow.values if v.op == "input"}
     best: Call | None = None
     for c in flow.calls:
         if c.path in hosts:
             break
-        if c.output is None or holds_host(c.path) or counts[c.path] > 1 or c.output in c.inputs:
+        if c.output is None or counts[c.path] > 1 or c.output in c.inputs:
+            continue
+        if c.path == "" or any(_holds(c.path, host) for host in hosts):
             continue
         cut = c.output.index
-        inputs = {v.index for v in flow.values if v.op == "input"}
         above = [v for v in flow.values if v.index > cut]
         if above and all(p >= cut or p in inputs for v in above for p in v.parents):
             best = c
     return best
 
 
-@dataclass
-class Resumable:
-    """A batch whose prefix is known; the training loop goes on from there."""
-
-    prefix: Prefix
-    features: Tensor
-    inputs: Any
-
-    def resume(self) -> Any:
-        """The model's output."""
-        return self.prefix.resume(self.features, self.inputs)
-
-
-class CachedPrefix:
-    """Prefix outputs of a whole data set; what :func:`cache_prefix` returns. Give it to ``fit`` as ``prepare``.
-
-    Attributes:
-        prefix: the part of the backbone whose outputs these are.
-        features: ``(views, N, …)``, in memory or memory-mapped.
-        rows: ``(N,)`` int64, the inputs to train on: ``fit(model, task, (cached.rows, labels), prepare=cached)``.
-    """
-
-    def __init__(self, prefix: Prefix, features: Tensor, inputs: Any, prepare: Callable[[Any], Any]) -> None:
-        self.prefix, self.features, self._inputs, self._prepare = prefix, features, inputs, prepare
-        self.rows = torch.arange(features.shape[1])
-
-    def __call__(self, rows: Tensor) -> Resumable:
-        """The batch of these rows; each in one of its views, drawn anew."""
-        index = rows.cpu()
-        view = torch.randint(len(self.features), (len(index),))
-        device = next(self.prefix.model.parameters()).device
-        features = self.features[view, index].to(device)
-        # the model's own inputs pass through what is functional before the cut; their values no longer matter there
-        return Resumable(self.prefix, features, self._prepare(_take(self._inputs, index)))
-
-
-def cache_prefix(
-    model: nn.Module,
-    task: str,
-    inputs: Any,
-    *,
-    prepare: Callable[[Any], Any] | None = None,
-    augment: Callable[[Any, torch.Generator], Any] | None = None,
-    views: int = 1,
-    seed: int = 0,
-    file: str | os.PathLike[str] | None = None,
-    limit: float = 4e9,
-    batch_size: int = 64,
-) -> CachedPrefix:
-    """Computes once what lies below the first site that a task trains, so that later epochs run the rest only.
-
-    Args:
-        model: an injected model whose task trains in late stages only.
-        task: its name.
-        inputs: all training inputs: a tensor ``(N, …)`` or a dict of such tensors.
-        prepare: makes what the model takes of a batch of inputs, as in ``fit``; None takes them as they are.
-        augment: changes a batch, given a generator; then ``views`` versions of each sample are kept.
-        views: how many.
-        seed: of the augmentation, which is the same whenever the cache is made again.
-        file: where to keep the features, memory-mapped; reused if model, data and views are the same. None: in memory.
-        limit: bytes that the features may take.
-        batch_size: samples a forward while the cache is made.
-
-    Returns:
-        The cache.
-
-    Raises:
-        VisadaptError: there is no prefix to keep; the features would pass the limit; the model does not give the same
-            from the cache as without (then it draws random numbers, or its prefix is more than one tensor).
-
-    Example:
-        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
-        >>> images = torch.randn(4, 3, 32, 32)
-        >>> cached = visadapt.cache_prefix(model, "flowers", images)
-        >>> cached.features.shape[:2]  # views, samples
-        torch.Size([1, 4])
-    """
-    ready: Callable[[Any], Any] = prepare or (lambda batch: batch)
-    count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
-    if views < 1 or (views > 1 and augment is None):
-        needs = "needs an augment that makes them differ" if views > 1 else "is no number of views: 1 or more"
-        raise VisadaptError(f"views={views} {needs}")
-    first = ready(_take(inputs, torch.arange(min(2, count))))
-    prefix = Prefix(model, task, first if isinstance(first, Tensor | dict | tuple) else None)
-    try:
-        sample = prefix.compute(first)
-        _check(prefix, first, sample)
-        shape = (views, count, *sample.shape[1:])
-        size = math.prod(shape) * sample.element_size()
-        if size > limit:
-            raise VisadaptError(
-                f"the outputs of {prefix.path} take {size / 1e9:.3g} GB, more than limit={limit / 1e9:.3g} GB"
-            )
-        key = _key(registry_of(model), prefix, inputs, first, views, seed)
-        features, done = _storage(file, shape, sample.dtype, key)
-        if not done:
-            noise = torch.Generator().manual_seed(seed)
-            for view in range(views):
-                for start in range(0, count, batch_size):
-                    batch = _take(inputs, torch.arange(start, min(start + batch_size, count)))
-                    batch = batch if augment is None else augment(batch, noise)
-                    features[view, start : start + batch_size] = prefix.compute(ready(batch)).cpu()
-            _finish(file, key)
-    except BaseException:
-        prefix.close()
-        raise
-    return CachedPrefix(prefix, features, inputs, ready)
-
-
-def _take(inputs: Any, index: Tensor) -> Any:
-    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
-
-
-@torch.no_grad()
-def _check(prefix: Prefix, inputs: Any, features: Tensor) -> None:
-    with bare(prefix.model), using(prefix.model, prefix.task):
-        outs = call(prefix.model, inputs), prefix.resume(features, inputs)
-    expected, found = (cast("Tensor", getattr(out, "logits", out)) for out in outs)
-    if not torch.equal(expected, found):
-        raise VisadaptError(f"going on from {prefix.path} does not give what the whole model gives: it cannot be kept")
-
-
-def _key(registry: Registry, prefix: Prefix, inputs: Any, first: Any, views: int, seed: int) -> str:
-    """Backbone, data, transform and place: a cache of other ones is another."""
-    digest = hashlib.sha256()
-    parts = [*(inputs.values() if isinstance(inputs, dict) else [inputs])]
-    parts += [*(first.values() if isinstance(first, dict) else first if isinstance(first, tuple) else [first])]
-    for part in parts:
-        digest.update(str((part.dtype, tuple(part.shape))).encode())
-        digest.update(raw(part))
-    description = [fingerprint(prefix.model, known=registry.digests), prefix.path, views, seed, digest.hexdigest()]
-    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
-
-
-def _storage(file: Any, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> tuple[Tensor, bool]:
-    if file is None:
-        return torch.empty(shape, dtype=dtype), False
-    path, mark = Path(file), Path(f"{file}.key")
-    count = math.prod(shape)
-    whole = path.is_file() and path.stat().st_size == count * dtype.itemsize
-    done = whole and mark.is_file() and mark.read_text() == key
-    if not done:
-        mark.unlink(missing_ok=True)
-    try:
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape), done
-    except (OSError, RuntimeError) as error:
-        raise VisadaptError(f"cannot keep {dtype} features in {path}: {error}") from error
-
-
-def _finish(file: Any, key: str) -> None:
-    """The key is written last: a cache that was cut short has none, and is made again."""
-    if file is not None:
-        Path(f"{file}.key").write_text(key)
+def _spared(flow: Flow, cut: Call) -> dict[str, tuple[int, ...] | None]:
+    """The modules that need not be computed when going on from ``cut``, and the shape of each one's output."""
+    assert cut.output is not None
+    order = [c.path for c in flow.calls]
+    end = max(i for i, c in enumerate(flow.calls) if c.path.startswith(f"{cut.path}.") or c is cut)
+    later = set(order[end + 1 :])
+    spared: dict[str, tuple[int, ...] | None] = {cut.path: None}
+    for c in flow.calls[: order.index(cut.path)]:
+        outer = c.path == "" or cut.path.startswith(f"{c.path}.")
+        covered = within(c.path, spared)
+        if not outer and not covered and c.path not in later and c.output is not None:
+            spared[c.path] = c.output.shape[1:]
+    return spared

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
-from visadapt.frozen.prefix import Resumable
+from visadapt.frozen.cached_prefix import Resumable
 from visadapt.optional import require
 
 PRECISIONS = ("fp32", "bf16")

@@ -15,6 +15,7 @@ from torch import nn
 from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
+from visadapt.frozen.cached_prefix import CachedPrefix
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
@@ -100,6 +101,11 @@ def fit(
     """
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, checkpoint, accumulate, checkpoint_every)
+    cached = prepare if isinstance(prepare, CachedPrefix) else None
+    if cached is not None:
+        cached.check(model, task)
+        if augment is not None:
+            raise VisadaptError("augment= cannot change what prepare= has cached: give it to cache_prefix instead")
     target = target_of(model, task)
     batches = Batches(train, recipe.batch_size, "training")
     held_out = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
@@ -112,7 +118,7 @@ def fit(
         "recipe": recipe,
         "metric": metric,
         "seed": seed,
-        "inputs": prepare if dataclasses.is_dataclass(prepare) else None,
+        "inputs": cached.identity if cached is not None else prepare if dataclasses.is_dataclass(prepare) else None,
         "augmentation": augment is not None,
         **engine.settings,
     }

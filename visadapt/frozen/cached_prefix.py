@@ -1,0 +1,363 @@
+"""The prefix cache: what lies below the first site that trains is the same in every epoch, so it is computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from visadapt.backbone.fingerprint import fingerprint
+from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.trace import call
+from visadapt.checks import check_count
+from visadapt.errors import VisadaptError
+from visadapt.frozen.cache_file import CacheFile
+from visadapt.frozen.prefix import Prefix
+from visadapt.runtime.selection import bare, using
+from visadapt.tensor_file import raw
+
+Prepare = Callable[[Any], Any]
+Augment = Callable[[Any, torch.Generator], Any]
+
+
+@dataclass
+class Resumable:
+    """A batch whose prefix is known; the training loop goes on from there."""
+
+    prefix: Prefix
+    features: Tensor
+    inputs: Any
+
+    def resume(self) -> Any:
+        """The model's output for the active task.
+
+        Raises:
+            VisadaptError: the cache is not of this task, or the model is not what it was; see :meth:`Prefix.check`.
+        """
+        return self.prefix.resume(self.features, self.inputs)
+
+
+class CachedPrefix:
+    """Prefix outputs of a whole data set; what :func:`cache_prefix` returns. Give it to ``fit`` as ``prepare``.
+
+    Attributes:
+        prefix: the part of the backbone whose outputs these are; ``prefix.close()`` ends its use.
+        features: ``(views, N, …)``, in memory or mapped from a file.
+        rows: ``(N,)`` int64, the inputs to train on: ``fit(model, task, (cached.rows, labels), prepare=cached)``.
+        identity: what the features are of, as JSON values: place, autocast, views, and a digest of all inputs.
+    """
+
+    def __init__(self, source: _Source, features: Tensor) -> None:
+        self.prefix, self.features, self.identity = source.prefix, features, source.identity()
+        self._inputs, self._prepare, self._shape = source.inputs, source.ready, source.shape
+        self.rows = torch.arange(features.shape[1])
+
+    def __call__(self, rows: Tensor) -> Resumable:
+        """The batch of these rows; each in one of its views, drawn anew.
+
+        Args:
+            rows: ``(n,)`` int64, some of :attr:`rows`.
+
+        Raises:
+            VisadaptError: these are not such rows; ``prepare`` gives other shapes than when the cache was made.
+        """
+        count = self.features.shape[1]
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
+            got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise VisadaptError(
+                f"a cache takes some of its rows, int64 of shape (n,), in place of the inputs; got {got}"
+            )
+        index = rows.cpu()
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
+            raise VisadaptError(f"the cache has rows 0 to {count - 1}, got {int(index.min())} to {int(index.max())}")
+        view: Any = 0 if len(self.features) == 1 else torch.randint(len(self.features), (len(index),))
+        device = next(self.prefix.model.parameters()).device
+        features = self.features[view, index].to(device)
+        # the model's own inputs pass through what is functional before the cut; their values no longer matter there
+        inputs = self._prepare(_take(self._inputs, index))
+        if _shapes(inputs) != self._shape:
+            raise VisadaptError(
+                f"prepare gives inputs of shape {_shapes(inputs)} per sample and gave {self._shape} when the cache was "
+                "made: pad or crop all inputs to one size"
+            )
+        return Resumable(self.prefix, features, inputs)
+
+    def check(self, model: nn.Module, task: str | None) -> None:
+        """Refuses to be used for training anything but the task that the cache is of.
+
+        Raises:
+            VisadaptError: the model or the task is another one.
+        """
+        if unwrapped(model) is not self.prefix.model:
+            raise VisadaptError(f"prepare is a cache of another model: make one with cache_prefix(model, {task!r}, …)")
+        if task != self.prefix.task:
+            raise VisadaptError(
+                f"prepare is a cache of task {self.prefix.task!r}, and {task!r} is to be trained: make one with "
+                f"cache_prefix(model, {task!r}, …)"
+            )
+
+
+def cache_prefix(
+    model: nn.Module,
+    task: str,
+    inputs: Any,
+    *,
+    prepare: Prepare | None = None,
+    augment: Augment | None = None,
+    views: int = 1,
+    seed: int = 0,
+    file: str | os.PathLike[str] | None = None,
+    limit: float = 4e9,
+    batch_size: int = 64,
+) -> CachedPrefix:
+    """Computes once what lies below the first site that a task trains, so that later epochs run the rest only.
+
+    The prefix runs in eval mode: a dropout below that site does not act. The cache is used in the autocast context that
+    it was made in. Several caches may be open on one model.
+
+    A file is reused if it is whole and was made of the same: backbone, place in it, autocast, views, and every input as
+    it enters the network (all inputs are prepared and augmented again to find out; a digest of them is in the file). A
+    file that differs in anything, or was cut or changed, is made again, beside the old one, which it then replaces.
+
+    Args:
+        model: an injected model whose task trains in late stages only.
+        task: its name.
+        inputs: all training inputs: a tensor ``(N, …)`` or a dict of such tensors.
+        prepare: makes what the model takes of a batch of inputs, as in ``fit``; None takes them as they are.
+        augment: changes a batch, given a generator; then ``views`` versions of each sample are kept.
+        views: number of versions of each sample.
+        seed: of the augmentation, which is the same whenever the cache is made again.
+        file: where to keep the features, mapped into memory; a small ``<file>.key`` says what they are of. None keeps
+            them in memory.
+        limit: bytes that the features may take.
+        batch_size: samples per forward while the cache is made.
+
+    Returns:
+        The cache.
+
+    Raises:
+        VisadaptError: there is no prefix to keep; the features would pass the limit; the disk is full; the model does
+            not give the same from the cache as without (it draws random numbers, its prefix is more than one tensor, or
+            what it gives for one sample depends on the others in the batch).
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> cached = visadapt.cache_prefix(model, "flowers", images)
+        >>> cached.features.shape[:2]  # views, samples
+        torch.Size([1, 4])
+    """
+    ready: Prepare = prepare or (lambda batch: batch)
+    count = _count(inputs)
+    check_count(batch_size, "batch_size")
+    if isinstance(views, bool) or not isinstance(views, int) or views < 1 or (views > 1 and augment is None):
+        several = isinstance(views, int) and views > 1
+        needs = "needs an augment that makes them differ" if several else "must be a positive integer: 1 or more"
+        raise VisadaptError(f"views={views!r} {needs}")
+    # what is kept may be trained on, even if it is made where nothing is
+    with torch.inference_mode(False), torch.no_grad():
+        first = ready(_take(inputs, torch.arange(min(2, count))))
+        prefix = Prefix(model, task, first if isinstance(first, Tensor | dict | tuple) else None)
+        try:
+            sample = prefix.compute(first)
+            _check(prefix, first, sample)
+            _check_alone(prefix, ready(_take(inputs, torch.arange(1))), sample, min(2, count))
+            source = _Source(prefix, inputs, ready, augment, views, seed, batch_size, _shapes(first), sample)
+            features = _kept(source, count, file, limit)
+        except BaseException:
+            prefix.close()
+            raise
+    return CachedPrefix(source, features)
+
+
+@dataclass
+class _Source:
+    """Where the features come from.
+
+    Attributes:
+        shape: of what ``prepare`` makes of one sample.
+        sample: the features of the first samples, not augmented.
+        digest: of the inputs that went by last, as they enter the network.
+    """
+
+    prefix: Prefix
+    inputs: Any
+    ready: Prepare
+    augment: Augment | None
+    views: int
+    seed: int
+    batch_size: int
+    shape: Any
+    sample: Tensor
+    digest: str = ""
+
+    def batches(self) -> Iterator[Any]:
+        """Everything that enters the network, batch by batch, view by view."""
+        noise, digest = torch.Generator().manual_seed(self.seed), hashlib.sha256()
+        count = _count(self.inputs)
+        for _ in range(self.views):
+            for start in range(0, count, self.batch_size):
+                batch = _take(self.inputs, torch.arange(start, min(start + self.batch_size, count)))
+                made = self.ready(batch if self.augment is None else self.augment(batch, noise))
+                if _shapes(made) != self.shape:
+                    raise VisadaptError(
+                        f"one batch has inputs of shape {_shapes(made)} per sample and another {self.shape}: prepare "
+                        "and augment must keep all inputs at one size"
+                    )
+                _add(digest, made)
+                yield made
+        self.digest = digest.hexdigest()
+
+    def features(self) -> Iterator[Tensor]:
+        """The features of all batches, in their order."""
+        for batch in self.batches():
+            part = self.prefix.compute(batch).cpu().contiguous()
+            if part.shape[1:] != self.sample.shape[1:] or part.dtype != self.sample.dtype:
+                raise VisadaptError(
+                    f"{self.prefix.path} gives {part.dtype} {tuple(part.shape[1:])} for one batch and "
+                    f"{self.sample.dtype} {tuple(self.sample.shape[1:])} for another: that cannot be kept"
+                )
+            yield part
+
+    def identity(self) -> dict[str, Any]:
+        """What the features are of, without the backbone's weights, as JSON values."""
+        return {
+            "place": self.prefix.path,
+            "structure": hashlib.sha256("\n".join(self.prefix.structure()).encode()).hexdigest(),
+            "autocast": str(self.prefix.autocast),
+            "device": self.sample.device.type,
+            "views": self.views,
+            "seed": self.seed,
+            "inputs": self.digest,
+        }
+
+    def weights(self) -> dict[str, Any]:
+        """Digests of the backbone, block by block, and of those buffers of the prefix that no state dict holds."""
+        buffers = hashlib.sha256()
+        for name, tensor in self.prefix.tensors().items():
+            if name.rpartition(".")[2] in _module(self.prefix.model, name)._non_persistent_buffers_set:
+                buffers.update(name.encode())
+                buffers.update(raw(tensor))
+        # without what the registry knows of them: it does not see everything that is written through .data
+        return {"backbone": fingerprint(self.prefix.model), "buffers": buffers.hexdigest()}
+
+    def gave(self, features: Tensor) -> bool:
+        """Whether features from a file are what the model gives for the first samples, up to rounding."""
+        return self.augment is not None or _close(features[0, : len(self.sample)], self.sample.cpu())
+
+
+def _kept(source: _Source, count: int, file: Any, limit: float) -> Tensor:
+    sample = source.sample
+    shape = (source.views, count, *sample.shape[1:])
+    size = math.prod(shape) * sample.element_size()
+    if size > limit:
+        raise VisadaptError(
+            f"the outputs of {source.prefix.path} take {size / 1e9:.3g} GB, more than limit={limit / 1e9:.3g} GB"
+        )
+    if file is None:
+        flat, start = torch.empty(shape, dtype=sample.dtype).view(-1, *sample.shape[1:]), 0
+        for part in source.features():
+            flat[start : start + len(part)] = part
+            start += len(part)
+        return flat.view(shape)
+    kept, weights = CacheFile(file, shape, sample.dtype), source.weights()
+
+    def identity() -> dict[str, Any]:
+        return {**weights, **source.identity()}
+
+    def reused() -> Tensor | None:
+        if not kept.might_be({k: v for k, v in identity().items() if k != "inputs"}):
+            return None
+        for _ in source.batches():
+            pass
+        found = kept.read(identity())
+        return found if found is not None and source.gave(found) else None
+
+    found = reused()
+    if found is not None:
+        return found
+    with kept.writing() as writer:
+        # another process may have made it while this one waited
+        found = reused()
+        return writer.write(source.features(), identity) if found is None else found
+
+
+def _add(digest: hashlib._Hash, batch: Any) -> None:
+    leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    digest.update(str(structure).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(str((leaf.dtype, tuple(leaf.shape))).encode())
+            digest.update(raw(leaf))
+        else:
+            digest.update(repr(leaf).encode())
+
+
+def _shapes(batch: Any) -> list[list[int]]:
+    return [list(leaf.shape[1:]) for leaf in _tensors(batch)]
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _count(inputs: Any) -> int:
+    columns = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    if not columns or not all(isinstance(column, Tensor) and column.ndim for column in columns):
+        raise VisadaptError(f"inputs must be a tensor (N, …) or a dict of such tensors, got {type(inputs).__name__}")
+    counts = {len(column) for column in columns}
+    if len(counts) > 1 or 0 in counts:
+        raise VisadaptError(f"inputs must be of one length of 1 or more, got {', '.join(map(str, sorted(counts)))}")
+    return counts.pop()
+
+
+def _take(inputs: Any, index: Tensor) -> Any:
+    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
+
+
+def _check(prefix: Prefix, inputs: Any, features: Tensor) -> None:
+    refusal = f"going on from {prefix.path} does not give what the whole model gives: it cannot be kept"
+    with bare(prefix.model), using(prefix.model, prefix.task):
+        expected = _tensors(call(prefix.model, inputs))
+        try:
+            # cloned: what lies above may write to it, an in-place ReLU say
+            found = _tensors(prefix.resume(features.clone(), inputs))
+        except VisadaptError:
+            raise
+        except Exception as error:
+            raise VisadaptError(f"{refusal} ({type(error).__name__}: {error})") from error
+    alike = len(expected) == len(found) and len(expected) > 0
+    if not alike or not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
+        raise VisadaptError(refusal)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]
+
+
+def _check_alone(prefix: Prefix, inputs: Any, features: Tensor, count: int) -> None:
+    """Refuses a prefix whose rows are not the samples', or whose output for a sample depends on the others."""
+    alone = prefix.compute(inputs)
+    rows = features.ndim > 0 and len(features) == count and alone.shape == (1, *features.shape[1:])
+    if not rows or not _close(alone[0], features[0]):
+        raise VisadaptError(
+            f"what {prefix.path} gives for one sample, {tuple(alone.shape)}, is not its row of what it gives for "
+            f"{count}, {tuple(features.shape)}: it cannot be kept sample by sample"
+        )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are alike up to what a kernel rounds otherwise for another size of batch."""
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    exact = expected.device.type == "cpu"
+    most = {torch.float64: 1e-9, torch.float32: 1e-3 if exact else 1e-2}.get(expected.dtype, 0.1)
+    error, largest = (found.double() - expected.double()).abs().max(), expected.double().abs().max()
+    return bool(error <= most * largest)

@@ -1,0 +1,188 @@
+"""Folding while it runs: a frozen conv does the work of the eval-mode BatchNorm behind it, where no one can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from functools import update_wrapper
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.backbone.batchnorm import folded, is_hooked
+from visadapt.backbone.modules import LEAN
+from visadapt.backbone.subclass import cached, subclass
+from visadapt.errors import VisadaptError
+from visadapt.frozen.checksums import Checksums
+from visadapt.frozen.functions import version
+from visadapt.runtime.registry import AUTO, Registry, parts_of
+from visadapt.runtime.roles import role
+
+FOLDED = "_visadapt_folded"
+"""Attribute of a conv's output that needs its norm no more: the pair, and its version then."""
+
+
+class Pair:
+    """A conv and the BatchNorm that alone takes its output when the whole model runs.
+
+    Args:
+        folds: of the model.
+        conv: the conv.
+        norm: the norm.
+    """
+
+    def __init__(self, folds: Folds, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+        self.folds, self.conv, self.norm = folds, conv, norm
+
+    def begin(self, conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The folded kernel and bias, if the conv is to do the norm's work now; None otherwise.
+
+        It is not if the whole model is not running (a module called by itself gives what it always gave), if the task
+        changes what would be folded, if a hook would see it, or for a single sample: making sure that the weights are
+        what was folded takes as long as a ResNet's norms take for one.
+        """
+        if torch.compiler.is_compiling():
+            # the compiler fuses a norm with what is around it, and decides by itself what to keep
+            return None
+        run = _RUN.get()
+        if run is None or run.folds is not self.folds or conv is not self.conv or len(x) == 1:
+            return None
+        if is_hooked(self.conv) or is_hooked(self.norm) or _any_global_hook() or self._owned():
+            return None
+        found = run.weights().get(self)
+        if found is not None:
+            run.begun.add(self)
+        return found
+
+    def end(self, x: Tensor) -> bool:
+        """Whether the norm has nothing left to do for this input."""
+        if torch.compiler.is_compiling() or getattr(x, FOLDED, None) != (self, version(x)):
+            return False
+        delattr(x, FOLDED)
+        run = _RUN.get()
+        if run is not None:
+            run.begun.discard(self)
+        return True
+
+    def _owned(self) -> bool:
+        """Whether an active task changes what is folded, or none is chosen yet."""
+        current = self.folds.registry.current()
+        tasks = current if isinstance(current, tuple) else (current,)
+        return current == AUTO or any(self._owned_by(task) for task in set(tasks) if task is not None)
+
+    def _owned_by(self, task: str) -> bool:
+        at_norm = parts_of(self.norm, task)
+        weights = any(role(part) == "weights" for part in at_norm.values())
+        return bool(parts_of(self.conv, task)) or "norm" in at_norm or weights
+
+    def tensors(self) -> list[Tensor]:
+        """What is folded."""
+        conv, norm = self.conv._parameters, self.norm
+        found = (conv["weight"], conv["bias"], *norm._parameters.values(), norm.running_mean, norm.running_var)
+        return [t for t in found if t is not None]
+
+
+class Folds:
+    """The pairs of a lean model, and their folded weights: W' = s·W and b' = s·b + t.
+
+    These are made at the first use, and again when a forward of the whole model finds that what they are made of has
+    changed: replaced, moved, or written to in any way.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.pairs: list[Pair] = []
+        self._made: tuple[Any, dict[Pair, tuple[Tensor, Tensor]]] | None = None
+
+    def add(self, model: nn.Module, paths: Iterable[tuple[str, str]]) -> dict[nn.Module, Pair]:
+        """Adds pairs by their paths; returns each pair by its conv and by its norm."""
+        found: dict[nn.Module, Pair] = {}
+        for conv_path, norm_path in paths:
+            conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+            pair = Pair(self, cast("nn.Conv2d", conv), cast("_BatchNorm", norm))
+            self.pairs.append(pair)
+            found[conv] = found[norm] = pair
+        return found
+
+    @torch.no_grad()
+    def weights(self) -> dict[Pair, tuple[Tensor, Tensor]]:
+        """The folded kernel and bias of each pair that can be folded."""
+        tensors = [pair.tensors() for pair in self.pairs]
+        now = [t.device for each in tensors for t in each], Checksums([t for each in tensors for t in each])
+        made = self._made
+        if made is None or made[0] != now:
+            # normal tensors, which a later forward may need a gradient through, even if this one needs none
+            with torch.inference_mode(False):
+                new = {pair: folded(pair.conv, pair.norm) for pair in self.pairs if _is_plain(pair.conv)}
+            # a kernel that overflows its dtype is left as it is
+            made = self._made = (
+                now,
+                {pair: both for pair, both in new.items() if all(t.isfinite().all() for t in both)},
+            )
+        return made[1]
+
+
+class _Run:
+    """One forward of the whole model.
+
+    Attributes:
+        begun: pairs whose conv has done the norm's work, and whose norm was not called yet.
+    """
+
+    def __init__(self, folds: Folds) -> None:
+        self.folds = folds
+        self.begun: set[Pair] = set()
+        self._weights: dict[Pair, tuple[Tensor, Tensor]] | None = None
+
+    def weights(self) -> dict[Pair, tuple[Tensor, Tensor]]:
+        """The folded weights, looked after once in a forward."""
+        if self._weights is None:
+            self._weights = self.folds.weights()
+        return self._weights
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("visadapt_folding", default=None)
+
+
+@cached
+def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
+    """A whole model during whose forward convs may do the work of their norms."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_capturing():
+            return plain.forward(self, *args, **kwargs)
+        run = _Run(self.__dict__[LEAN])
+        token = _RUN.set(run)
+        try:
+            out = plain.forward(self, *args, **kwargs)
+        finally:
+            _RUN.reset(token)
+        if run.begun:
+            raise VisadaptError(
+                f"a {type(next(iter(run.begun)).conv).__name__} gave its output to something else than the norm that "
+                "took it when lean was called: call unlean, then lean with an example= for which the model takes this "
+                "path"
+            )
+        return out
+
+    return subclass(plain, lean_root, forward=update_wrapper(forward, plain.forward))
+
+
+def _is_capturing() -> bool:
+    # the weights cannot be looked at while a CUDA graph is recorded
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _any_global_hook() -> bool:
+    return any(
+        getattr(torch_module, f"_global_{name}")
+        for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    )
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a conv's weight is a tensor as torch keeps it, not sharded, quantised or made anew by each forward."""
+    return type(conv._parameters.get("weight")) is nn.Parameter
