@@ -152,9 +152,9 @@ WRONG = {
     "a name that is none": (lambda model, place: visadapt.inject("resnet"), r"no backbone 'resnet'"),
     "tasks of no model": (
         lambda model, place: visadapt.activate(None, "a"),
-        r"expected a torch\.nn\.Module, got NoneType",
+        r"model must be a torch\.nn\.Module, got NoneType",
     ),
-    "sites of no model": (lambda model, place: visadapt.sites("x"), r"expected a torch\.nn\.Module, got str"),
+    "sites of no model": (lambda model, place: visadapt.sites("x"), r"model must be a torch\.nn\.Module, got str"),
     # tasks that are not there
     "activate": (lambda model, place: visadapt.activate(model, "flower"), r"no task 'flower'; did you mean 'flowers'"),
     "activate a number": (lambda model, place: visadapt.activate(model, 1), r"expected a task's name.*got 1"),
@@ -163,7 +163,10 @@ WRONG = {
     "named_parameters": (lambda m, place: list(visadapt.named_parameters(m, "rose")), r"no task 'rose'"),
     "trainable": (lambda model, place: visadapt.trainable(model, ["flowers", "rose"]), r"no task 'rose'"),
     "trainable of nothing": (lambda model, place: visadapt.trainable(model, None), r"no task None; there is: flowers"),
-    "unmerge of no model": (lambda model, place: visadapt.unmerge(None), r"expected a torch\.nn\.Module, got NoneType"),
+    "unmerge of no model": (
+        lambda model, place: visadapt.unmerge(None),
+        r"model must be a torch\.nn\.Module, got NoneType",
+    ),
     "remove": (lambda model, place: visadapt.remove(model, "rose"), r"no task 'rose'"),
     "save": (lambda model, place: visadapt.save(model, "rose", place / "x"), r"no task 'rose'"),
     "activate a bare model": (

@@ -42,7 +42,7 @@ def inject(
     example: Any = None,
     **build: Any,
 ) -> nn.Module:
-    """Puts a method's adapters into a backbone, freezes the backbone, and makes the task the active one.
+    """Add a method's adapters to a backbone, freeze the backbone, and activate the task.
 
     The model itself is changed and returned: same object, same class, same keys in ``state_dict``. Called again with
     the same ``task`` it adds another method to that task; with another it begins a new task on the same backbone.
@@ -132,7 +132,7 @@ def inject(
 
 
 def remove(model: nn.Module, task: str) -> nn.Module:
-    """Takes a task out of a model; the other tasks and the backbone are as they were.
+    """Remove a task from a model; the other tasks and the backbone do not change.
 
     Args:
         model: an injected model.
@@ -165,7 +165,7 @@ def remove(model: nn.Module, task: str) -> nn.Module:
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Takes all tasks out and gives the original back, bit for bit: classes, keys, modes and ``requires_grad``.
+    """Remove all tasks and restore the original, bit for bit: classes, keys, modes and ``requires_grad``.
 
     Args:
         model: an injected model.

@@ -1,4 +1,4 @@
-"""Task files: one safetensors file a task, its description and its backbone's fingerprint as JSON in the header."""
+"""Task files: one safetensors file per task, with its description and its backbone's fingerprint as JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KIND = "visadapt"
 
 
 def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> Path:
-    """Writes a task to a file: its own tensors and nothing of the backbone. Atomic: a file is whole or not there.
+    """Write a task to a file, atomically: its own tensors and nothing of the backbone.
 
     Args:
         model: an injected model.
@@ -55,7 +55,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         The path.
 
     Raises:
-        VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to; modules
+        VisadaptError: there is no such task, the notes are not JSON, or the folder cannot be written to; modules
             were replaced or unfrozen after the inject and trained, which the file would leave out.
 
     Example:
@@ -109,7 +109,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
-    """Reads a task from a file into a model, injected or not, and makes it the active one.
+    """Load a task from a file into a model, injected or not, and activate it.
 
     Args:
         model: the backbone that the task was trained on.

@@ -147,7 +147,7 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     """The operator of a host whose output is its weight's and nothing else's, so that a kernel can be added to it.
 
     Raises:
-        VisadaptError: its forward does more, such as standardising the weight, or its weight is no parameter.
+        VisadaptError: its forward does more, such as standardising the weight, or its weight is not a parameter.
     """
     operator = operator_of(host, what)
     check_weight(host, what)

@@ -64,7 +64,7 @@ class Sites(tuple[Site, ...]):
         return list(dict.fromkeys(site.kind for site in self))
 
     def table(self) -> Table:
-        """One row a site."""
+        """One row per site."""
         return Table(
             ("depth", "stage", "kind", "host", "channels", "layout", "adapts"),
             [(s.depth, s.stage, s.kind, s.host, s.channels, s.layout, f"{s.adapts:,}") for s in self],

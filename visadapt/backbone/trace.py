@@ -35,7 +35,7 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
     planes = getattr(config, "num_channels", first.in_channels if isinstance(first, nn.Conv2d) else 3)
     if size is not None:
-        # timm's config tells of the published weights; the builder may have been told otherwise
+        # timm's config describes the published weights; the model may have been built for another size
         built = getattr(getattr(model, "patch_embed", None), "img_size", None)
         sides = built or tuple(size)[1:]
         # the first convolution does not see the image itself where space is folded into channels before it
@@ -168,7 +168,7 @@ def _told(error: Exception | None) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What a model warns about on an input that nobody gave it is nobody's business, nor what torch logs of it."""
+    """Silence warnings and torch's log while a model runs on a guessed input."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     with warnings.catch_warnings():
@@ -223,7 +223,7 @@ def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> 
     """Sites of kind ``module`` at modules that the user names, with widths read off fake tensors.
 
     Raises:
-        VisadaptError: the model does not run; a module is never called or its output is no map or sequence.
+        VisadaptError: the model does not run; a module is never called or its output is not a feature map or sequence.
     """
     outputs = trace_outputs(model, names, example)
     found = []

@@ -41,7 +41,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     """
 
     if not isinstance(model, nn.Module):
-        raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise VisadaptError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     facts = Facts(model)
     found = facts.sites(example)
     return found if where is None else select(facts, where, tuple(found.kinds()), example)
@@ -58,7 +58,7 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
             three), a predicate on :class:`Site`, or a list of these, whose union is taken.
             Stages, depths and globs mean the sites of the method's kinds there, if it has any there.
         kinds: the method's kinds.
-        example: an input to trace modules with that are no site yet.
+        example: an input to trace modules with that are not sites yet.
 
     Returns:
         At least one site, in order.

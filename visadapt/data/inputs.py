@@ -169,7 +169,7 @@ class Splits:
 
 
 def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int | None = None) -> Inputs:
-    """Find out which inputs a backbone takes.
+    """Return the kind of inputs that a backbone takes.
 
     Args:
         model: the backbone.

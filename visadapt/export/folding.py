@@ -15,7 +15,7 @@ from visadapt.runtime.registry import find_registry
 
 
 def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
-    """Folds every BatchNorm that alone follows a conv into it: W' = s·W, b' = s·b + t with s = γ/√(σ²+ε), t = β − μ·s.
+    """Fold every BatchNorm that alone follows a conv into it: W' = s·W, b' = s·b + t with s = γ/√(σ²+ε), t = β − μ·s.
 
     Args:
         model: a plain model in eval mode, such as :func:`visadapt.merge` gives; changed in place.

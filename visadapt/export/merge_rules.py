@@ -215,7 +215,7 @@ class _Rules:
         norm = self.plain.get_submodule(chain[1])
         if not is_stateful(norm) or not isinstance(norm, _BatchNorm):
             raise VisadaptError(
-                f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is no BatchNorm in eval mode"
+                f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is not a BatchNorm in eval mode"
             )
         if matrix.ndim == 1:
             self._scale_norm(norm, matrix, offset, what)

@@ -137,7 +137,7 @@ def _exchange(model: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undoes an in-place merge: the injected model with all its tasks, bit for bit.
+    """Undo an in-place merge: restore the injected model with all its tasks, bit for bit.
 
     Args:
         model: what ``merge(model, task, inplace=True)`` gave.

@@ -200,7 +200,7 @@ class LayerNorm(Function):
 
 
 class FrozenNorm(Function):
-    """y = γ·(x − μ)/σ + β with everything but x frozen: keeps γ/σ, one number a channel."""
+    """y = γ·(x − μ)/σ + β with everything but x frozen: keeps γ/σ, one number per channel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: _BatchNorm) -> Tensor:

@@ -151,7 +151,7 @@ def lean_pool(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_activation(plain: type[nn.Module]) -> type[nn.Module]:
-    """A smooth activation that keeps its input in the dtype that ``lean`` was told."""
+    """A smooth activation that keeps its input in the dtype given to ``lean``."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         keep = _keep(self, x)
@@ -165,7 +165,7 @@ def lean_activation(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_layer_norm(plain: type[nn.Module]) -> type[nn.Module]:
-    """A LayerNorm, the backbone's or a task's, that keeps its input in the dtype that ``lean`` was told."""
+    """A LayerNorm, the backbone's or a task's, that keeps its input in the dtype given to ``lean``."""
 
     def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
         keep = _keep(self, x)
@@ -219,7 +219,7 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _keep(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """The dtype to keep ``x`` in, if ``lean`` was told one that is narrower than its own."""
+    """The dtype to keep ``x`` in, if ``lean`` was given one that is narrower than its own."""
     keep: torch.dtype | None = module.__dict__[LEAN].keep
     return keep if keep is not None and keep.itemsize < x.element_size() else None
 

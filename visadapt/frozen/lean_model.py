@@ -17,7 +17,7 @@ from visadapt.runtime.registry import registry_of
 
 
 def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = None) -> nn.Module:
-    """Makes the frozen layers of an injected model lean, for training and for inference.
+    """Make the frozen layers of an injected model lean, for training and for inference.
 
     An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
     one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
@@ -37,7 +37,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
         The same model.
 
     Raises:
-        VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
+        VisadaptError: the model was never injected, or ``keep`` is not a floating-point dtype.
 
     Example:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3).train()
@@ -78,7 +78,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
 
 
 def unlean(model: nn.Module) -> nn.Module:
-    """Undoes :func:`lean`, exactly.
+    """Undo :func:`lean`, exactly.
 
     Args:
         model: an injected model, lean or not.

@@ -82,7 +82,7 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
 class Prefix:
     """The part of a backbone below the first host of a task, and how to go on from its output.
 
-    Any number of prefixes may be open on one model: which one a forward starts from is known to that forward only.
+    Any number of prefixes may be open on one model: which one per forward starts from is known to that forward only.
 
     Args:
         model: an injected model.
@@ -169,7 +169,7 @@ class Prefix:
                 )
 
     def check(self) -> None:
-        """Refuses to go on where that would not give what the whole model gives.
+        """Refuse to resume if the result would differ from the whole model's.
 
         Raises:
             VisadaptError: the prefix is closed; the active task acts within it; autocast, weights, modules or hooks

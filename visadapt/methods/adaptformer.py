@@ -25,7 +25,7 @@ _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
 class AdaptFormer(Method):
     """MLP(x) + s·W_up·ReLU(W_down·x), x the MLP's input (Chen et al. 2022, arXiv 2205.13535, §3.2).
 
-    2dm + d + m parameters a layer. W_up and its bias are zero and W_down is drawn: the network starts as it was, bit
+    2dm + d + m parameters per layer. W_up and its bias are zero and W_down is drawn: the network starts as it was, bit
     for bit. The branch is nonlinear and does not merge.
 
     Args:

@@ -22,7 +22,7 @@ class Bottleneck(Method):
     """a(h) = h + W2·φ(W1·h + b1) + b2 at every position (Houlsby et al. 2019, arXiv 1902.00751, §2).
 
     W1: d → m and W2: m → d are 1×1 convolutions on feature maps and linears on token sequences; 2md + d + m parameters
-    a site. By default W2 and b2 are zero, so the network starts as it was, bit for bit, and W1 is drawn at the scale
+    per site. By default W2 and b2 are zero, so the network starts as it was, bit for bit, and W1 is drawn at the scale
     of its fan-in, so W2 has a gradient at the first step and W1 from the second on. With ``init_std`` both are drawn
     from a normal of that standard deviation, truncated at two of them (the paper: 1e-2), and the network starts near
     itself.

@@ -28,9 +28,9 @@ SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-se
 class ConvAdapter(Method):
     """Δ(x) = s⊙(W2∗ReLU(W1∗x + b1) + b2) (Chen et al. 2022, arXiv 2208.07463, §3.2).
 
-    W1 is a k×k convolution C_in → C_in/γ in C_in/γ groups, W2 a 1×1 C_in/γ → C_out, s a scale a channel, 1 at the
-    start: C_in·k² + (C_in/γ)·(1 + C_out) + 2·C_out parameters a site. k is the adapted conv's, 3 at a residual branch.
-    The schemes say where (§3.3):
+    W1 is a k×k convolution C_in → C_in/γ in C_in/γ groups, W2 a 1×1 C_in/γ → C_out, s a scale per channel, 1 at the
+    start: C_in·k² + (C_in/γ)·(1 + C_out) + 2·C_out parameters per site. k is the adapted conv's, 3 at a residual
+    branch. The schemes say where (§3.3):
 
     * ``conv-parallel``: W∗x + Δ(x), at each 3×3 convolution (what the authors released);
     * ``conv-sequential``: u + Δ(u), behind each 3×3 convolution;
@@ -46,8 +46,8 @@ class ConvAdapter(Method):
             which the network does not start as it was.
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution, or of token sequences; at a site of
-            ``residual-parallel`` there is no block of several modules.
+        VisadaptError: an option is out of range; a site is not a convolution, or is one of token sequences; at a site
+            of ``residual-parallel`` there is no block of several modules.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

@@ -27,13 +27,14 @@ class DAN(Method):
     Args:
         diagonal: scale each filter, rather than combine them.
         bits: None, or 2 to 8: D is rounded, row by row, to that many bits around zero, in every forward (gradients
-            pass through), so that what is trained is what is stored: packed integers and a scale a row. The paper
+            pass through), so that what is trained is what is stored: packed integers and a scale per row. The paper
             finds 8 and 6 bits to cost nothing. A state dict holds the rounded D as well.
         alpha: how much of the change acts: 1 the task's kernels, 0 the backbone's, a mixture between (the paper's
             switch α). :func:`set_alpha` sets it afterwards.
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution or linear, or its weight no parameter.
+        VisadaptError: an option is out of range; a site is not a convolution or linear, or its weight is not a
+            parameter.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

@@ -34,7 +34,7 @@ class LoRA(Method):
         dropout: probability with which elements of the adapter's input are dropped while training.
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution or linear.
+        VisadaptError: an option is out of range; a site is not a convolution or linear.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv")

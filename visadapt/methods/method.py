@@ -53,7 +53,7 @@ class Method:
             host: the module there, to read shapes and initial values from; not to be changed.
 
         Returns:
-            A module whose class may name its ``role`` at the host (see :func:`visadapt.host.role`).
+            A module whose class may name its ``role`` at the host (see :func:`visadapt.runtime.roles.role`).
 
         Raises:
             VisadaptError: the method cannot stand at such a site.
@@ -63,7 +63,7 @@ class Method:
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         """Everything that the method puts into the backbone: pairs of a host's path and a part.
 
-        One adapter a site, unless a method says otherwise because it stands at more than its sites or at none.
+        One adapter per site, unless a method stands at other places or at none.
 
         Args:
             backbone: what is known of the backbone, which is not to be changed.

@@ -21,7 +21,7 @@ from visadapt.methods.policy import Policy
 class Full(Method):
     """Full fine-tuning: the task's own copy of every weight (the upper bound of Houlsby et al. 2019, 1902.00751, §3).
 
-    100 % of the backbone's parameters a task. The norms are the policy's: with ``norms="full"`` training is ordinary
+    100 % of the backbone's parameters per task. The norms are the policy's: with ``norms="full"`` training is ordinary
     fine-tuning, with ``frozen`` they stay the backbone's. The head is the task's, or with ``head="frozen"`` the
     backbone's.
 
@@ -40,7 +40,7 @@ class Full(Method):
 class Biases(Method):
     """BitFit: the task's own biases (Ben Zaken et al. 2022, arXiv 2106.10199, §3).
 
-    One parameter a channel of every layer with a bias. Those of the norms are among them with ``norms="frozen"``,
+    One parameter per channel of every layer with a bias. Those of the norms are among them with ``norms="frozen"``,
     which is BitFit as published; otherwise the task has its own norms anyway.
 
     Raises:
@@ -67,7 +67,7 @@ class TopLayers(Method):
         n: number of blocks, counted from the output.
 
     Raises:
-        VisadaptError: ``n`` is no positive int; there are fewer blocks.
+        VisadaptError: ``n`` is not a positive integer, or there are fewer blocks.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp", "conv3x3")

@@ -40,7 +40,7 @@ class Parallel(Method):
         init: ``zero``, or ``he`` for He-normal.
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution or linear; the task named by ``factor_of``
+        VisadaptError: an option is out of range; a site is not a convolution or linear; the task named by ``factor_of``
             has no factor of that rank there.
     """
 

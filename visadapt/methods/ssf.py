@@ -19,7 +19,7 @@ from visadapt.methods.stacking import Rows
 class SSF(Method):
     """y = γ⊙x + β after every convolution, linear and norm (Lian et al. 2022, arXiv 2210.08823, §3.2).
 
-    2C parameters a site; it merges into the layer before it. By default (``where="op"``) these are all the
+    2C parameters per site; it merges into the layer before it. By default (``where="op"``) these are all the
     layers outside the head, found by tracing the backbone's shapes.
 
     Args:

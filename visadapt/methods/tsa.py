@@ -25,7 +25,7 @@ from visadapt.methods.policy import Policy
 class TSA(Method):
     """y = W∗x + A∗x with A = 10⁻⁴·I at the start (Li, Liu, Bilen 2022, arXiv 2107.00358, §3).
 
-    C_out·C_in parameters a site, as :class:`Parallel`; the network starts near itself. The paper leaves the norms
+    C_out·C_in parameters per site, as :class:`Parallel`; the network starts near itself. The paper leaves the norms
     frozen: ``inject(model, TSA(align=True), num_classes=10, norms="frozen")``. It merges as ``Parallel`` does; the
     alignment stands before the head and does not.
 
@@ -35,7 +35,7 @@ class TSA(Method):
             into the head (the paper's pre-classifier alignment I + D; C² parameters).
 
     Raises:
-        VisadaptError: an option is out of range; a site is no convolution or linear; ``align`` finds no head.
+        VisadaptError: an option is out of range; a site is not a convolution or linear; ``align`` finds no head.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

@@ -99,11 +99,11 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
 def fit_decider(
     model: nn.Module, samples: Mapping[str, Iterable[Any]], *, weight_decay: float = 1e-3, steps: int = 100
 ) -> Decider:
-    """Fits the decider on inputs of each task, without labels, and gives it to the model for ``using(model, "auto")``.
+    """Fit a decider on inputs of each task, without labels, and attach it to the model for ``using(model, "auto")``.
 
     Args:
         model: an injected model.
-        samples: task → its batches of inputs, each as the model takes it. A few hundred inputs a task are plenty.
+        samples: task → its batches of inputs, each as the model takes it. A few hundred inputs per task are plenty.
         weight_decay: of the linear layer.
         steps: of L-BFGS at most.
 
@@ -174,7 +174,7 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
 
 
 def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Writes the model's decider to a safetensors file, atomically.
+    """Write the model's decider to a safetensors file, atomically.
 
     Raises:
         VisadaptError: the model has none, or the folder cannot be written to.
@@ -188,7 +188,7 @@ def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
-    """Reads a decider into an injected model.
+    """Load a decider into an injected model.
 
     Raises:
         VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone (what differs is

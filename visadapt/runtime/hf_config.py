@@ -27,7 +27,7 @@ def task_config(model: nn.Module, task: Task) -> Any:
     config = copy.deepcopy(model.__dict__["config"])
     if task.num_classes is not None and task.num_classes != config.num_labels:
         config.num_labels = task.num_classes
-        # what the loss is, is told by the first labels that come
+        # the kind of loss follows from the first labels
         config.problem_type = None
     if task.labels is not None:
         config.id2label = dict(enumerate(task.labels))

@@ -172,7 +172,7 @@ def _looks(part: nn.Module) -> list[Any]:
 
 
 def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict[str | None, Tensor]:
-    """Splits the logits of a mixed batch by task, each to the width of its own head.
+    """Split the logits of a mixed batch by task, each cut to the width of its own head.
 
     Args:
         model: the injected model.

@@ -12,7 +12,7 @@ from visadapt.runtime.registry import registry_of
 
 
 def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
-    """Mixes the kernels of a task's DAN controllers with the backbone's, as the paper's switch does.
+    """Mix the kernels of a task's DAN controllers with the backbone's, as the paper's switch does.
 
     Args:
         model: an injected model.

@@ -189,10 +189,10 @@ def find_registry(model: Any) -> Registry | None:
     """The registry of an injected model, or None.
 
     Raises:
-        VisadaptError: ``model`` is no module.
+        VisadaptError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise VisadaptError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise VisadaptError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return cast("Registry | None", unwrapped(model).__dict__.get("_visadapt"))
 
 
@@ -219,7 +219,7 @@ def facts_of(model: nn.Module) -> Facts:
 
 
 def check_hosts(model: nn.Module, name: str) -> None:
-    """Refuses a model in which another module stands where one holds a task's parts: they would never act again.
+    """Refuse a model in which a module with parts of a task was replaced: they would never act again.
 
     Raises:
         VisadaptError: there is no such task, or a module was replaced.

@@ -17,7 +17,7 @@ from visadapt.runtime.registry import AUTO, Registry, find_registry, meant, regi
 
 
 def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Module:
-    """Chooses the task that the model performs from now on, in every thread that has not chosen by :func:`using`.
+    """Choose the active task, for every thread that has not chosen one with :func:`using`.
 
     Args:
         model: an injected model.
@@ -43,7 +43,7 @@ def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Mo
 
 @contextmanager
 def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator[nn.Module]:
-    """Chooses a task within a ``with`` block, for this thread (or async task) only.
+    """Choose a task within a ``with`` block, for this thread (or async task) only.
 
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
     padded with −inf; :func:`visadapt.split` takes the logits apart again.

@@ -72,7 +72,7 @@ def _layers(flow: Flow, output: Value, modules: Mapping[str, nn.Module]) -> list
                 return []
             found[value.index] = path
         elif not value.ancestors & layers and value.shape == output.shape:
-            # an image that is added to what was made of it; a mask or a scale among the inputs is no matter
+            # an image that is added to what was made of it; a mask or a scale among the inputs is ignored
             return []
         waiting += [] if value.weighed else [flow.values[i] for i in value.parents]
     made = sum(1 << index for index in found)
