@@ -333,6 +333,20 @@ def test_timms_heads_are_known_without_a_run(name: str) -> None:
     assert len(facts.known_head.finals) == (1 if name.startswith("vit") else 2)
 
 
+@pytest.mark.parametrize("name", ["efficientvit_m0", "vit_tiny_patch16_224", "resnet18", "convnext_atto"])
+def test_a_timm_model_without_its_head_has_none(name: str) -> None:
+    model = timm.create_model(name, num_classes=0)
+    assert Facts(model).head is None
+    assert Facts(model).size == sum(p.numel() for p in model.parameters())
+
+
+def test_timms_auxiliary_head_follows() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("inception_v3", aux_logits=True, num_classes=10)
+    visadapt.inject(model, visadapt.Linear(), norms="frozen", num_classes=5)
+    assert head_widths(model, "default") == {"fc": 5, "AuxLogits.fc": 5}
+
+
 class Wrapped(nn.Module):
     """A timm backbone with heads of the user's own."""
 

@@ -213,10 +213,10 @@ def test_save_sees_what_is_trained_beside_the_task(net, x, tmp_path) -> None:
     # unfrozen, but as it was: nothing is lost
     visadapt.save(net, "default", tmp_path / "a")
     trained(net, x, net.tail)
-    with pytest.raises(VisadaptError, match=r"tail.0 was replaced or unfrozen .*train_also=\['tail.0'\]"):
+    with pytest.raises(VisadaptError, match=r"unfrozen after inject, and trained: tail; .*train_also=\['tail'\]"):
         visadapt.save(net, "default", tmp_path / "a")
     # the remedy works
-    visadapt.inject(net, BOTTLENECK, where="body", task="own", train_also=["tail.0"])
+    visadapt.inject(net, BOTTLENECK, where="body", task="own", train_also=["tail"])
     net.tail.requires_grad_(False)
     visadapt.save(net, "own", tmp_path / "b")
 
@@ -225,12 +225,12 @@ def test_save_sees_replaced_heads_and_new_modules(x, tmp_path) -> None:
     model = torchvision.models.resnet18(num_classes=4)
     visadapt.inject(model, m=2, task="a")
     model.fc = nn.Linear(512, 5)
-    with pytest.raises(VisadaptError, match=r"fc was replaced or unfrozen .*task 'a' would leave out"):
+    with pytest.raises(VisadaptError, match=r"trained: fc; the file of task 'a' would leave that out"):
         visadapt.save(model, "a", tmp_path / "a")
     assert not (tmp_path / "a").exists()
     visadapt.inject(model, m=2, task="b", train_also="fc")
     model.fc.requires_grad_(True)
-    with pytest.raises(VisadaptError, match="fc was replaced"):
+    with pytest.raises(VisadaptError, match="replaced or unfrozen after inject, and trained: fc;"):
         visadapt.save(model, "b", tmp_path / "b")
     model.fc.weight.requires_grad_(False)
     model.fc.bias.requires_grad_(False)

@@ -34,6 +34,10 @@ class Linear(Method):
                 f"Linear() trains a head on frozen features, and norms={task.norms!r} would change these: say "
                 "norms='frozen', or Norms() to train the norms as well"
             )
+        if task.head == "frozen" and backbone.head is None:
+            raise VisadaptError(
+                f"Linear() trains a head, and {backbone.name} has none: put a layer behind it, or name one with head="
+            )
         if task.head == "frozen":
             raise VisadaptError("Linear() trains a head: give num_classes=, or head='copy' for the backbone's")
         return ()

@@ -120,15 +120,28 @@ def check_nothing_else_trained(model: nn.Module, registry: Registry, task: str) 
     Raises:
         VisadaptError: there are such parameters; their modules and the remedy are named.
     """
-    trained: dict[str, None] = {}
-    for name, tensor in backbone_tensors(model).items():
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and registry.versions.moved(name, tensor):
-            trained[name.rpartition(".")[0] or name] = None
+    tensors = backbone_tensors(model)
+    trained = [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and registry.versions.moved(name, tensor)
+    ]
     if trained:
-        names = list(trained)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more modules" if len(names) > 4 else "")
+        closed = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+        paths = list(dict.fromkeys(_outermost(name, closed) for name in trained))
+        shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
         raise VisadaptError(
-            f"{shown} was replaced or unfrozen after inject and trained, which the file of task {task!r} would leave "
-            f"out: let a task own it by inject(model, task='another', train_also={names[:4]!r}) on the model as it is "
-            "now, or call requires_grad_(False) on it if it now belongs to the backbone"
+            f"replaced or unfrozen after inject, and trained: {shown}; the file of task {task!r} would leave that out. "
+            f"Let a task own it by inject(model, task='another', train_also={paths}) on the model as it is now, or "
+            "call requires_grad_(False) on it if it now belongs to the backbone"
         )
+
+
+def _outermost(name: str, closed: Iterable[str]) -> str:
+    """The largest module around a parameter in which no parameter is frozen."""
+    words = name.split(".")[:-1]
+    for i in range(1, len(words)):
+        path = ".".join(words[:i])
+        if not any(within(other, [path]) for other in closed):
+            return path
+    return ".".join(words)

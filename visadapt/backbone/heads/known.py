@@ -61,14 +61,18 @@ def _timm(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
         if not hasattr(model, "get_classifier"):
             # a list or dict of features
             return NO_HEAD
-        given = model.get_classifier()  # type: ignore[operator]
+        try:
+            given = model.get_classifier()  # type: ignore[operator]
+        except AttributeError:
+            # it looks inside a head that is no longer there
+            return None
         own = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
         roots = tuple(path for path, module in modules.items() if any(module is m for m in own))
-    return _ending_in(roots, modules)
+    return _ending_in((*roots, *_auxiliary(modules)), modules)
 
 
 def _torchvision(modules: Mapping[str, nn.Module]) -> Head | None:
-    """The attribute that torchvision's forwards end in, and those of their auxiliary outputs in train mode."""
+    """The attribute that torchvision's forwards end in, and their auxiliary outputs."""
     low_and_high = ("classifier.low_classifier", "classifier.high_classifier")
     if all(path in modules for path in low_and_high):
         # LRASPP adds up the logits of two maps
@@ -76,8 +80,12 @@ def _torchvision(modules: Mapping[str, nn.Module]) -> Head | None:
     root = next((name for name in ("fc", "classifier", "head", "heads") if name in modules), None)
     if root is None:
         return NO_HEAD
-    auxiliary = [path for path in ("aux1.fc2", "aux2.fc2", "AuxLogits.fc", "aux_classifier") if path in modules]
-    return _ending_in((root, *auxiliary), modules)
+    return _ending_in((root, *_auxiliary(modules)), modules)
+
+
+def _auxiliary(modules: Mapping[str, nn.Module]) -> list[str]:
+    """What gives torchvision's and timm's auxiliary outputs in train mode."""
+    return [path for path in ("aux1.fc2", "aux2.fc2", "AuxLogits.fc", "aux_classifier") if path in modules]
 
 
 def _ending_in(roots: tuple[str, ...], modules: Mapping[str, nn.Module]) -> Head | None:
