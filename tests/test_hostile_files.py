@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import visadapt
@@ -30,6 +29,7 @@ from visadapt.data.file_requests import vetted
 from visadapt.data.hub import resolve
 from visadapt.data.inputs import TextInputs, from_description
 from visadapt.experiments.record import Result, write
+from visadapt.tensor_file import read_described, write_described
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner
@@ -59,11 +59,11 @@ class Traps:
 
     def says(self, **notes: Any) -> Path:
         """A task file with other notes."""
-        with safe_open(self.task, "pt") as file:
-            description = json.loads(file.metadata()["visadapt"])
+        content = read_described(self.task, "visadapt", "task file")
+        description = content.description
         description["notes"] = notes
         target = self.folder / "hostile.visadapt"
-        save_file(load_file(self.task), target, {"visadapt": json.dumps(description)})
+        write_described(target, "visadapt", description, content.tensors)
         return target
 
     def run(self, command: str, task: Path, *more: object, code: int = 1) -> Answer:
@@ -499,15 +499,14 @@ def test_a_checkpoint_chooses_nothing(traps: Traps) -> None:
     resumes = ("--task", "a", "--checkpoint", str(state), "--out")
     refused = _training(*resumes, "a.visadapt")
     assert refused.exit_code == 1
-    assert f"{state} is no checkpoint of a training" in refused.stderr
+    assert f"{state} is not a whole checkpoint of a training run" in refused.stderr
     state.unlink()
     assert _training(*resumes, "a.visadapt").exit_code == 0
-    with safe_open(state, "pt") as file:
-        notes = json.loads(file.metadata()["visadapt_training"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    content = read_described(state, "visadapt_training", "checkpoint")
+    notes = content.description
 
     def rewrite(**changed: Any) -> None:
-        save_file(tensors, state, {"visadapt_training": json.dumps({**notes, **changed})})
+        write_described(state, "visadapt_training", {**notes, **changed}, content.tensors)
 
     hostile = {"optimizer": "x", "lr_lambdas": [{"__code__": "x"}], "step": "x", "base_lrs": "x"}
     rewrite(schedule={**notes["schedule"], **hostile})
@@ -590,8 +589,7 @@ def test_a_deciders_description_is_typed(tmp_path: Path, changed: dict[str, Any]
     batch = ZOO["tiny/resnet"].inputs()["x"]
     visadapt.fit_decider(model, {"a": [batch], "b": [batch + 1]})
     file = visadapt.save_decider(model, tmp_path / "decider")
-    with safe_open(file, "pt") as opened:
-        description = json.loads(opened.metadata()["visadapt_decider"])
-    save_file(load_file(file), file, {"visadapt_decider": json.dumps({**description, **changed})})
+    content = read_described(file, "visadapt_decider", "decider")
+    write_described(file, "visadapt_decider", {**content.description, **changed}, content.tensors)
     with pytest.raises(VisadaptError, match=r"is not a (whole )?decider"):
         visadapt.load_decider(model, file)

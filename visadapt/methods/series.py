@@ -21,9 +21,9 @@ class Series(Method):
     """v = u + A·BN1(u) after a convolution's output u (Rebuffi et al. 2017, arXiv 1705.08045, §3.2).
 
     A is C×C, 1×1, without bias; BN1 adds an affine part: C² + 2C parameters per site. The network's own norm follows,
-    as in the paper. By default A = 0: the network starts as it was, bit for bit, and A has a gradient at the first step.
-    With ``init="he"``, as the authors draw it for networks that are pretrained with their adapters in place, a
-    finished network starts far from itself and trains badly.
+    as in the paper. By default A = 0: the network starts as it was, bit for bit, and A has a gradient at the first
+    step. With ``init="he"``, as the authors draw it for networks pretrained with their adapters in place, a finished
+    network starts far from itself and trains badly.
 
     BN1 belongs to the task alone, whatever its policy for the backbone's norms: it normalises by its batch and keeps
     running statistics while training, and uses these in eval mode; they are in the task's file. (It has nothing to
