@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import is_stateful, plain_class
-from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.modules import plain_class
+from visadapt.backbone.norms import is_batch_norm, is_frozen_norm, scale_and_shift
+from visadapt.backbone.operators import CONV_FORWARDS, Conv, as_kernel
 from visadapt.backbone.trace import trace_flow
 
 
@@ -30,7 +31,7 @@ def pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
     convs = {
         call.output.index: path
         for path, call in calls.items()
-        if call.output is not None and plain_class(model.get_submodule(path)).forward is nn.Conv2d.forward
+        if call.output is not None and plain_class(model.get_submodule(path)).forward in CONV_FORWARDS
     }
     found = []
     for path, call in calls.items():
@@ -43,12 +44,12 @@ def pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def folded(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def folded(conv: Conv, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The kernel s·W and the bias s·b + t that do what a conv and the eval-mode norm behind it do."""
     scale, shift = scale_and_shift(norm)
     if conv.bias is not None:
         shift = conv.bias.double() * scale + shift
-    kernel = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    kernel = conv.weight.double() * as_kernel(scale[:, None], conv.weight.ndim - 2)
     dtype = conv.weight.dtype
     return kernel.to(dtype, memory_format=torch.preserve_format), shift.to(dtype)
 
@@ -66,7 +67,9 @@ def _is_identity(module: nn.Module | None) -> bool:
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm is a BatchNorm as torch computes it, possibly with an activation behind it."""
-    if not isinstance(norm, _BatchNorm) or not is_stateful(norm):
+    """Whether a norm is, in eval mode, a BatchNorm as torch computes it, possibly with an activation behind it."""
+    if not is_batch_norm(norm):
         return False
-    return plain_class(norm).forward is _BatchNorm.forward or all(name in norm._modules for name in _CARRIED)
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    carries = all(name in norm._modules for name in _CARRIED)
+    return plain_class(norm).forward in known or carries or is_frozen_norm(norm)

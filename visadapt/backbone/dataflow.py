@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from visadapt.backbone.axes import Axes
+from visadapt.backbone.axis_tracker import AxisTracker
+
 _ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 _JOINS = {"cat", "concat", "concatenate"}
@@ -27,6 +30,7 @@ class Value:
         ancestors: the values that it was computed from, as a bit mask of their indices.
         parents: indices of the operator's inputs.
         op: name of the operator.
+        axes: what is known of its axes.
         made_by: the modules whose output it is, innermost first; ``True`` beside those that only pass it through.
     """
 
@@ -36,6 +40,7 @@ class Value:
     ancestors: int
     parents: tuple[int, ...]
     op: str
+    axes: Axes | None = None
     made_by: list[tuple[str, bool]] = field(default_factory=list)
 
     def comes_from(self, other: Value) -> bool:
@@ -50,12 +55,14 @@ class Call:
     Attributes:
         path: of the module.
         inputs: its tensors among the arguments.
-        output: the first tensor that it gave out, None if it is none of those it could have computed.
+        output: the first tensor that it gave out, None if it was not computed from the input.
+        shape: of the first tensor that it gave out, computed from the input or not; None if it gave no tensor.
     """
 
     path: str
     inputs: tuple[Value, ...]
     output: Value | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -83,6 +90,7 @@ class Flow(TorchFunctionMode):
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.joins: list[Join] = []
+        self.axes = AxisTracker()
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
         # a tensor that died would leave its id to another
@@ -96,7 +104,9 @@ class Flow(TorchFunctionMode):
 
     def start(self, given: Any) -> None:
         """Marks the tensors of an example as the inputs."""
-        for tensor in _tensors(given):
+        tensors = _tensors(given)
+        self.axes.start(tensors)
+        for tensor in tensors:
             self._note(tensor, (), "input")
 
     def known(self, tensors: Iterable[Tensor]) -> tuple[Value, ...]:
@@ -145,7 +155,9 @@ class Flow(TorchFunctionMode):
         for parent in parents:
             ancestors |= parent.ancestors | 1 << parent.index
         depth = 1 + max((p.depth for p in parents), default=-1)
-        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, tuple(p.index for p in parents), op)
+        indices = tuple(p.index for p in parents)
+        axes = self.axes.of(tensor)
+        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, indices, op, axes)
         self.values.append(value)
         self._now[id(tensor)] = value
         self._alive.append(tensor)
@@ -164,6 +176,7 @@ class Flow(TorchFunctionMode):
         first = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(first, Tensor):
             return
+        call.shape = tuple(first.shape)
         if id(first) not in self._now and call.inputs:
             # an autograd.Function of its own hides its dataflow
             self._note(first, call.inputs, "call")
@@ -189,6 +202,6 @@ def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any
     flow = Flow()
     flow.watch(modules)
     flow.start(given)
-    with torch.no_grad(), flow:
+    with torch.no_grad(), flow.axes, flow:
         run(model, given)
     return flow

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from visadapt.backbone.modules import CHILD, own_modules
+from visadapt.backbone.operators import CONVS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _transformers(model: nn.Module, modules: dict[str, nn.Module]) -> Head | Non
 
 
 def _is_final(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    return isinstance(module, nn.Linear) or (isinstance(module, CONVS) and set(module.kernel_size) == {1})
 
 
 def width_of(final: nn.Module) -> int:

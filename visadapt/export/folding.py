@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, folded, pairs
+from visadapt.backbone.operators import Conv
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import find_registry
 
@@ -31,14 +31,14 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
     if model.training:
         raise VisadaptError("folding takes the running statistics as they are: call eval() first")
     for conv_path, norm_path in pairs(model, example):
-        conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
-        _fold_pair(cast("nn.Conv2d", conv), norm)
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        _fold_pair(cast("Conv", conv), norm)
         model.set_submodule(norm_path, _rest(norm))
     return model
 
 
 @torch.no_grad()
-def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+def _fold_pair(conv: Conv, norm: nn.Module) -> None:
     kernel, bias = folded(conv, norm)
     conv.weight.copy_(kernel)
     conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.batchnorm import carried, pairs
 from visadapt.backbone.modules import is_stateful, plain_copy
-from visadapt.backbone.norms import is_norm
+from visadapt.backbone.norms import affine_of, is_batch_norm, is_norm
 from visadapt.backbone.operators import is_operator, plain_operator, rows_of
 from visadapt.backbone.site import Site
 from visadapt.errors import VisadaptError
@@ -129,14 +129,18 @@ def _replace(plain: nn.Module, path: str, part: nn.Module, what: str) -> None:
     _assign(target, dict(part.named_parameters()))
     for name, buffer in part._buffers.items():
         mine = target._buffers.get(name)
-        if buffer is not None and mine is not None:
+        if buffer is not None and mine is not None and part._parameters.get(name) is None:
             mine.copy_(buffer)
 
 
 def _assign(target: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, value in weights.items():
-        own = target.get_parameter(name)
-        if value is not own:
+        path, _, last = name.rpartition(".")
+        module = target.get_submodule(path)
+        parameter = module._parameters.get(last)
+        # a FrozenBatchNorm2d has its affine part in buffers
+        own = module._buffers[last] if parameter is None else parameter
+        if own is not None and value is not own:
             own.copy_(value)
 
 
@@ -174,28 +178,28 @@ def _after(plain: nn.Module, site: Site, matrix: Tensor, offset: Tensor | None, 
         return None
     # M·(s·(W∗x + b) + t) + c = (M·diag(s)·W)∗x + …: the norm behind the conv is left as the identity plus a constant
     norm = plain.get_submodule(chain[1])
-    if not is_stateful(norm) or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if not is_batch_norm(norm):
         raise VisadaptError(
-            f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is no BatchNorm in eval mode"
+            f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is not a BatchNorm in eval mode"
         )
     if matrix.ndim == 1:
         _scale_norm(norm, matrix, offset, what)
         return None
     if carried(norm):
         raise VisadaptError(f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) ends in an activation")
-    weight, bias = _affine(norm, what)
+    gamma, beta = _affine(norm, what)
     mean, var = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
-    root = (var + norm.eps).sqrt()
-    scale = weight.double() / root
-    shift = bias.double() - mean * scale
+    root = (var + cast("float", norm.eps)).sqrt()
+    scale = gamma.double() / root
+    shift = beta.double() - mean * scale
     full = matrix * scale
     _compose(first, full, what)
     constant = matrix @ shift + offset
     if first._parameters.get("bias") is not None:
         constant = constant + full @ cast("Tensor", first.bias).double()
         cast("Tensor", first.bias).zero_()
-    weight.copy_(root)
-    bias.copy_(constant + mean)
+    gamma.copy_(root)
+    beta.copy_(constant + mean)
     return None
 
 
@@ -203,17 +207,19 @@ def _scale_norm(norm: nn.Module, scale: Tensor, offset: Tensor, what: str) -> No
     """γ → scale·γ and β → scale·β + offset."""
     if any(not isinstance(child, nn.Identity) for child in norm.children()):
         raise VisadaptError(f"the {what} cannot be merged: the {type(norm).__name__} there ends in an activation")
-    if norm._parameters.get("bias") is None and norm._parameters.get("weight") is not None and not offset.any():
-        own = cast("nn.Parameter", norm.weight)
-        own.copy_(own.double() * scale)
+    affine = affine_of(norm)
+    if "bias" not in affine and "weight" in affine and not offset.any():
+        alone = affine["weight"]
+        alone.copy_(alone.double() * scale)
         return
     weight, bias = _affine(norm, what)
     weight.copy_(weight.double() * scale)
     bias.copy_(bias.double() * scale + offset)
 
 
-def _affine(norm: nn.Module, what: str) -> tuple[nn.Parameter, nn.Parameter]:
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+def _affine(norm: nn.Module, what: str) -> tuple[Tensor, Tensor]:
+    affine = affine_of(norm)
+    weight, bias = affine.get("weight"), affine.get("bias")
     if weight is None or bias is None:
         raise VisadaptError(f"the {what} cannot be merged: the norm there has no weight or no bias to write into")
     return weight, bias

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, folded, is_foldable
 from visadapt.backbone.modules import CHILD, LEAN, is_stateful, plain_class
+from visadapt.backbone.operators import CONV_FORWARDS, CONVS, Conv
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
@@ -60,8 +60,8 @@ class Pair:
     """
 
     registry: Registry
-    conv: nn.Conv2d
-    norm: _BatchNorm
+    conv: Conv
+    norm: Any
     around: tuple[nn.Module, ...]
     folded: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -101,7 +101,7 @@ def _remembers(x: Tensor) -> bool:
 def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
     """A frozen conv that keeps no input, with the norm behind it folded in where it may be."""
 
-    def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+    def forward(self: Conv, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
         folds = isinstance(pair, Pair) and pair.active()
         weight, bias = cast("Pair", pair).weights() if folds else (self.weight, self.bias)
@@ -257,7 +257,7 @@ def _pair(value: Any) -> list[int]:
 def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
     forward = type(module).forward if CHILD not in module._modules else type(module)._visadapt_base.forward  # type: ignore[attr-defined]
-    if forward is nn.Conv2d.forward and isinstance(module, nn.Conv2d):
+    if forward in CONV_FORWARDS and isinstance(module, CONVS):
         return lean_conv
     if module in paired and is_stateful(module):
         return lean_norm

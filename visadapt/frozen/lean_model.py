@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import pairs
 from visadapt.backbone.modules import LEAN, own_modules, unwrapped
+from visadapt.backbone.operators import Conv
 from visadapt.errors import VisadaptError
 from visadapt.frozen.layers import Lean, Pair, maker_for
 from visadapt.runtime.host import swap
@@ -55,7 +55,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     for conv_path, norm_path in found:
         conv, norm = backbone.get_submodule(conv_path), backbone.get_submodule(norm_path)
         around = tuple(backbone.get_submodule(path) for path in {*_upwards(conv_path), *_upwards(norm_path)})
-        folded[conv] = folded[norm] = Pair(registry, cast("nn.Conv2d", conv), cast("_BatchNorm", norm), around)
+        folded[conv] = folded[norm] = Pair(registry, cast("Conv", conv), norm, around)
     registry.lean = Lean(keep)
     for module in own_modules(backbone).values():
         make = maker_for(module, set(folded))
