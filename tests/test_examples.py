@@ -64,4 +64,4 @@ def test_a_bad_width_is_said_at_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "m is a positive int" in done.stderr
+    assert "m must be a positive integer" in done.stderr

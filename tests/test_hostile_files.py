@@ -332,7 +332,7 @@ INPUTS = {
     "a tokenizer's folder": ({"kind": "texts", "tokenizer": "hf/{folder}/code"}, "the tokenizer 'hf/{folder}/code'"),
     "a tokenizer beside": ({"kind": "texts", "tokenizer": "hf/relative"}, "the tokenizer 'hf/relative'"),
     "a tokenizer without place": ({"kind": "texts", "tokenizer": "{folder}/code"}, "the tokenizer '{folder}/code'"),
-    "a list": ([], "inputs are described by kind"),
+    "a list": ([], "a description of inputs must have a kind"),
 }  # fmt: skip
 
 
@@ -467,10 +467,12 @@ def test_train_says_which_options_no_file_may_choose(traps: Traps) -> None:
     _photos(traps.folder / "photos")
     said = _training("--out", "a.visadapt")
     assert said.exit_code == 0
-    assert "must not choose" not in said.stderr
+    assert "cannot set" not in said.stderr
     said = _training("--build", "block_args={}", "--out", "b.visadapt")
     assert said.exit_code == 0
-    assert "b.visadapt must not choose block_args={}: what reads it will ask for --backbone and --build" in said.stderr
+    assert (
+        "b.visadapt cannot set block_args={} by itself: give --backbone and --build again when using it" in said.stderr
+    )
     asked = ["predict", "photos/test", "--task", "b.visadapt"]
     refused = CliRunner().invoke(app, asked)
     assert refused.exit_code == 1

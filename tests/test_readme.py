@@ -1,17 +1,26 @@
-"""README does what it says: its example runs as written, and CI runs its very test command."""
+"""The README's example runs as written, and CI runs its test command."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import visadapt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+OPTIONAL = ("accelerate", "matplotlib", "onnx", "ray", "rich", "sklearn", "torchmetrics", "transformers", "typer")
+"""Libraries of the extras, which a plain ``pip install visadapt`` does not bring."""
+
+
 @pytest.mark.slow
-def test_the_example_runs_as_written(tmp_path, monkeypatch, capsys):
+def test_the_example_runs_as_written_without_extras(tmp_path, monkeypatch, capsys):
+    for library in OPTIONAL:
+        monkeypatch.setitem(sys.modules, library, None)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -25,11 +34,19 @@ def test_the_example_runs_as_written(tmp_path, monkeypatch, capsys):
 def test_ci_runs_readmes_test_command():
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
     assert len(commands) == 2
-    found = subprocess.run(
+    grep = subprocess.run(
         ["grep", "-m", "1", "&& pytest$", "README.md"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert found.stdout.strip() == commands[1]
+    assert grep.stdout.strip() == commands[1]
     assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_workflow_runs_the_same_script():
+    assert "run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {visadapt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_results_are_those_that_were_printed():

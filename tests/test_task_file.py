@@ -334,12 +334,15 @@ CHANGES = {
         r"a method 'Bottelneck'.*'Bottleneck'",
     ),
     "other option": (lambda d, t: d["placements"][0]["options"].update(q=1), r"Bottleneck does not take what the file"),
-    "option out of range": (lambda d, t: d["placements"][0]["options"].update(m=-1), r"m is a positive int.*got -1"),
+    "option out of range": (
+        lambda d, t: d["placements"][0]["options"].update(m=-1),
+        r"m must be a positive integer.*got -1",
+    ),
     "other site": (lambda d, t: d["placements"][0]["sites"].append("block:layer9"), r"no site 'block:layer9'"),
     "bad name": (lambda d, t: d.update(task="a.b"), r"a task's name is made of letters.*'a\.b'"),
     "bad norms": (lambda d, t: d.update(norms="affin"), r"no norm policy 'affin'.*did you mean 'affine'"),
     "bad head": (lambda d, t: d.update(head="newer"), r"no head policy 'newer'.*did you mean 'new'"),
-    "bad width": (lambda d, t: d.update(num_classes=-3), r"num_classes is a positive int, got -3"),
+    "bad width": (lambda d, t: d.update(num_classes=-3), r"num_classes must be a positive integer, got -3"),
     "width of another head": (lambda d, t: d.update(num_classes=4), r"fc\.head\.\w+ is \(3.*expected \(4"),
 }
 

@@ -9,57 +9,71 @@ from visadapt.errors import VisadaptError, nearest
 
 
 def check_num_classes(num_classes: object) -> None:
-    """Refuses anything but a positive int or None."""
+    """Refuse anything but a positive integer or None."""
     if num_classes is not None and (
         isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
     ):
-        raise VisadaptError(f"num_classes is a positive int, got {num_classes!r}")
+        raise VisadaptError(f"num_classes must be a positive integer, got {num_classes!r}")
 
 
 def check_width(m: Any, what: str = "m") -> None:
-    """Refuses widths that are neither a positive int nor a fraction."""
+    """Refuse widths that are neither a positive integer nor a fraction."""
     whole = isinstance(m, int) and not isinstance(m, bool) and m >= 1
     fraction = isinstance(m, float) and math.isfinite(m) and 0 < m < 1
     if not whole and not fraction:
-        raise VisadaptError(f"{what} is a positive int, or a fraction of the site's channels in (0, 1); got {m!r}")
+        raise VisadaptError(
+            f"{what} must be a positive integer, or a fraction of the site's channels in (0, 1); got {m!r}"
+        )
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a finite number: no bool, no string."""
+    """Whether a value is a finite number, not a bool or a string."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(value: Any, what: str) -> None:
-    """Refuses anything but a positive int."""
+    """Refuse anything but a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise VisadaptError(f"{what} is a positive int, got {value!r}")
+        raise VisadaptError(f"{what} must be a positive integer, got {value!r}")
 
 
 def check_positive(value: Any, what: str) -> None:
-    """Refuses anything but a positive number."""
+    """Refuse anything but a positive number."""
     if not is_real(value) or value <= 0:
-        raise VisadaptError(f"{what} is a positive number, got {value!r}")
+        raise VisadaptError(f"{what} must be a positive number, got {value!r}")
 
 
 def check_probability(value: Any, what: str = "dropout") -> None:
-    """Refuses anything but a number in [0, 1)."""
+    """Refuse anything but a probability below 1."""
     if not is_real(value) or not 0 <= value < 1:
-        raise VisadaptError(f"{what} is a probability in [0, 1), got {value!r}")
+        raise VisadaptError(f"{what} must be a probability in [0, 1), got {value!r}")
 
 
 def check_std(value: Any, what: str = "init_std") -> None:
-    """Refuses a standard deviation that is neither None nor a positive number of sensible size."""
+    """Refuse a standard deviation that is neither None nor a number in (0, 10]."""
     if value is not None and not (is_real(value) and 0 < value <= 10):
-        raise VisadaptError(f"{what} is None (exact identity) or a positive float, got {value!r}")
+        raise VisadaptError(f"{what} must be None (exact identity) or a number in (0, 10], got {value!r}")
 
 
 def check_flag(value: Any, what: str) -> None:
-    """Refuses anything but True and False."""
+    """Refuse anything but True and False."""
     if not isinstance(value, bool):
-        raise VisadaptError(f"{what} is True or False, got {value!r}")
+        raise VisadaptError(f"{what} must be True or False, got {value!r}")
 
 
 def check_choice(value: Any, choices: Any, what: str) -> None:
-    """Refuses a value that is none of ``choices``, naming the nearest."""
-    if value not in list(choices):  # a list, since what cannot be hashed is refused as well
+    """Refuse a value that is not one of ``choices``, naming the nearest."""
+    if value not in list(choices):  # a list, because the value may be unhashable
         raise VisadaptError(f"no {what} {value!r}{nearest(str(value), [str(c) for c in choices])}")
+
+
+def check_fraction(value: Any, what: str) -> None:
+    """Refuse anything but a number in [0, 1)."""
+    if not is_real(value) or not 0 <= value < 1:
+        raise VisadaptError(f"{what} must be a number in [0, 1), got {value!r}")
+
+
+def check_non_negative(value: Any, what: str) -> None:
+    """Refuse anything but a number that is at least 0."""
+    if not is_real(value) or value < 0:
+        raise VisadaptError(f"{what} must be a number that is at least 0, got {value!r}")

@@ -1,4 +1,4 @@
-"""The one error that visadapt raises, and the hint it carries."""
+"""The error that visadapt raises, and its hint at the nearest right name."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from difflib import get_close_matches
 
 
 class VisadaptError(ValueError):
-    """Says what was wrong with a request and, where there is one, the nearest right thing.
+    """A request was invalid; the message says what was wrong and, if possible, the nearest right name.
 
-    It is raised before anything was changed: the model, the task and the file are as they were.
+    It is raised before anything is changed: model, task and file are as they were.
     """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint such as ``"; did you mean 'flowers'?"`` or, where nothing is near, what there is.
+    """Return a hint such as ``"; did you mean 'flowers'?"`` or, if no name is similar, a list of the names.
 
     Args:
-        name: what was asked for.
-        names: what exists.
+        name: the name that was not found.
+        names: the existing names.
 
     Returns:
         Text to append to an error message; empty if ``names`` is empty.

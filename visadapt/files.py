@@ -1,4 +1,4 @@
-"""Files that are whole, or not there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from visadapt.errors import VisadaptError
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file to write to, which takes ``target``'s place when the block ends, and is gone if it ends in an error.
+    """Open a temporary file that replaces ``target`` when the block ends, and is deleted if it ends in an error.
 
     Args:
-        target: the file to make or to replace.
+        target: the file to create or replace.
 
     Yields:
-        The path of an empty file beside it.
+        The path of an empty file in the same folder.
 
     Raises:
         VisadaptError: the folder cannot be written to.
@@ -48,12 +48,17 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_tensors(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically: whole, or not at all.
+    """Write a safetensors file atomically.
+
+    Args:
+        target: the file to create or replace.
+        tensors: by name; they are moved to the CPU.
+        metadata: strings for the header.
 
     Raises:
         VisadaptError: the folder cannot be written to.
     """
-    # by address, as safetensors.torch does it too, which needs numpy for it
+    # by address, as safetensors.torch does, but without numpy
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     specs = {
         name: TensorSpec(

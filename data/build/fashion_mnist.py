@@ -1,4 +1,4 @@
-"""Builds `fashion-mnist.webp` and `fashion-mnist.json`: 2,000 train and 1,000 test images, as many of each class."""
+"""Build `fashion-mnist.webp` and `fashion-mnist.json`: 2,000 train and 1,000 test images, balanced by class."""
 
 import common
 import numpy as np
@@ -8,7 +8,7 @@ SOURCE = "dataset-fashion-mnist=0.0~git20200523.55506a9-1"
 
 
 def main() -> None:
-    """Writes both files."""
+    """Write both files."""
     root = common.deb(SOURCE, "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0")
     folder = root / "usr/share/datasets/fashion-mnist"
 

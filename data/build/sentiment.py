@@ -1,4 +1,4 @@
-"""Builds `tweets.tsv.gz`, `movies.tsv.gz`, `products.tsv.gz`, `editorials.tsv.gz`: texts with human sentiment.
+"""Build `tweets.tsv.gz`, `movies.tsv.gz`, `products.tsv.gz`, `editorials.tsv.gz`: texts with human sentiment.
 
 A text is positive if its mean human score (-4 … 4) is at least 0.5, negative if it is at most -0.5, neutral between:
 the mean rounded to the nearest whole step of the raters' scale.  `--check` prints what justifies the threshold.
@@ -26,7 +26,7 @@ SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 
 def read(kind: str) -> dict[str, list[list[str]]]:
-    """The rows (id, mean score, then text or raters' scores) of each domain."""
+    """Read the rows (id, mean score, then text or raters' scores) of each domain."""
     folder = common.sdist(SOURCE, "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
     rows = {}
     with tarfile.open(folder / "additional_resources/hutto_ICWSM_2014.tar.gz") as tar:
@@ -44,7 +44,7 @@ def label(score: float) -> str:
 
 
 def splits(groups: list[str], seed: int = 0) -> list[str]:
-    """A split for every row, whole groups (the sentences of one document) together."""
+    """Assign a split to every row, keeping groups (the sentences of one document) together."""
     names = sorted(set(groups))
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))
     ends = np.round(np.cumsum(list(SHARES.values())) * len(names)).astype(int)
@@ -53,14 +53,14 @@ def splits(groups: list[str], seed: int = 0) -> list[str]:
 
 
 def build() -> None:
-    """Writes the four files."""
+    """Write the four files."""
     seen: set[str] = set()
     for domain, rows in read("GroundTruth").items():
         kept = []
         for key, score, raw in rows:
             text = " ".join(raw.split())
-            # the same words twice, in one domain or in two, would let a test text be learnt by heart; and a text
-            # without a letter or a digit ("!") says nothing
+            # the same words twice, in one domain or in two, would leak test texts into training; a text
+            # without a letter or digit ("!") has no content
             content = "".join(c for c in text.casefold() if c.isalnum())
             if content and content not in seen:
                 seen.add(content)
@@ -78,7 +78,7 @@ def build() -> None:
 
 
 def check() -> None:
-    """Prints, for several thresholds, the class shares, how many raters agree and how many labels chance could turn."""
+    """Print class shares, raters' agreement and the share of unstable labels for several thresholds."""
     print(f"{'domain':10} {'threshold':>9} {'negative':>8} {'neutral':>8} {'positive':>8}   agree  unstable   s.e.")
     for domain, rows in read("anonDataRatings").items():
         raters = [np.array(ast.literal_eval(row[3])) for row in rows]

@@ -1,9 +1,9 @@
-"""Writes docs/architectures.md: what ``visadapt.inject(model, m=32)`` does on one architecture of every family.
+"""Write docs/architectures.md: the effect of ``visadapt.inject(model, m=32)`` on one architecture per family.
 
     python docs/build/architectures.py [--results FILE] [--jobs N] [--limit SECONDS] [NAME ...]
 
-Architectures are checked in worker processes, with a time limit for each. A result is appended to the results file at
-once, and what is there already is not checked again.
+Architectures are checked in worker processes, each with a time limit. Results are appended to the results file at once;
+architectures that are in it already are not checked again.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TABLE = ROOT / "docs" / "architectures.md"
 
 
 def main() -> None:
-    """Checks what has no result yet, then writes the table."""
+    """Check the architectures without a result, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "architectures.jsonl")
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--jobs", type=int, default=2, help="worker processes, of one thread each")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--jobs", type=int, default=2, help="number of worker processes, one thread each")
+    parser.add_argument("--limit", type=float, default=300, help="time limit per architecture, in seconds")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("names", nargs="*", help="check these again; all that have no result by default")
+    parser.add_argument("names", nargs="*", help="architectures to check again (default: all without a result)")
     options = parser.parse_args()
     if options.work:
         work()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def read(results: Path) -> dict[str, Report]:
-    """The results by architecture, the latest of each."""
+    """Read the latest result of each architecture."""
     lines = results.read_text().splitlines() if results.exists() else []
     reports = [Report(**json.loads(line)) for line in lines]
     return {f"{report.library}/{report.name}": report for report in reports}
@@ -75,7 +75,7 @@ def read(results: Path) -> dict[str, Report]:
 
 @contextmanager
 def taken(workers: SimpleQueue[Worker]) -> Iterator[Worker]:
-    """A worker that nobody else uses meanwhile."""
+    """Borrow a worker from the queue."""
     worker = workers.get()
     try:
         yield worker
@@ -84,7 +84,7 @@ def taken(workers: SimpleQueue[Worker]) -> Iterator[Worker]:
 
 
 class Worker:
-    """A process that checks architectures, one after the other; a new one after a timeout, and after every twenty."""
+    """A process that checks architectures in turn; it is replaced after a timeout and after every twenty checks."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -92,7 +92,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def check(self, architecture: Architecture) -> Report:
-        """The report of one architecture."""
+        """Check one architecture."""
         if self.process is None or self.done % 20 == 0:
             self.stop()
             command = [sys.executable, __file__, "--work"]
@@ -117,7 +117,7 @@ class Worker:
         return Report(**json.loads(line))
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Kill the process."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
@@ -125,7 +125,7 @@ class Worker:
 
 
 def work() -> None:
-    """What a worker does: for each name on stdin, one report on stdout."""
+    """Run as a worker: read names from stdin, write one report per name to stdout."""
     by_name = {str(architecture): architecture for architecture in ALL}
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
@@ -139,33 +139,33 @@ def work() -> None:
 
 
 def table(reports: list[Report]) -> str:
-    """The page."""
+    """Make the page."""
     lines = [
         "# Architectures",
         "",
-        "What `visadapt.inject(model, m=32)` does, with nothing said about where, on the smallest architecture of",
-        "every family, with random weights. Written by `python docs/build/architectures.py`; the same checks are",
-        "tests (`tests/backbone/test_architectures.py`).",
+        "The effect of `visadapt.inject(model, m=32)` at the default sites, on the smallest architecture of every",
+        "family with random weights. Written by `python docs/build/architectures.py`; the same checks run as tests",
+        "(`tests/backbone/test_architectures.py`).",
         "",
-        "- **sites**: kinds and numbers; **found**: by *structure*, or *traced* in one run on fake tensors.",
+        "- **sites**: number of sites per kind; **found**: by *structure*, or *traced* in one run on fake tensors.",
         "- **adapters**: parameters of the bottlenecks, and in % of the backbone without its head.",
         "- **=**: the output right after `inject` is the backbone's, bit for bit.",
         "- **head**: `num_classes=` finds the head.",
         "- **∇**: both projections of every adapter get a gradient.",
         "- **frozen**: training steps in train mode change no parameter or buffer of the backbone, nor its output.",
-        "- **file**: a task that is saved, and loaded into another copy of the backbone, gives the same output.",
+        "- **file**: a task that is saved and loaded into another copy of the backbone gives the same output.",
         "",
         f"With torch {version('torch')}, timm {version('timm')}, torchvision {version('torchvision')},"
         f" transformers {version('transformers')}.",
         "",
-        "| library | architectures | all checks hold |",
+        "| library | architectures | all checks pass |",
         "|---|---|---|",
     ]
     libraries = list(dict.fromkeys(report.library for report in reports))
     for library in libraries:
-        own = [report for report in reports if report.library == library]
-        passed = sum(report.passed for report in own)
-        lines.append(f"| {library} | {len(own)} | {passed} ({100 * passed / len(own):.0f} %) |")
+        of_library = [report for report in reports if report.library == library]
+        passed = sum(report.passed for report in of_library)
+        lines.append(f"| {library} | {len(of_library)} | {passed} ({100 * passed / len(of_library):.0f} %) |")
     for library in libraries:
         lines += ["", f"## {library}", ""]
         lines.append("| family | architecture | sites | layout | found | adapters | % | = | head | ∇ | frozen | file |")
@@ -173,13 +173,13 @@ def table(reports: list[Report]) -> str:
         lines += [row(report) for report in reports if report.library == library]
     failures = [report for report in reports if not report.passed]
     if failures:
-        lines += ["", "## What fails", ""]
-        lines += [f"- {report.library}/{report.name}: {report.error or 'a check does not hold'}" for report in failures]
+        lines += ["", "## Failures", ""]
+        lines += [f"- {report.library}/{report.name}: {report.error or 'a check fails'}" for report in failures]
     return "\n".join(lines) + "\n"
 
 
 def row(report: Report) -> str:
-    """One line of a library's table."""
+    """Make one row of a library's table."""
     kinds = ", ".join(f"{number} {kind}" for kind, number in report.kinds.items())
     share = f"{100 * report.adapters / report.backbone:.1f}" if report.backbone else ""
     marks = [report.identity, report.head, report.gradient, report.frozen, report.file]

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md: every method, its paper and equation, where it goes by default and what it trains.
+"""Write docs/methods.md: every method with its paper, equation, default sites and number of trained parameters.
 
 python docs/build/methods.py
 """
@@ -17,24 +17,24 @@ TARGET = Path(__file__).parent.parent / "methods.md"
 
 INTRO = """# Methods
 
-Made by `python docs/build/methods.py`. Each goes through the same calls: `visadapt.inject(model, visadapt.Parallel(),
+Made by `python docs/build/methods.py`. All methods use the same call, `visadapt.inject(model, visadapt.Parallel(),
 task="flowers", num_classes=102)`, with `where=` for other sites (`op`: every convolution, linear and norm) and `norms=`
-for what the task owns of the norms. [Add a method](add-a-method.md) adds one more. Counts are of the adapters alone,
-with default options: no norms, no head; in per cent of the backbone without its head, for torchvision's ResNet-50 and
-for BERT-base.
+for the norm parameters that the task owns. [Add a method](add-a-method.md) shows how to write your own. Counts are
+parameters of the adapters with default options, without norms and head, for torchvision's ResNet-50 and BERT-base;
+percentages are of the backbone without its head.
 
 """
 
 
 def backbones() -> dict[str, nn.Module]:
-    """ResNet-50 and BERT-base, without weights: only shapes count here."""
+    """Make ResNet-50 and BERT-base without weights: only shapes are needed."""
     with torch.device("meta"):
         bert = BertForSequenceClassification(BertConfig())
         return {"ResNet-50": torchvision.models.resnet50(), "BERT-base": bert}
 
 
 def trained(model: nn.Module, method: visadapt.Method) -> str:
-    """Parameters of a method's adapters, or why it has none."""
+    """Count the parameters of a method's adapters, or say why there are none."""
     try:
         visadapt.inject(model, method, norms="frozen", head="frozen")
     except visadapt.VisadaptError:
@@ -45,15 +45,15 @@ def trained(model: nn.Module, method: visadapt.Method) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the page."""
     models = backbones()
     rows = []
-    for name, method in visadapt.METHODS.items():
-        equation = (method.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        made = method()
-        names = [made.where] if isinstance(made.where, str) else made.kinds
+    for name, cls in visadapt.METHODS.items():
+        equation = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        method = cls()
+        names = [method.where] if isinstance(method.where, str) else method.kinds
         kinds = ", ".join(f"`{kind}`" for kind in names) or "–"
-        rows.append((f"`{name}`", equation, kinds, *(trained(model, made) for model in models.values())))
+        rows.append((f"`{name}`", equation, kinds, *(trained(model, method) for model in models.values())))
     table = Table(("method", "what (paper)", "default sites", *models), rows)
     return INTRO + table.markdown() + "\n"
 

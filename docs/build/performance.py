@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from what ``python -m benchmarks`` has measured.
+"""Write docs/performance.md from the measurements of ``python -m benchmarks``.
 
 python docs/build/performance.py
 """
@@ -15,20 +15,20 @@ TARGET = Path(__file__).parent.parent / "performance.md"
 
 INTRO = """# Performance
 
-Made by `python docs/build/performance.py` from what `python -m benchmarks` has measured; no figure is typed by hand.
-Each is a ratio of two contenders that took turns in one process, so that what else the machine did slowed both: the
-median over the repeats, with quartiles. "By operations" is the same ratio if every multiplication of a convolution or
-matrix product took equally long: what is below that is won from norms, activations and the optimiser, what is above it
-is lost to them. Bytes are those that autograd keeps for the backward pass, counted through its saved-tensor hooks.
+Made by `python docs/build/performance.py` from the measurements of `python -m benchmarks`; no figure is typed by hand.
+Each figure is a ratio of two contenders that alternated in one process, so that other load slowed both: the median over
+the repeats, with quartiles. "By operations" is the same ratio if every multiplication of a convolution or matrix
+product took equally long: norms, activations and the optimiser account for the difference. Bytes are those that
+autograd keeps for the backward pass, counted through its saved-tensor hooks.
 
-A *bottleneck* is `Bottleneck(m)` with the norms frozen, made lean by `visadapt.lean(model)`; *own norms* is the default
-policy, under which every norm's weight wants a gradient, and so its input kept; *bfloat16 kept* is
+A *bottleneck* is `Bottleneck(m)` with frozen norms and `visadapt.lean(model)`; *own norms* is the default policy, under
+which every norm's weight needs a gradient and so its input is kept; *bfloat16 kept* is
 `visadapt.lean(model, keep=torch.bfloat16)`.
 """
 
 
 def section(path: Path) -> str:
-    """One file of results."""
+    """Make the section for one file of results."""
     rows = read(path)
     first = rows[0]
     title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
@@ -38,7 +38,7 @@ def section(path: Path) -> str:
         if missed(goal, row):
             reasons.setdefault(goal.why, []).append(f"{goal.figure}{goal.at and ', '}{goal.at} ({told(row)[0]})")
     if reasons:
-        parts += ["What is missed, and where the time goes (the profiles are below):"]
+        parts += ["Missed goals and their reasons (profiles below):"]
         parts += ["\n".join(f"* **{'; '.join(figures)}.** {why}" for why, figures in reasons.items())]
     profiles: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
@@ -48,12 +48,12 @@ def section(path: Path) -> str:
     for what, shares in profiles.items():
         parts += [f"Where a step's time goes ({what}):", Table(("operator", "share"), shares).markdown()]
     others = [(r["figure"], r["setting"], *told(r)) for r in rows if not r["figure"].startswith("profile: ")]
-    parts += ["All that was measured:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
+    parts += ["All measurements:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
     return "\n\n".join(parts)
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the page."""
     return "\n".join([INTRO, *map(section, sorted(RESULTS.glob("performance-*.csv")))]) + "\n"
 
 

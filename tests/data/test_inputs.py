@@ -24,11 +24,11 @@ def test_a_backbone_says_its_size_and_its_statistics() -> None:
 
 def test_what_cannot_be_prepared_is_refused() -> None:
     sees, reads = ZOO["tiny/resnet"].make(), next(m for m in ZOO.values() if m.text).make()
-    with pytest.raises(VisadaptError, match="a sees pictures, which have a size but no length"):
+    with pytest.raises(VisadaptError, match="a takes images: give a size instead of a length"):
         inputs_of(sees, "a", length=8)
-    with pytest.raises(VisadaptError, match="b reads texts, which have a length but no size"):
+    with pytest.raises(VisadaptError, match="b takes texts: give a length instead of a size"):
         inputs_of(reads, "b", size=8)
-    with pytest.raises(VisadaptError, match="c takes neither pictures nor texts"):
+    with pytest.raises(VisadaptError, match="c must take images or texts"):
         inputs_of(nn.Sequential(nn.Linear(3, 3)), "c")
     with pytest.raises(VisadaptError, match=r"size must be an integer from 1 to 8192 \(pixels\), got 0"):
         ImageInputs(0)
@@ -45,7 +45,7 @@ def test_a_description_comes_back_through_json(inputs: ImageInputs | TextInputs)
     "wrong", ["224", {}, {"kind": "sounds"}, {"kind": "images"}, {"kind": "images", "size": 8, "hue": 1}]
 )
 def test_what_is_no_description_is_refused(wrong: object) -> None:
-    with pytest.raises(VisadaptError, match="inputs are described by kind"):
+    with pytest.raises(VisadaptError, match="a description of inputs must have a kind"):
         from_description(wrong)  # type: ignore[arg-type]
 
 
@@ -64,7 +64,7 @@ def test_pictures_read_singly_are_those_of_a_set(tmp_path: Path) -> None:
 
 
 def test_columns_are_of_texts(tmp_path: Path) -> None:
-    with pytest.raises(VisadaptError, match="mnist: pictures have no label or text, which are options of texts"):
+    with pytest.raises(VisadaptError, match="mnist: label and text apply to texts only"):
         ImageInputs(16).load("mnist", text=["a"], label="b")
 
 
@@ -91,6 +91,6 @@ def test_pairs_need_a_tab(tmp_path: Path) -> None:
     assert splits.inputs == TextInputs("bundled/minilm", 12, pairs=True)
     read = splits.inputs.read(["one 1\ttwo 1"])
     assert read["token_type_ids"].sum() > 0, "the second text is marked as such"
-    with pytest.raises(VisadaptError, match="pairs of texts with a tab between them, got 'alone'"):
+    with pytest.raises(VisadaptError, match="a line must be a pair of texts separated by a tab, got 'alone'"):
         splits.inputs.read(["one 1\ttwo 1", "alone"])
     assert TextInputs("bundled/minilm", 12).read(["one\ttwo"])["token_type_ids"].sum() == 0

@@ -88,7 +88,7 @@ def test_dequantise_multiplies_by_channel(tmp_path) -> None:
 
 def test_dequantise_refuses_a_missing_scale(tmp_path) -> None:
     save_file({"w": torch.zeros(4, 3, dtype=torch.int8)}, tmp_path / "a.safetensors")
-    with pytest.raises(VisadaptError, match=r"a\.safetensors.*'w' has no scale"):
+    with pytest.raises(VisadaptError, match=r"a\.safetensors.*'w' must have one scale"):
         dequantise(tmp_path / "a.safetensors")
 
 

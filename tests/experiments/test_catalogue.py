@@ -62,7 +62,7 @@ def test_every_method_for_convolutions_can_be_put_in(name) -> None:
     [
         ("botleneck m=8", "no method 'botleneck'; did you mean 'bottleneck'"),
         ("bottleneck n=8", "Bottleneck has no option 'n'"),
-        ("bottleneck m=0", "m is a positive int"),
+        ("bottleneck m=0", "m must be a positive integer"),
         ("", "no method ''"),
     ],
 )

@@ -29,7 +29,7 @@ def test_a_problem_is_chosen_by_its_backbone() -> None:
     assert (read.name, read.backbone, read.modality, read.metric) == ("cola", "minilm", "text", "matthews")
     with pytest.raises(VisadaptError, match="ImageProblem has no option 'length'"):
         problem("bundled/resnet50", "cifar10", length=3)
-    with pytest.raises(VisadaptError, match="no image set and no folder 'cifar'; did you mean 'cifar10'"):
+    with pytest.raises(VisadaptError, match="no image data set or folder 'cifar'; did you mean 'cifar10'"):
         problem("bundled/resnet50", "cifar").load()
 
 

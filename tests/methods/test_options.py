@@ -31,5 +31,5 @@ def test_true_is_no_number(cls, option) -> None:
 
 @pytest.mark.parametrize(("cls", "option"), [(c, o) for c, o in OPTIONS if isinstance(getattr(c(), o), bool)], ids=str)
 def test_a_number_is_not_true(cls, option) -> None:
-    with pytest.raises(VisadaptError, match=f"{option} is True or False, got 1"):
+    with pytest.raises(VisadaptError, match=f"{option} must be True or False, got 1"):
         cls(**{option: 1})

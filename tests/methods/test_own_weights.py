@@ -179,5 +179,5 @@ def test_norms_of_a_network_without_any() -> None:
     with pytest.raises(v.VisadaptError, match="Sequential has no norms"):
         v.inject(nn.Sequential(nn.Linear(2, 2)), v.Norms())
     for n in (0, True, 1.5):
-        with pytest.raises(v.VisadaptError, match="n is a positive int"):
+        with pytest.raises(v.VisadaptError, match="n must be a positive integer"):
             v.TopLayers(n)

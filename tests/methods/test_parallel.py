@@ -165,8 +165,8 @@ def test_a_factor_that_is_not_there(tiny, method, said) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rank": 0}, "rank is a positive int"),
-        ({"rank": 1.5}, "rank is a positive int"),
+        ({"rank": 0}, "rank must be a positive integer"),
+        ({"rank": 1.5}, "rank must be a positive integer"),
         ({"factor_of": "x"}, "give rank="),
         ({"dropout": 1.0}, "dropout"),
         ({"init": "kaiming"}, "no init 'kaiming'"),

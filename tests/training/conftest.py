@@ -1,4 +1,4 @@
-"""A small real problem: scikit-learn's digits, and a narrow ResNet that is lent a task for them."""
+"""A small real problem: scikit-learn's digits, and a narrow ResNet with a task for them."""
 
 from __future__ import annotations
 

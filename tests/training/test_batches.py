@@ -1,4 +1,4 @@
-"""Data in every form it comes in, and the forms that are refused."""
+"""Batches from every form of data, and the forms that are refused."""
 
 from __future__ import annotations
 
@@ -75,34 +75,34 @@ def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, proce
     ("data", "words"),
     [
         ((X, Y[:5]), "5 labels for 10 inputs"),
-        ((X, Y.int()), "labels are class indices, int64"),
-        ((X, Y.bool()), "labels are class indices, int64"),
+        ((X, Y.int()), r"labels must be class indices \(int64\)"),
+        ((X, Y.bool()), r"labels must be class indices \(int64\)"),
         ((X, Y[:, None]), r"of \(10, 1\)"),
-        (({"a": X, "b": X[:3]}, Y), "inputs of different lengths: 3, 10"),
+        (({"a": X, "b": X[:3]}, Y), "inputs must have one length, got 3, 10"),
         ((X[:0], Y[:0]), "the training data is empty"),
         ([], "the training data is empty"),
         (X, "the training data has no labels"),
         ({"x": X}, "the training data has no labels"),
-        ({"labels": Y}, "not one of tensors"),
-        ({"x": [1, 2], "labels": Y}, "not one of tensors"),
-        (None, "got NoneType"),
-        ("cifar10", "got str"),
-        (iter([(X, Y)]), "got list_iterator"),
+        ({"labels": Y}, "training data must map argument names to tensors, got labels only"),
+        ({"x": [1, 2], "labels": Y}, "training data must map argument names to tensors, got x: list"),
+        (None, "training data must be a pair .*, got NoneType"),
+        ("cifar10", "training data must be a pair .*, got str"),
+        (iter([(X, Y)]), "training data must be a pair .*, got list_iterator"),
         (TextSplit(["a", "b"], torch.tensor([0, 1])), "visadapt.training.tokenised"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(data: Any, words: str) -> None:
+def test_unusable_data_is_refused(data: Any, words: str) -> None:
     with pytest.raises(VisadaptError, match=words):
         Batches(data, 4, "training")
 
 
 @pytest.mark.parametrize("batch", [X, (X,), "ab", {"x": X}])
 def test_a_loader_of_something_else_is_refused_at_its_first_batch(batch: Any) -> None:
-    with pytest.raises(VisadaptError, match="no pair of inputs and labels"):
+    with pytest.raises(VisadaptError, match="a batch of the training data must be a pair of inputs and labels, got"):
         list(Batches([batch, batch, batch], 4, "training").epoch())
 
 
-def test_bytes_become_normalised_images_and_floats_stay() -> None:
+def test_uint8_images_are_normalised_and_floats_are_not() -> None:
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(ready(images), normalize(images))
     assert ready(X) is X
@@ -112,19 +112,19 @@ def test_bytes_become_normalised_images_and_floats_stay() -> None:
     assert torch.equal(labels, split.labels)  # type: ignore[arg-type]
 
 
-def test_only_columns_that_are_padding_everywhere_are_cut() -> None:
+def test_only_columns_of_padding_are_trimmed() -> None:
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])
     ids = torch.arange(10).view(2, 5)
     cut = trimmed({"input_ids": ids, "attention_mask": mask, "other": torch.zeros(2)})
     assert cut["input_ids"].tolist() == [[1, 2, 3], [6, 7, 8]]
     assert cut["attention_mask"].tolist() == [[1, 1, 0], [0, 1, 1]]
     assert cut["other"].shape == (2,)
-    nothing = {"attention_mask": torch.zeros(2, 5)}
-    assert trimmed(nothing) is nothing
+    all_padding = {"attention_mask": torch.zeros(2, 5)}
+    assert trimmed(all_padding) is all_padding
 
 
 class _Tokenizer:
-    """Words as numbers of their lengths, as transformers' tokenizers are called."""
+    """Maps words to their lengths, with the interface of transformers' tokenizers."""
 
     def __call__(self, *columns: list[str], max_length: int, **options: Any) -> dict[str, torch.Tensor]:
         assert options == {"padding": True, "truncation": True, "return_tensors": "pt"}
@@ -137,11 +137,11 @@ class _Tokenizer:
 
 
 def test_texts_and_pairs_are_tokenised() -> None:
-    made = tokenised(_Tokenizer(), TextSplit(["a bb", "ccc a dddd a"], torch.tensor([0, 1])), max_length=3)
-    assert isinstance(made.inputs, dict)
-    assert made.inputs["input_ids"].tolist() == [[1, 2, 0], [3, 1, 4]]
+    samples = tokenised(_Tokenizer(), TextSplit(["a bb", "ccc a dddd a"], torch.tensor([0, 1])), max_length=3)
+    assert isinstance(samples.inputs, dict)
+    assert samples.inputs["input_ids"].tolist() == [[1, 2, 0], [3, 1, 4]]
     pairs = tokenised(_Tokenizer(), TextSplit([("a bb", "ccc"), ("a", "bb")], torch.tensor([0, 1])))
     assert isinstance(pairs.inputs, dict)
     assert pairs.inputs["input_ids"].tolist() == [[1, 2, 3], [1, 2, 0]]
-    with pytest.raises(VisadaptError, match="no text"):
+    with pytest.raises(VisadaptError, match="texts to tokenise must not be empty"):
         tokenised(_Tokenizer(), TextSplit([], torch.tensor([], dtype=torch.int64)))

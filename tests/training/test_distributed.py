@@ -34,29 +34,29 @@ def injected(seed: int = 0, norms: str = "affine") -> nn.Module:
 
 
 def job(folder: Path) -> dict[str, Any]:
-    """What is compared; the last batch, of 11 and of 1 samples, cannot be shared evenly."""
+    """Results to compare; the last batches, of 11 and 1 samples, cannot be split evenly."""
     rank = int(os.environ.get("RANK", 0))
     digits = load_images("digits", size=16)
     train, validation = digits.train.subset(range(75)), digits.test.subset(range(33))
-    # each process draws other adapters: the first one's count
+    # each process draws other adapters; those of the first are used
     model = injected(seed=rank)
     log = JsonLines(folder / f"log{rank}.jsonl")
     result = fit(model, "digits", train, validation, RECIPE, metric="loss", accumulate=2, log=log)
-    found: dict[str, Any] = {"epochs": [(e.loss, e.score) for e in result.epochs], "best": result.best}
-    found["evaluated"] = evaluate(model, "digits", validation, ("accuracy", "loss"))
+    results: dict[str, Any] = {"epochs": [(e.loss, e.score) for e in result.epochs], "best": result.best}
+    results["evaluated"] = evaluate(model, "digits", validation, ("accuracy", "loss"))
     loader = DataLoader(TensorDataset(normalize(train.images), train.labels), batch_size=32)
-    found["loaded"] = fit(model, "digits", loader, recipe=RECIPE.replace(epochs=1)).epochs[0].loss
+    results["loaded"] = fit(model, "digits", loader, recipe=RECIPE.replace(epochs=1)).epochs[0].loss
     every = DataLoader(TensorDataset(normalize(validation.images), validation.labels), batch_size=10)
-    found["evaluated loader"] = evaluate(model, "digits", every, ("accuracy", "loss"))
+    results["evaluated loader"] = evaluate(model, "digits", every, ("accuracy", "loss"))
     assert all(p.requires_grad for p in visadapt.parameters(model, "other"))
     logits = predict(model, "digits", validation.images)
     tensors = {name: p.detach().clone() for name, p in visadapt.named_parameters(model, "digits")} | {"logits": logits}
     save_file(tensors, folder / f"rank{rank}.safetensors")
-    return found
+    return results
 
 
 def stopped_and_resumed(folder: Path) -> None:
-    """Each process with its own dropout, and running statistics that belong to the task."""
+    """Each process has its own dropout, and the task owns running statistics."""
     digits = load_images("digits", size=16)
     train, rank = digits.train.subset(range(75)), int(os.environ["RANK"])
     states = []
@@ -86,7 +86,7 @@ def stopped_and_resumed(folder: Path) -> None:
 
 
 def one_bad_part() -> None:
-    """A loss that is not finite in one process's part stops all of them alike."""
+    """A loss that is not finite in one process's part stops all processes."""
     x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x[3] = float("nan")
     with pytest.raises(VisadaptError, match="the loss became nan at step 1"):
@@ -95,22 +95,24 @@ def one_bad_part() -> None:
 
 def data_that_cannot_be_shared() -> None:
     x, y = torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])
-    with pytest.raises(VisadaptError, match="2 processes can share tensors or a DataLoader as evaluation data"):
+    with pytest.raises(
+        VisadaptError, match="evaluation data for 2 processes must be tensors or a DataLoader, got list"
+    ):
         evaluate(injected(), "digits", [(x, y)])
     with pytest.raises(VisadaptError, match=r"2 processes cannot share the evaluation data: .*round multiple"):
         evaluate(injected(), "digits", DataLoader(TensorDataset(x, y), batch_size=3))
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    folder = Path(sys.argv[1])
     engine = Engine(nn.Linear(2, 2))
-    told: dict[str, Any] = {"processes": engine.processes, "precision": engine.precision}
+    report: dict[str, Any] = {"processes": engine.processes, "precision": engine.precision}
     if engine.processes > 1:
-        told |= job(place)
-        stopped_and_resumed(place)
+        report |= job(folder)
+        stopped_and_resumed(folder)
         one_bad_part()
         data_that_cannot_be_shared()
-    (place / f"told{engine.rank}.json").write_text(json.dumps(told))
+    (folder / f"report{engine.rank}.json").write_text(json.dumps(report))
 
 
 def launched(folder: Path, *command: str) -> list[dict[str, Any]]:
@@ -118,7 +120,7 @@ def launched(folder: Path, *command: str) -> list[dict[str, Any]]:
     command = (sys.executable, "-m", *command, __file__, str(folder))
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("told*.json"))]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("report*.json"))]
 
 
 @pytest.mark.slow
@@ -130,8 +132,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     first, second = launched(two, "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert first == second
     assert (first["processes"], first["precision"], first["best"]) == (2, "fp32", expected["best"])
-    for mine, theirs in zip(first["epochs"], expected["epochs"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+    for of_two, of_one in zip(first["epochs"], expected["epochs"], strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4)
     assert first["loaded"] == pytest.approx(expected["loaded"], rel=1e-4)
     for name in ("evaluated", "evaluated loader"):
         assert first[name] == pytest.approx(expected[name], rel=1e-4)
@@ -146,6 +148,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate_launch_says_the_precision(tmp_path: Path) -> None:
-    told = launched(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=bf16")
-    assert told == [{"processes": 1, "precision": "bf16"}]
+def test_accelerate_launch_sets_the_precision(tmp_path: Path) -> None:
+    reports = launched(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=bf16")
+    assert reports == [{"processes": 1, "precision": "bf16"}]

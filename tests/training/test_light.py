@@ -1,4 +1,4 @@
-"""What is imported when: the core without the training, the training without rich."""
+"""Imports: the core without training, training without rich."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_core_brings_no_training_and_the_training_no_optional_library() -> None:
+def test_the_core_does_not_import_training_nor_training_an_optional_library() -> None:
     _run(
         "import sys, visadapt; assert 'visadapt.training' not in sys.modules\n"
         "import visadapt.training, visadapt.experiments\n"
@@ -29,7 +29,7 @@ def test_the_core_brings_no_training_and_the_training_no_optional_library() -> N
     )
 
 
-def test_fit_works_without_rich_and_with_it_on_no_terminal() -> None:
+def test_fit_works_without_rich() -> None:
     for block in ("sys.modules['rich'] = None", "pass"):
         _run(
             f"import sys, torch\n{block}\n"
@@ -43,9 +43,7 @@ def test_fit_works_without_rich_and_with_it_on_no_terminal() -> None:
         )
 
 
-def test_what_needs_a_library_that_is_not_there_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_library_is_an_error_that_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for library in ("accelerate", "torchmetrics", "torchmetrics.functional", "tensorboard"):
         monkeypatch.setitem(sys.modules, library, None)
     model, data = nn.Linear(2, 2), (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))

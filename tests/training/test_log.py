@@ -1,4 +1,4 @@
-"""Logs: what is written of each epoch, and when."""
+"""Logs: what is written after each epoch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_json_lines_hold_every_epoch_so_far(tmp_path: Path) -> None:
     result = fit(nn.Linear(3, 2), None, DATA, DATA, RECIPE, log=[JsonLines(file), look])
     assert [len(lines) for lines in seen] == [1, 2, 3]
     for line, epoch in zip(seen[-1], result.epochs, strict=True):
-        told = {"task": None, "epoch": epoch.number, "loss": epoch.loss, "metric": "accuracy", "score": epoch.score}
-        assert line == {**told, "seconds": epoch.seconds}
+        expected = {"task": None, "epoch": epoch.number, "loss": epoch.loss, "metric": "accuracy", "score": epoch.score}
+        assert line == {**expected, "seconds": epoch.seconds}
     assert seen[-1][:1] == seen[0]
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(VisadaptError, match=r"no folder .*nowhere to write a log in"):
+    with pytest.raises(VisadaptError, match=r"no folder '.*nowhere' to write the log log\.jsonl to"):
         JsonLines(tmp_path / "nowhere" / "log.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Metrics, against scikit-learn's and SciPy's on random outputs and by hand."""
+"""Metrics, compared with those of scikit-learn and SciPy on random outputs, and by hand."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_correlations_agree_with_scipy(seed: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_a_correlation_with_what_is_all_alike_is_nought(classes: int) -> None:
-    alike, labels = torch.eye(classes)[1].repeat(10, 1), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 0, 1])
-    assert METRICS["matthews"](alike, labels) == 0
+def test_a_correlation_with_constant_values_is_zero(classes: int) -> None:
+    constant, labels = torch.eye(classes)[1].repeat(10, 1), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 0, 1])
+    assert METRICS["matthews"](constant, labels) == 0
     assert METRICS["matthews"](torch.eye(classes)[labels], torch.ones(10, dtype=torch.long)) == 0
     for name in ("pearson", "spearman"):
         assert METRICS[name](torch.ones(10, 1), torch.arange(10.0)) == 0
@@ -63,13 +63,13 @@ def test_top5_of_seven_and_of_three_classes() -> None:
     assert METRICS["top5"](torch.randn(4, 3), torch.tensor([0, 1, 2, 0])) == 1
 
 
-def test_a_metric_of_other_labels_is_refused() -> None:
-    with pytest.raises(VisadaptError, match="accuracy is a metric of classes, and the labels are real values"):
+def test_a_metric_for_other_labels_is_refused() -> None:
+    with pytest.raises(VisadaptError, match="accuracy needs class labels, got real-valued labels"):
         check_metric("accuracy", torch.zeros(3))
-    with pytest.raises(VisadaptError, match="spearman is a metric of real values, and the labels are classes"):
+    with pytest.raises(VisadaptError, match="spearman needs real-valued labels, got class labels"):
         check_metric("spearman", torch.arange(3))
     with pytest.raises(VisadaptError, match=r"no metric 'pearsons'; did you mean 'pearson'"):
         check_metric("pearsons")
     check_metric("loss", torch.zeros(3))
-    with pytest.raises(VisadaptError, match="f1 is of two classes, the head has 3: macro_f1"):
+    with pytest.raises(VisadaptError, match="f1 needs a head of 2 classes, got 3; macro_f1"):
         METRICS["f1"](torch.zeros(2, 3), torch.tensor([0, 1]))

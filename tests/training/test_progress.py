@@ -1,4 +1,4 @@
-"""The progress bar on a terminal: it shows what it is told, whatever that is."""
+"""The progress bar on a terminal shows its text verbatim."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_brackets_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_are_not_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")

@@ -1,8 +1,9 @@
-"""The recipe: exact schedules, who decays and who does not, values that are refused."""
+"""Recipes: exact schedules, which parameters decay, and values that are refused."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -15,17 +16,17 @@ import visadapt
 from tests.models import ZOO
 from visadapt import VisadaptError
 from visadapt.training import RECIPES, SCHEDULES, Recipe
-from visadapt.training.target import trainee
+from visadapt.training.target import target_of
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
     model = nn.Linear(2, 2, bias=False)
-    optimiser, schedule = recipe.prepared(trainee(model, None), steps)
+    optimizer, schedule = recipe.make_optimizer(target_of(model, None), steps)
     seen = []
     for _ in range(steps):
-        seen.append(optimiser.param_groups[0]["lr"])
+        seen.append(optimizer.param_groups[0]["lr"])
         model.weight.grad = torch.zeros(2, 2)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return seen
 
@@ -51,23 +52,23 @@ def test_step_schedule_falls_to_a_tenth_at_each_milestone() -> None:
     assert seen == pytest.approx([0.1] * 240 + [0.01] * 60 + [0.001] * 60, rel=1e-12)
 
 
-def test_rebuffis_recipe_moves_as_sgd_with_momentum_and_each_parts_own_decay() -> None:
+def test_rebuffis_recipe_is_sgd_with_momentum_and_a_decay_per_role() -> None:
     torch.manual_seed(0)
     model = visadapt.inject(ZOO["tiny/resnet"].make(), visadapt.Parallel(), task="a", num_classes=3)
-    chosen = trainee(model, "a")
-    optimiser, schedule = RECIPES["rebuffi"].prepared(chosen, 300)
-    expected = {name: p.detach().clone() for name, p in chosen.parameters.items()}
+    target = target_of(model, "a")
+    optimizer, schedule = RECIPES["rebuffi"].make_optimizer(target, 300)
+    expected = {name: p.detach().clone() for name, p in target.parameters.items()}
     speed = {name: torch.zeros_like(p) for name, p in expected.items()}
     for _ in range(2):
-        for name, p in chosen.parameters.items():
+        for name, p in target.parameters.items():
             p.grad = torch.randn_like(p)
             decay = 2e-3 if name.endswith("parallel.full.weight") else 5e-4 if name.endswith("head.weight") else 0.0
             speed[name] = 0.9 * speed[name] + p.grad + decay * expected[name]
             expected[name] = expected[name] - 0.1 * speed[name]
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     assert any(name.endswith("parallel.full.weight") for name in expected)
-    for name, p in chosen.parameters.items():
+    for name, p in target.parameters.items():
         torch.testing.assert_close(p.detach(), expected[name])
 
 
@@ -84,27 +85,27 @@ def test_every_step_moves_and_none_exceeds_the_peak(steps: int, warmup: float, s
 @pytest.mark.parametrize("name", ["tiny/resnet", "tiny/vgg_bn"])
 def test_rates_and_decay_of_adapters_norms_and_head(name: str) -> None:
     model = visadapt.inject(ZOO[name].make(), visadapt.Bottleneck(4, depthwise=True), num_classes=3)
-    chosen = trainee(model, "default")
+    target = target_of(model, "default")
     recipe = Recipe(lr=1e-2, head_lr=3e-2, norm_lr=5e-2, weight_decay=0.3, adapter_decay=0.7)
-    optimiser, _ = recipe.prepared(chosen, 10)
-    group = {id(p): g for g in optimiser.param_groups for p in g["params"]}
-    assert len(group) == len(chosen.parameters) == len(visadapt.parameters(model, "default"))
-    for key, parameter in chosen.parameters.items():
+    optimizer, _ = recipe.make_optimizer(target, 10)
+    group = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    assert len(group) == len(target.parameters) == len(visadapt.parameters(model, "default"))
+    for key, parameter in target.parameters.items():
         adapter = key.endswith((".down.weight", ".up.weight", ".depthwise.weight"))
         decay = 0.7 if adapter else 0.3 if key.endswith("head.weight") else 0.0
         assert group[id(parameter)]["weight_decay"] == decay, key
         rate = 3e-2 if ".head." in f".{key}" else 5e-2 if ".norm." in f".{key}" else 1e-2
         assert group[id(parameter)]["initial_lr"] == rate, key
-    assert any(key.endswith(".norm.weight") for key in chosen.norms)
-    assert any(key.endswith("up.weight") for key in chosen.parameters)
+    assert any(key.endswith(".norm.weight") for key in target.norms)
+    assert any(key.endswith("up.weight") for key in target.parameters)
 
 
 def test_norms_of_a_plain_network_do_not_decay_either() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm((4, 8, 8)), nn.Flatten(), nn.Linear(9, 2))
-    chosen = trainee(model, None)
-    optimiser, _ = Recipe(weight_decay=0.3, adapter_decay=0.7).prepared(chosen, 10)
-    decays = {id(p): g["weight_decay"] > 0 for g in optimiser.param_groups for p in g["params"]}
-    # a LayerNorm over maps has a weight of three dimensions, and is a norm all the same
+    target = target_of(model, None)
+    optimizer, _ = Recipe(weight_decay=0.3, adapter_decay=0.7).make_optimizer(target, 10)
+    decays = {id(p): g["weight_decay"] > 0 for g in optimizer.param_groups for p in g["params"]}
+    # the weight of a LayerNorm over maps has three dimensions and still does not decay
     assert [name for name, p in model.named_parameters() if decays[id(p)]] == ["0.weight", "4.weight"]
 
 
@@ -138,7 +139,7 @@ def test_norms_of_a_plain_network_do_not_decay_either() -> None:
     ],
 )
 def test_a_value_out_of_range_is_named(field: str, value: Any) -> None:
-    with pytest.raises(VisadaptError, match=f"{field} (is|are)"):
+    with pytest.raises(VisadaptError, match=rf"^{field} (is|are|must be) .*got {re.escape(repr(value))}$"):
         Recipe(**{field: value})
 
 

@@ -1,4 +1,4 @@
-"""A training that was stopped goes on from its checkpoint: the same bits in the end, and nothing else's."""
+"""An interrupted training run resumes from its checkpoint, and from no other, with bit-identical results."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ RECIPE = Recipe(epochs=3, lr=1e-2, head_lr=3e-2, batch_size=32)
 
 
 class Killed(Exception):  # noqa: N818
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 def after(calls: int) -> Callable[[Tensor], Tensor]:
-    """A ``prepare`` that ends the process in its n-th call."""
+    """A ``prepare`` that raises ``Killed`` in its n-th call."""
     left = calls
 
     def prepare(batch: Tensor) -> Tensor:
@@ -48,16 +48,16 @@ def after(calls: int) -> Callable[[Tensor], Tensor]:
     return prepare
 
 
-def made(seed: int = 0) -> nn.Module:
+def make(seed: int = 0) -> nn.Module:
     backbone = ZOO["tiny/resnet"].make()
-    # the backbone is always the same; what is drawn at inject is not
+    # the same backbone for every seed, but other adapters and another head
     torch.manual_seed(seed)
     method = visadapt.Bottleneck(8, dropout=0.3)
     return visadapt.inject(backbone, method, task="digits", num_classes=10, norms="full")
 
 
-def told(result: Fit) -> Any:
-    """All of a result but the time it took."""
+def without_seconds(result: Fit) -> Any:
+    """All of a result except durations."""
     return result.best, result.steps, [(epoch.number, epoch.loss, epoch.score) for epoch in result.epochs]
 
 
@@ -69,9 +69,9 @@ def trained(model: nn.Module, digits: ImageSet, **changes: Any) -> Fit:
 
 @pytest.fixture(scope="module")
 def whole(digits: ImageSet) -> tuple[Any, dict[str, Tensor]]:
-    """What a training gives that nobody stops: four steps an epoch, and a forward on validation data."""
-    model = made()
-    return told(trained(model, digits)), state(model)
+    """The result of an uninterrupted run: per epoch four steps and a forward pass on validation data."""
+    model = make()
+    return without_seconds(trained(model, digits)), state(model)
 
 
 # within the first epoch, at its validation, within the second and at the last step of the third
@@ -81,11 +81,11 @@ def test_the_same_bits_as_without_a_stop(
 ) -> None:
     file = tmp_path / "digits.checkpoint"
     with pytest.raises(Killed):
-        trained(made(), digits, checkpoint=file, checkpoint_every=every, prepare=after(stop))
-    # the second process drew other adapters and used up other random numbers before it came here
-    model = made(seed=7)
+        trained(make(), digits, checkpoint=file, checkpoint_every=every, prepare=after(stop))
+    # the second process starts with other adapters and another random state
+    model = make(seed=7)
     result = trained(model, digits, checkpoint=file, checkpoint_every=every)
-    assert told(result) == whole[0]
+    assert without_seconds(result) == whole[0]
     assert all(torch.equal(whole[1][name], tensor) for name, tensor in state(model).items())
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -93,19 +93,19 @@ def test_the_same_bits_as_without_a_stop(
 def test_many_stops_one_after_another(digits: ImageSet, whole: Any, tmp_path: Path) -> None:
     file, stops = tmp_path / "digits.checkpoint", 0
     while True:
-        model = made(seed=stops)
+        model = make(seed=stops)
         try:
             result = trained(model, digits, checkpoint=file, checkpoint_every=1, prepare=after(4))
             break
         except Killed:
             stops += 1
     assert stops == 4
-    assert told(result) == whole[0]
+    assert without_seconds(result) == whole[0]
     assert all(torch.equal(whole[1][name], tensor) for name, tensor in state(model).items())
 
 
-def test_a_finished_training_returns_at_once(digits: ImageSet, tmp_path: Path) -> None:
-    file, model, twin = tmp_path / "digits.checkpoint", made(), made(seed=1)
+def test_a_finished_training_run_returns_at_once(digits: ImageSet, tmp_path: Path) -> None:
+    file, model, twin = tmp_path / "digits.checkpoint", make(), make(seed=1)
     assert any(not torch.equal(tensor, state(twin)[name]) for name, tensor in state(model).items())
     first = trained(model, digits, checkpoint=file)
     written = file.read_bytes()
@@ -116,7 +116,7 @@ def test_a_finished_training_returns_at_once(digits: ImageSet, tmp_path: Path) -
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Draws from torch's own random numbers, as transforms of torchvision do."""
+    """Uses torch's global generator, like torchvision's transforms."""
 
     def __init__(self, digits: ImageSet) -> None:
         self.images, self.labels = normalize(digits.train.images[:64]), digits.train.labels[:64]
@@ -131,7 +131,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 @pytest.mark.parametrize("own", [False, True], ids=["torch's generator", "its own generator"])
 def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: Path, own: bool) -> None:
     def run(file: Path | None, stop: int) -> tuple[Any, dict[str, Tensor]]:
-        model, left = made(), stop
+        model, left = make(), stop
 
         def prepare(batch: Tensor) -> Tensor:
             nonlocal left
@@ -144,7 +144,7 @@ def test_a_shuffling_loader_with_random_transforms(digits: ImageSet, tmp_path: P
         loader = DataLoader(Noisy(digits), batch_size=16, shuffle=True, generator=generator)
         recipe = RECIPE.replace(epochs=2)
         options: dict[str, Any] = {} if file is None else {"checkpoint": file, "checkpoint_every": 1}
-        return told(fit(model, "digits", loader, recipe=recipe, prepare=prepare, **options)), state(model)
+        return without_seconds(fit(model, "digits", loader, recipe=recipe, prepare=prepare, **options)), state(model)
 
     expected = run(None, 0)
     file = tmp_path / "digits.checkpoint"
@@ -162,7 +162,7 @@ def test_a_plain_network_trained_by_sgd(digits: ImageSet, tmp_path: Path, layout
         recipe = RECIPE.replace(optimizer="sgd", lr=1e-3)
         data = digits.train.subset(range(100))
         options: dict[str, Any] = {} if file is None else {"checkpoint": file, "checkpoint_every": 1}
-        return told(fit(model, None, data, recipe=recipe, prepare=prepare, **options)), state(model)
+        return without_seconds(fit(model, None, data, recipe=recipe, prepare=prepare, **options)), state(model)
 
     expected = run(None, normalize)
     file = tmp_path / "plain.checkpoint"
@@ -184,21 +184,21 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
         return normalize(batch) * (float("nan") if calls == 8 else 1)
 
     with pytest.raises(VisadaptError, match="the loss became nan at step 7 of 12; the last good state is kept"):
-        trained(made(), digits, checkpoint=file, prepare=poison)
-    model = made(seed=1)
-    assert told(trained(model, digits, checkpoint=file)) == whole[0]
+        trained(make(), digits, checkpoint=file, prepare=poison)
+    model = make(seed=1)
+    assert without_seconds(trained(model, digits, checkpoint=file)) == whole[0]
     assert all(torch.equal(whole[1][name], tensor) for name, tensor in state(model).items())
 
 
 @pytest.fixture(scope="module")
 def written(digits: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("resume") / "digits.checkpoint"
-    trained(made(), digits, checkpoint=file, recipe=RECIPE.replace(epochs=1))
+    trained(make(), digits, checkpoint=file, recipe=RECIPE.replace(epochs=1))
     return file
 
 
 def _other_weights() -> nn.Module:
-    model = made()
+    model = make()
     with torch.no_grad():
         model.layer1[0].conv1.weight.mul_(2)  # type: ignore[union-attr, index, operator]
     return model
@@ -211,7 +211,7 @@ def _other_method() -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"recipe": RECIPE.replace(epochs=1, lr=0.5)}, r"another training: recipe: lr was 0\.01, is 0\.5$"),
+        ({"recipe": RECIPE.replace(epochs=1, lr=0.5)}, r"another training run: recipe: lr was 0\.01, is 0\.5$"),
         ({"recipe": RECIPE.replace(epochs=2)}, "recipe: epochs was 1, is 2"),
         ({"seed": 4}, "seed was 3, is 4"),
         ({"metric": "accuracy"}, "metric was loss, is accuracy"),
@@ -227,11 +227,11 @@ def _other_method() -> nn.Module:
         ),
     ],
 )
-def test_another_training_is_refused_with_what_differs(
+def test_another_training_run_is_refused_with_what_differs(
     digits: ImageSet, written: Path, change: dict[str, Any], words: str
 ) -> None:
     content = written.read_bytes()
-    model = change.pop("model", made)()
+    model = change.pop("model", make)()
     before = state(model)
     with pytest.raises(VisadaptError, match=words):
         trained(model, digits, **{"checkpoint": written, "recipe": RECIPE.replace(epochs=1), **change})
@@ -244,24 +244,24 @@ def test_other_data_is_refused(digits: ImageSet, written: Path) -> None:
     data.images[50, 0, 3, 3] ^= 1
     options: dict[str, Any] = {"checkpoint": written, "recipe": RECIPE.replace(epochs=1)}
     with pytest.raises(VisadaptError, match="training data: digest of inputs was"):
-        trained(made(), digits, train=data, **options)
+        trained(make(), digits, train=data, **options)
     with pytest.raises(VisadaptError, match="validation data: samples was 40, is 30"):
-        trained(made(), digits, validation=digits.test.subset(range(30)), **options)
+        trained(make(), digits, validation=digits.test.subset(range(30)), **options)
 
 
-def test_what_is_no_checkpoint_is_refused_and_left_alone(digits: ImageSet, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_left_alone(digits: ImageSet, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("dear diary")
-    task = visadapt.save(made(), "digits", tmp_path / "digits.visadapt")
+    task = visadapt.save(make(), "digits", tmp_path / "digits.visadapt")
     for file in (text, task):
         content = file.read_bytes()
-        with pytest.raises(VisadaptError, match="is no checkpoint of a training"):
-            trained(made(), digits, checkpoint=file)
+        with pytest.raises(VisadaptError, match=r"is not a (whole )?checkpoint of a training run"):
+            trained(make(), digits, checkpoint=file)
         assert file.read_bytes() == content
-    with pytest.raises(VisadaptError, match=r"no folder .*nowhere to keep a checkpoint in"):
-        trained(made(), digits, checkpoint=tmp_path / "nowhere" / "digits.checkpoint")
-    with pytest.raises(VisadaptError, match="checkpoint_every is a positive int, got 0"):
-        trained(made(), digits, checkpoint=tmp_path / "digits.checkpoint", checkpoint_every=0)
+    with pytest.raises(VisadaptError, match=r"no folder '.*nowhere' to write the checkpoint digits\.checkpoint to"):
+        trained(make(), digits, checkpoint=tmp_path / "nowhere" / "digits.checkpoint")
+    with pytest.raises(VisadaptError, match=r"^checkpoint_every .*positive int.*, got 0$"):
+        trained(make(), digits, checkpoint=tmp_path / "digits.checkpoint", checkpoint_every=0)
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
         command = [sys.executable, str(script), str(folder)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
-    # seven steps and a validation an epoch: the fifth step of the second, two after a checkpoint within it
+    # per epoch seven steps and a validation: stop in the second epoch's fifth step, two after a checkpoint
     killed, waited = start(tmp_path / "killed", stall=13), time.monotonic()
     while not (tmp_path / "killed" / "here").exists():
         assert killed.poll() is None

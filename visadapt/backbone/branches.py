@@ -1,9 +1,9 @@
-"""Branches of a backbone, read off the dataflow of one forward.
+"""Find the branches of any backbone in the dataflow of one forward.
 
-Nothing here knows an architecture. In y = s + f(s) the branch is what was computed from the other summand (or, with a
-projection in the shortcut, what took more steps from the block's input), and it ends at the last module that made it.
-Backbones without sums have their branches concatenated (DenseNet), or none at all: then the ends are the outputs of the
-blocks that everything flows through (VGG, Inception).
+In y = s + f(s) the branch f(s) is the summand computed from the other one (or, with a projection in the shortcut, the
+one with more operators since the block's input), and it ends at the last module that computed it. Backbones without
+sums concatenate their branches (DenseNet), or have none: then the ends are the outputs of the blocks that all data
+flows through (VGG, Inception).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _SCALES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 
-# they move positions about, or drop some: an adapter, which treats every position alike, may as well come before them
+# operators that move or drop positions: an adapter treats all positions alike, so it can come before them
 _MOVES = {
     *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "roll", "movedim", "swapaxes"),
     *("__getitem__", "pad", "unsqueeze", "squeeze", "expand", "clone", "to"),
@@ -34,8 +34,8 @@ class End:
     """Where a branch ends.
 
     Attributes:
-        host: path of the module that gives it out.
-        value: what it gives out.
+        host: path of the module whose output it is.
+        value: the output.
         block: path of the module in which the branch begins and ends.
         branch: paths of the block's children in the branch.
         axis: that the channels are on; None if it is not established.
@@ -49,18 +49,18 @@ class End:
 
 
 def ends(flow: Flow, modules: dict[str, nn.Module], skip: Iterable[str] = ()) -> list[End]:
-    """The ends of a backbone's branches: of its residual ones, else of its concatenated ones, else of its blocks.
+    """Return the ends of residual branches, else of concatenated branches, else of blocks.
 
     Args:
-        flow: one forward, recorded.
+        flow: recorded dataflow of one forward.
         modules: the backbone's modules by path.
-        skip: modules that are no part of the backbone: its head.
+        skip: modules to ignore, such as the head.
     """
     head = tuple(skip)
     reader = _Reader(flow, modules)
     for look in (reader.added, reader.entangled, reader.joined, reader.blocks):
         found = [end for end in look() if not within(end.host, head)]
-        # a positional convolution or one summand of a re-parametrised conv is no branch, unless there are no others
+        # weak branches (a positional convolution, a part of a re-parametrised conv) count only if there are no others
         for least in (0,) if look == reader.blocks else (2, 1, 0):
             strong = {end.host: end for end in found if reader.matrices(end.branch) >= least}
             if strong:
@@ -83,7 +83,7 @@ class _Reader:
                     yield found
 
     def entangled(self) -> Iterator[End]:
-        """The same in blocks that are given what was computed from one another (NASNet's cells)."""
+        """y = s + f(s) in blocks with inputs computed from one another (NASNet's cells)."""
         for join in self.flow.joins:
             if join.adds:
                 found = self._residual(join, whole=False)
@@ -91,7 +91,7 @@ class _Reader:
                     yield found
 
     def joined(self) -> Iterator[End]:
-        """y = [s, f(s)]: what is concatenated with something that it was computed from."""
+        """y = [s, f(s)]: a value concatenated with one that it was computed from."""
         for join in self.flow.joins:
             for i, part in enumerate(join.parts):
                 if not join.adds and any(part.comes_from(other) for other in join.parts[:i]):
@@ -101,7 +101,7 @@ class _Reader:
                         yield End(found.host, found.value, block, (block,), found.axis)
 
     def blocks(self) -> Iterator[End]:
-        """Modules of several layers, or else layers, in a row through which everything flows, innermost rows first."""
+        """Modules of several layers, or else single layers, in a row that all data passes; innermost rows first."""
         passed = self._narrows()
         for least in (2, 1):
             chosen: list[End] = []
@@ -123,7 +123,7 @@ class _Reader:
                 return
 
     def _is_row(self, path: str, passed: set[int]) -> bool:
-        """Whether a container's layers are themselves in a row: they are the blocks then, not it."""
+        """Whether a container's layers form a row themselves, so that they are the blocks."""
         if not isinstance(self.modules[path], nn.Sequential):
             return False
         outs = [
@@ -136,11 +136,11 @@ class _Reader:
     def matrices(self, paths: Iterable[str]) -> int:
         """Number of weight matrices, without depthwise convolutions."""
         found = {m for path in paths for m in own_modules(self.modules[path]).values() if is_matrix(m)}
-        # an LSTM counts for two: into its state and on from it
+        # an LSTM counts as two: input to state, and state to state
         return sum(2 if isinstance(m, nn.RNNBase) else int(not is_depthwise(m)) for m in found)
 
     def with_siblings(self, found: dict[str, End], head: tuple[str, ...]) -> list[End]:
-        """Adds, in blocks of the same class that have no shortcut (the first of a stage), the same place."""
+        """Add the same place in blocks of the same class that have no shortcut (the first of a stage)."""
         places: dict[type[nn.Module], dict[str, End]] = {}
         for end in found.values():
             if end.block not in ("", end.host):
@@ -168,7 +168,7 @@ class _Reader:
             return self._end(join.stack, right, left, whole)
         if left.depth == right.depth:
             return None
-        # a projection in the shortcut: the branch is the longer way from where both come from, if that is in a block
+        # with a projection in the shortcut the branch is the longer path from the common ancestor, within a block
         branch, shortcut = (left, right) if left.depth > right.depth else (right, left)
         shared = branch.ancestors & shortcut.ancestors
         start = self.flow.values[shared.bit_length() - 1]
@@ -176,7 +176,7 @@ class _Reader:
         return self._end(stack, branch, start, whole)
 
     def _end(self, stack: tuple[Call, ...], branch: Value, start: Value, whole: bool = True) -> End | None:
-        """The end of ``branch`` in the innermost call that saw all of it, from ``start`` on."""
+        """The end of ``branch`` in the innermost call that contains all of it, from ``start`` on."""
         for call in reversed(stack[-4:]):
             if whole and any(v.comes_from(start) for v in call.inputs):
                 continue
@@ -187,9 +187,9 @@ class _Reader:
         return None
 
     def _host(self, block: str, branch: Value, start: Value) -> tuple[str, Value, int | None] | None:
-        """The outermost module below ``block`` that made a value, but for scalings and reorderings since.
+        """The outermost module below ``block`` that computed a value, ignoring later scalings and reorderings.
 
-        After a scaling by a mere parameter, a module that passes the scaled value on (a drop-path) is preferred.
+        After a scaling by a parameter, a module that passes the scaled value on (a drop-path) is preferred.
         """
         passing: tuple[str, Value, int | None] | None = None
         # a branch that mixes positions, as a mixer's tokens do, has its last weight's width where they were: the
@@ -215,15 +215,15 @@ class _Reader:
         return passing
 
     def _solid(self, made: list[str]) -> str:
-        """The outermost of the modules that gave out one value but a mere container, which is iterated over."""
+        """The outermost module with this output that is not a container, since containers may not be called."""
         return next((p for p in reversed(made) if not isinstance(self.modules[p], _CONTAINERS)), made[-1])
 
     def _whole(self, host: str, value: Value) -> str:
-        """The outermost module that gives out what ``host`` does: a container around it, say."""
+        """The outermost module with the same output as ``host``, such as a container around it."""
         return next((p for p, passes in reversed(value.made_by) if not passes and within(host, [p])), host)
 
     def _back(self, value: Value) -> Iterator[tuple[Value, bool]]:
-        """The value and what it was made from by moving and scaling; ``True`` once it was scaled."""
+        """The value and its sources through moves and scalings; ``True`` once a scaling was passed."""
         scaled = False
         while True:
             yield value, scaled
@@ -239,11 +239,11 @@ class _Reader:
                 return
 
     def _unique(self, path: str, block: str) -> bool:
-        # one drop-path for two branches is no place for an adapter of one of them
+        # a drop-path shared by two branches cannot host the adapter of one of them
         return len(self.calls[path]) == max(1, len(self.calls.get(block, ())))
 
     def _children(self, block: str, branch: Value, start: Value) -> tuple[str, ...]:
-        """The direct children of ``block`` (or deeper, where it is not them that are called) inside the branch."""
+        """The direct children of ``block`` inside the branch (or deeper modules, if the children are not called)."""
         found: dict[str, None] = {}
         at = f"{block}." if block else ""
         for call in self.flow.calls:
@@ -264,7 +264,7 @@ class _Reader:
         for value in used:
             for parent in value.parents:
                 after[parent] = max(after.get(parent, 0), value.index)
-        reach = 0  # the furthest value that an earlier one flows into
+        reach = 0  # the last value that an earlier one flows into
         passed = set()
         for value in used:
             if reach <= value.index:

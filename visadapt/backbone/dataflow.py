@@ -1,4 +1,4 @@
-"""Dataflow: which module made which tensor from which, recorded while a backbone runs once on fake tensors."""
+"""Record the dataflow of one forward: which module computed which tensor from which."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _JOINS = {"cat", "concat", "concatenate"}
 
 @dataclass
 class Value:
-    """One tensor at one moment: an in-place operator makes a new value of the same tensor.
+    """A tensor at one moment; an in-place operator makes a new value of the same tensor.
 
     Attributes:
-        index: number in the order of appearance.
-        shape: of the tensor.
-        depth: operators on the longest path from the input.
-        ancestors: the values that it was computed from, as a bit mask of their indices.
+        index: position in the order of appearance.
+        shape: shape of the tensor.
+        depth: number of operators on the longest path from the input.
+        ancestors: all values that it was computed from, as a bit mask of their indices.
         parents: indices of the operator's inputs.
         op: name of the operator.
-        axes: what is known of its axes.
-        made_by: the modules whose output it is, innermost first; ``True`` beside those that only pass it through.
+        axes: what is known of its axes; None if they were not followed.
+        made_by: the modules whose output it is, innermost first, each with whether the module only passes it through.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Value:
     made_by: list[tuple[str, bool]] = field(default_factory=list)
 
     def comes_from(self, other: Value) -> bool:
-        """Whether it was computed from ``other``."""
+        """Whether this value was computed from ``other``."""
         return bool(self.ancestors >> other.index & 1)
 
 
@@ -53,10 +53,10 @@ class Call:
     """One call of a module.
 
     Attributes:
-        path: of the module.
-        inputs: its tensors among the arguments.
-        output: the first tensor that it gave out, None if it was not computed from the input.
-        shape: of the first tensor that it gave out, computed from the input or not; None if it gave no tensor.
+        path: path of the module.
+        inputs: the values among its arguments.
+        output: the first tensor of its output, or None if that is not a recorded value.
+        shape: shape of the first tensor of its output, recorded or not; None if there is no tensor.
     """
 
     path: str
@@ -67,10 +67,10 @@ class Call:
 
 @dataclass
 class Join:
-    """Where branches come together.
+    """A sum or concatenation of several values.
 
     Attributes:
-        stack: the modules being called, outermost first.
+        stack: the calls that were active, outermost first.
         parts: the values that are added or concatenated.
         output: their sum or concatenation.
         adds: whether they are added.
@@ -83,7 +83,7 @@ class Join:
 
 
 class Flow(TorchFunctionMode):
-    """Records one forward. Modules have to be hooked by :meth:`watch` before."""
+    """Records one forward of a model whose modules were hooked by :meth:`watch`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,28 +93,28 @@ class Flow(TorchFunctionMode):
         self.axes = AxisTracker()
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
-        # a tensor that died would leave its id to another
+        # keep tensors alive, so that ids stay unique
         self._alive: list[Tensor] = []
 
     def watch(self, modules: dict[str, nn.Module]) -> None:
-        """Hooks modules for good: only for a copy that is thrown away."""
+        """Hook the modules permanently; use it only on a temporary copy."""
         for path, module in modules.items():
             module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
             module.register_forward_hook(self._leave)
 
     def start(self, given: Any) -> None:
-        """Marks the tensors of an example as the inputs."""
+        """Mark the tensors of an example as the inputs."""
         tensors = _tensors(given)
         self.axes.start(tensors)
         for tensor in tensors:
             self._note(tensor, (), "input")
 
     def known(self, tensors: Iterable[Tensor]) -> tuple[Value, ...]:
-        """The values of those tensors that come from the input."""
+        """Return the values of those tensors that depend on the input."""
         return tuple(self._now[id(t)] for t in tensors if id(t) in self._now)
 
     def calls_of(self) -> dict[str, list[Call]]:
-        """All calls by module."""
+        """Return all calls by module path."""
         found: dict[str, list[Call]] = {}
         for call in self.calls:
             found.setdefault(call.path, []).append(call)
@@ -124,7 +124,7 @@ class Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            # .shape and the like; .T and .data are rare enough to be lost
+            # attributes such as .shape; dataflow through .T and .data is not recorded
             return func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         known = self.known(inputs)
@@ -137,7 +137,7 @@ class Flow(TorchFunctionMode):
         value = None
         for tensor in _tensors(out):
             if id(tensor) in before and not inplace:
-                continue  # dropout in eval mode and its kin give back what they got
+                continue  # returned unchanged, as by dropout in eval mode
             value = self._note(tensor, known, name)
         if parts and value is not None:
             self.joins.append(Join(tuple(self._stack), parts, value, name in _ADDS))
@@ -178,7 +178,7 @@ class Flow(TorchFunctionMode):
             return
         call.shape = tuple(first.shape)
         if id(first) not in self._now and call.inputs:
-            # an autograd.Function of its own hides its dataflow
+            # the dataflow inside a custom autograd.Function is not visible
             self._note(first, call.inputs, "call")
         value = self._now.get(id(first))
         if value is not None:
@@ -191,7 +191,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any) -> Flow:
-    """Runs a throw-away copy of a backbone once and records its dataflow.
+    """Run a temporary copy of a backbone once and record its dataflow.
 
     Args:
         model: the copy.

@@ -1,9 +1,8 @@
-"""Families: where residual branches end in one kind of architecture.
+"""Find the sites of a backbone.
 
-Each structural finder has a ``find(model, modules)`` that recognises its blocks by their names and types, at no cost,
-and returns sites, none if there is nothing of its kind. A new one is one file and one entry in ``FAMILIES``. It is
-never needed: a backbone that they do not cover whole runs once on fake tensors, and its branches are read off the
-dataflow.
+Each family has a ``find(model, modules)`` that recognises its blocks by name and type without running the model, and
+returns their sites, or none. A new family is one file and one entry in ``FAMILIES``. Families are a shortcut: a
+backbone that they do not fully cover is run once on fake tensors, and its sites are read from the dataflow.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from visadapt.errors import VisadaptError
 
 FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
 
-# a trace takes a second or so, and a model is asked for its sites at every inject, load, save and merge
+# a trace takes about a second, and sites are needed at every inject, load, save and merge
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
 
 
 def find_sites(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
-    """All sites of a backbone, sorted by where they come in it.
+    """Return all sites of a backbone, sorted by depth.
 
     Args:
         model: the backbone.
         modules: its modules by path.
-        head: where its head is, if it has one.
-        example: an input to trace with, where no family knows the backbone and its input cannot be guessed.
+        head: its head, if it has one.
+        example: an input to trace with, if no family knows the backbone and its input cannot be guessed.
 
     Raises:
         VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
@@ -60,7 +59,7 @@ def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
 
 
 def structural(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
-    """The sites that the families know of, without running anything."""
+    """Return the sites that the families find, without running the model."""
     return [site for family in FAMILIES for site in family.find(model, modules)]
 
 
@@ -69,7 +68,7 @@ def _sorted(found: list[Site]) -> Sites:
 
 
 def covers(found: list[Site], modules: dict[str, nn.Module], head: Head | None) -> bool:
-    """Whether the blocks with sites are all the repeated blocks there are: a hybrid has others beside them."""
+    """Whether the blocks with sites are all the repeated blocks of a model; a hybrid has others."""
     inside = tuple({site.block for site in found} | set(head.modules if head else ()))
     starts = tuple(f"{path}." for path in inside)
     seen: set[type[nn.Module]] = set()

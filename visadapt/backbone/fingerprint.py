@@ -1,4 +1,4 @@
-"""Fingerprints: what a task file remembers of the backbone that it was trained on."""
+"""Fingerprints of backbones: digests of names, shapes and weights, recorded in task files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from visadapt.backbone.modules import CHILD
 
 
 def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The backbone's parameters and persistent buffers by name, without those of visadapt's tasks.
+    """Return the backbone's parameters and persistent buffers by name, without those of tasks.
 
-    ``num_batches_tracked`` is left out: it counts training steps and has no part in the function.
+    ``num_batches_tracked`` is left out: it counts training steps and does not affect outputs.
     """
     found: dict[str, Tensor] = {}
 
@@ -32,23 +32,23 @@ def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def group_of(name: str) -> str:
-    """The block that a tensor belongs to: its path up to the last number, or its module (``layer1.0``, ``conv1``)."""
+    """Return the block of a tensor: its path up to the last number, or else its module (``layer1.0``, ``conv1``)."""
     path = name.split(".")[:-1]
     numbers = [i for i, word in enumerate(path) if word.isdigit()]
     return ".".join(path[: numbers[-1] + 1] if numbers else path)
 
 
 Digests = dict[str, tuple[Any, bytes]]
-"""Tensor → what it looked like when it was hashed, and its digest."""
+"""Tensor name → cheap description of the tensor when it was hashed, and its digest."""
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = (), known: Digests | None = None) -> dict[str, list[str]]:
-    """Digests of a backbone, block by block (0.1 s for a ResNet-50, a few ms when most tensors are known).
+    """Compute digests of a backbone per block (0.1 s for a ResNet-50, a few ms if most tensors are known).
 
     Args:
         model: the backbone.
-        without: modules to leave out: a head that the task replaces says nothing of the backbone.
-        known: digests of earlier calls, which this one adds to. A tensor is hashed again if its memory, its version
+        without: modules to leave out, such as a head that the task replaces.
+        known: digests of earlier calls, updated by this one. A tensor is hashed again if its memory, its version
             counter or a sample of its values changed.
 
     Returns:
@@ -71,7 +71,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = (), known: Digests | 
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
-    # writing through .data leaves the version counter as it was: a few values are compared as well
+    # writes through .data do not change the version counter, so a few values are compared too
     flat = tensor.detach().reshape(-1)
     sample = flat[:: max(1, len(flat) // 8)].tolist()
     version = -1 if tensor.is_inference() else tensor._version
@@ -79,21 +79,21 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values, to be hashed; without numpy, which torch would need to give them out itself."""
-    # dtype is part of the values: a backbone rounded to half precision is another backbone
+    """Return a view of the bytes of a tensor's values, without numpy."""
+    # in the tensor's own dtype: a backbone rounded to half precision is a different backbone
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: Any = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-    data.owner = flat  # the memory lives as long as the view of it
+    data.owner = flat  # keeps the memory alive as long as the view
     return memoryview(data)
 
 
 def differences(expected: dict[str, list[str]], found: dict[str, list[str]], values: bool) -> str:
-    """What differs between two backbones, in words; empty if nothing does.
+    """Describe what differs between two backbones in words; empty if nothing does.
 
     Args:
-        expected: what the file was trained on.
-        found: what is there.
-        values: whether the weights have to be the same too, not the shapes only.
+        expected: fingerprint of the backbone that the file was trained on.
+        found: fingerprint of the backbone at hand.
+        values: whether to compare the weights as well as names and shapes.
     """
     missing = [group for group in expected if group not in found]
     extra = [group for group in found if group not in expected]
@@ -115,4 +115,4 @@ def differences(expected: dict[str, list[str]], found: dict[str, list[str]], val
 
 def _few(groups: list[str]) -> str:
     shown = ", ".join(groups[:4])
-    return shown if len(groups) <= 4 else f"{shown} and {len(groups) - 4} blocks more"
+    return shown if len(groups) <= 4 else f"{shown} and {len(groups) - 4} more blocks"

@@ -33,6 +33,12 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
 
     Raises:
         VisadaptError: ``where`` matches nothing.
+
+    Example:
+        >>> visadapt.sites(backbone).kinds()
+        ['conv3x3', 'block']
+        >>> [site.host for site in visadapt.sites(backbone, "block:layer4.*")]
+        ['layer4.0.bn2', 'layer4.1.bn2']
     """
 
     if not isinstance(model, nn.Module):

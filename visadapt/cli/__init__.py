@@ -1,4 +1,4 @@
-"""The command line ``visadapt``: what the library does, on files."""
+"""The ``visadapt`` command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from visadapt.optional import require
 
 
 def main() -> None:
-    """Runs the command line; the entry point of the console script."""
+    """Run the command line; the entry point of the console script."""
     try:
         for library in ("typer", "rich"):
             require(library, "the command line", "visadapt[cli]")

@@ -1,4 +1,4 @@
-"""The commands, put together; every error that is a user's to mend is one line on standard error."""
+"""The ``visadapt`` command: all subcommands, with errors reported as one line on standard error."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from visadapt.errors import VisadaptError
 
 
 class Commands(TyperGroup):
-    """Exit codes: 0 done, 1 refused or failed, 2 wrongly called, 130 interrupted."""
+    """Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _said
+                warnings.showwarning = _print_warning
                 return super().invoke(ctx)
         except (VisadaptError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            print("interrupted: nothing was left half-written", file=sys.stderr)
+            print("interrupted: no file was left half-written", file=sys.stderr)
             raise typer.Exit(130) from error
 
 
-def _said(message: Warning | str, *_: Any, **__: Any) -> None:
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -54,17 +54,19 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Prints it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """One frozen pretrained network, many tasks: small residual adapters, a file each."""
+    """Adapt one frozen pretrained network to many tasks with small residual adapters, one file per task."""
 
 
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
@@ -92,5 +94,5 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
 
 for command, examples in EXAMPLES.items():
     name = command.__name__
-    shown = "\n".join(["\b", "Examples:", *(f"  visadapt {name} {example}" for example in examples)])
-    app.command(name, epilog=shown, no_args_is_help=True)(command)
+    epilog = "\n".join(["\b", "Examples:", *(f"  visadapt {name} {example}" for example in examples)])
+    app.command(name, epilog=epilog, no_args_is_help=True)(command)

@@ -32,49 +32,69 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(EXPERIMENTS)}.")],
-    problem: Annotated[list[str], typer.Option(metavar="BACKBONE:DATA", help="Such as bundled/resnet50:cifar10.")],
-    results: Annotated[Path, typer.Option(help="Folder of the results; those that are there are not made again.")],
+    name: Annotated[str, typer.Argument(help=f"Experiment: {', '.join(EXPERIMENTS)}.")],
+    problem: Annotated[
+        list[str],
+        typer.Option(metavar="BACKBONE:DATA", help="Backbone and data, such as bundled/resnet50:cifar10; repeatable."),
+    ],
+    results: Annotated[Path, typer.Option(help="Folder of results; runs that are already there are not repeated.")],
     who: Annotated[
         list[str] | None,
         typer.Option(
             "--contender",
-            help="Such as 'bottleneck m=8', the default, or 'full fine-tuning'; may be repeated. "
-            "init_scale and transfer take one, tradeoff has its own.",
+            help="What to compare, such as 'bottleneck m=8' (default) or 'full fine-tuning'; repeatable. "
+            "init_scale and transfer take one; tradeoff has its own.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Of every training but a linear probe's.")] = 3,
-    samples: Annotated[int | None, typer.Option("--train", min=1, help="Training samples; all, if not given.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run except linear probes.")] = 3,
+    samples: Annotated[
+        int | None, typer.Option("--train", min=1, help="Number of training samples; default: all.")
+    ] = None,
     validation: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Validation samples; {ImageProblem.validation} pictures, all texts, if not given."),
+        typer.Option(
+            min=1, help=f"Number of validation samples; default: {ImageProblem.validation} images, all texts."
+        ),
     ] = None,
-    test: Annotated[int | None, typer.Option(min=1, help="Test samples; all, if not given.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Side of pictures in pixels.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text.")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Number of test samples; default: all.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per text.")] = None,
     root: Root = None,
-    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    processes: Annotated[int, typer.Option(min=1, help="How many work at once.")] = 1,
+    engine: Annotated[str, typer.Option(help="Where runs execute: local, or ray.")] = "local",
+    processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 1,
     device: Device = "cpu",
 ) -> None:
-    """Runs an experiment of the papers; killed, it goes on where it was."""
+    """Run an experiment from the papers; resumes if interrupted."""
     check_choice(name, EXPERIMENTS, "experiment")
-    asked = tuple(_problem(text, samples, validation, test, size, length, root) for text in problem)
-    planned = _planned(EXPERIMENTS[name], asked, who or [], tuple(range(seeds)), epochs)
-    found = run_experiment(planned, results, engine, processes, device=device or "cpu", progress=True, say=say)
-    say(f"{len(found)} results in {results}")
+    problems = tuple(_problem(text, samples, validation, test, size, length, root) for text in problem)
+    plan = _planned(EXPERIMENTS[name], problems, who or [], tuple(range(seeds)), epochs)
+    made = run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
+    say(f"{len(made)} results in {results}")
 
 
 def _problem(
-    text: str, train: int | None, validation: int | None, test: int | None, size: int | None, length: int | None,
+    text: str,
+    train: int | None,
+    validation: int | None,
+    test: int | None,
+    size: int | None,
+    length: int | None,
     root: Path | None,
-) -> Problem:  # fmt: skip
+) -> Problem:
     backbone, colon, data = text.rpartition(":")
     if not colon or not backbone or not data:
-        raise VisadaptError(f"--problem takes BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
-    return experiments.problem(backbone, data, train=train, validation=validation, test=test, size=size, length=length,
-                               root=None if root is None else str(root))  # fmt: skip
+        raise VisadaptError(f"--problem must be BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
+    return experiments.problem(
+        backbone,
+        data,
+        train=train,
+        validation=validation,
+        test=test,
+        size=size,
+        length=length,
+        root=None if root is None else str(root),
+    )
 
 
 def _planned(
@@ -84,21 +104,22 @@ def _planned(
     seeds: tuple[int, ...],
     epochs: int,
 ) -> Experiment:
-    """An experiment with what it takes of all that was said.
+    """Build an experiment from the options that its class takes.
 
     Raises:
-        VisadaptError: it has no use for a contender that was named, or needs one with adapters.
+        VisadaptError: the experiment does not use a contender that was given, or needs one with adapters.
     """
     taken = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if "contenders" not in taken and len(names) > ("who" in taken):
-        takes = "one --contender" if "who" in taken else "no --contender, it has its own"
+        takes = "one --contender" if "who" in taken else "no --contender (it has its own)"
         raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
     who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
-    # what stands at sites, and is not the network's own
+    # a method with adapters at sites, not the backbone's own layers
     deep = next((one for one in who if one.method.kinds and not isinstance(one.method, TopLayers)), None)
     if "deep" in taken and deep is None:
-        raise VisadaptError(f"{kind.name} puts a --contender at parts of the depth: name one with adapters, such as "
-                            "'bottleneck m=8'")  # fmt: skip
+        raise VisadaptError(
+            f"{kind.name} varies the depth of adapters: give a --contender that has some, such as 'bottleneck m=8'"
+        )
     full = contender("full fine-tuning", epochs)
     offered: dict[str, Any] = {
         "problems": problems,

@@ -9,7 +9,7 @@ import typer
 
 import visadapt
 from visadapt.cli.models import with_tasks
-from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, pairs, unwritten
+from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
 from visadapt.data.inputs import ImageInputs
 from visadapt.errors import VisadaptError
@@ -21,20 +21,20 @@ from visadapt.runtime.registry import tasks
 def export(
     task: TaskFile,
     out: Out,
-    merged: Annotated[bool, typer.Option("--merge", help="Merges the task into the weights first.")] = False,
+    merged: Annotated[bool, typer.Option("--merge", help="Merge the task into the weights first.")] = False,
     backbone: OtherBackbone = None,
     build: Build = None,
     online: Online = False,
     force: Force = False,
 ) -> None:
-    """Writes a network as ONNX or torch.export program.
+    """Export a network as an ONNX file or a torch.export program.
 
-    By the suffix, ….onnx or ….pt2; for batches of any size. Its input is what the backbone takes: normalised pictures,
-    or tokens and their mask.
+    The suffix of --out selects the format: .onnx or .pt2. The batch size stays free. The network takes what the
+    backbone takes: normalised images, or token ids and their mask.
     """
-    target = unwritten(out, force)
+    target = check_writable(out, force)
     if target.suffix not in FORMATS:
-        raise VisadaptError(f"{target} would be exported as {' or '.join(FORMATS)}, by its suffix")
+        raise VisadaptError(f"--out must end in {' or '.join(FORMATS)}, got {target}")
     model, prepared = with_tasks([task], backbone, pairs(build, "--build"), online)
     ((name, inputs),) = prepared.items()
     example = inputs(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)) if isinstance(inputs, ImageInputs) else None

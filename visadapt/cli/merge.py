@@ -9,7 +9,7 @@ import typer
 
 import visadapt
 from visadapt.cli.models import with_tasks
-from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, pairs, unwritten
+from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
 from visadapt.files import write_tensors
 from visadapt.runtime.registry import tasks
@@ -18,17 +18,17 @@ from visadapt.runtime.registry import tasks
 def merge(
     task: TaskFile,
     out: Out,
-    fold: Annotated[bool, typer.Option("--fold", help="Folds every BatchNorm into the conv before it.")] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold every BatchNorm into the convolution before it.")] = False,
     backbone: OtherBackbone = None,
     build: Build = None,
     online: Online = False,
     force: Force = False,
 ) -> None:
-    """Writes a plain network's weights that do the same.
+    """Merge a task into the weights of a plain network.
 
-    A safetensors file of the backbone's own keys; or the reason why the task cannot be merged exactly.
+    Writes a safetensors file with the backbone's own keys, or says why the task cannot be merged exactly.
     """
-    target = unwritten(out, force)
+    target = check_writable(out, force)
     model, (name,) = with_tasks([task], backbone, pairs(build, "--build"), online)
     plain = visadapt.merge(model, name, fold=fold)
     labels = tasks(model)[name].labels

@@ -1,4 +1,4 @@
-"""Backbones by name, and with the tasks of files."""
+"""Load backbones by name, and backbones with the tasks of files."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from visadapt.errors import VisadaptError
 from visadapt.task_file import load, read
 
 
-def opened(name: str, build: dict[str, Any]) -> nn.Module:
-    """A backbone; what its loader may draw at random is the same each time."""
+def open_backbone(name: str, build: dict[str, Any]) -> nn.Module:
+    """Load a backbone in eval mode; random initial values are the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return resolve(name, **build).eval()
 
 
-def shaped(name: str, build: dict[str, Any]) -> nn.Module:
-    """A backbone to look at, not to run: no weights are fetched where it can be built without."""
-    return opened(name, {**WEIGHTLESS.get(name.partition("/")[0], {}), **build})
+def build_backbone(name: str, build: dict[str, Any]) -> nn.Module:
+    """Build a backbone whose shapes are of interest only: without downloading weights where that is possible."""
+    return open_backbone(name, {**WEIGHTLESS.get(name.partition("/")[0], {}), **build})
 
 
 def with_tasks(
     files: Sequence[Path], backbone: str | None = None, build: Mapping[str, Any] | None = None, online: bool = False
 ) -> tuple[nn.Module, dict[str, Inputs]]:
-    """The backbone that task files belong to, with their tasks.
+    """Load the backbone of some task files, and their tasks into it.
 
-    Files are data: of what they note, only what :mod:`visadapt.data.allowlist` lists is done.
+    Files are data: of the options they note, only those listed in :mod:`visadapt.data.allowlist` are used.
 
     Args:
-        files: of tasks of one backbone.
-        backbone: its name; None for the one that the first file remembers.
-        build: options for its loader that the user gives; they replace those of the file.
+        files: task files of one backbone.
+        backbone: name of the backbone; None for the one that the first file records.
+        build: options for its loader given by the user; they replace those of the file.
         online: whether a backbone or tokenizer that only a file names may be downloaded.
 
     Returns:
-        The model in eval mode, and what each task takes, in the order of the files.
+        The model in eval mode, and the inputs of each task, in the order of the files.
 
     Raises:
-        VisadaptError: a file is not a task file, or belongs to another backbone, or does not say to which; it asks for
-            what no file may choose.
+        VisadaptError: a file is not a task file, belongs to another backbone or does not record its backbone, or asks
+            for something that no file may choose.
     """
     notes = [read(file)[0]["notes"] for file in files]
     if backbone is None:
@@ -58,9 +58,9 @@ def with_tasks(
     def inputs(description: Any) -> Inputs:
         return from_description(description, backbone=backbone, online=online)
 
-    # before the backbone is loaded, which takes longer
+    # first, because loading the backbone takes longer
     prepared = [None if each.get("inputs") is None else inputs(each["inputs"]) for each in notes]
-    model = opened(source, loading)
+    model = open_backbone(source, loading)
     names = [load(model, file) for file in files]
     return model, {
         task: inputs(described(inputs_of(model, name))) if found is None else found
@@ -74,4 +74,4 @@ def _noted(file: Path, backbone: Any) -> tuple[str, dict[str, Any]]:
             return name, build
         case {"name": str(name), **others} if "build" not in others:
             return name, {}
-    raise VisadaptError(f"{file} does not remember its backbone: name it by --backbone")
+    raise VisadaptError(f"{file} does not record its backbone: give it with --backbone")

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what their texts mean."""
+"""Options shared by several commands, and how their values are parsed."""
 
 from __future__ import annotations
 
@@ -9,83 +9,93 @@ from typing import Annotated, Any
 
 import typer
 
+from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError, nearest
+from visadapt.methods import METHODS
+from visadapt.methods import Method as AnyMethod
 
-Backbone = Annotated[str, typer.Argument(help="Such as timm/resnet50, torchvision/vgg16, hf/NAME, bundled/resnet50.")]
+Backbone = Annotated[
+    str, typer.Argument(help="Backbone: timm/resnet50, torchvision/vgg16, hf/NAME or bundled/resnet50.")
+]
 
-TaskFile = Annotated[Path, typer.Argument(help="A task's file, ….visadapt.")]
+TaskFile = Annotated[Path, typer.Argument(help="Task file (*.visadapt).")]
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 
-Force = Annotated[bool, typer.Option("--force", help="Replaces files that are there.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+Device = Annotated[str | None, typer.Option(help="Device to run on, such as cpu or cuda:0.")]
 
-Precision = Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")]
+Precision = Annotated[str | None, typer.Option(help="Precision: fp32, or bf16 (autocast).")]
 
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per step.")]
 
 Build = Annotated[
     list[str] | None,
-    typer.Option("--build", metavar="KEY=VALUE", help="Told to the backbone's loader, such as pretrained=false."),
+    typer.Option(
+        "--build",
+        metavar="KEY=VALUE",
+        help="Option for the backbone's loader, such as pretrained=false; repeatable.",
+    ),
 ]
 
 Where = Annotated[
     list[str] | None,
     typer.Option(
-        "--where", metavar="PLACE", help="A kind of site, a stage, a depth such as 3, a glob; may be repeated."
+        "--where", metavar="PLACE", help="Where adapters go: a kind of site, a stage, a depth or a glob; repeatable."
     ),
 ]
 
-Method = Annotated[str, typer.Option(help="What is put in: Bottleneck, Parallel, Series, LoRA, ….")]
+Method = Annotated[str, typer.Option(help="Adapter method: Bottleneck, Parallel, Series, LoRA, …")]
 
-Width = Annotated[str | None, typer.Option("--m", help="Width of the bottleneck, such as 32, or a fraction, as 0.25.")]
-
-MethodOption = Annotated[
-    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method; may be repeated.")
+Width = Annotated[
+    str | None,
+    typer.Option("--m", help="Bottleneck width: an integer, or a fraction of each site's channels."),
 ]
 
-Norms = Annotated[str, typer.Option(help="What the task owns of the norms: frozen, affine or full.")]
+MethodOption = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method; repeatable.")
+]
+
+Norms = Annotated[
+    str, typer.Option(help="What the task trains of the norms: frozen, affine, or full (with statistics).")
+]
 
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", metavar="COLUMN", help="Column of the texts, by name or number from 0; twice for pairs."),
+    typer.Option("--text", metavar="COLUMN", help="Text column, by name or by number from 0; give it twice for pairs."),
 ]
 
-Label = Annotated[
-    str | None, typer.Option("--label", metavar="COLUMN", help="Column of the labels, by name or number.")
-]
+Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Label column, by name or number.")]
 
-Header = Annotated[bool, typer.Option("--header/--no-header", help="Whether the first line names the columns.")]
+Header = Annotated[bool, typer.Option("--header/--no-header", help="Whether the first line holds the column names.")]
 
-Root = Annotated[Path | None, typer.Option(help="Folder of the named sets that do not come with the library.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of data sets that are not bundled.")]
 
 OtherBackbone = Annotated[
     str | None,
-    typer.Option("--backbone", help="The backbone's name, where the file does not remember it or must not choose it."),
+    typer.Option("--backbone", help="Name of the backbone, if the file does not record it or must not choose it."),
 ]
-Online = Annotated[
-    bool, typer.Option("--online", help="Downloads a backbone that only the file names, if it is not on this machine.")
-]
+Online = Annotated[bool, typer.Option("--online", help="Allow downloading a backbone that only the file names.")]
 
 
 def pairs(given: Iterable[str] | None, what: str) -> dict[str, Any]:
-    """``KEY=VALUE`` texts as a dict; values are JSON where they can be, such as 3, true or null.
+    """Parse ``KEY=VALUE`` strings into a dict; values are parsed as JSON where possible, such as 3, true or null.
 
     Raises:
-        VisadaptError: one has no ``=``.
+        VisadaptError: a string has no ``=``.
     """
-    found = {}
+    options = {}
     for text in given or ():
         key, equals, value = text.partition("=")
         if not key or not equals:
-            raise VisadaptError(f"{what} takes KEY=VALUE, got {text!r}")
-        found[key] = _value(value)
-    return found
+            raise VisadaptError(f"{what} must be KEY=VALUE, got {text!r}")
+        options[key] = _value(value)
+    return options
 
 
 def number(text: str) -> int | float | str:
-    """An int or a float where a text is one, else the text."""
+    """Parse an int or a float; return any other text unchanged."""
     value = _value(text)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else text
 
@@ -98,7 +108,7 @@ def _value(text: str) -> Any:
 
 
 def columns(text: list[str] | None, label: str | None, header: bool, root: Path | None) -> dict[str, Any]:
-    """The options of a data loader that were given, as it takes them."""
+    """Collect the data loader's options that were given on the command line."""
     given: dict[str, Any] = {} if header else {"header": False}
     if text:
         given["text"] = [number(column) for column in text]
@@ -109,17 +119,27 @@ def columns(text: list[str] | None, label: str | None, header: bool, root: Path 
     return given
 
 
-def unwritten(path: Path, force: bool) -> Path:
-    """A path that can be written to, found out before any work is done.
+def check_writable(path: Path, force: bool) -> Path:
+    """Check that a path can be written to, before any work is done.
 
     Raises:
-        VisadaptError: it exists and ``force`` is off; its folder does not exist.
+        VisadaptError: the path exists and ``force`` is off, it is a folder, or its parent folder does not exist.
     """
     if path.is_dir():
-        raise VisadaptError(f"{path} is a folder; --out names a file")
+        raise VisadaptError(f"--out must be a file, got the folder {path}")
     if path.exists() and not force:
-        raise VisadaptError(f"{path} exists already: --force replaces it")
+        raise VisadaptError(f"{path} already exists: use --force to overwrite it")
     if not path.parent.is_dir():
         siblings = path.parent.parent.iterdir() if path.parent.parent.is_dir() else ()
         raise VisadaptError(f"no folder {path.parent}{nearest(path.parent.name, (p.name for p in siblings))}")
     return path
+
+
+def parse_method(name: str, m: str | None, options: list[str] | None) -> AnyMethod:
+    """Build a method from ``--method``, ``--m`` and ``--option KEY=VALUE``.
+
+    Raises:
+        VisadaptError: the method or one of its options does not exist, or a value is not valid.
+    """
+    check_choice(name, METHODS, "method")
+    return METHODS[name].of({**({} if m is None else {"m": number(m)}), **pairs(options, "--option")})

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Printing to the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from visadapt.optional import require
 
 
 def show(table: Any) -> None:
-    """Prints a table: drawn by rich on a terminal, plain and uncut where the output goes elsewhere."""
+    """Print a table: drawn by rich on a terminal, as plain uncut text otherwise."""
     if sys.stdout.isatty():
         require("rich.console", "a table in colour", "visadapt[cli]").Console().print(table)
     else:
@@ -17,5 +17,5 @@ def show(table: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the reader, beside what the command gives."""
+    """Print a line to standard error, apart from the command's output."""
     print(text, file=sys.stderr)

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from visadapt.checks import check_choice
 from visadapt.cli.models import with_tasks
-from visadapt.cli.options import BatchSize, Build, Device, Force, Online, OtherBackbone, Precision, pairs, unwritten
+from visadapt.cli.options import (
+    BatchSize,
+    Build,
+    Device,
+    Force,
+    Online,
+    OtherBackbone,
+    Precision,
+    check_writable,
+    pairs,
+)
 from visadapt.cli.output import show
 from visadapt.data import image_files
 from visadapt.data.inputs import ImageInputs, Inputs
@@ -30,12 +40,16 @@ FORMATS = ("jsonl", "table")
 
 
 def predict(
-    inputs: Annotated[list[str], typer.Argument(help="Pictures and folders of them; or files of texts, one a line, "
-                                                     "and - for standard input.")],
-    task: Annotated[list[Path], typer.Option(help="A task's file; repeat it for many tasks of one backbone.")],
-    top: Annotated[int, typer.Option(min=1, help="How many labels of each input, the likeliest first.")] = 1,
-    form: Annotated[str, typer.Option("--format", help=f"{' or '.join(FORMATS)}.")] = "jsonl",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Writes there, not to standard output.")] = None,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Image files and folders, or text files with one text per line (- for standard input)."),
+    ],
+    task: Annotated[list[Path], typer.Option(help="Task file; repeatable for tasks of one backbone.")],
+    top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
+    form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write to this file instead of standard output.")
+    ] = None,
     batch_size: BatchSize = 100,
     device: Device = None,
     precision: Precision = None,
@@ -43,19 +57,19 @@ def predict(
     build: Build = None,
     online: Online = False,
     force: Force = False,
-) -> None:  # fmt: skip
-    """Names the class of each picture or line of text.
+) -> None:
+    """Predict the class of each image or line of text.
 
-    Many tasks of one backbone may be asked at once; the backbone is in memory once.
+    Several tasks of one backbone can predict at once; the backbone is in memory only once.
     """
     check_choice(form, FORMATS, "format")
     if out is not None:
-        unwritten(out, force)
+        check_writable(out, force)
     model, prepared = with_tasks(task, backbone, pairs(build, "--build"), online)
     seen = {isinstance(each, ImageInputs) for each in prepared.values()}
     if len(seen) > 1:
-        raise VisadaptError("some of the tasks take pictures and some texts")
-    names = _pictures(inputs) if seen.pop() else _lines(inputs)
+        raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
+    names = _images(inputs) if seen.pop() else _lines(inputs)
     answers = _answers(model, prepared, names, batch_size, top, {"device": device, "precision": precision})
     with _written(out) as file:
         if form == "jsonl":
@@ -67,7 +81,7 @@ def predict(
             show(table) if out is None else print(table, file=file)
 
 
-def _pictures(places: Iterable[str]) -> list[str]:
+def _images(places: Iterable[str]) -> list[str]:
     return [str(file) for place in places for file in image_files(place)]
 
 
@@ -77,29 +91,29 @@ def _lines(places: Iterable[str]) -> list[str]:
         try:
             text = sys.stdin.read() if place == "-" else Path(place).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
-            raise VisadaptError(f"{place} cannot be read as a file of texts: {error}") from error
-        # as files are read to train on: a form feed or a U+2028 is part of a text
+            raise VisadaptError(f"cannot read {place} as a text file: {error}") from error
+        # split as training files are: a form feed or a U+2028 is part of a text
         lines += [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not lines:
-        raise VisadaptError("there is no text to predict on")
+        raise VisadaptError("the input has no text to predict on")
     return lines
 
 
 def _answers(
     model: nn.Module, tasks_: dict[str, Inputs], names: list[str], batch: int, top: int, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Batch by batch, so that the pictures of a large folder are never in memory all at once."""
-    known = tasks(model)
+    """Batch by batch, so that the images of a large folder are never all in memory."""
+    specs = tasks(model)
     rest = iter(names)
     with bar(-(-len(names) // batch), "predicting", True) as advance:
         while chunk := list(islice(rest, batch)):
-            found = {
+            scores_of = {
                 task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options).softmax(-1)
                 for task, inputs in tasks_.items()
             }
             for row, name in enumerate(chunk):
-                for task, scores in found.items():
-                    yield {"input": name, "task": task, "top": _top(scores[row], known[task].labels, top)}
+                for task, scores in scores_of.items():
+                    yield {"input": name, "task": task, "top": _top(scores[row], specs[task].labels, top)}
             advance(chunk[-1][:40])
 
 

@@ -7,22 +7,22 @@ from typing import Annotated
 
 import typer
 
-from visadapt.cli.options import Force, unwritten
+from visadapt.cli.options import Force, check_writable
 from visadapt.cli.output import say
 from visadapt.report import write
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="The folder that experiment wrote to, or a .csv file of results.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to, without a suffix, such as docs/results.")],
-    title: Annotated[str, typer.Option(help="Of both pages.")] = "Results",
+    results: Annotated[Path, typer.Argument(help="Folder that experiment wrote to, or a .csv file of results.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output path without a suffix, such as docs/results.")],
+    title: Annotated[str, typer.Option(help="Title of both pages.")] = "Results",
     force: Force = False,
 ) -> None:
-    """Writes figures, tables and pages of results.
+    """Write figures, tables and pages of experiment results.
 
-    OUT.md with its figures in OUT/, and OUT.html, which needs no other file and no network.
+    Writes OUT.md with its figures in OUT/, and a self-contained OUT.html.
     """
     for suffix in (".md", ".html"):
-        unwritten(Path(f"{out}{suffix}"), force)
+        check_writable(Path(f"{out}{suffix}"), force)
     for path in write(results, out, title):
         say(str(path))

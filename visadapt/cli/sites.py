@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import visadapt
-from visadapt.cli.models import shaped
+from visadapt.cli.models import build_backbone
 from visadapt.cli.options import Backbone, Build, Where, number, pairs
 from visadapt.cli.output import show
 
 
 def sites(backbone: Backbone, where: Where = None, build: Build = None) -> None:
-    """Lists the places in a backbone where adapters can stand."""
+    """List the sites in a backbone where adapters can be placed."""
     terms = [number(term) for term in where or ()]
-    show(visadapt.sites(shaped(backbone, pairs(build, "--build")), terms or None))
+    show(visadapt.sites(build_backbone(backbone, pairs(build, "--build")), terms or None))

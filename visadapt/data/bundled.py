@@ -1,4 +1,4 @@
-"""Finds the files that come with the library."""
+"""Find bundled files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from visadapt.errors import VisadaptError, nearest
 
-# an installed wheel carries the files beside this module, a checkout keeps them at its top
+# next to this module in an installed wheel, at the top in a checkout
 _FOLDERS = (Path(__file__).parent / "bundled", Path(__file__).resolve().parents[2] / "data")
 
 
 def folder() -> Path:
-    """The folder of the bundled files.
+    """Return the folder of the bundled files.
 
     Raises:
         VisadaptError: the library was installed without them.
@@ -24,13 +24,13 @@ def folder() -> Path:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all bundled files, sorted."""
+    """Return the names of all bundled files, sorted."""
     lines = (folder() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     return tuple(sorted(line.split("  ", 1)[1] for line in lines))
 
 
 def path(name: str) -> Path:
-    """The path of one bundled file.
+    """Return the path of a bundled file.
 
     Args:
         name: the file's name, such as ``"resnet50_imagenet_int8.safetensors"``.
@@ -44,6 +44,6 @@ def path(name: str) -> Path:
 
 
 def warn_of_namesake(name: str) -> None:
-    """Warns where a set's name is that of a folder or file here as well: the set is what is loaded."""
+    """Warn if a data set has the name of a local file or folder, which is then not the one that is loaded."""
     if Path(name).exists():
-        warnings.warn(f"the set {name!r} is loaded, not what is called so here: that is './{name}'", stacklevel=3)
+        warnings.warn(f"loading the data set {name!r}, not the local file or folder './{name}'", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Backbones by name: every place that pretrained networks come from, resolved here and nowhere else."""
+"""Load pretrained backbones by name, from every supported source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from visadapt.optional import require
 
 
 def resolve(source: Any, **build: Any) -> nn.Module:
-    """Makes a backbone from a builder or a name.
+    """Build a backbone from a builder or a name.
 
     Args:
         source: a function that returns a module, such as torchvision's ``resnet50``, or one of
             ``"timm/<name>"``, ``"torchvision/<name>"``, ``"hf/<name or folder>"``, ``"bundled/<name>"``.
-        **build: passed on. Names load pretrained weights unless told otherwise (``pretrained=False`` for timm,
-            ``weights=None`` for torchvision).
+        **build: passed to the builder or loader. Names load pretrained weights unless these say otherwise
+            (``pretrained=False`` for timm, ``weights=None`` for torchvision).
 
     Returns:
         The module.
@@ -40,11 +40,11 @@ def resolve(source: Any, **build: Any) -> nn.Module:
             return PLACES[place](name, **build)
         except VisadaptError:
             raise
-        except Exception as error:  # each library has its own for no network, no such file, an option it does not take
+        except Exception as error:  # each library has its own errors for a missing network, file or option
             raise VisadaptError(f"cannot load {source!r}: {error}") from error
     if callable(source):
         return _built(source, getattr(source, "__name__", repr(source)), build)
-    raise VisadaptError(f"expected a module, a builder or a name, got {type(source).__name__}")
+    raise VisadaptError(f"model must be a module, a builder or a name, got {type(source).__name__}")
 
 
 def _built(builder: Callable[..., Any], name: str, build: dict[str, Any]) -> nn.Module:
@@ -52,19 +52,19 @@ def _built(builder: Callable[..., Any], name: str, build: dict[str, Any]) -> nn.
         model = builder(**build)
     except TypeError as error:
         if not any(repr(key) in str(error) for key in build):
-            raise  # a mistake inside the builder
+            raise  # an error inside the builder
         raise VisadaptError(f"the builder {name!r} cannot be called: {error}") from error
     if not isinstance(model, nn.Module):
-        raise VisadaptError(f"the builder {name!r} gave {type(model).__name__}, no module")
+        raise VisadaptError(f"the builder {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
 def _timm(name: str, **build: Any) -> nn.Module:
     timm = require("timm", f"'timm/{name}'", "timm")
     model_name = name.partition(".")[0]
-    # "hf-hub:…" and "local-dir:…" are timm's own places
+    # "hf-hub:…" and "local-dir:…" are timm's own sources
     if ":" not in name and not timm.is_model(model_name):
-        raise VisadaptError(f"timm has no model {name!r}{nearest(model_name, timm.list_models())}")
+        raise VisadaptError(f"no timm model {name!r}{nearest(model_name, timm.list_models())}")
     model: nn.Module = timm.create_model(name, **{"pretrained": True, **build})
     return model
 
@@ -72,7 +72,7 @@ def _timm(name: str, **build: Any) -> nn.Module:
 def _torchvision(name: str, **build: Any) -> nn.Module:
     models = require("torchvision.models", f"'torchvision/{name}'", "torchvision")
     if name not in models.list_models():
-        raise VisadaptError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+        raise VisadaptError(f"no torchvision model {name!r}{nearest(name, models.list_models())}")
     model: nn.Module = models.get_model(name, **{"weights": "DEFAULT", **build})
     return model
 
@@ -105,12 +105,12 @@ def _minilm(**build: Any) -> nn.Module:
 def _bundled(name: str, **build: Any) -> nn.Module:
     builders: dict[str, Callable[..., nn.Module]] = {"resnet50": resnet50, "minilm": _minilm}
     if name not in builders:
-        raise VisadaptError(f"nothing bundled is called {name!r}{nearest(name, builders)}")
+        raise VisadaptError(f"no bundled backbone {name!r}{nearest(name, builders)}")
     return builders[name](**build)
 
 
 WEIGHTLESS: dict[str, dict[str, Any]] = {"timm": {"pretrained": False}, "torchvision": {"weights": None}}
-"""What to build with, by place, where the shapes of a network are enough and its weights need not be fetched."""
+"""Options per source that build a network without downloading its weights."""
 
 PLACES: dict[str, Callable[..., nn.Module]] = {
     "timm": _timm,

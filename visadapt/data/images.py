@@ -1,4 +1,4 @@
-"""Image sets: bundled, of scikit-learn, of torchvision, and folders of pictures."""
+"""Image data sets: bundled, from scikit-learn, from torchvision, and folders of images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ImageSplit:
     """Images and their labels.
 
     Args:
-        images: uint8, ``(N, 3, H, W)``; gray pictures have three equal channels.
+        images: uint8, ``(N, 3, H, W)``; gray images have three equal channels.
         labels: class indices, int64, ``(N,)``.
     """
 
@@ -54,26 +54,27 @@ class ImageSplit:
             shape, dtype = tuple(self.images.shape), self.images.dtype
             raise VisadaptError(f"images must be uint8 of shape (N, 3, H, W), got {dtype} of shape {shape}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise VisadaptError(f"labels must be int64, one for each of {len(self.images)} images")
+            shape, dtype = tuple(self.labels.shape), self.labels.dtype
+            raise VisadaptError(f"labels must be int64 of shape ({len(self.images)},), got {dtype} of {shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSplit:
-        """The samples at these indices, in this order."""
+        """Return the samples at these indices, in this order."""
         index = torch.as_tensor(indices)
         return ImageSplit(self.images[index], self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """A task of image classification.
+    """An image classification data set.
 
     Args:
-        name: how it was asked for.
+        name: the name it was loaded by.
         classes: the name of each label.
-        train: to train on; `holdout` takes a validation split from it.
-        test: for the last figure only.
+        train: training split; `holdout` takes a validation split from it.
+        test: test split.
     """
 
     name: str
@@ -84,17 +85,17 @@ class ImageSet:
     def __post_init__(self) -> None:
         for split in (self.train, self.test):
             if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(self.classes):
-                raise VisadaptError(f"{self.name}: a label is outside 0 … {len(self.classes) - 1}")
+                raise VisadaptError(f"{self.name}: labels must be from 0 to {len(self.classes) - 1}")
 
     def holdout(self, n: int, seed: int = 0) -> tuple[ImageSplit, ImageSplit]:
-        """Splits the train split into train and validation, with the same class shares in both.
+        """Split the training split into training and validation, with the same class proportions in both.
 
         Args:
-            n: size of the validation split.
+            n: number of validation samples.
             seed: the same seed chooses the same samples.
 
         Raises:
-            VisadaptError: ``n`` is not between 1 and the number of train images less one.
+            VisadaptError: ``n`` is not between 1 and the number of training images minus 1.
         """
         left, chosen = stratified(self.train.labels, n, seed)
         return self.train.subset(left), self.train.subset(chosen)
@@ -108,31 +109,31 @@ def load_images(
     download: bool = False,
     classes: Sequence[str] | None = None,
 ) -> ImageSet:
-    """Loads an image set into memory.
+    """Load an image data set into memory.
 
     Args:
         name_or_path: one of
             ``"cifar10"`` (5,000 / 2,000 images, 32×32), ``"mnist"`` and ``"fashion-mnist"`` (2,000 / 1,000, 28×28):
-            balanced subsets that come with the library;
+            balanced subsets, bundled;
             ``"digits"``: scikit-learn's 8×8 digits (1,437 / 360, a fixed stratified split);
-            ``"torchvision/CIFAR10"`` and so on: a classification set of ``torchvision.datasets`` in ``root``;
-            a folder with a ``train`` and a ``test`` (or ``val``) folder, each with one folder of pictures a class.
-        root: where torchvision keeps its sets.
-        size: resize the shorter side to ``size`` pixels and crop the centre square.  Needed where the pictures of a
-            folder or of a torchvision set differ in size.
-        download: lets torchvision fetch a set that is not in ``root`` yet.
-        classes: those that the pictures of a folder are of, where its ``train`` need not have each; None for its own.
+            ``"torchvision/CIFAR10"`` and so on: a classification data set of ``torchvision.datasets`` in ``root``;
+            a folder with a ``train`` and a ``test`` (or ``val``) folder, each with one folder of images per class.
+        root: folder of torchvision's data sets.
+        size: resize the shorter side to ``size`` pixels and crop the centre square. Required if the images of a
+            folder or of a torchvision data set differ in size.
+        download: let torchvision download a data set that is not in ``root``.
+        classes: class names, if the ``train`` folder need not have all of them; None to take the folder's own.
 
     Returns:
-        The set, uint8 on the CPU.
+        The data set, uint8 on the CPU.
 
     Raises:
-        VisadaptError: there is no such set or folder, it is not laid out as above, its pictures differ in size and
-            ``size`` is not given, or the library it needs is missing.
+        VisadaptError: there is no such data set or folder, its layout is not as above, its images differ in size and
+            ``size`` is not given, or a required library is missing.
     """
     name = str(name_or_path)
     if size is not None and size < 1:
-        raise VisadaptError(f"size is {size}, it must be at least 1 pixel")
+        raise VisadaptError(f"size must be at least 1 pixel, got {size}")
     if name in (*_BUNDLED, "digits"):
         bundled.warn_of_namesake(name)
     if name in _BUNDLED:
@@ -145,7 +146,7 @@ def load_images(
         return _folder(Path(name), size, classes)
     else:
         known = (*_BUNDLED, "digits", "torchvision/CIFAR10")
-        raise VisadaptError(f"no image set and no folder {name!r}{nearest(name, known)}")
+        raise VisadaptError(f"no image data set or folder {name!r}{nearest(name, known)}")
     if size is None:
         return found
     return ImageSet(name, found.classes, *(_resized(s, size) for s in (found.train, found.test)))
@@ -156,13 +157,13 @@ class _SizesDifferError(VisadaptError):
 
 
 def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSet:
-    """Loads an image set whose pictures can be resized to any side without distortion.
+    """Load an image data set whose images can be resized to any side without distortion.
 
     Args:
         name_or_path: as `load_images` takes it.
-        size: what the pictures are resized and cropped to, unless they are squares of one size already: those are kept,
-            since small ones take less memory.
-        **options: passed on to `load_images`.
+        size: side to resize and crop to, unless all images are squares of one size already: these are kept, since small
+            images take less memory.
+        **options: passed to `load_images`.
     """
     try:
         found = load_images(name_or_path, **options)
@@ -186,7 +187,7 @@ def _bundled(name: str) -> ImageSet:
 
 
 def _digits() -> ImageSet:
-    raw = require("sklearn.datasets", "the image set 'digits'", "scikit-learn").load_digits()
+    raw = require("sklearn.datasets", "the image data set 'digits'", "scikit-learn").load_digits()
     gray = (torch.from_numpy(raw.images) * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(raw.target).long()
     whole = ImageSplit(gray[:, None].repeat(1, 3, 1, 1), labels)
@@ -195,18 +196,18 @@ def _digits() -> ImageSet:
 
 
 def _torchvision(name: str, root: str | Path | None, size: int | None, download: bool) -> ImageSet:
-    datasets = require("torchvision.datasets", f"the image set {name!r}", "torchvision")
+    datasets = require("torchvision.datasets", f"the image data set {name!r}", "torchvision")
     kind = name.removeprefix("torchvision/")
     if kind not in _TORCHVISION:
-        raise VisadaptError(f"{kind!r} is no classification set of torchvision's{nearest(kind, _TORCHVISION)}")
+        raise VisadaptError(f"no torchvision classification data set {kind!r}{nearest(kind, _TORCHVISION)}")
     if root is None:
-        raise VisadaptError(f"{name!r} needs root=, the folder where torchvision keeps its sets")
+        raise VisadaptError(f"{name!r} needs root=, the folder of torchvision's data sets")
     parts = []
     for option in _TORCHVISION[kind]:
         try:
             dataset = getattr(datasets, kind)(root=root, download=download, **option)
         except (RuntimeError, OSError) as error:
-            hint = "" if download else " (download=True lets torchvision fetch it)"
+            hint = "" if download else " (download=True downloads it)"
             raise VisadaptError(f"torchvision could not load {kind} from {root}: {error}{hint}") from error
         samples = (dataset[i] for i in range(len(dataset)))
         parts.append(_stack(((_rgb(image, name), int(label)) for image, label in samples), size, name))
@@ -217,95 +218,97 @@ def _torchvision(name: str, root: str | Path | None, size: int | None, download:
 def _folder(path: Path, size: int | None, known: Sequence[str] | None) -> ImageSet:
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
-        raise VisadaptError(f"{path}: expected a folder 'train' and a folder 'test' or 'val'")
+        raise VisadaptError(f"{path} must have a folder 'train' and a folder 'test' or 'val'")
     classes = _class_names(path / "train")
     if not classes:
-        raise VisadaptError(f"{path / 'train'}: expected one folder a class")
-    empty = next((name for name in classes if not _picture_files(path / "train" / name)), None)
+        raise VisadaptError(f"{path / 'train'} must have one folder per class, got none")
+    empty = next((name for name in classes if not _files_below(path / "train" / name)), None)
     if empty is not None and known is None:
-        raise VisadaptError(f"{path / 'train' / empty}: there is no picture of this class")
-    lacks = "is not in 'train'" if known is None else "is not of the task"
+        raise VisadaptError(f"{path / 'train' / empty} must have at least one image, got none")
+    lacks = "is not in 'train'" if known is None else "is not a class of the task"
     classes = list(known or classes)
     parts = []
     for split in (path / "train", test):
         for name in _class_names(split):
             if name not in classes:
                 raise VisadaptError(f"{split}: class {name!r} {lacks}{nearest(name, classes)}")
-        parts.append(_stack(_pictures(split, classes), size, str(split)))
+        parts.append(_stack(_labelled(split, classes), size, str(split)))
     return ImageSet(path.name, tuple(classes), *parts)
 
 
 def _class_names(split: Path) -> list[str]:
-    # hidden folders are those of other programs, such as .ipynb_checkpoints
+    # hidden folders belong to other programs, such as .ipynb_checkpoints
     return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def image_files(place: str | Path) -> list[Path]:
-    """A picture file itself, or all picture files in a folder and the folders in it, sorted.
+    """List image files: the file itself, or all image files below a folder, sorted.
 
     Args:
         place: the file or folder.
 
     Raises:
-        VisadaptError: there is no such file or folder, or no picture in it.
+        VisadaptError: there is no such file or folder, or no image in it.
     """
     path = Path(place)
     if path.is_file():
         return [path]
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise VisadaptError(f"no picture and no folder {place}{nearest(path.name, siblings)}")
-    found = _picture_files(path)
+        raise VisadaptError(f"no image or folder {place}{nearest(path.name, siblings)}")
+    found = _files_below(path)
     if not found:
-        raise VisadaptError(f"{place}: there is no picture")
+        raise VisadaptError(f"{place} must have at least one image, got none")
     return found
 
 
 def read_images(files: Iterable[str | Path], size: int) -> Tensor:
-    """Reads pictures: the shorter side is resized to ``size`` pixels, and the centre square kept.
+    """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
     Args:
-        files: their paths.
+        files: paths of the images.
         size: side of the squares in pixels.
 
     Returns:
         uint8, ``(N, 3, size, size)``.
 
     Raises:
-        VisadaptError: a file is no picture, or there is none.
+        VisadaptError: a file is not a readable image, or ``files`` is empty.
     """
-    return _stack(((_opened(Path(file)), 0) for file in files), size, "images").images
+    return _stack(((_read(Path(file)), 0) for file in files), size, "images").images
 
 
-def _pictures(split: Path, classes: Sequence[str]) -> Iterable[tuple[Image, int]]:
+def _labelled(split: Path, classes: Sequence[str]) -> Iterable[tuple[Image, int]]:
     for label, name in enumerate(classes):
-        yield from ((_opened(file), label) for file in _picture_files(split / name))
+        yield from ((_read(file), label) for file in _files_below(split / name))
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
-def _opened(file: Path) -> Image:
+def _read(file: Path) -> Image:
     pil = _pil()
     try:
         with pil.open(file) as image:
             image.load()
-    # the last three are what Pillow's readers say of damaged files and of sizes that would fill the memory
+    # Pillow raises the last three for damaged files and for sizes that would fill the memory
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        raise VisadaptError(f"{file} is not a picture that can be read: {error}") from error
+        raise VisadaptError(f"{file} is not a readable image: {error}") from error
     return _rgb(image, file)
 
 
 def _rgb(image: Image, where: str | Path) -> Image:
-    """A picture with 8 bits a channel; Pillow alone would cut off what is brighter than 255."""
+    """Convert an image to RGB with 8 bits per channel; Pillow alone would clip 16-bit values at 255."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
         numpy = require("numpy", "loading 16-bit images", "numpy")
         image = _pil().fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
     elif image.mode in ("I", "F"):
-        raise VisadaptError(f"{where}: the range of 32-bit pixels (mode {image.mode!r}) is not known; save 16 bits")
+        raise VisadaptError(
+            f"{where}: 32-bit pixels (mode {image.mode!r}) have no known range: save the image with 16 bits"
+        )
     return image.convert("RGB")
 
 
@@ -316,14 +319,14 @@ def _stack(samples: Iterable[tuple[Image, int]], size: int | None, where: str) -
         images.append(_tensor(image if size is None else _square(image, size)))
         labels.append(label)
         if images[-1].shape != images[0].shape:
-            raise _SizesDifferError(f"{where}: the pictures differ in size; give size=, such as size=224")
+            raise _SizesDifferError(f"{where}: the images differ in size: give size=, such as size=224")
     if not images:
-        raise VisadaptError(f"{where}: there is no picture")
+        raise VisadaptError(f"{where} must have at least one image, got none")
     return ImageSplit(torch.stack(images), torch.tensor(labels))
 
 
 def _square(image: Image, size: int) -> Image:
-    """Resizes the shorter side to ``size`` and crops the centre."""
+    """Resize the shorter side to ``size`` and crop the centre."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
@@ -334,12 +337,12 @@ def _square(image: Image, size: int) -> Image:
 
 def _resized(split: ImageSplit, size: int) -> ImageSplit:
     pil = _pil()
-    pictures = (pil.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images)
-    return _stack(zip(pictures, split.labels.tolist(), strict=True), size, "images")
+    images = (pil.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images)
+    return _stack(zip(images, split.labels.tolist(), strict=True), size, "images")
 
 
 def _tensor(image: Image) -> Tensor:
-    """An RGB picture as uint8, ``(3, H, W)``."""
+    """Convert an RGB image to uint8, ``(3, H, W)``."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 

@@ -1,4 +1,4 @@
-"""Inputs: how pictures and texts become what a backbone takes, in a form that a task's file remembers."""
+"""Inputs: how images and texts are prepared for a backbone, in a form that task files record."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from visadapt.errors import VisadaptError
 from visadapt.typed import fits, from_json
 
 LARGEST, LONGEST = 8192, 131072
-"""Bounds of images in pixels per side and of texts in tokens, so that no description asks for all of the memory."""
+"""Upper bounds of the image side in pixels and of a text in tokens, so that no file can exhaust the memory."""
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Pictures for a backbone that sees; called with a batch of bytes, it gives what the backbone takes.
+    """Images for a vision backbone; calling it with a uint8 batch returns the normalised batch that the backbone takes.
 
     Args:
-        size: side in pixels of the squares that the backbone sees.
-        mean: of the three channels, in units of 1.
-        std: of the three channels, in units of 1.
+        size: side of the square images in pixels.
+        mean: mean per channel, in units of 1.
+        std: standard deviation per channel, in units of 1.
     """
 
     size: int
@@ -52,24 +52,24 @@ class ImageInputs:
         return normalize(images, self.size, mean=self.mean, std=self.std)
 
     def read(self, files: Iterable[str | Path]) -> Tensor:
-        """Picture files as bytes, ``(N, 3, size, size)``."""
+        """Read image files as uint8, ``(N, 3, size, size)``."""
         return read_images(files, self.size)
 
     def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
-        """A data set; a tenth of its training pictures becomes the validation split.
+        """Load a data set; 10 % of its training images become the validation split.
 
         Args:
             name: as :func:`visadapt.data.load_images` takes it.
-            labels: the classes, as a task numbers them; None for those of the data.
-            seed: of that tenth.
-            **options: passed on to :func:`visadapt.data.load_images`.
+            labels: class names in the task's order; None for those of the data.
+            seed: seed of the validation split.
+            **options: passed to :func:`visadapt.data.load_images`.
 
         Raises:
-            VisadaptError: options of texts.
+            VisadaptError: an option applies to texts only.
         """
         if columns := sorted(options.keys() & {"text", "label", "header"}):
-            raise VisadaptError(f"{name}: pictures have no {' or '.join(columns)}, which are options of texts")
-        # a folder's pictures become what read makes of them one by one; small ones of a named set stay small
+            raise VisadaptError(f"{name}: {' and '.join(columns)} apply to texts only, and these are images")
+        # images of a folder are resized as `read` does; small images of a named data set stay small
         load = load_images if Path(name).is_dir() else load_squares
         found = load(name, size=self.size, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
@@ -79,11 +79,11 @@ class ImageInputs:
 
 @dataclass(frozen=True)
 class TextInputs:
-    """Texts for a backbone that reads; called with a batch of tokens, it cuts off what is padding in every text.
+    """Texts for a language backbone; calling it with a batch of tokens cuts off columns that are all padding.
 
     Args:
-        tokenizer: ``"bundled/minilm"``, ``"hf/<name or folder>"``: a backbone's name is its tokenizer's.
-        length: tokens; longer texts are cut.
+        tokenizer: ``"bundled/minilm"`` or ``"hf/<name or folder>"``, as the backbone is named.
+        length: maximum number of tokens; longer texts are truncated.
         pairs: whether a sample is a pair of texts.
         loader: loads the tokenizer by its name; not part of the description.
     """
@@ -100,29 +100,29 @@ class TextInputs:
         return trimmed(tokens)
 
     def read(self, lines: Iterable[str]) -> dict[str, Tensor]:
-        """Texts as tokens, ``(N, L)`` each; a tab stands between the two of a pair.
+        """Tokenise texts, ``(N, L)`` each; the two texts of a pair are separated by a tab.
 
         Raises:
-            VisadaptError: a line is no pair where pairs are expected.
+            VisadaptError: a line is not a pair, and the task takes pairs.
         """
         texts: list[Any] = list(lines)
         if self.pairs:
             texts = [tuple(line.split("\t", 1)) for line in texts]
             single = next((pair[0] for pair in texts if len(pair) == 1), None)
             if single is not None:
-                raise VisadaptError(f"the task takes pairs of texts with a tab between them, got {single[:60]!r}")
+                raise VisadaptError(f"a line must be a pair of texts separated by a tab, got {single[:60]!r}")
         made = self._tokens(TextSplit(texts, torch.zeros(len(texts), dtype=torch.int64))).inputs
         assert isinstance(made, dict)
         return made
 
     def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
-        """A data set.
+        """Load a data set.
 
         Args:
             name: as :func:`visadapt.data.load_text` takes it.
-            labels: the classes, as a task numbers them; None for those of the data.
-            seed: of the splits that the set does not bring.
-            **options: passed on to :func:`visadapt.data.load_text`.
+            labels: class names in the task's order; None for those of the data.
+            seed: seed of splits that the data set does not define.
+            **options: passed to :func:`visadapt.data.load_text`.
         """
         found = load_text(name, seed=seed, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
@@ -151,14 +151,14 @@ _KINDS: dict[str, type[ImageInputs] | type[TextInputs]] = {"images": ImageInputs
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set as a backbone takes it.
+    """A data set prepared for a backbone.
 
     Args:
-        classes: the names of the labels.
-        train: to train on; None where a file was left whole.
-        validation: to choose by; None likewise.
-        test: for the last figure only.
-        inputs: prepare a batch of it, and read single samples of its kind.
+        classes: names of the labels.
+        train: training samples; None if a file was not split.
+        validation: validation samples; None if a file was not split.
+        test: test samples.
+        inputs: prepare batches, and read single samples.
     """
 
     classes: tuple[str, ...]
@@ -169,26 +169,26 @@ class Splits:
 
 
 def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int | None = None) -> Inputs:
-    """What a backbone takes.
+    """Find out which inputs a backbone takes.
 
     Args:
         model: the backbone.
         name: its name, as :func:`visadapt.inject` takes it.
-        size: side of the pictures in pixels; None for the side that the backbone was trained at.
-        length: of texts in tokens; None for 128.
+        size: image side in pixels; None for the side that the backbone was trained at.
+        length: maximum tokens per text; None for 128.
 
     Raises:
-        VisadaptError: a size of texts or a length of pictures; a backbone that takes neither.
+        VisadaptError: a size was given for texts or a length for images, or the backbone takes neither.
     """
     if getattr(model, "main_input_name", None) == "input_ids":
         if size is not None:
-            raise VisadaptError(f"{name} reads texts, which have a length but no size")
+            raise VisadaptError(f"{name} takes texts: give a length instead of a size")
         return TextInputs(name) if length is None else TextInputs(name, length)
     if length is not None:
-        raise VisadaptError(f"{name} sees pictures, which have a size but no length")
+        raise VisadaptError(f"{name} takes images: give a size instead of a length")
     example = guess_input(model)
     if not isinstance(example, Tensor) or example.ndim != 4:
-        raise VisadaptError(f"{name} takes neither pictures nor texts, as far as visadapt can tell")
+        raise VisadaptError(f"{name} must take images or texts, got a backbone of another kind")
     published = getattr(model, "pretrained_cfg", None) or {}
     return ImageInputs(
         example.shape[-1] if size is None else size,
@@ -198,7 +198,7 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
 
 
 def described(inputs: Inputs) -> dict[str, Any]:
-    """Inputs as JSON values, for the notes of a task's file."""
+    """Describe inputs as JSON values, for the notes of a task file."""
     kind = next(kind for kind, form in _KINDS.items() if isinstance(inputs, form))
     return {"kind": kind, **{f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.compare}}
 
@@ -207,7 +207,7 @@ def from_description(description: Mapping[str, Any], *, backbone: str | None = N
     """Rebuild inputs from the output of :func:`described`, as a file holds it.
 
     Args:
-        description: of the inputs.
+        description: output of :func:`described`.
         backbone: name of a backbone whose tokenizer is the caller's own choice: it is loaded without restrictions where
             the description names the same, and in place of a local path, which a file may not choose.
         online: whether a tokenizer that only the description names may be downloaded.
@@ -217,14 +217,14 @@ def from_description(description: Mapping[str, Any], *, backbone: str | None = N
     """
     kinds = " or ".join(_KINDS)
     if not isinstance(description, Mapping):
-        raise VisadaptError(f"inputs are described by kind ({kinds}) and options, not by {description!r}")
+        raise VisadaptError(f"a description of inputs must have a kind ({kinds}) and options, got {description!r}")
     fields = {key: value for key, value in description.items() if key != "kind"}
     try:
         if "loader" in fields:
             raise TypeError("loader is not part of it")
         inputs = from_json(_KINDS[description["kind"]], fields)
     except (KeyError, TypeError) as error:
-        raise VisadaptError(f"inputs are described by kind ({kinds}) and options: {error}") from error
+        raise VisadaptError(f"a description of inputs must have a kind ({kinds}) and options: {error}") from error
     if not isinstance(inputs, TextInputs) or inputs.tokenizer == backbone:
         return inputs
     try:

@@ -1,4 +1,4 @@
-"""Samples in memory, and what makes a batch of them ready for a backbone."""
+"""Samples in memory, and preparing batches of them for a backbone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from visadapt.errors import VisadaptError
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Inputs in memory and their labels.
+    """Inputs in memory, with their labels.
 
     Args:
         inputs: a tensor ``(N, …)``, or a dict of such tensors by the model's argument names.
-        labels: class indices, int64, or real values to predict, floating point, ``(N,)``; None where there are none to
-            compare with.
+        labels: ``(N,)``: class indices (int64) or real values (floating point); None for unlabelled samples.
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -30,12 +29,12 @@ class Samples:
         parts = self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]
         counts = {len(part) for part in parts}
         if len(counts) != 1:
-            raise VisadaptError(f"inputs of different lengths: {', '.join(str(n) for n in sorted(counts))}")
+            raise VisadaptError(f"inputs must have one length, got {', '.join(str(n) for n in sorted(counts))}")
         if self.labels is None:
             return
         if self.labels.ndim != 1 or not (self.labels.dtype == torch.int64 or self.labels.is_floating_point()):
             got = f"{self.labels.dtype} of {tuple(self.labels.shape)}"
-            raise VisadaptError(f"labels are class indices, int64 of shape (N,), or real values; got {got}")
+            raise VisadaptError(f"labels must be class indices (int64) or real values, of shape (N,); got {got}")
         if len(self.labels) not in counts:
             raise VisadaptError(f"{len(self.labels)} labels for {counts.pop()} inputs")
 
@@ -44,7 +43,7 @@ class Samples:
         return len(first)
 
     def take(self, index: Tensor | slice) -> tuple[Any, Tensor | None]:
-        """The samples at these indices: inputs, labels."""
+        """Return the inputs and labels at these indices."""
         if isinstance(self.inputs, dict):
             inputs: Any = {key: value[index] for key, value in self.inputs.items()}
         else:
@@ -53,7 +52,7 @@ class Samples:
 
 
 def ready(inputs: Any) -> Any:
-    """What is done to a batch where the caller says nothing: bytes become normalised images, padding is cut away.
+    """Prepare a batch by default: normalise uint8 images, cut off padding of texts.
 
     Args:
         inputs: a batch. uint8 images ``(N, 3, H, W)`` are normalised as ImageNet's networks want them; token ids with
@@ -67,7 +66,7 @@ def ready(inputs: Any) -> Any:
 
 
 def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokenised texts without the columns in which every text has padding."""
+    """Cut off the columns of tokenised texts in which every text has padding."""
     mask = inputs["attention_mask"]
     used = mask.bool().any(0).nonzero().flatten()
     if len(used) == 0:
@@ -77,18 +76,18 @@ def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
-    """Texts as tensors.
+    """Tokenise texts.
 
     Args:
-        tokenizer: one of transformers'.
+        tokenizer: a tokenizer of transformers.
         split: a :class:`~visadapt.data.TextSplit`, of texts or of pairs.
-        max_length: tokens; longer texts are cut.
+        max_length: maximum number of tokens; longer texts are truncated.
 
     Raises:
-        VisadaptError: there is no text.
+        VisadaptError: the split is empty.
     """
     if not len(split):
-        raise VisadaptError("there is no text to tokenise")
+        raise VisadaptError("texts to tokenise must not be empty")
     first = split.texts[0]
     columns = [list(split.texts)] if isinstance(first, str) else [list(side) for side in zip(*split.texts, strict=True)]
     made = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")

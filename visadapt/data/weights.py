@@ -18,12 +18,12 @@ _RESNET50 = "resnet50_imagenet_int8.safetensors"
 
 
 def resnet50() -> nn.Module:
-    """Builds torchvision's ResNet-50 with the bundled ImageNet weights, on the CPU in fp32, in eval mode.
+    """Build torchvision's ResNet-50 with the bundled ImageNet weights, on the CPU in fp32, in eval mode.
 
-    The weights are those of Keras (He et al., https://arxiv.org/abs/1512.03385), kept as int8 with one scale an output
-    channel.  They belong to the paper's first form: the stride of each stage sits in the first 1×1 conv, not in the
-    3×3 conv as in torchvision's own weights, so the strides of the returned module are moved accordingly.  Inputs are
-    RGB with torchvision's ImageNet normalisation (see `normalize`); the head has 1000 classes.
+    The weights are those of Keras (He et al., https://arxiv.org/abs/1512.03385), stored as int8 with one scale per
+    output channel. As in the paper's original form, the stride of each stage sits in the first 1×1 conv rather than in
+    the 3×3 conv as in torchvision, and the returned module has its strides there. Inputs are RGB with
+    torchvision's ImageNet normalisation (see `normalize`); the head has 1000 classes.
 
     Raises:
         VisadaptError: torchvision is missing, or the bundled file is damaged.
@@ -43,10 +43,10 @@ def resnet50() -> nn.Module:
 
 
 def dequantise(file: str | Path) -> dict[str, Tensor]:
-    """Reads a safetensors file whose int8 tensors ``KEY`` have an fp32 scale an output channel in ``KEY_scale``.
+    """Read a safetensors file whose int8 tensors ``KEY`` have an fp32 scale per output channel in ``KEY_scale``.
 
     Args:
-        file: the file to read; its other tensors are returned as they are.
+        file: the file to read; other tensors are returned unchanged.
 
     Returns:
         A state dict on the CPU, without the scales.
@@ -61,6 +61,6 @@ def dequantise(file: str | Path) -> dict[str, Tensor]:
     for key in [k for k, v in state.items() if v.dtype == torch.int8]:
         scale = state.pop(f"{key}_scale", None)
         if scale is None or scale.shape != state[key].shape[:1]:
-            raise VisadaptError(f"{Path(file).name}: int8 tensor {key!r} has no scale for each of its output channels")
+            raise VisadaptError(f"{Path(file).name}: int8 tensor {key!r} must have one scale per output channel")
         state[key] = state[key].float().mul_(scale.view(-1, *[1] * (state[key].ndim - 1)))
     return state

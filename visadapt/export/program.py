@@ -44,6 +44,13 @@ def export(
 
     Raises:
         VisadaptError: another suffix, no such task, no onnxscript, or a model that torch cannot export.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> path = export(model, "flowers.pt2", task="flowers", example=torch.randn(2, 3, 32, 32))
+        >>> program = torch.export.load(path).module()
+        >>> program(torch.randn(5, 3, 32, 32)).shape
+        torch.Size([5, 3])
     """
     target = Path(path)
     if target.suffix not in FORMATS:

@@ -84,6 +84,12 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         VisadaptError: the model was never injected.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> flowers = visadapt.summary(model)["flowers"]
+        >>> flowers.methods, flowers.sites, flowers.norm_policy, flowers.num_classes
+        ('Bottleneck(m=4)', 8, 'affine', 3)
     """
     registry = registry_of(model)
     whole = facts_of(model).size

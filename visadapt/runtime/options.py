@@ -24,6 +24,12 @@ def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
 
     Raises:
         VisadaptError: there is no such task, it has no ``DAN``, or ``alpha`` is out of range.
+
+    Example:
+        >>> model = visadapt.inject(backbone, visadapt.DAN(), task="flowers", num_classes=3)
+        >>> model = visadapt.set_alpha(model, "flowers", 0.5)
+        >>> visadapt.summary(model)["flowers"].methods
+        'DAN(alpha=0.5)'
     """
     registry = registry_of(model)
     placements = registry.task(task).placements

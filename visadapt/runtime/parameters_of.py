@@ -32,6 +32,12 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
 
     Raises:
         VisadaptError: there is no such task, or none is active.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> optimizer = torch.optim.AdamW(visadapt.parameters(model, "flowers"), lr=1e-3)
+        >>> sum(p.numel() for p in visadapt.parameters(model)) == visadapt.summary(model)["flowers"].trained
+        True
     """
     return [parameter for _, parameter in named_parameters(model, active(model) if task is None else task)]  # type: ignore[arg-type]
 
@@ -48,6 +54,13 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
 
     Raises:
         VisadaptError: there is no such task.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
+        >>> model = visadapt.trainable(model, "birds")
+        >>> [all(p.requires_grad for p in visadapt.parameters(model, task)) for task in ("flowers", "birds")]
+        [False, True]
     """
     registry = registry_of(model)
     several = isinstance(task, Sequence) and not isinstance(task, str)

@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, metrics. Imported when asked for: ``import visadapt.training``."""
+"""Training loop, recipes and metrics. The core does not import this package: ``import visadapt.training``."""
 
 from visadapt.data.samples import Samples as Samples
 from visadapt.data.samples import ready as ready

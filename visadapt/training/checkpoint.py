@@ -1,4 +1,4 @@
-"""Checkpoints: a training that was stopped goes on where it was, bit for bit."""
+"""Checkpoints: an interrupted training run resumes with bit-identical results."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _SCHEDULE: dict[str, Any] = {"last_epoch": int, "_step_count": int, "_last_lr": 
 
 
 class Checkpoint:
-    """A file with everything that a training needs to go on: safetensors, and JSON in its header.
+    """A file with everything needed to resume a training run: safetensors, with JSON in its header.
 
     Args:
-        path: of the file; it need not be there yet.
-        identity: what the training is of.
+        path: of the file; it may not exist yet.
+        identity: of the training run; see :func:`visadapt.training.signature.identity`.
 
     Raises:
-        VisadaptError: there is no such folder; the file is no checkpoint, or one of another training (what differs is
-            named).
+        VisadaptError: the folder does not exist; the file is not a checkpoint, or one of another training run (the
+            message names what differs).
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         self.path, self.identity = Path(path), identity
         if not self.path.parent.is_dir():
-            raise VisadaptError(f"no folder {self.path.parent} to keep a checkpoint in")
-        self._found = self._read() if self.path.exists() else None
+            raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the checkpoint {self.path.name} to")
+        self._saved = self._read() if self.path.exists() else None
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
             with safe_open(self.path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {}).get("visadapt_training", "{}"))
-                # copied: a file's tensors lie at odd addresses, where torch picks kernels that round differently
+                # cloned: a file's tensors are unaligned, and torch's kernels for unaligned memory round differently
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise VisadaptError(f"{self.path} is no checkpoint of a training, or not a whole one ({error})") from error
+            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run ({error})") from error
         if not isinstance(notes, dict) or notes.get("format") != FORMAT:
             raise VisadaptError(
-                f"{self.path} is no checkpoint of a training that this version of visadapt can go on with"
+                f"{self.path} is not a checkpoint of a training run that this version of visadapt can resume"
             )
         try:
             # typed, and no more than is listed here: what is in a file must not choose attributes
@@ -64,64 +64,64 @@ class Checkpoint:
             notes = {"identity": dict(notes["identity"]), "run": run, "schedule": schedule}
         except (KeyError, TypeError, ValueError) as error:
             raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
-        others = unlike(notes["identity"], self.identity)
-        if others:
-            raise VisadaptError(f"{self.path} is the checkpoint of another training: {others}")
+        changes = unlike(notes["identity"], self.identity)
+        if changes:
+            raise VisadaptError(f"{self.path} is the checkpoint of another training run: {changes}")
         return notes, tensors
 
     def begin(self, loop: Loop) -> None:
-        """Brings a training to where the file was written; without a file, writes where it is.
+        """Restore the saved state or, without a file, write the initial one.
 
-        So what is drawn before the first step is in the file as well, and a folder that cannot be written to is found
-        before anything is computed.
+        The initial file holds the random initial values too, and shows that the folder is writable before anything is
+        computed.
         """
-        if self._found is None:
+        if self._saved is None:
             self.write(loop)
             return
-        notes, tensors = self._found
-        self._found = None
+        notes, tensors = self._saved
+        self._saved = None
 
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
 
-        if len(notes["schedule"]["_last_lr"]) != len(loop.optimiser.param_groups):
+        if len(notes["schedule"]["_last_lr"]) != len(loop.optimizer.param_groups):
             raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: it has other learning rates")
         loop.run = notes["run"]
-        loop.trained.restore(part("now"))
+        loop.target.restore(part("now"))
         loop.kept = part("kept")
-        state = loop.optimiser.state_dict()
-        moved = [p for group in loop.optimiser.param_groups for p in group["params"]]
+        state = loop.optimizer.state_dict()
+        parameters = [p for group in loop.optimizer.param_groups for p in group["params"]]
         for key, value in part("optimiser").items():
             index, slot = key.split(".")
-            # laid out in memory as the parameter is
-            like = value if value.ndim == 0 else torch.empty_like(moved[int(index)]).copy_(value)
-            state["state"].setdefault(int(index), {})[slot] = like
+            # in the parameter's memory format
+            tensor = value if value.ndim == 0 else torch.empty_like(parameters[int(index)]).copy_(value)
+            state["state"].setdefault(int(index), {})[slot] = tensor
         for group, rate in zip(state["param_groups"], notes["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
-        loop.optimiser.load_state_dict(state)
+        loop.optimizer.load_state_dict(state)
         loop.schedule.load_state_dict({**loop.schedule.state_dict(), **notes["schedule"]})
-        # copied: torch crashes on a state that is a row of a larger tensor
-        own = loop.engine.rank
-        loop.began, here = ({k: v[own].clone() for k, v in part(name).items()} for name in ("began", "here"))
-        loop.random.restore(here)
+        # cloned: torch crashes on a generator state that is a row of a larger tensor
+        rank = loop.engine.rank
+        loop.epoch_start, now = ({k: v[rank].clone() for k, v in part(name).items()} for name in ("began", "here"))
+        loop.random.restore(now)
 
     def write(self, loop: Loop) -> None:
-        """Replaces the file, atomically, by one that says where a training is."""
+        """Write the state of a training run; an existing file is replaced atomically."""
         engine = loop.engine
-        # each process draws its own
-        drawn = {
+        # each process has its own random state
+        random = {
             name: {k: engine.gather(engine.place(v[None])) for k, v in state.items()}
-            for name, state in (("began", loop.began), ("here", loop.random.state()))
+            for name, state in (("began", loop.epoch_start), ("here", loop.random.state()))
         }
         if engine.rank != 0:
             return
-        slots = {
+        optimizer = {
             f"{index}.{slot}": value
-            for index, own in loop.optimiser.state_dict()["state"].items()
-            for slot, value in own.items()
+            for index, slots in loop.optimizer.state_dict()["state"].items()
+            for slot, value in slots.items()
             if isinstance(value, Tensor)
         }
-        parts = {"now": loop.trained.snapshot(), "kept": loop.kept, "optimiser": slots, **drawn}
+        parts = {"now": loop.target.snapshot(), "kept": loop.kept, "optimiser": optimizer, **random}
         tensors = {
             f"{name}:{key}": t.detach().cpu().contiguous() for name, part in parts.items() for key, t in part.items()
         }

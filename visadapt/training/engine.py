@@ -1,4 +1,4 @@
-"""Where a step is computed: accelerate's processes and devices, and the model as one of its modules."""
+"""Devices, processes and precision, through accelerate; and the model as a module that returns logits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Engine:
-    """accelerate, with the device and the precision that one training asks for.
+    """accelerate, with the device and the precision of one training run.
 
-    accelerate fixes both for the life of a process, in which trainings may differ.
+    accelerate fixes both for the life of a process; runs in one process may differ.
 
     Args:
-        model: what will be run; moved to the device in place.
-        device: None for where the model is, or among several processes for the device that accelerate gives each.
-        precision: ``fp32``, or ``bf16`` for autocast with parameters and gradients kept as they are; None for what
-            ``accelerate launch`` was told.
-        accumulate: parts that each step's batch is computed in; ``accelerate launch`` may say so too.
+        model: the model to run; moved to the device in place.
+        device: None for the model's own device or, among several processes, the one that accelerate assigns to each.
+        precision: ``fp32``, or ``bf16`` for autocast with parameters and gradients in their own dtype; None for the
+            precision given to ``accelerate launch``.
+        accumulate: number of parts in which a batch is computed; ``accelerate launch`` may override it.
 
     Raises:
-        VisadaptError: there is no such device here, or no such precision; accelerate is not installed.
+        VisadaptError: the device or the precision does not exist; accelerate is not installed.
     """
 
     def __init__(
@@ -42,89 +42,87 @@ class Engine:
     ) -> None:
         if precision is not None:
             check_choice(precision, PRECISIONS, "precision")
-        accelerate = require("accelerate", "training", "visadapt[train]")
-        self.accelerator = accelerate.Accelerator(
-            # without it, processes that torchrun started on a machine with CPUs only would not know of each other
+        self._accelerate = require("accelerate", "training", "visadapt[train]")
+        self.accelerator = self._accelerate.Accelerator(
+            # without it, processes started by torchrun on a CPU-only machine do not form a group
             cpu=not torch.accelerator.is_available(),
             device_placement=False,
             gradient_accumulation_steps=accumulate,
-            dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True),
+            dataloader_config=self._accelerate.DataLoaderConfiguration(split_batches=True),
         )
         self.rank: int = self.accelerator.process_index
         self.processes: int = self.accelerator.num_processes
         self.parts: int = self.accelerator.gradient_accumulation_steps
-        self.device = self._chosen(model, device)
-        told = self.accelerator.mixed_precision
-        self.precision = precision or ("fp32" if told == "no" else told)
+        self.device = self._choose_device(model, device)
+        launched = self.accelerator.mixed_precision
+        self.precision = precision or ("fp32" if launched == "no" else launched)
         check_choice(self.precision, PRECISIONS, "precision")
-        with _named(self.device):
+        with _device_errors(self.device):
             model.to(self.device)
 
-    def _chosen(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
-        with _named(device):
+    def _choose_device(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
+        with _device_errors(device):
             chosen = None if device is None else torch.device(device)
         if self.processes == 1:
             first = next((p for p in model.parameters()), torch.empty(0))
             return first.device if chosen is None else chosen
-        given: torch.device = self.accelerator.device
-        if chosen is not None and chosen.type != given.type:
+        assigned: torch.device = self.accelerator.device
+        if chosen is not None and chosen.type != assigned.type:
             raise VisadaptError(
-                f"device={str(device)!r} among {self.processes} processes that accelerate runs on {given.type}: leave "
-                "it out, or say `accelerate launch --cpu`"
+                f"device must be {assigned.type!r} or None for these {self.processes} processes, got {str(device)!r}; "
+                "`accelerate launch --cpu` runs them on the CPU"
             )
-        return given
+        return assigned
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What numbers depend on, as JSON values."""
+        """The settings that results depend on, as JSON values."""
         return {"precision": self.precision, "processes": self.processes, "parts of a batch": self.parts}
 
     def place(self, batch: Any) -> Any:
-        """A batch on the device: tensors, and mappings and sequences of them."""
-        return require("accelerate.utils", "training", "visadapt[train]").send_to_device(
-            batch, self.device, non_blocking=True
-        )
+        """Move a batch (a tensor, or mappings and sequences of tensors) to the device."""
+        return self._accelerate.utils.send_to_device(batch, self.device, non_blocking=True)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The parts of all processes, laid end to end."""
-        whole: Tensor = self.accelerator.gather(tensor)
-        return whole
+        """Concatenate a tensor's parts from all processes."""
+        gathered: Tensor = self.accelerator.gather(tensor)
+        return gathered
 
-    def agree(self, tensors: list[Tensor]) -> None:
-        """Gives all processes the first one's values, in place."""
-        require("accelerate.utils", "training", "visadapt[train]").broadcast(tensors)
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Copy the first process's values to all processes, in place."""
+        self._accelerate.utils.broadcast(tensors)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the forward is computed."""
-        # switched off as well as on: accelerate may have been told otherwise
+        """The context to run the forward pass in."""
+        # disabled explicitly for fp32: accelerate may have been launched with another precision
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def check_device(device: torch.device | str) -> None:
-    """Refuses a device that there is not, or that this process cannot use.
+    """Refuse a device that does not exist or that this process cannot use.
 
     Raises:
-        VisadaptError: it names the device.
+        VisadaptError: the device cannot be used; the message names it.
     """
-    with _named(device):
+    with _device_errors(device):
         torch.empty(1, device=device)
 
 
 @contextmanager
-def _named(device: Any) -> Iterator[None]:
+def _device_errors(device: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError) as error:
         raise VisadaptError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-class Performer(nn.Module):
-    """A model from the batch as it comes to float32 logits: the module whose gradients the processes share.
+class LogitsModel(nn.Module):
+    """A model from a raw batch to float32 logits: the module whose gradients the processes share.
 
     Args:
-        model: that performs the task which is chosen around it.
-        prepare: makes what the model takes of a batch of inputs on the device.
-        engine: where it is computed.
+        model: computes the task that is active around the call.
+        prepare: converts a batch of inputs on the device to the model's input.
+        engine: the device and the precision.
     """
 
     prepare: Callable[[Any], Any]
@@ -132,14 +130,14 @@ class Performer(nn.Module):
     def __init__(self, model: nn.Module, prepare: Callable[[Any], Any], engine: Engine) -> None:
         super().__init__()
         self.model, self.engine = model, engine
-        # a transform may be a module, but it is no part of the model
+        # past nn.Module's registration: a transform may be a module, but it is not part of the model
         self.__dict__["prepare"] = prepare
 
     def forward(self, inputs: Any) -> Tensor:
-        """The logits, ``(N, C)``.
+        """Compute the logits, ``(N, C)``.
 
         Raises:
-            VisadaptError: the model gives something else.
+            VisadaptError: the model's output is something else.
         """
         with self.engine.autocast():
             return _logits(self.model, self.prepare(inputs)).float()
@@ -157,5 +155,5 @@ def _logits(model: nn.Module, inputs: Any) -> Tensor:
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise VisadaptError(f"expected logits of shape (N, classes) from {type(model).__name__}, got {got}")
+        raise VisadaptError(f"logits of {type(model).__name__} must have shape (N, classes), got {got}")
     return logits

@@ -1,4 +1,4 @@
-"""``fit``, which trains a task."""
+"""The training loop ``fit``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
-from visadapt.training.engine import Engine, Performer
-from visadapt.training.evaluation import Prepare, outputs
+from visadapt.training.engine import Engine, LogitsModel
+from visadapt.training.evaluation import Prepare, logits_and_labels
 from visadapt.training.history import Epoch, Fit
 from visadapt.training.log import Log
 from visadapt.training.loop import Augment, Loop
@@ -27,7 +28,7 @@ from visadapt.training.progress import bar
 from visadapt.training.recipe import Recipe
 from visadapt.training.rng import Randomness
 from visadapt.training.signature import identity
-from visadapt.training.target import Trainee, alone, trainee
+from visadapt.training.target import Target, only_trainable, target_of
 
 
 def fit(
@@ -49,58 +50,63 @@ def fit(
     log: Log | Sequence[Log] = (),
     progress: bool = True,
 ) -> Fit:
-    """Trains one task of a model; the backbone and the other tasks stay bit for bit what they were.
+    """Train one task of a model; the backbone and the other tasks stay bit-identical.
 
-    With validation data the state after the best epoch is the one that is left in the model, else the last. The same
-    seed gives the same numbers on the same machine; the caller's random numbers stay as they were.
+    With validation data the model ends in the state after the best epoch, otherwise in that after the last. The same
+    seed gives the same numbers on the same machine; the caller's random state is left alone.
 
-    Started by ``accelerate launch`` or ``torchrun``, each process computes its part of every batch, and the numbers are
-    those of one process, but for the statistics that norms take of a batch and what is drawn at random. The running
-    statistics that a task owns are the first process's.
+    Under ``accelerate launch`` or ``torchrun``, each process computes its part of every batch. The results equal those
+    of one process, except for batch statistics of norms and for random numbers; running statistics that the task owns
+    are taken from the first process.
 
     Args:
-        model: an injected model; or a plain one, to compare with.
+        model: an injected model; or a plain one, for comparison.
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
             argument names; an :class:`~visadapt.data.ImageSplit`; a mapping with ``labels``; or a ``DataLoader`` of
             such batches. Labels are class indices, for cross entropy; or floats, for the squared error of one output.
-        validation: the same, to score each epoch with.
-        recipe: :class:`Recipe`'s defaults if None.
-        prepare: makes what the model takes of a batch of inputs on the device, in training and validation. None
-            normalises uint8 images and cuts padding off tokenised texts.
-        augment: changes a batch of training inputs before ``prepare``, given a generator to draw from.
-        metric: what the best epoch is best at; a name in ``METRICS``.
-        seed: of the order, of dropout and of augmentation; adapters and heads drew theirs at ``inject``.
-        device: None for where the model is; otherwise the model is moved there.
-        precision: ``fp32``, or ``bf16`` for autocast; None is what ``accelerate launch`` was told, or ``fp32``.
-        accumulate: parts that each step's batch is computed in, to save memory. Where norms take no statistics of a
-            batch, the numbers are those of the whole.
-        checkpoint: a file that is written after each epoch. Called again alike, a training that was stopped goes on
-            from it, bit for bit and to the same final numbers, and one that was finished returns at once. A
-            ``prepare`` that is a dataclass has to be equal; what other functions do cannot be told.
-        checkpoint_every: steps after which it is written as well.
+        validation: data in the same forms, to score each epoch.
+        recipe: None for the defaults of :class:`Recipe`.
+        prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
+            normalises uint8 images and trims the padding of tokenised texts.
+        augment: changes a batch of training inputs before ``prepare``; called with the batch and a generator.
+        metric: score that selects the best epoch; a name in ``METRICS``.
+        seed: of data order, dropout and augmentation; the initial adapters and heads were drawn at ``inject``.
+        device: moves the model there; None for the model's own device.
+        precision: ``fp32``, or ``bf16`` for autocast; None for that of ``accelerate launch``, or ``fp32``.
+        accumulate: number of parts in which each batch is computed, to save memory. The results equal those of the
+            whole batch unless norms take batch statistics.
+        checkpoint: a file, written after each epoch. The same call resumes an interrupted training run from it with
+            bit-identical results, and returns at once if the run was finished. A ``prepare`` that is a dataclass must
+            be equal; other functions cannot be compared.
+        checkpoint_every: number of steps after which the checkpoint is written as well.
         log: called after each epoch: :class:`JsonLines`, :class:`TensorBoard`, or any function of a :class:`Fit`.
-        progress: shows a bar on a terminal, if rich is installed.
+        progress: show a progress bar on a terminal, if rich is installed.
 
     Returns:
         The loss and score of each epoch.
 
     Raises:
-        VisadaptError: no such task, metric or device; data that cannot be trained on; a checkpoint of another training
-            (what differs is named); a loss, gradient or logit that is not finite, in which case the task is left as it
-            was after its best epoch so far (before the first one, as it came).
+        VisadaptError: the task, metric or device does not exist; the data does not fit; the checkpoint belongs to
+            another training run (the message names what differs); a loss, gradient or logit is not finite, in which
+            case the task keeps the state after its best epoch so far, or its initial state.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> result = fit(model, "flowers", (images, labels), recipe=Recipe(epochs=2, batch_size=3))
+        >>> result.steps, len(result.epochs)
+        (4, 2)
     """
     recipe = Recipe() if recipe is None else recipe
-    _check(recipe, validation, accumulate=accumulate, checkpoint_every=checkpoint_every)
-    if checkpoint_every is not None and checkpoint is None:
-        raise VisadaptError(f"checkpoint_every={checkpoint_every} needs a checkpoint, the file to write")
-    trained = trainee(model, task)
-    source = Batches(train, recipe.batch_size, "training")
-    held = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
-    check_metric(metric, source.labels, trained.classes)
-    for batches in filter(None, (source, held)):
-        if batches.labels is not None and trained.classes is not None:
-            check_labels(batches.labels, trained.classes, batches.what)
+    _check(recipe, validation, checkpoint, accumulate, checkpoint_every)
+    target = target_of(model, task)
+    batches = Batches(train, recipe.batch_size, "training")
+    held_out = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
+    check_metric(metric, batches.labels, target.classes)
+    for data in filter(None, (batches, held_out)):
+        if data.labels is not None and target.classes is not None:
+            check_labels(data.labels, target.classes, data.purpose)
     engine = Engine(model, device, precision, accumulate)
     settings = {
         "recipe": recipe,
@@ -110,23 +116,23 @@ def fit(
         "augmentation": augment is not None,
         **engine.settings,
     }
-    saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, source, held, **settings))
-    # a move to another device may have made new tensors
-    trained = trainee(model, task)
-    performer = Performer(model, prepare or ready, engine)
+    saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, batches, held_out, **settings))
+    # again: a move to another device may have made new tensors
+    target = target_of(model, task)
+    logits_model = LogitsModel(model, prepare or ready, engine)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
-    was = model.training
-    with random, alone(model, trained, engine.processes):
-        loop = Loop(performer, trained, source, recipe, augment, random)
+    was_training = model.training
+    with random, only_trainable(model, target, engine.processes):
+        loop = Loop(logits_model, target, batches, recipe, augment, random)
         if saved is not None:
             saved.begin(loop)
 
-        def told() -> Fit:
-            size = sum(p.numel() for p in trained.parameters.values())
+        def history() -> Fit:
+            size = sum(p.numel() for p in target.parameters.values())
             return Fit(task, tuple(loop.run.epochs), metric, loop.run.best, loop.run.steps, size)
 
-        def stepped() -> None:
+        def after_step() -> None:
             advance(f"loss {loop.run.loss / loop.run.seen:.3f}")
             if saved is not None and checkpoint_every is not None and loop.run.steps % checkpoint_every == 0:
                 saved.write(loop)
@@ -134,45 +140,47 @@ def fit(
         title = task or type(model).__name__
         try:
             with bar(loop.steps, title, progress and engine.rank == 0, loop.run.steps) as advance:
-                while not loop.over:
+                while not loop.finished:
                     start = time.perf_counter()
-                    loss = loop.epoch(stepped)
-                    score = None if held is None else _score(performer, trained, held, metric)
-                    better = score is None or not loop.run.best or _better(score, told().score, metric)
-                    loop.ended(Epoch(len(loop.run.epochs) + 1, loss, score, time.perf_counter() - start), better)
+                    loss = loop.epoch(after_step)
+                    score = None if held_out is None else _score(logits_model, target, held_out, metric)
+                    better = score is None or not loop.run.best or _better(score, history().score, metric)
+                    loop.end_epoch(Epoch(len(loop.run.epochs) + 1, loss, score, time.perf_counter() - start), better)
                     if saved is not None:
                         saved.write(loop)
-                    for each in logs if engine.rank == 0 else ():
-                        each(told())
-            trained.restore(loop.kept)
+                    for write_log in logs if engine.rank == 0 else ():
+                        write_log(history())
+            target.restore(loop.kept)
         except VisadaptError:
-            trained.restore(loop.kept)
+            target.restore(loop.kept)
             raise
         finally:
-            model.train(was)
-            for parameter in trained.parameters.values():
+            model.train(was_training)
+            for parameter in target.parameters.values():
                 parameter.grad = None
-    return told()
+    return history()
 
 
-def _check(recipe: Any, validation: Any, **counts: int | None) -> None:
+def _check(recipe: Any, validation: Any, checkpoint: Any, accumulate: int, checkpoint_every: int | None) -> None:
     if not isinstance(recipe, Recipe):
-        raise VisadaptError(f"recipe is a visadapt.training.Recipe, got {type(recipe).__name__}")
+        raise VisadaptError(f"recipe must be a visadapt.training.Recipe, got {type(recipe).__name__}")
     if recipe.patience is not None and validation is None:
-        raise VisadaptError(f"patience={recipe.patience} waits for a better score, but there is no validation data")
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise VisadaptError(f"{name} is a positive int, got {count!r}")
+        raise VisadaptError(f"patience={recipe.patience} needs validation data to score each epoch")
+    check_count(accumulate, "accumulate")
+    if checkpoint_every is not None:
+        check_count(checkpoint_every, "checkpoint_every")
+        if checkpoint is None:
+            raise VisadaptError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write")
 
 
-def _score(performer: Performer, trained: Trainee, data: Batches, metric: str) -> float:
-    logits, labels = outputs(performer, trained, data)
+def _score(logits_model: LogitsModel, target: Target, data: Batches, metric: str) -> float:
+    logits, labels = logits_and_labels(logits_model, target, data)
     assert labels is not None
     check_metric(metric, labels)
     return METRICS[metric](logits, labels)
 
 
-def _better(score: float, than: float | None, metric: str) -> bool:
-    if than is None or math.isnan(than):
+def _better(score: float, best: float | None, metric: str) -> bool:
+    if best is None or math.isnan(best):
         return True
-    return score < than if metric == "loss" else score > than
+    return score < best if metric == "loss" else score > best

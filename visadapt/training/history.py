@@ -1,4 +1,4 @@
-"""What a training was: a line an epoch, and which of them was kept."""
+"""The history of a training run: one row per epoch, and the epoch whose state was kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Epoch:
 
     Attributes:
         number: from 1.
-        loss: mean training loss of its steps, while the parameters moved.
+        loss: mean training loss over its steps, while the parameters moved.
         score: the metric on the validation data afterwards; None without such data.
-        seconds: it took, validation included; of one that was resumed, what was left of it.
+        seconds: duration, validation included; of a resumed epoch, of the resumed part only.
     """
 
     number: int
@@ -26,15 +26,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished training; prints as a table.
+    """The result of a training run; prints as a table.
 
     Attributes:
-        task: that was trained; None for a plain module.
-        epochs: all of them, in order.
+        task: the trained task; None for a plain module.
+        epochs: all epochs, in order.
         metric: name of the score.
-        best: number of the epoch whose state was kept: the best by score, the last without validation data.
-        steps: optimiser steps taken.
-        parameters: number of parameters that were trained.
+        best: number of the epoch whose state was kept: the best by score, or the last without validation data.
+        steps: number of optimiser steps.
+        parameters: number of trained parameters.
     """
 
     task: str | None
@@ -46,16 +46,16 @@ class Fit:
 
     @property
     def score(self) -> float | None:
-        """Of the state that was kept, on the validation data."""
+        """Validation score of the kept state."""
         return self.epochs[self.best - 1].score
 
     @property
     def seconds(self) -> float:
-        """Of the whole training."""
+        """Duration of all epochs."""
         return sum(epoch.seconds for epoch in self.epochs)
 
     def table(self) -> Table:
-        """One row an epoch; the one that was kept carries a star."""
+        """One row per epoch; the kept one is starred."""
         rows = [
             (
                 f"{epoch.number}{' *' if epoch.number == self.best else ''}",

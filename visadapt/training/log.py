@@ -1,4 +1,4 @@
-"""Logs: where a training's epochs are written down while it goes on."""
+"""Logs: record the epochs of a training run while it proceeds."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from visadapt.optional import require
 from visadapt.training.history import Fit
 
 Log = Callable[[Fit], None]
-"""Called after each epoch with all of them so far."""
+"""Called after each epoch with the history so far."""
 
 
 class JsonLines:
-    """A line of JSON an epoch: ``task``, ``epoch``, training ``loss``, ``metric``, ``score`` and ``seconds``.
+    """Write one line of JSON per epoch: ``task``, ``epoch``, training ``loss``, ``metric``, ``score``, ``seconds``.
 
     Args:
-        path: of the file, which is replaced as a whole each time.
+        path: the file; rewritten atomically after each epoch.
 
     Raises:
-        VisadaptError: there is no such folder.
+        VisadaptError: the folder does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
-            raise VisadaptError(f"no folder {self.path.parent} to write a log in")
+            raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the log {self.path.name} to")
 
     def __call__(self, history: Fit) -> None:
         lines = [
@@ -49,17 +49,18 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Training loss and score as curves of TensorBoard, over the epochs.
+    """Write training loss and score per epoch as TensorBoard curves.
 
     Args:
-        folder: for TensorBoard's files.
+        folder: for TensorBoard's event files.
 
     Raises:
         VisadaptError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        module = require("torch.utils.tensorboard", "TensorBoard's log", "visadapt[tensorboard]")
+        for name in ("tensorboard", "torch.utils.tensorboard"):  # the first for its name in the error
+            module = require(name, "TensorBoard's log", "visadapt[tensorboard]")
         self._writer: Any = module.SummaryWriter(str(folder))
 
     def __call__(self, history: Fit) -> None:

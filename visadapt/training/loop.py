@@ -1,4 +1,4 @@
-"""The steps of a training, one epoch after another."""
+"""The optimiser steps of a training run, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from visadapt.data.samples import Samples
 from visadapt.training.batches import Batches
-from visadapt.training.engine import Performer
+from visadapt.training.engine import LogitsModel
 from visadapt.training.history import Epoch
 from visadapt.training.losses import Diverged, check_labels, losses
 from visadapt.training.recipe import Recipe
 from visadapt.training.rng import Randomness
-from visadapt.training.target import Trainee
+from visadapt.training.target import Target
 
 Augment = Callable[[Any, torch.Generator], Any]
 
 
 @dataclass
 class Run:
-    """How far a training has come, in numbers.
+    """The progress of a training run, as it is written to a checkpoint.
 
     Attributes:
-        epochs: those that are over.
-        best: number of the best of them; 0 before the first.
+        epochs: finished epochs.
+        best: number of the best epoch; 0 before the first.
         steps: optimiser steps taken.
-        at: those of the epoch that is under way.
-        loss: sum over its samples so far.
-        seen: number of its samples so far.
+        at: steps taken in the current epoch.
+        loss: sum of the losses of the current epoch's samples so far.
+        seen: number of the current epoch's samples so far.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -45,115 +45,118 @@ class Run:
 
 
 class Loop:
-    """A training under way.
+    """A training run in progress.
 
     Attributes:
-        run: how far it has come.
-        steps: of the whole training.
-        kept: the state after the best epoch so far; before the first, the state that the task came in.
-        began: where the random numbers were when the epoch under way began.
-        random: where they are.
+        run: the progress so far.
+        steps: number of steps of the whole run.
+        kept: state after the best epoch so far; before the first epoch, the initial state.
+        epoch_start: state of the random generators at the start of the current epoch.
+        random: the random generators.
     """
 
     def __init__(
         self,
-        performer: Performer,
-        trained: Trainee,
-        source: Batches,
+        logits_model: LogitsModel,
+        target: Target,
+        batches: Batches,
         recipe: Recipe,
         augment: Augment | None,
         random: Randomness,
     ) -> None:
-        self.trained, self.source, self.recipe, self.augment, self.random = trained, source, recipe, augment, random
-        self.engine = performer.engine
-        source.share(self.engine)
-        random.follow(source.generator)
+        self.target, self.batches, self.recipe, self.augment, self.random = target, batches, recipe, augment, random
+        self.engine = logits_model.engine
+        batches.share(self.engine)
+        random.track(batches.generator)
         self.run = Run()
-        self.steps = recipe.epochs * len(source)
-        self.kept = trained.snapshot()
-        self.began = random.state()
-        # not accelerate's own optimiser: it waits for an accumulation that a script may have begun before it came here
-        self.optimiser, self.schedule = recipe.prepared(trained, self.steps)
-        self.performer = self.engine.accelerator.prepare(performer)
+        self.steps = recipe.epochs * len(batches)
+        self.kept = target.snapshot()
+        self.epoch_start = random.state()
+        # not accelerate's optimiser: it would wait for an accumulation that the caller's script may have begun
+        self.optimizer, self.schedule = recipe.make_optimizer(target, self.steps)
+        self.logits_model = self.engine.accelerator.prepare(logits_model)
 
     @property
-    def over(self) -> bool:
-        """Whether there is no epoch to come."""
+    def finished(self) -> bool:
+        """Whether all epochs are done or patience ran out."""
         done, patience = len(self.run.epochs), self.recipe.patience
         return done == self.recipe.epochs or (patience is not None and done - self.run.best >= patience)
 
-    def epoch(self, stepped: Callable[[], None]) -> float:
-        """One pass, or what is left of it, and the mean loss of its steps.
+    def epoch(self, after_step: Callable[[], None]) -> float:
+        """Run one epoch, or the rest of an interrupted one.
 
         Args:
-            stepped: called after each step.
+            after_step: called after each step.
+
+        Returns:
+            The mean loss of the epoch's steps.
         """
         run = self.run
-        self.performer.train()
-        here = self.random.state()
+        self.logits_model.train()
+        now = self.random.state()
         if run.at == 0:
-            self.began = here
-        # what was drawn up to here in a pass that was interrupted is drawn again, so that the rest of it is the same
-        self.random.restore(self.began)
-        batches = self.source.epoch(self.random.order)
+            self.epoch_start = now
+        # replay an interrupted epoch from its start to the last batch that was used, so that the rest is the same
+        self.random.restore(self.epoch_start)
+        batches = self.batches.epoch(self.random.order)
         for _ in range(run.at):
             next(batches)
-        self.random.restore(here)
-        with self.trained.chosen():
+        self.random.restore(now)
+        with self.target.context():
             for inputs, labels, rows in batches:
                 assert labels is not None
                 run.loss += self.step(inputs, labels, rows) * rows
                 run.seen, run.at, run.steps = run.seen + rows, run.at + 1, run.steps + 1
-                stepped()
-        # the running statistics that a task owns are each process's own until here
-        self.engine.agree([t for name, t in self.trained.tensors.items() if name not in self.trained.parameters])
+                after_step()
+        # until here each process has its own running statistics for the task
+        self.engine.broadcast([t for name, t in self.target.tensors.items() if name not in self.target.parameters])
         return run.loss / run.seen
 
-    def ended(self, epoch: Epoch, better: bool) -> None:
-        """Notes an epoch, and keeps the state if it is the best so far."""
+    def end_epoch(self, epoch: Epoch, better: bool) -> None:
+        """Record an epoch, and keep the state if it is the best so far."""
         self.run.epochs.append(epoch)
         self.run.at, self.run.loss, self.run.seen = 0, 0.0, 0
         if better:
-            self.run.best, self.kept = epoch.number, self.trained.snapshot()
+            self.run.best, self.kept = epoch.number, self.target.snapshot()
 
     def step(self, inputs: Any, labels: Tensor, rows: int) -> float:
-        """Moves the parameters once; the mean loss of the whole batch before it."""
+        """Take one optimiser step and return the mean loss of the whole batch before it."""
         engine, accelerator = self.engine, self.engine.accelerator
         inputs, labels = engine.place(inputs), engine.place(labels)
         if self.augment is not None:
             inputs = self.augment(inputs, self.random.noise)
-        own = Samples(inputs, labels)
-        size = -(-len(own) // engine.parts)
+        samples = Samples(inputs, labels)
+        size = -(-len(samples) // engine.parts)
         total = torch.zeros((), device=engine.device)
-        self.optimiser.zero_grad(set_to_none=True)
-        for start in range(0, len(own), size):
-            last = start + size >= len(own)
-            with nullcontext() if last else accelerator.no_sync(self.performer):
-                part, targets = own.take(slice(start, start + size))
-                assert targets is not None
-                logits = self.performer(part)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(samples), size):
+            last = start + size >= len(samples)
+            with nullcontext() if last else accelerator.no_sync(self.logits_model):
+                part, part_labels = samples.take(slice(start, start + size))
+                assert part_labels is not None
+                logits = self.logits_model(part)
                 if self.run.steps == 0:
-                    check_labels(targets, logits.shape[-1], self.source.what)
-                each = losses(logits, targets, self.recipe.label_smoothing)
-                # without those samples that only fill up this process's part of the batch
-                loss = each[: max(0, rows - engine.rank * len(own) - start)].sum() / rows
+                    check_labels(part_labels, logits.shape[-1], self.batches.purpose)
+                sample_losses = losses(logits, part_labels, self.recipe.label_smoothing)
+                # without the samples that only pad this process's part of the batch
+                loss = sample_losses[: max(0, rows - engine.rank * len(samples) - start)].sum() / rows
                 # accelerate takes the mean over the parts, and DDP over the processes
                 accelerator.backward(loss * (engine.parts * engine.processes))
                 total += loss.detach()
         value: float = accelerator.reduce(total, "sum").item()
         if not math.isfinite(value):
-            raise self.stopped("loss", value)
+            raise self.diverged("loss", value)
         limit = math.inf if self.recipe.grad_clip is None else self.recipe.grad_clip
-        norm: float = accelerator.clip_grad_norm_(self.trained.parameters.values(), limit).item()
+        norm: float = accelerator.clip_grad_norm_(self.target.parameters.values(), limit).item()
         if not math.isfinite(norm):
-            raise self.stopped("gradient", norm)
-        self.optimiser.step()
+            raise self.diverged("gradient", norm)
+        self.optimizer.step()
         self.schedule.step()
         return value
 
-    def stopped(self, what: str, value: float) -> Diverged:
-        """The error of a loss or gradient that is not finite."""
+    def diverged(self, quantity: str, value: float) -> Diverged:
+        """The error for a loss or gradient that is not finite."""
         return Diverged(
-            f"the {what} became {value} at step {self.run.steps + 1} of {self.steps}; the last good state is kept. Try "
-            f"a smaller lr than {self.recipe.lr:g}, or look for inputs that are not finite"
+            f"the {quantity} became {value} at step {self.run.steps + 1} of {self.steps}; the last good state is kept. "
+            f"Try a smaller lr than {self.recipe.lr:g}, or check that all inputs are finite"
         )

@@ -1,4 +1,4 @@
-"""Metrics: one number from all logits and labels of a split; larger is better, but for a loss."""
+"""Metrics: one number from the logits and labels of a split; larger is better, except for the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visadapt.training.losses import losses
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Fraction of the samples whose largest logit is the label's."""
+    """Fraction of the samples whose largest logit is that of the label."""
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
@@ -28,7 +28,7 @@ def f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of class 1, for heads of two classes.
 
     Raises:
-        VisadaptError: the head has another number of classes.
+        VisadaptError: the head does not have two classes.
     """
     check_metric("f1", classes=logits.shape[-1])
     return _torchmetrics("f1").f1_score(logits.argmax(-1), labels, task="binary").item()  # type: ignore[no-any-return]
@@ -41,25 +41,25 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
 
 
 def matthews(logits: Tensor, labels: Tensor) -> float:
-    """Matthews' correlation coefficient for any number of classes; 0 where all answers or all labels are alike."""
-    theirs = _torchmetrics("matthews")
+    """Matthews' correlation coefficient for any number of classes; 0 if all predictions or all labels are equal."""
+    functional = _torchmetrics("matthews")
     if not (_vary(logits.argmax(-1)) and _vary(labels)):
-        # 0/0, which torchmetrics takes to a limit, of two classes, that is more than 0 for whoever says the larger one
+        # 0/0: for two classes torchmetrics takes a limit, above 0 for a constant prediction of the larger class
         return 0.0
     options: dict[str, Any] = {"task": "multiclass", "num_classes": logits.shape[-1]}
-    return theirs.matthews_corrcoef(logits, labels, **options).item()  # type: ignore[no-any-return]
+    return functional.matthews_corrcoef(logits, labels, **options).item()  # type: ignore[no-any-return]
 
 
 def pearson(logits: Tensor, labels: Tensor) -> float:
-    """Linear correlation of the one output with real-valued labels; 0 where all outputs or all labels are alike."""
-    theirs = _torchmetrics("pearson")
+    """Linear correlation of the single output with real-valued labels; 0 if all outputs or all labels are equal."""
+    functional = _torchmetrics("pearson")
     if not (_vary(logits) and _vary(labels)):
         return 0.0
-    return theirs.pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
+    return functional.pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
 
 
 def spearman(logits: Tensor, labels: Tensor) -> float:
-    """Correlation of the ranks of the one output and of real-valued labels; 0 where either are all alike."""
+    """Rank correlation of the single output with real-valued labels; 0 if all outputs or all labels are equal."""
     return _torchmetrics("spearman").spearman_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
 
 
@@ -82,22 +82,31 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "spearman": spearman,
     "loss": loss,
 }
-"""By name, as ``fit`` and ``evaluate`` take them."""
+"""Metrics by the names that ``fit`` and ``evaluate`` take."""
 
 _OF_REALS = ("pearson", "spearman")
 
 OF_CLASSES = tuple(name for name in METRICS if name not in _OF_REALS)
-"""The names of those that labels which are classes can be scored by."""
+"""Names of the metrics for class labels."""
 
 
 def check_metric(name: str, labels: Tensor | None = None, classes: int | None = None) -> None:
-    """Refuses a metric that there is not, or that is not of such labels or of so many classes."""
+    """Refuse a metric that does not exist or does not fit the labels or the number of classes.
+
+    Args:
+        name: of the metric.
+        labels: to be scored; None if not known yet.
+        classes: width of the head; None if not known yet.
+
+    Raises:
+        VisadaptError: the message names the metric and what it needs.
+    """
     check_choice(name, METRICS, "metric")
     if name == "f1" and classes not in (None, 2):
-        raise VisadaptError(f"f1 is of two classes, the head has {classes}: macro_f1 is of any number")
+        raise VisadaptError(f"f1 needs a head of 2 classes, got {classes}; macro_f1 takes any number of classes")
     if labels is not None and name != "loss" and labels.is_floating_point() != (name in _OF_REALS):
-        kinds = ("real values", "classes") if name in _OF_REALS else ("classes", "real values")
-        raise VisadaptError(f"{name} is a metric of {kinds[0]}, and the labels are {kinds[1]}")
+        needed, got = ("real-valued", "class") if name in _OF_REALS else ("class", "real-valued")
+        raise VisadaptError(f"{name} needs {needed} labels, got {got} labels")
 
 
 def _torchmetrics(name: str) -> Any:

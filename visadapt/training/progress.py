@@ -1,4 +1,4 @@
-"""A progress bar where rich is installed and someone is looking."""
+"""A progress bar, if rich is installed and standard error is a terminal."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ Advance = Callable[[str], None]
 
 
 @contextmanager
-def bar(total: int, title: str, wanted: bool, done: int = 0) -> Iterator[Advance]:
-    """A bar of ``total`` steps on standard error, ``done`` of them; a function to call after each, with words to show.
+def bar(total: int, title: str, show: bool, done: int = 0) -> Iterator[Advance]:
+    """Show a bar of ``total`` steps, ``done`` of them finished, on standard error.
 
-    Without rich, without a terminal or unwanted, that function does nothing.
+    Yields:
+        A function to call after each step with a text to display; it does nothing if ``show`` is False, rich is not
+        installed or standard error is not a terminal.
     """
-    if wanted and sys.stderr.isatty() and available("rich"):
+    if show and sys.stderr.isatty() and available("rich"):
         rich = require("rich.progress", "a progress bar", "visadapt[train]")
-        # words come from users' texts, in which brackets are not markup
+        # no markup: titles and texts come from the user and may contain brackets
         columns = (
             rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
             rich.MofNCompleteColumn(),
             rich.TimeRemainingColumn(),
-            rich.TextColumn("{task.fields[words]}", markup=False),
+            rich.TextColumn("{task.fields[text]}", markup=False),
         )
         console = require("rich.console", "a progress bar", "visadapt[train]").Console(stderr=True)
         with rich.Progress(*columns, console=console, transient=True) as progress:
-            shown = progress.add_task(title, total=total, completed=done, words="")
-            yield lambda words: progress.update(shown, advance=1, words=words)
+            row = progress.add_task(title, total=total, completed=done, text="")
+            yield lambda text: progress.update(row, advance=1, text=text)
         return
-    yield lambda words: None
+    yield lambda text: None

@@ -1,9 +1,10 @@
-"""Recipes: how long, how fast and with what schedule a task is trained."""
+"""Recipes: epochs, learning rates, schedule and optimiser of a training run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visadapt.checks import check_choice
+from visadapt.checks import check_choice, check_count, check_fraction, check_non_negative, check_positive, is_real
 from visadapt.errors import VisadaptError
-from visadapt.training.target import Trainee
+from visadapt.training.target import Target
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
 
@@ -24,33 +25,33 @@ OPTIMIZERS = ("adamw", "sgd")
 class Recipe:
     """Houlsby's recipe (Houlsby et al. 2019, arXiv 1902.00751, §3.1): AdamW, warm-up over a tenth, linear decay to 0.
 
-    The paper sweeps ``lr`` over {3e-5, 3e-4, 3e-3} and ``epochs`` over {3, 20} on validation data; so should you. Other
-    papers' recipes are in ``RECIPES``.
+    The paper sweeps ``lr`` over {3e-5, 3e-4, 3e-3} and ``epochs`` over {3, 20} on validation data; do the same for your
+    task. Other papers' recipes are in ``RECIPES``.
 
     Args:
         epochs: passes over the training data.
         lr: peak learning rate.
-        head_lr: that of the task's head; None is ``lr``. A new head beside pretrained weights that move slowly, as in
-            full fine-tuning, wants a larger one.
-        norm_lr: that of the norms outside the head; None is ``lr``.
-        batch_size: samples a step, over all processes.
+        head_lr: peak learning rate of the task's head; None for ``lr``. Use a larger one for a new head beside
+            pretrained weights that move slowly, as in full fine-tuning.
+        norm_lr: peak learning rate of the norms outside the head; None for ``lr``.
+        batch_size: samples per step, over all processes.
         warmup: fraction of the steps over which the rate rises linearly.
-        schedule: what follows: ``linear`` or ``cosine`` decay to 0, ``step`` (a tenth from each milestone on), or
+        schedule: after the warm-up: ``linear`` or ``cosine`` decay to 0, ``step`` (a tenth from each milestone on), or
             ``constant``.
-        milestones: fractions of the steps, of the ``step`` schedule.
+        milestones: for the ``step`` schedule, as fractions of all steps.
         optimizer: ``adamw`` or ``sgd``.
-        weight_decay: on matrices and kernels only: not on biases, not on norms. Decoupled in AdamW, part of the
-            gradient in SGD.
-        adapter_decay: that of the matrices and kernels that the method put in; None is ``weight_decay``.
-        betas: AdamW's.
-        eps: AdamW's.
-        momentum: SGD's.
-        grad_clip: largest norm of the whole gradient; None leaves it as it is.
+        weight_decay: of matrices and kernels only, not of biases or norms. Decoupled in AdamW, part of the gradient in
+            SGD.
+        adapter_decay: weight decay of the matrices and kernels that the method added; None for ``weight_decay``.
+        betas: of AdamW.
+        eps: of AdamW.
+        momentum: of SGD.
+        grad_clip: maximum norm of the whole gradient; None for no clipping.
         label_smoothing: of the cross entropy.
-        patience: epochs without a better score after which training stops; None trains all of them.
+        patience: number of epochs without a better score after which training stops; None to train all epochs.
 
     Raises:
-        VisadaptError: a value is out of range; it is named.
+        VisadaptError: a value is out of range; the message names it.
     """
 
     epochs: int = 3
@@ -74,36 +75,24 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        for name in ("epochs", "batch_size", "patience"):
-            value = getattr(self, name)
-            counts = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if not counts and not (value is None and name == "patience"):
-                raise VisadaptError(f"{name} is a positive int, got {value!r}")
-        for name in ("lr", "head_lr", "norm_lr", "grad_clip", "eps"):
-            value = getattr(self, name)
-            optional = name in ("head_lr", "norm_lr", "grad_clip")
-            if not (optional and value is None) and not (_finite(value) and value > 0):
-                raise VisadaptError(f"{name} is a positive number, got {value!r}")
-        for name in ("warmup", "label_smoothing", "momentum"):
-            if not _fraction(getattr(self, name)):
-                raise VisadaptError(f"{name} is a fraction in [0, 1), got {getattr(self, name)!r}")
-        for name in ("weight_decay", "adapter_decay"):
-            value = getattr(self, name)
-            if not (name == "adapter_decay" and value is None) and not (_finite(value) and value >= 0):
-                raise VisadaptError(f"{name} is a number from 0 up, got {value!r}")
-        if len(self.betas) != 2 or not all(map(_fraction, self.betas)):
-            raise VisadaptError(f"betas are two numbers in [0, 1), got {self.betas!r}")
-        if not all(map(_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
-            raise VisadaptError(f"milestones are rising fractions in [0, 1), got {self.milestones!r}")
+        for check, names in _CHECKS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in _OPTIONAL:
+                    check(value, name)
+        if len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
+            raise VisadaptError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
+            raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {self.milestones!r}")
 
     def replace(self, **changes: Any) -> Recipe:
-        """The same recipe but for these fields."""
+        """Copy the recipe with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied by at ``step`` of ``steps``, both counted from 0; 0 once all are done.
+        """The factor on the peak rate at ``step``, counted from 0, of ``steps`` in all; 0 after the last.
 
-        No step is lost to a rate of exactly zero: the first has 1 / (warm-up + 1) of the peak, which is reached at the
+        No step has a rate of exactly zero: the first has 1 / (warm-up steps + 1) of the peak, which is reached at the
         step after the warm-up.
         """
         warm = round(self.warmup * steps)
@@ -116,40 +105,46 @@ class Recipe:
         done = min(1.0, (step - warm) / max(1, steps - warm))
         return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
-    def prepared(self, trained: Trainee, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimiser and its schedule, to be advanced once a step.
+    def make_optimizer(self, target: Target, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """Make the optimiser and its schedule, to be advanced once per step.
 
         Args:
-            trained: what is trained, and what role each parameter has.
-            steps: of the whole training.
+            target: the parameters with their roles.
+            steps: of the whole training run.
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in trained.parameters.items():
-            groups.setdefault((self._rate(name, trained), self._decay(name, trained)), []).append(parameter)
+        for name, parameter in target.parameters.items():
+            groups.setdefault((self._rate(name, target), self._decay(name, target)), []).append(parameter)
         members = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
-        optimiser: torch.optim.Optimizer
-        # torch's default is a tenth as fast on a CPU, and half of a small batch's step where every weight is trained
+        optimizer: torch.optim.Optimizer
+        # fused: on a CPU torch's default is ten times slower, half of a small batch's step if every weight is trained
         if self.optimizer == "sgd":
-            optimiser = torch.optim.SGD(members, lr=self.lr, momentum=self.momentum, fused=True)
+            optimizer = torch.optim.SGD(members, lr=self.lr, momentum=self.momentum, fused=True)
         else:
-            optimiser = torch.optim.AdamW(members, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
-        return optimiser, LambdaLR(optimiser, lambda step: self.factor(step, steps))
+            optimizer = torch.optim.AdamW(members, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
-    def _rate(self, name: str, trained: Trainee) -> float:
-        own = self.head_lr if name in trained.head else self.norm_lr if name in trained.norms else None
-        return self.lr if own is None else own
+    def _rate(self, name: str, target: Target) -> float:
+        rate = self.head_lr if name in target.head else self.norm_lr if name in target.norms else None
+        return self.lr if rate is None else rate
 
-    def _decay(self, name: str, trained: Trainee) -> float:
-        if trained.parameters[name].ndim < 2 or name in trained.norms:
-            # biases, gains and every other vector: decay would pull them to a zero that means nothing there
+    def _decay(self, name: str, target: Target) -> float:
+        if target.parameters[name].ndim < 2 or name in target.norms:
+            # biases, gains and other vectors: zero is not a neutral value for them
             return 0.0
-        own = self.adapter_decay if name in trained.adapters else None
-        return self.weight_decay if own is None else own
+        decay = self.adapter_decay if name in target.adapters else None
+        return self.weight_decay if decay is None else decay
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_CHECKS: dict[Callable[[Any, str], None], tuple[str, ...]] = {
+    check_count: ("epochs", "batch_size", "patience"),
+    check_positive: ("lr", "head_lr", "norm_lr", "grad_clip", "eps"),
+    check_fraction: ("warmup", "label_smoothing", "momentum"),
+    check_non_negative: ("weight_decay", "adapter_decay"),
+}
+
+_OPTIONAL = ("head_lr", "norm_lr", "adapter_decay", "grad_clip", "patience")
 
 
-def _fraction(value: Any) -> bool:
-    return _finite(value) and 0 <= value < 1
+def _is_fraction(value: Any) -> bool:
+    return is_real(value) and 0 <= value < 1

@@ -1,4 +1,4 @@
-"""Recipes of the papers, by name; change one with :meth:`Recipe.replace`."""
+"""The papers' recipes, by name; change one with :meth:`Recipe.replace`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ REBUFFI = Recipe(
 )
 """Residual adapters (Rebuffi et al. 2017, arXiv 1705.08045, §4): a tenth of the rate after 80 and 100 of 120 epochs.
 
-The 1×1 convs decay by themselves: by 5e-4 with much data, by 2e-3 to 5e-3 with little. Norms and biases, which decay in
-the paper as well, do not here.
+The 1×1 convs have a weight decay of their own: 5e-4 with much data, 2e-3 to 5e-3 with little. Norms and biases decay in
+the paper but not here.
 """
 
 CONV_ADAPTER = Recipe(
     epochs=100, batch_size=64, warmup=0.0, schedule="cosine", weight_decay=1e-4, eps=1e-8, grad_clip=None
 )
-"""Conv-Adapter (Chen et al. 2022, arXiv 2208.07463): what its released code does unless told otherwise."""
+"""Conv-Adapter (Chen et al. 2022, arXiv 2208.07463): the defaults of its released code."""
 
 FINE_TUNING = Recipe(lr=1e-4, head_lr=1e-3)
-"""Every weight: pretrained ones move at a tenth of an adapter's rate, the new head at the whole of it."""
+"""Fine-tuning of every weight: pretrained weights at a tenth of an adapter's rate, the new head at the full rate."""
 
 RECIPES = {"houlsby": HOULSBY, "rebuffi": REBUFFI, "conv-adapter": CONV_ADAPTER, "fine-tuning": FINE_TUNING}
-"""By name."""
+"""Recipes by name."""

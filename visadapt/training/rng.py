@@ -1,4 +1,4 @@
-"""The random numbers of one training."""
+"""The random number generators of a training run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class Randomness:
-    """Generators for the order and the augmentation, and torch's own numbers, which dropout draws.
+    """Generators for the data's order and for augmentation, and torch's global one, which dropout uses.
 
-    As a context: torch's own follow from the seed inside, and are outside as they were.
+    As a context manager, it seeds torch's global generator inside and restores it afterwards.
 
     Args:
-        seed: of all of them.
-        device: that dropout is computed on.
-        rank: of this process: the order is that of all processes, noise and dropout are its own.
+        seed: of all generators.
+        device: the device that dropout runs on.
+        rank: of this process: all processes share the order; each has its own augmentation and dropout.
     """
 
     def __init__(self, seed: int, device: torch.device, rank: int = 0) -> None:
         self.seed = seed + rank
         self.device = device
-        # one generator each: the order does not change with the augmentation
+        # two generators, so that the order does not depend on the augmentation
         self.order = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1 + rank)
         self._generators = {"order": self.order, "noise": self.noise}
@@ -36,21 +36,21 @@ class Randomness:
     def __exit__(self, *exception: Any) -> None:
         self._fork.__exit__(*exception)
 
-    def follow(self, generator: torch.Generator | None) -> None:
-        """Keeps in mind where a generator is that the training data brings, if it brings one."""
+    def track(self, generator: torch.Generator | None) -> None:
+        """Include the training data's own generator, if it has one, in the saved state."""
         if generator is not None:
             self._generators["data"] = generator
 
     def state(self) -> dict[str, Tensor]:
-        """Where all of them are."""
-        found = {name: generator.get_state() for name, generator in self._generators.items()}
-        found["torch"] = torch.get_rng_state()
+        """The state of all generators, by name."""
+        states = {name: generator.get_state() for name, generator in self._generators.items()}
+        states["torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
-            found["cuda"] = torch.cuda.get_rng_state(self.device)
-        return found
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes back to where they were."""
+        """Restore the output of :meth:`state`."""
         for name, generator in self._generators.items():
             generator.set_state(state[name])
         torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""What a training is of, so that it goes on with nothing else."""
+"""Identify a training run, so that a checkpoint resumes only the run that wrote it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,39 @@ from visadapt.training.batches import Batches
 def identity(
     model: nn.Module, task: str | None, train: Batches, validation: Batches | None, **settings: Any
 ) -> dict[str, Any]:
-    """Backbone, task, data and settings, as JSON values.
+    """Describe backbone, task, data and settings as JSON values.
 
-    Of a ``DataLoader`` there is the number of its batches only. Settings are JSON values or dataclasses.
+    Tensors are described by digests; a ``DataLoader`` only by its number of batches.
+
+    Args:
+        model: an injected model, or a plain one.
+        task: its name; None for a plain model.
+        train: the training data.
+        validation: the validation data, if any.
+        settings: JSON values or dataclasses.
     """
-    found = {
+    description = {
         "task": _task(model, task),
         "backbone": _backbone(model, task),
         "training data": _data(train),
         "validation data": None if validation is None else _data(validation),
         **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()},  # type: ignore[arg-type]
     }
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(description))  # type: ignore[no-any-return]
 
 
-def unlike(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """What differs between two trainings, in words; empty if nothing does."""
+def unlike(saved: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Describe the differences between two identities in words; empty if there are none."""
     words = []
     for name in expected:
-        theirs, ours = found.get(name), expected[name]
+        theirs, ours = saved.get(name), expected[name]
         if theirs == ours:
             continue
         if name == "backbone":
             words.append(f"another backbone: {differences(theirs or {}, ours, values=True)}")
         elif isinstance(theirs, dict) and isinstance(ours, dict):
-            both = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
-            words += [f"{name}: {k} was {then}, is {now}" for k, then, now in both if then != now]
+            pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
+            words += [f"{name}: {k} was {then}, is {now}" for k, then, now in pairs if then != now]
         else:
             words.append(f"{name} was {theirs}, is {ours}")
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""What is trained: a task of an injected model, or a plain network as a whole."""
+"""The target of a training run: one task of an injected model, or a plain module as a whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone import heads
+from visadapt.backbone.modules import joined
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
 from visadapt.runtime.parameters_of import named_parameters
@@ -19,18 +20,18 @@ from visadapt.runtime.selection import using
 
 
 @dataclass
-class Trainee:
-    """The parameters to move, the tensors that make up a state, and the context to run the model in.
+class Target:
+    """What to train: parameters with their roles, all tensors of the state, and the context to run the model in.
 
     Attributes:
-        name: what it is called in messages.
-        parameters: those that are trained, by name.
-        tensors: everything that training can change (parameters and running statistics), by name.
+        name: for messages.
+        parameters: the trained parameters, by name.
+        tensors: everything that training may change (parameters and running statistics), by name.
         norms: names of parameters that belong to norms.
         head: names of parameters of the head.
-        adapters: names of parameters that the task's methods put in.
-        classes: width of the head, where it is known.
-        chosen: makes the context in which the model performs the task.
+        adapters: names of parameters that the task's methods added.
+        classes: width of the head, if known.
+        context: returns a context manager that makes the task active.
     """
 
     name: str
@@ -40,53 +41,59 @@ class Trainee:
     head: set[str]
     adapters: set[str]
     classes: int | None
-    chosen: Callable[[], AbstractContextManager[Any]]
+    context: Callable[[], AbstractContextManager[Any]]
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the state, in memory."""
+        """Copy the state, in memory."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Writes a state back into the very same tensors."""
+        """Copy a snapshot back into the same tensors."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])
 
 
-def trainee(model: nn.Module, task: str | None) -> Trainee:
-    """What a task of an injected model trains, or, with ``task=None``, what a plain module trains.
+def target_of(model: nn.Module, task: str | None) -> Target:
+    """The target for a task of an injected model or, with ``task=None``, for a plain module.
 
     Raises:
-        VisadaptError: there is no such task; None for an injected model; nothing to train.
+        VisadaptError: the task does not exist, is None for an injected model, or has nothing to train.
     """
     if task is None:
         return _plain(model)
     registry = registry_of(model)
     spec = registry.task(task)
-    found = dict(named_parameters(model, task))
+    parameters = dict(named_parameters(model, task))
     norms: set[str] = set()
     head: set[str] = set()
     adapters: set[str] = set()
     for path, parts in registry.parts(task).items():
         for part, root in parts.items():
             for inner, module in root.named_modules():
-                at = ".".join(filter(None, (path, part, inner)))
-                own = {f"{at}.{name}" for name in module._parameters}
-                head |= own if part == "head" else set()
-                adapters |= own if part not in ("head", "norm") else set()
-                norms |= own if part == "norm" or _is_norm(module) else set()
-    if not found:
+                names = {joined(joined(path, part), joined(inner, name)) for name in module._parameters}
+                head |= names if part == "head" else set()
+                adapters |= names if part not in ("head", "norm") else set()
+                norms |= names if part == "norm" or _is_norm(module) else set()
+    if not parameters:
         raise VisadaptError(f"task {task!r} has no parameters to train")
-    tensors = named_tensors(registry, task)
-    name = f"task {task!r}"
-    return Trainee(name, found, tensors, norms, head, adapters, spec.num_classes, lambda: using(model, task))
+    return Target(
+        name=f"task {task!r}",
+        parameters=parameters,
+        tensors=named_tensors(registry, task),
+        norms=norms,
+        head=head,
+        adapters=adapters,
+        classes=spec.num_classes,
+        context=lambda: using(model, task),
+    )
 
 
 @contextmanager
-def alone(model: nn.Module, trained: Trainee, processes: int) -> Iterator[None]:
-    """Has nothing else ask for a gradient among several processes: DDP refuses what a step does not use."""
-    own = {id(p) for p in trained.parameters.values()}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own] if processes > 1 else []
+def only_trainable(model: nn.Module, target: Target, processes: int) -> Iterator[None]:
+    """Freeze all other parameters if there are several processes: DDP refuses parameters that a step does not use."""
+    trained = {id(p) for p in target.parameters.values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained] if processes > 1 else []
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -96,25 +103,25 @@ def alone(model: nn.Module, trained: Trainee, processes: int) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _plain(model: nn.Module) -> Trainee:
+def _plain(model: nn.Module) -> Target:
     if find_registry(model) is not None:
-        raise VisadaptError("this model has tasks: say which one to train; None is for a plain module, as a whole")
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
+        raise VisadaptError("task must be a name for a model that has tasks, got None, which is for plain modules")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
         raise VisadaptError(f"no parameter of this {type(model).__name__} requires a gradient")
-    end = heads.find_head(model)
-    return Trainee(
-        type(model).__name__,
-        found,
-        dict(model.state_dict(keep_vars=True)),
-        {f"{path}.{k}" if path else k for path, m in model.named_modules() if _is_norm(m) for k in m._parameters},
-        {name for name in found if end and any(name.startswith(f"{path}.") for path in end.modules)},
-        set(),
-        heads.width_of(model.get_submodule(end.final)) if end else None,
-        nullcontext,
+    head = heads.find_head(model)
+    return Target(
+        name=type(model).__name__,
+        parameters=parameters,
+        tensors=dict(model.state_dict(keep_vars=True)),
+        norms={joined(path, name) for path, m in model.named_modules() if _is_norm(m) for name in m._parameters},
+        head={name for name in parameters if head and any(name.startswith(f"{path}.") for path in head.modules)},
+        adapters=set(),
+        classes=heads.width_of(model.get_submodule(head.final)) if head else None,
+        context=nullcontext,
     )
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # a norm over whole maps has gains of several dimensions, which no task can own, but which must not decay either
+    # a LayerNorm over whole maps has multi-dimensional gains: no task can own them, but they must not decay either
     return is_norm(module) or "norm" in type(module).__name__.lower()

@@ -35,7 +35,7 @@ def _timm(block: nn.Module) -> tuple[str, int, str, str] | None:
     last = block.get_submodule("mlp")._modules.get("fc2")
     gamma = getattr(block, "gamma", None)
     if isinstance(gamma, nn.Parameter):
-        # the LayerScale is no module: the drop-path behind it is what gives out the scaled branch
+        # LayerScale as a bare parameter: the output of the drop-path behind it is the scaled branch
         return "drop_path", gamma.numel(), "NCHW", ""
     if isinstance(last, nn.Linear):
         # the block's norm and MLP have the channels last

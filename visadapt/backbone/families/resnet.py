@@ -11,7 +11,7 @@ from visadapt.backbone.site import Site
 
 
 def last_norm(block: nn.Module) -> str | None:
-    """Name of the norm that ends the residual branch of a block, or None if it is not a ResNet block."""
+    """Name of the norm that ends the residual branch of a block, or None for other blocks."""
     names = block._modules
     if "downsample" not in names and not hasattr(block, "downsample"):
         return None

@@ -1,4 +1,4 @@
-"""Transformer encoders of transformers: BERT, RoBERTa, ELECTRA and their kin, and DistilBERT."""
+"""Transformer encoders of transformers: BERT, RoBERTa, ELECTRA and similar, and DistilBERT."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def _bert(layer: nn.Module) -> dict[str, tuple[str, str, str]]:
 def _distilbert(layer: nn.Module) -> dict[str, tuple[str, str, str]]:
     if not _has(layer, "attention.out_lin", "ffn.lin2", "sa_layer_norm"):
         return {}
-    # its attention has no dropout after the projection; its FFN applies its own, so the whole FFN is the host
+    # the attention has no dropout after the projection; the FFN applies its own dropout, so the whole FFN is the host
     return {"attention": ("attention.out_lin", "attention.out_lin", "attention"), "mlp": ("ffn", "ffn.lin2", "ffn")}

@@ -1,4 +1,4 @@
-"""VGG with and without BatchNorm, of torchvision and timm, and AlexNet: a plain chain of convs and activations."""
+"""VGG with and without BatchNorm, of torchvision and timm, and AlexNet: plain chains of convs and activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from visadapt.backbone.site import Site
 
 
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
-    """``block``: after each conv's activation; ``conv3x3``: each 3×3 conv. Stages are what lies between poolings."""
+    """``block``: after each conv's activation; ``conv3x3``: each 3×3 conv. Stages are separated by poolings."""
     found: list[Site] = []
     for path, features in modules.items():
         if not isinstance(features, nn.Sequential) or not _is_chain(features):
@@ -50,5 +50,5 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
 def _is_chain(features: nn.Sequential) -> bool:
     known = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.BatchNorm2d)
     convs = [layer for layer in features if isinstance(layer, nn.Conv2d)]
-    # a stem of two or three convs is no VGG
+    # fewer convs form a stem
     return len(convs) >= 5 and all(isinstance(layer, known) for layer in features)

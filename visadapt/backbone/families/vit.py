@@ -27,7 +27,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
             size = parameter_count(block.get_submodule(adapted))
             last = (f"{path}.{linear}",) if linear else ()
             found.append(Site(f"{path}.{end}", kind, width, "NLC", depth, stage, path, size, last))
-        # with biases of their own for query and value, BEiT and EVA read the projection's weight and never call it
+        # with separate query and value biases, BEiT and EVA use the projection's weight without calling it
         if getattr(block._modules.get("attn"), "q_bias", None) is None:
             inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
             found += projections(inside, depth, stage, path)
@@ -36,7 +36,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
 
 
 def _width(model: nn.Module, block: nn.Module) -> int:
-    """Width of the tokens, if they are known to come in sequences: by the model's positions, or by windows."""
+    """Width of the tokens, if position embeddings or windows show that the block sees sequences."""
     norm = block._modules.get("norm1", block._modules.get("ln_1"))
     shape: tuple[int, ...] = getattr(norm, "normalized_shape", ())
     if len(shape) != 1:
@@ -63,7 +63,7 @@ def _timm(block: nn.Module) -> dict[str, tuple[str, str, str]]:
     for kind, number, name, last in (("attention", "1", "attn", "proj"), ("mlp", "2", "mlp", "fc2")):
         scale = block._modules.get(f"ls{number}")
         if isinstance(getattr(block, f"gamma_{number}", None), nn.Parameter):
-            # a LayerScale that is no module: the drop-path behind it is what gives out the scaled branch
+            # LayerScale as a bare parameter: the output of the drop-path behind it is the scaled branch
             ends[kind] = (f"drop_path{number}", name, "")
         elif scale is not None and not isinstance(scale, nn.Identity):
             ends[kind] = (f"ls{number}", name, "")
@@ -79,6 +79,6 @@ def _torchvision(block: nn.Module) -> dict[str, tuple[str, str, str]]:
     mlp = names.get("mlp")
     if not isinstance(mlp, nn.Sequential):
         return {}
-    # a Sequential is iterated over, so that its last layer is the host
+    # the last layer is the host, since a Sequential may be iterated over
     last = [name for name, layer in mlp.named_children() if isinstance(layer, nn.Linear)][-1]
     return {"attention": ("self_attention", "self_attention", ""), "mlp": (f"mlp.{last}", "mlp", f"mlp.{last}")}
