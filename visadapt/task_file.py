@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,8 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     for at, part, state in places:
         # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses,
         # and the kernels that torch picks for these round differently
-        values = {key: tensors[f"{at}{key}"].to(own.device, copy=True) for key, own in state.items()}
+        values = OrderedDict((key, tensors[f"{at}{key}"].to(own.device, copy=True)) for key, own in state.items())
+        # without the versions of its modules a norm with statistics is taken for one of torch 0.4, and filled up
+        values._metadata = state._metadata  # type: ignore[attr-defined]
         part.load_state_dict(values, assign=True)
         part.requires_grad_(True)

@@ -254,6 +254,15 @@ class _Step:
             return None
         return established(None, shape, at)
 
+    def windowed(self, shape: tuple[int, ...]) -> Axes | None:
+        """``x.unfold(dimension, size, step)``: windows along one axis, whose insides are a new, last axis."""
+        source, at = self._source(), self.named["dimension"]
+        if not source:
+            return None
+        at %= len(source)
+        outer = axis_of_size(shape[at], False)
+        return (*source[:at], outer, *source[at + 1 :], axis_of_size(shape[-1], False))
+
     def unfolded(self, shape: tuple[int, ...]) -> Axes | None:
         """Patches of a map: channels, then the positions in a patch, on one axis."""
         source = self._source()
@@ -285,6 +294,7 @@ _RULES: dict[str, Callable[[_Step, tuple[int, ...]], Axes | None]] = {
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _Step.normed),
     "embedding": _Step.embedded,
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _Step.shuffled),
+    "unfold": _Step.windowed,
     "im2col": _Step.unfolded,
     "col2im": _Step.folded,
 }
