@@ -1,1 +1,1 @@
-"""What visadapt costs beside full fine-tuning, the plain backbone and the peers: ``python -m benchmarks``."""
+"""Speed and memory of visadapt, full fine-tuning, the plain backbone and other libraries: ``python -m benchmarks``."""

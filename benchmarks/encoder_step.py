@@ -1,8 +1,8 @@
-"""A training step of a BERT-base-sized encoder: bottleneck adapters over full fine-tuning and adapter-hub's adapters.
+"""A training step of an encoder of BERT-base's size: bottleneck adapters / full fine-tuning and adapter-hub's adapters.
 
 python -m benchmarks.encoder_step
 
-adapters pins transformers 4.57, so it is measured where it is installed: in an environment of its own.
+The adapters library pins transformers 4.57, so it needs its own environment; it is measured where it is installed.
 """
 
 from __future__ import annotations
@@ -16,24 +16,35 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import visadapt
-from benchmarks.measure import Row, Step, bytes_kept, exact, given, interleaved, operations, profile, ratio, tell
+from benchmarks.measure import (
+    Row,
+    Step,
+    bytes_kept,
+    exact,
+    interleaved,
+    operations,
+    parse_args,
+    print_rows,
+    profile,
+    ratio,
+)
 
 M = 64
 
 
 def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Houlsby's two adapters a layer, lean, and what they train."""
+    """Inject Houlsby's two adapters per layer, lean; return the model and its trained parameters."""
     visadapt.inject(net, m=M, task="t", norms=norms)
     return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
 
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Ordinary fine-tuning: every weight."""
+    """Return the model and all its parameters, for full fine-tuning."""
     return net, list(net.parameters())
 
 
 def adapter_hub(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The same adapters by adapter-hub's library."""
+    """Add the same adapters with adapter-hub's library; return the model and its trained parameters."""
     import adapters
 
     adapters.init(net)
@@ -53,8 +64,8 @@ CONTENDERS = {
 
 
 def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> Iterator[Row]:
-    """All figures."""
-    at = f"{layers} layers of BERT-base, m={M}, batch {batch}, {length} tokens"
+    """Measure all figures."""
+    setting = f"{layers} layers of BERT-base, m={M}, batch {batch}, {length} tokens"
     net = BertForSequenceClassification(BertConfig(num_hidden_layers=layers))
     tokens = torch.randint(1000, 30000, (batch, length), device=device)
     mask = torch.ones_like(tokens)
@@ -66,20 +77,22 @@ def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> 
         steps[name] = Step(model, parameters, lambda net: net(tokens, attention_mask=mask).logits, labels)
     kept = {name: bytes_kept(step.model, step.loss, [tokens, mask]) for name, step in steps.items()}
     for name in names[1:]:
-        yield exact(f"bytes kept: {name} / full fine-tuning, BERT", at, kept[name] / kept["full fine-tuning"])
+        yield exact(f"bytes kept: {name} / full fine-tuning, BERT", setting, kept[name] / kept["full fine-tuning"])
     counted = {name: operations(run) for name, run in steps.items()}
     for name in names[1:]:
-        yield exact(f"operations: {name} / full fine-tuning, BERT", at, counted[name] / counted["full fine-tuning"])
+        yield exact(
+            f"operations: {name} / full fine-tuning, BERT", setting, counted[name] / counted["full fine-tuning"]
+        )
     times = interleaved(steps, repeats, device)
-    yield from profile("bottleneck, BERT", at, steps["bottleneck"])
+    yield from profile("bottleneck, BERT", setting, steps["bottleneck"])
     for name in names[1:]:
-        yield ratio(f"step: {name} / full fine-tuning, BERT", at, times, name, "full fine-tuning")
+        yield ratio(f"step: {name} / full fine-tuning, BERT", setting, times, name, "full fine-tuning")
     if "adapter-hub" in names:
         for name in ("bottleneck", "bottleneck, own norms"):
-            counts = f"{steps[name].trained:,} / {steps['adapter-hub'].trained:,} trained"
-            yield ratio(f"step: {name} / adapter-hub, BERT", f"{at}, {counts}", times, name, "adapter-hub")
+            trained = f"{steps[name].trained:,} / {steps['adapter-hub'].trained:,} trained"
+            yield ratio(f"step: {name} / adapter-hub, BERT", f"{setting}, {trained}", times, name, "adapter-hub")
 
 
 if __name__ == "__main__":
-    told = given(__doc__, batch=8, length=128, layers=12, repeats=5)
-    tell(measure(told.batch, told.length, told.layers, told.repeats, told.device))
+    args = parse_args(__doc__, batch=8, length=128, layers=12, repeats=5)
+    print_rows(measure(args.batch, args.length, args.layers, args.repeats, args.device))

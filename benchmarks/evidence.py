@@ -1,12 +1,12 @@
-"""Re-runs the papers' claims on real images and texts; killed, it goes on where it was.
+"""Test the papers' claims on real images and texts; an interrupted run resumes.
 
 python -m benchmarks.evidence results --out bundled.csv                  # on the bundled data
 python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --vgg16 FILE.safetensors --processes 2
 visadapt report benchmarks/results/evidence.csv --out docs/results
 
-The folder of --glue holds sst2, cola, mrpc, rte and trec as they are distributed, --gtsrb is a zip file of a folder of
-images, --vgg16 has the convolutions of VGG-16; what is not given is left out. Without --glue other rates are chosen,
-which a report does not mix with those of what is published. Stages are made in the order of STAGES.
+The folder of --glue contains sst2, cola, mrpc, rte and trec as they are distributed, --gtsrb is a zip file of a folder
+of images, --vgg16 contains the convolutions of VGG-16; experiments on missing data are left out. Without --glue other
+learning rates are chosen, and a report refuses to mix them with the published results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+from visadapt.errors import nearest
 from visadapt.experiments import (
     Ablation,
     Compare,
@@ -40,28 +41,28 @@ from visadapt.experiments import (
 PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
 SEEDS = (0, 1, 2)
 IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
-# 500 texts, three times over, are 375 steps of 4 and 48 of the catalogue's 32, which are too few: see `steps`
+# 3 epochs of 500 texts are 375 steps in batches of 4, but only 48 in the catalogue's batches of 32: see `steps`
 TEXT_BATCH = 4
-# one rate of each method for all problems of a modality: the best in the mean over these
+# each method has one learning rate for all problems of a modality: the best on average over these problems
 SWEPT = ("sst2", "movies", "cifar10")
 
 IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
          "parallel rank=0.125", "full fine-tuning")  # fmt: skip
 TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "lora r=8", "full fine-tuning")
 MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
-# it has no norms
+# VGG-16 has no norms
 VGG = tuple(name for name in (*IMAGE, *MORE_IMAGE) if name != "norms only")
 MORE_TEXT = ("biases", "bottleneck m=32", "adaptformer m=64 scale=1", "top layers n=2")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What there is beside the bundled sets.
+    """Data and weights that are not bundled.
 
     Attributes:
-        glue: folder.
-        gtsrb: zip file.
-        vgg16: weights.
+        glue: folder of the GLUE and TREC sets.
+        gtsrb: zip file of the traffic signs.
+        vgg16: file of VGG-16's convolutions.
     """
 
     glue: Path | None = None
@@ -69,35 +70,35 @@ class Data:
     vgg16: Path | None = None
 
     def images(self, network: str = "bundled/resnet50", size: int = 48) -> tuple[Problem, ...]:
-        """Photographs, clothes, traffic signs and digits."""
+        """Return problems on photographs, clothes, traffic signs and digits."""
         names = ("cifar10", "fashion-mnist", *(() if self.gtsrb is None else (str(self.gtsrb),)), "mnist")
         return tuple(problem(network, name, train=2000, validation=300, test=1000, size=size) for name in names)
 
-    def of_vgg(self) -> tuple[Problem, ...]:
-        """Photographs and clothes, smaller; none without its weights."""
+    def images_for_vgg(self) -> tuple[Problem, ...]:
+        """Return problems for VGG-16 on smaller photographs and clothes; none without its weights."""
         return () if self.vgg16 is None else self.images(str(self.vgg16), size=32)[:2]
 
     def texts(self) -> tuple[Problem, ...]:
-        """Sentiment, grammar and questions, then longer texts, then pairs."""
-        given = None if self.glue is None else str(self.glue)
+        """Return problems on sentiment, grammar and questions, then longer texts, then pairs of texts."""
+        glue = None if self.glue is None else str(self.glue)
         names = ["tweets", "products", "movies", "editorials"]
-        if given is not None:
+        if glue is not None:
             names = ["sst2", "tweets", "cola", "trec", "products", "movies", "editorials", "mrpc", "rte"]
         lengths = {"mrpc": 64, "rte": 64}
         return tuple(
             problem(
-                "bundled/minilm", name, train=500, validation=300, test=1000, root=given, length=lengths.get(name, 32)
+                "bundled/minilm", name, train=500, validation=300, test=1000, root=glue, length=lengths.get(name, 32)
             )
             for name in names
         )
 
 
-def entrants(names: Iterable[str], at: Problem) -> tuple[Contender, ...]:
-    """Contenders of the catalogue, on texts in smaller batches than its own.
+def contenders(names: Iterable[str], problem: Problem) -> tuple[Contender, ...]:
+    """Return contenders of the catalogue, for texts with smaller batches.
 
-    `init_scale`, `ablation` and `tradeoff` keep the catalogue's.
+    `init_scale`, `ablation` and `tradeoff` use the catalogue's batches.
     """
-    if at.modality == "image":
+    if problem.modality == "image":
         return tuple(contender(name, IMAGE_EPOCHS) for name in names)
     return tuple(contender(name, TEXT_EPOCHS).with_recipe(batch_size=TEXT_BATCH) for name in names)
 
@@ -107,12 +108,12 @@ Stage = Callable[[Data, "Lab"], None]
 
 @dataclass(frozen=True)
 class Lab:
-    """Where experiments are run.
+    """The folder, processes and device that experiments run with.
 
     Attributes:
-        folder: of the results.
-        processes: that work at once.
-        device: that is computed on.
+        folder: folder of the results.
+        processes: number of parallel processes.
+        device: device to compute on.
     """
 
     folder: Path
@@ -120,54 +121,55 @@ class Lab:
     device: str
 
     def run(self, experiment: Experiment) -> list[Result]:
-        """Makes what is missing, and gives all results."""
+        """Compute the missing results of an experiment, and return all of them."""
         return run_experiment(experiment, self.folder, processes=self.processes, device=self.device)
 
     def tuned(self, names: Iterable[str], problems: tuple[Problem, ...]) -> tuple[Contender, ...]:
-        """Contenders, each at the learning rate that is best on the validation data of those problems in SWEPT."""
-        at = tuple(problem for problem in problems if problem.name in SWEPT)
-        made = entrants(names, problems[0])
-        results = self.run(Compare(at, made, SEEDS[:1], "validation", _small(made)))
-        found = []
-        for who in made:
+        """Return contenders with the learning rate that is best on validation data of the problems in SWEPT."""
+        swept = tuple(problem for problem in problems if problem.name in SWEPT)
+        rated = contenders(names, problems[0])
+        results = self.run(Compare(swept, rated, SEEDS[:1], "validation", _kept(rated)))
+        tuned = []
+        for each in rated:
             scores = {
-                rate: sum(result.standing for result in results if (result.contender, result.lr) == (who.name, rate))
-                for rate in who.rates
+                rate: sum(result.standing for result in results if (result.contender, result.lr) == (each.name, rate))
+                for rate in each.rates
             }
-            found.append(replace(who.with_recipe(lr=max(scores, key=lambda rate: (scores[rate], -rate))), rates=()))
-        return tuple(found)
+            best = max(scores, key=lambda rate: (scores[rate], -rate))
+            tuned.append(replace(each.with_recipe(lr=best), rates=()))
+        return tuple(tuned)
 
-    def compare(self, at: Problem, who: tuple[Contender, ...]) -> None:
-        """On validation data, to choose by, and on test data: trained once for both, but for full fine-tuning."""
-        small = _small(who)
-        self.run(Compare((at,), tuple(one for one in who if one.name in small), SEEDS, "validation", small))
-        self.run(Compare((at,), who, SEEDS, "test", small))
+    def compare(self, problem: Problem, compared: tuple[Contender, ...]) -> None:
+        """Compare on validation data, then on test data; except for full fine-tuning, one training run serves both."""
+        kept = _kept(compared)
+        self.run(Compare((problem,), tuple(each for each in compared if each.name in kept), SEEDS, "validation", kept))
+        self.run(Compare((problem,), compared, SEEDS, "test", kept))
 
 
-def _small(who: Iterable[Contender]) -> tuple[str, ...]:
-    """Names of those whose task files are kept."""
-    return tuple(one.name for one in who if not one.name.startswith("full fine-tuning"))
+def _kept(compared: Iterable[Contender]) -> tuple[str, ...]:
+    """Return the names of the contenders whose task files are kept: all but full fine-tuning, whose files are large."""
+    return tuple(each.name for each in compared if not each.name.startswith("full fine-tuning"))
 
 
 def compare_first(data: Data, lab: Lab) -> None:
     compare(data, lab, 1)
 
 
-def compare(data: Data, lab: Lab, most: int | None = None) -> None:
+def compare(data: Data, lab: Lab, limit: int | None = None) -> None:
     texts, images = data.texts(), data.images()
-    of_text, of_images = lab.tuned(TEXT, texts), lab.tuned(IMAGE, images)
-    # in turns, so that a run that is cut short has some of both
-    for text, image in zip_longest(texts[:most], images[:most]):
-        lab.compare(text, of_text)
+    for_texts, for_images = lab.tuned(TEXT, texts), lab.tuned(IMAGE, images)
+    # alternating, so that an interrupted run has some results of both
+    for text, image in zip_longest(texts[:limit], images[:limit]):
+        lab.compare(text, for_texts)
         if image is not None:
-            lab.compare(image, of_images)
+            lab.compare(image, for_images)
 
 
 def steps(data: Data, lab: Lab) -> None:
-    """What four times the batch leaves, which is a quarter of the steps; and what three times the epochs add."""
+    """Compare other numbers of steps: a quarter, by batches four times as large, and three times the epochs."""
     texts, fewer = data.texts(), ("a quarter of the steps", {"batch_size": 4 * TEXT_BATCH})
-    # each method on the first text, with a sweep of its own; two of them on all the others
-    lab.compare(texts[0], _varied(entrants((*TEXT[1:], *MORE_TEXT), texts[0]), *fewer))
+    # every method on the first problem, with its own sweep; two methods on all other problems
+    lab.compare(texts[0], _varied(contenders((*TEXT[1:], *MORE_TEXT), texts[0]), *fewer))
     two = _varied(lab.tuned(("bottleneck m=64", "full fine-tuning"), texts), *fewer)
     for text in texts[1:]:
         lab.compare(text, two)
@@ -177,26 +179,26 @@ def steps(data: Data, lab: Lab) -> None:
 
 
 def _longer(lab: Lab, texts: tuple[Problem, ...]) -> tuple[Contender, ...]:
-    """The adapter that validation data prefers on texts, and full fine-tuning, with three times the epochs."""
-    who = lab.tuned(("lora r=8", "full fine-tuning"), texts)
-    return _varied(who, "three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
+    """Return the best adapter on validation data of texts, and full fine-tuning, with three times the epochs."""
+    best = lab.tuned(("lora r=8", "full fine-tuning"), texts)
+    return _varied(best, "three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
 
 
-def _varied(who: Iterable[Contender], said: str, changes: dict[str, int]) -> tuple[Contender, ...]:
-    """The same with another recipe, which their names tell."""
-    return tuple(replace(one.with_recipe(**changes), name=f"{one.name}, {said}") for one in who)
+def _varied(originals: Iterable[Contender], suffix: str, changes: dict[str, int]) -> tuple[Contender, ...]:
+    """Return contenders with changed recipes, and a suffix to their names."""
+    return tuple(replace(each.with_recipe(**changes), name=f"{each.name}, {suffix}") for each in originals)
 
 
 def vgg(data: Data, lab: Lab) -> None:
-    for image in data.of_vgg():
-        lab.compare(image, entrants(VGG, image))
+    for image in data.images_for_vgg():
+        lab.compare(image, contenders(VGG, image))
 
 
 def more_methods(data: Data, lab: Lab) -> None:
     for problems, names in ((data.texts(), MORE_TEXT), (data.images(), MORE_IMAGE)):
-        who = lab.tuned(names, problems)
-        for at in problems:
-            lab.compare(at, who)
+        tuned = lab.tuned(names, problems)
+        for each in problems:
+            lab.compare(each, tuned)
 
 
 def init_scale(data: Data, lab: Lab) -> None:
@@ -210,16 +212,16 @@ def ablation(data: Data, lab: Lab) -> None:
 
 
 def tradeoff(data: Data, lab: Lab) -> None:
-    # one rate for all widths: what is flat over them is then not what tuning made so
-    settled, some = ("bottleneck",), (1, 4, 8, 16, 64, 256)
-    lab.run(Tradeoff(data.texts()[:1], widths=some, epochs=TEXT_EPOCHS, settled=settled))
-    lab.run(Tradeoff(data.images()[:1], widths=(2, 8, 32, 128, 256), epochs=IMAGE_EPOCHS, settled=settled))
+    # one learning rate for all widths, so that tuning does not hide the effect of the width
+    settled, text_widths, image_widths = ("bottleneck",), (1, 4, 8, 16, 64, 256), (2, 8, 32, 128, 256)
+    lab.run(Tradeoff(data.texts()[:1], widths=text_widths, epochs=TEXT_EPOCHS, settled=settled))
+    lab.run(Tradeoff(data.images()[:1], widths=image_widths, epochs=IMAGE_EPOCHS, settled=settled))
 
 
 def sequence(data: Data, lab: Lab) -> None:
     for problems in (data.texts(), data.images()):
-        who, full = lab.tuned(("bottleneck m=8", "full fine-tuning"), problems)
-        lab.run(Sequence(problems[:5], (who,), full))
+        bottleneck, full = lab.tuned(("bottleneck m=8", "full fine-tuning"), problems)
+        lab.run(Sequence(problems[:5], (bottleneck,), full))
 
 
 def transfer(data: Data, lab: Lab) -> None:
@@ -228,18 +230,18 @@ def transfer(data: Data, lab: Lab) -> None:
 
 
 def modality(data: Data, lab: Lab) -> None:
-    """One adapter of each kind at parts of the depth; and all that was compared, on one axis."""
+    """Compare a bottleneck in some of the layers only; and everything that was compared, on one axis."""
     texts, image_names, text_names = data.texts(), (*IMAGE, *MORE_IMAGE), (*TEXT, *MORE_TEXT)
     for problems, names, more in ((data.images(), image_names, ()), (texts, text_names, _longer(lab, texts))):
-        who = lab.tuned(names, problems)
-        lab.run(Modality(problems[:1], (), who[names.index("bottleneck m=8")], SEEDS[:1]))
-        for at in problems:
-            lab.run(Modality((at,), (*who, *more), None, SEEDS))
-    for image in data.of_vgg():
-        lab.run(Modality((image,), entrants(VGG, image), None, SEEDS))
+        tuned = lab.tuned(names, problems)
+        lab.run(Modality(problems[:1], (), tuned[names.index("bottleneck m=8")], SEEDS[:1]))
+        for each in problems:
+            lab.run(Modality((each,), (*tuned, *more), None, SEEDS))
+    for image in data.images_for_vgg():
+        lab.run(Modality((image,), contenders(VGG, image), None, SEEDS))
 
 
-# what the papers claim of one problem first, then the same methods on more of them
+# in this order: first every claim on one problem, then the same methods on more problems
 STAGES: tuple[Stage, ...] = (
     compare_first,
     init_scale,
@@ -258,29 +260,29 @@ STAGES: tuple[Stage, ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = {stage.__name__: stage for stage in STAGES}
-    parser.add_argument("results", type=Path, help="folder of the results; those that are there are not made again")
-    parser.add_argument("--only", help=f"some of {','.join(stages)}, separated by commas")
-    parser.add_argument("--glue", type=Path)
-    parser.add_argument("--gtsrb", type=Path)
-    parser.add_argument("--vgg16", type=Path)
-    parser.add_argument("--processes", type=int, default=1, help="how many work at once")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("results", type=Path, help="folder of the results; existing ones are not computed again")
+    parser.add_argument("--only", help=f"comma-separated list of {','.join(stages)}; default: all")
+    parser.add_argument("--glue", type=Path, help="folder of sst2, cola, mrpc, rte and trec")
+    parser.add_argument("--gtsrb", type=Path, help="zip file of a folder of traffic signs")
+    parser.add_argument("--vgg16", type=Path, help="safetensors file of VGG-16's convolutions")
+    parser.add_argument("--processes", type=int, default=1, help="number of parallel processes")
+    parser.add_argument("--device", default="cpu", help="device to compute on")
     parser.add_argument("--out", type=Path, default=PUBLISHED, help="CSV file of all results")
-    asked = parser.parse_args()
-    wanted = list(stages) if asked.only is None else asked.only.split(",")
-    if unknown := [name for name in wanted if name not in stages]:
-        parser.error(f"no stage {unknown[0]!r}: there are {', '.join(stages)}")
-    asked.results.mkdir(parents=True, exist_ok=True)
-    if asked.out.is_file():
-        # what an earlier run published need not be made again
-        shutil.copyfile(asked.out, asked.results / "published.csv")
-    data, lab = Data(asked.glue, asked.gtsrb, asked.vgg16), Lab(asked.results, asked.processes, asked.device)
-    for name in wanted:
+    args = parser.parse_args()
+    selected = list(stages) if args.only is None else args.only.split(",")
+    if unknown := [name for name in selected if name not in stages]:
+        parser.error(f"no stage {unknown[0]!r}{nearest(unknown[0], stages)}")
+    args.results.mkdir(parents=True, exist_ok=True)
+    if args.out.is_file():
+        # published results are not computed again
+        shutil.copyfile(args.out, args.results / "published.csv")
+    data, lab = Data(args.glue, args.gtsrb, args.vgg16), Lab(args.results, args.processes, args.device)
+    for name in selected:
         print(f"{name}:", flush=True)
         try:
             stages[name](data, lab)
         finally:
-            write_csv(read_results(asked.results), asked.out)
+            write_csv(read_results(args.results), args.out)
 
 
 if __name__ == "__main__":

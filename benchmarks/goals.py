@@ -1,4 +1,4 @@
-"""The figures that have a goal, and the operations below which no figure can fall."""
+"""The figures that have a goal, and the ratios of operations that limit them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure should be at most.
+    """An upper bound for a figure.
 
     Attributes:
-        figure: as the benchmarks name it.
-        most: in the figure's unit.
-        at: words that the setting must hold, where the figure is measured at several.
-        limit: another figure: the same ratio by operations alone, as if all of them took the same time.
-        why: where the time goes, to be read where the goal is missed.
+        figure: name of the figure in the benchmarks.
+        most: the bound, in the figure's unit.
+        at: words that the setting must contain, for figures that are measured in several settings.
+        limit: name of the figure with the same ratio in operations: the result if all operations took the same time.
+        why: reason why the goal is missed, where it is.
     """
 
     figure: str
@@ -30,14 +30,15 @@ _UNMERGED = "operations: bottleneck m=32, lean / plain backbone"
 _PREFIX = "operations: a later epoch on the prefix cache / the first (last stage adapted)"
 
 _STEP = (
-    "Forward and the way back to the first adapter are two of fine-tuning's three convolutions a layer, and adapters "
-    "add a tenth: 0.73 of its operations. What is below that is won from norms that are folded, weights that the "
-    "optimiser does not touch and 1×1 convolutions that go back as matrix products; the convolutions left are torch's "
-    "own and four fifths of the step (see the profile), so half of fine-tuning is out of reach without quicker ones."
+    "The forward pass and the backward pass to the first adapter need two of fine-tuning's three convolutions per "
+    "layer, and adapters add a tenth: 0.73 of its operations. Folded norms, weights that the optimiser does not update "
+    "and the backward pass of 1×1 convolutions as matrix products save further time. The remaining convolutions are "
+    "torch's own and take four fifths of the step (see the profile): half of fine-tuning's time is out of reach "
+    "without faster ones."
 )
 _LORA = (
-    "LoRA has the same operations (0.74 of fine-tuning's), in the same kernels of torch, and no norm's weight to train "
-    "either: what is left to win is the norms' own time, LoRA's second convolution of each layer and bytes kept."
+    "LoRA has the same number of operations (0.74 of fine-tuning's), in the same kernels of torch, and trains no norms "
+    "either. Only the time of the norms, LoRA's second convolution per layer and the kept bytes can be saved."
 )
 
 GOALS = (
@@ -60,9 +61,9 @@ GOALS = (
         "prefix cache: a later epoch / the first (last stage adapted)",
         0.10,
         limit=_PREFIX,
-        why="The last stage, forward and back, is a quarter of the operations of the first epoch, which runs the whole "
-        "network forward once and the last stage like every other epoch. They are quicker ones than those below, but a "
-        "tenth is out of reach of any cache. With the last block alone adapted a later epoch is well below that.",
+        why="The last stage, forward and backward, has a quarter of the operations of the first epoch, which also runs "
+        "the rest of the network forward once. These operations are faster than those of the earlier stages, but no "
+        "cache can reach a tenth. With adapters in the last block only, a later epoch is well below the goal.",
     ),
     Goal("inject", 50),
     Goal("switch", 1, "1000 tasks"),
@@ -70,13 +71,14 @@ GOALS = (
         "load",
         20,
         "1000 tasks",
-        why="It does not grow with the number of tasks. Most of it is Python's: 70 parts are built and checked, 172 "
-        "tensors read, copied to aligned memory and assigned, the backbone's 265 looked at for changes.",
+        why="The time does not grow with the number of tasks. Most of it is spent in Python: 70 parts are built and "
+        "checked, 172 tensors are read, copied to aligned memory and assigned, and the backbone's 265 are checked for "
+        "changes.",
     ),
     Goal("task file / bytes of its tensors", 1.01),
 )
 
 
 def goal_of(figure: str, setting: str) -> Goal | None:
-    """What a figure should be at most, or None if nobody asked."""
+    """Return the goal of a figure in a setting, or None."""
     return next((goal for goal in GOALS if goal.figure == figure and goal.at in setting), None)

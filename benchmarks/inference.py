@@ -1,4 +1,4 @@
-"""A forward of ResNet-50 without gradients: merged and folded, and with its adapters, over the plain backbone.
+"""A forward pass of ResNet-50 without gradients: merged and folded, or with adapters / the plain backbone.
 
 python -m benchmarks.inference
 """
@@ -14,19 +14,19 @@ import torchvision
 from torch import nn
 
 import visadapt
-from benchmarks.measure import Row, best, exact, given, interleaved, operations, ratio, tell
+from benchmarks.measure import Row, best, exact, interleaved, operations, parse_args, print_rows, ratio
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def merged(net: nn.Module) -> nn.Module:
-    """Parallel adapters, written into the kernels, and the norms behind them too."""
+    """Inject parallel adapters, merge them into the kernels, and fold the norms that follow."""
     visadapt.inject(net, visadapt.Parallel(), task="t", num_classes=1000)
     return visadapt.merge(net, "t", fold=True)
 
 
 def unmerged(net: nn.Module, norms: str, lean: bool) -> nn.Module:
-    """A bottleneck of width 32 after every block."""
+    """Inject a bottleneck of width 32 after every block."""
     visadapt.inject(net, m=32, task="t", num_classes=1000, norms=norms)
     return visadapt.lean(net) if lean else net
 
@@ -41,8 +41,8 @@ CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
-    """All figures."""
-    at = f"ResNet-50, batch {batch}, {size} px"
+    """Measure all figures."""
+    setting = f"ResNet-50, batch {batch}, {size} px"
     net, x = torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, size, size)
     runs: dict[str, Callable[[], object]] = {}
     for name, make in CONTENDERS.items():
@@ -55,14 +55,14 @@ def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     quickest = {name: best(times, [f"{name}, {kind}" for kind in FORMATS]) for name in CONTENDERS}
     for name in list(CONTENDERS)[1:]:
         share = counted[f"{name}, contiguous"] / counted["plain backbone, contiguous"]
-        yield exact(f"operations: {name} / plain backbone", at, share)
+        yield exact(f"operations: {name} / plain backbone", setting, share)
         for kind in FORMATS:
             figure = f"inference: {name} / plain backbone, both {kind}"
-            yield ratio(figure, at, times, f"{name}, {kind}", f"plain backbone, {kind}")
+            yield ratio(figure, setting, times, f"{name}, {kind}", f"plain backbone, {kind}")
         figure = f"inference: {name} / plain backbone, each in its best format"
-        yield ratio(figure, at, times, quickest[name], quickest["plain backbone"])
+        yield ratio(figure, setting, times, quickest[name], quickest["plain backbone"])
 
 
 if __name__ == "__main__":
-    told = given(__doc__, size=224, batch=8, repeats=7)
-    tell(measure(told.size, told.batch, told.repeats, told.device))
+    args = parse_args(__doc__, size=224, batch=8, repeats=7)
+    print_rows(measure(args.size, args.batch, args.repeats, args.device))

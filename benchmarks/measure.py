@@ -1,4 +1,4 @@
-"""Measuring: interleaved repeats, their ratios, the bytes that autograd keeps, the peak of a process."""
+"""Measuring: interleaved repeats, their ratios, the bytes that autograd keeps, the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Row:
     """One figure.
 
     Attributes:
-        figure: its name in ``benchmarks/goals.py``, or a name of its own if it has no goal.
+        figure: name, as in ``benchmarks/goals.py`` if it has a goal.
         setting: what it was measured on.
-        value: a ratio (the median over the repeats of one by the other), or a time.
-        low: first quartile of the repeats.
-        high: third quartile.
+        value: median over the repeats, of a ratio or a time.
+        low: first quartile over the repeats.
+        high: third quartile over the repeats.
         unit: ``×``, ``ms`` or ``%``.
-        repeats: how many.
+        repeats: number of repeats.
     """
 
     figure: str
@@ -43,9 +43,9 @@ class Row:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> Times:
-    """Seconds of each contender in each of ``repeats`` rounds, after one round to warm up.
+    """Time each contender in seconds in each of ``repeats`` rounds, after one warm-up round.
 
-    In a round each runs once: what else the machine does meanwhile slows all of them alike.
+    In a round each contender runs once, so that other load on the machine affects all of them.
     """
     times: Times = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
@@ -65,56 +65,56 @@ def _wait(device: str) -> None:
 
 
 def ratio(figure: str, setting: str, times: Times, one: str, other: str) -> Row:
-    """One contender's time over another's, round by round."""
+    """Return one contender's time divided by another's, per round."""
     return spread(figure, setting, [a / b for a, b in zip(times[one], times[other], strict=True)], "×")
 
 
 def milliseconds(figure: str, setting: str, seconds: Sequence[float]) -> Row:
-    """A time."""
+    """Return a time in milliseconds."""
     return spread(figure, setting, [1e3 * s for s in seconds], "ms")
 
 
 def spread(figure: str, setting: str, values: Sequence[float], unit: str) -> Row:
-    """Median and quartiles."""
+    """Return the median and quartiles of values."""
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return Row(figure, setting, statistics.median(values), quartiles[0], quartiles[2], unit, len(values))
 
 
 def exact(figure: str, setting: str, value: float, unit: str = "×") -> Row:
-    """A ratio that no repeat would change, or the share of a single run."""
+    """Return a value without repeats: a ratio of counts, or a share of a single run."""
     return Row(figure, setting, value, value, value, unit, 1)
 
 
 def best(times: Times, names: Sequence[str]) -> str:
-    """The contender with the least median."""
+    """Return the contender with the smallest median."""
     return min(names, key=lambda name: statistics.median(times[name]))
 
 
 def bytes_kept(model: nn.Module, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass, beside parameters, buffers and the batch."""
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
-    found: dict[int, int] = {}
+    """Count the bytes that autograd keeps for the backward pass, without parameters, buffers and the batch."""
+    excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    kept: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
-    return sum(found.values())
+    return sum(kept.values())
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of a run, backward included."""
+    """Count the floating-point operations of matrix products and convolutions in a run, backward pass included."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def profile(figure: str, setting: str, run: Callable[[], object], most: int = 8) -> Iterator[Row]:
-    """The share of a run's time that its dearest operators take, each without those that it calls."""
+    """Return the most expensive operators' shares of a run's time, each without the operators that it calls."""
     with torch.profiler.profile() as profiler:
         run()
     events = sorted(profiler.key_averages(), key=_own_time, reverse=True)
@@ -129,9 +129,9 @@ def _own_time(event: Any) -> float:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """What ``run`` takes at its peak beyond what is held before it (``max_memory_allocated`` on a GPU, else RSS).
+    """Measure the peak memory of ``run`` above that held before it (``max_memory_allocated`` on a GPU, else RSS).
 
-    On a CPU (under Linux) it is the peak of the whole process: see :func:`in_a_process_of_its_own`.
+    On a CPU (Linux only) the peak is that of the whole process: call it through :func:`in_new_process`.
     """
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
@@ -144,13 +144,13 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def _resident(what: str) -> int:
-    # not getrusage, whose maximum a process inherits from the one that started it
+    # not getrusage: a process inherits its parent's maximum
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def in_a_process_of_its_own(function: Callable[..., int], *arguments: object) -> int:
-    """What a function of a module returns, called in a fresh process."""
+def in_new_process(function: Callable[..., int], *arguments: object) -> int:
+    """Call a module's function in a new process, and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -170,7 +170,7 @@ class Step:
         self._optimiser = torch.optim.AdamW(parameters, lr=1e-5)
 
     def loss(self) -> Tensor:
-        """The batch's loss."""
+        """Compute the loss on the batch."""
         return nn.functional.cross_entropy(self._forward(self.model), self._labels)
 
     def __call__(self) -> None:
@@ -179,18 +179,18 @@ class Step:
         self._optimiser.step()
 
 
-def given(description: str | None, **defaults: int) -> argparse.Namespace:
-    """The command line of one benchmark: its numbers, ``--repeats``, ``--device``."""
+def parse_args(description: str | None, **defaults: int) -> argparse.Namespace:
+    """Parse the command line of one benchmark, with integer options and ``--device``; seed torch."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    found = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    return found
+    return args
 
 
-def tell(rows: Iterator[Row]) -> None:
-    """Prints each row as a line of JSON as soon as it is known."""
+def print_rows(rows: Iterator[Row]) -> None:
+    """Print each row as a line of JSON as soon as it is known."""
     for row in rows:
         print(json.dumps(asdict(row)), flush=True)

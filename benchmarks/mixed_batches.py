@@ -1,4 +1,4 @@
-"""What a mixed batch costs: n tasks in a batch of n, over the same batch with one task.
+"""A mixed batch: n tasks in a batch of n / the same batch with one task.
 
 python -m benchmarks.mixed_batches --tasks 8
 """
@@ -12,11 +12,11 @@ import torchvision
 from torch import nn
 
 import visadapt
-from benchmarks.measure import Row, given, interleaved, ratio, tell
+from benchmarks.measure import Row, interleaved, parse_args, print_rows, ratio
 
 
 def build(tasks: int, norms: str) -> nn.Module:
-    """ResNet-50 with that many tasks, each with a head of its own, all moved away from the identity."""
+    """Build ResNet-50 with that many tasks, each with its own head and perturbed away from the identity."""
     model = torchvision.models.resnet50(weights=None)
     for i in range(tasks):
         visadapt.inject(model, m=32, task=f"task{i}", num_classes=10, norms=norms)
@@ -27,8 +27,8 @@ def build(tasks: int, norms: str) -> nn.Module:
 
 
 def measure(tasks: int, size: int, repeats: int, device: str) -> Iterator[Row]:
-    """Both norm policies that a mixed batch meets."""
-    at = f"ResNet-50, m=32, {size} px"
+    """Measure both norm policies that mixed batches support."""
+    setting = f"ResNet-50, m=32, {size} px"
     x = torch.randn(tasks, 3, size, size, device=device)
     runs: dict[str, Callable[[], object]] = {}
     for norms in ("affine", "frozen"):
@@ -44,9 +44,9 @@ def measure(tasks: int, size: int, repeats: int, device: str) -> Iterator[Row]:
         times = interleaved(runs, repeats, device)
     for norms, own in (("affine", ", own norms"), ("frozen", "")):
         figure = f"mixed: {tasks} tasks in a batch of {tasks} / one task{own}"
-        yield ratio(figure, at, times, f"mixed, {norms}", f"one, {norms}")
+        yield ratio(figure, setting, times, f"mixed, {norms}", f"one, {norms}")
 
 
 if __name__ == "__main__":
-    told = given(__doc__, tasks=8, size=96, repeats=11)
-    tell(measure(told.tasks, told.size, told.repeats, told.device))
+    args = parse_args(__doc__, tasks=8, size=96, repeats=11)
+    print_rows(measure(args.tasks, args.size, args.repeats, args.device))

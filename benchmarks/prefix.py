@@ -1,4 +1,4 @@
-"""An epoch of training on the prefix cache, over the first one, which makes it.
+"""An epoch of training on the prefix cache / the first epoch, which fills it.
 
 python -m benchmarks.prefix
 """
@@ -14,12 +14,12 @@ import torchvision
 from torch import Tensor
 
 import visadapt
-from benchmarks.measure import Row, exact, given, operations, profile, spread, tell
+from benchmarks.measure import Row, exact, operations, parse_args, print_rows, profile, spread
 from visadapt.frozen import CachedPrefix
 
 
 def epoch(cached: CachedPrefix, labels: Tensor, batch: int, optimiser: torch.optim.Optimizer) -> None:
-    """Trains on every image once, from what is kept of it."""
+    """Train on every image once, from the cache."""
     for rows in cached.rows.split(batch):
         optimiser.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(cached(rows).resume(), labels[rows]).backward()
@@ -27,7 +27,7 @@ def epoch(cached: CachedPrefix, labels: Tensor, batch: int, optimiser: torch.opt
 
 
 def epochs(where: object, x: Tensor, labels: Tensor, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The first epoch, which makes the cache, and a later one."""
+    """Return functions that run the first epoch, which fills the cache, and a later one."""
     model = torchvision.models.resnet50(weights=None).to(x.device)
     visadapt.inject(model, m=32, where=where, task="t", num_classes=10, norms="frozen")
     visadapt.lean(model).train()
@@ -41,35 +41,35 @@ def epochs(where: object, x: Tensor, labels: Tensor, batch: int) -> tuple[Callab
     return first, lambda: epoch(caches[0], labels, batch, optimiser)
 
 
-def later_over_first(cost: Callable[[Callable[[], None]], float], *setting: Any) -> float:
-    """What a later epoch costs over what the first does."""
-    first, later = epochs(*setting)
-    whole = cost(first)
-    return cost(later) / whole
+def later_over_first(cost: Callable[[Callable[[], None]], float], *arguments: Any) -> float:
+    """Return the cost of a later epoch divided by that of the first."""
+    first, later = epochs(*arguments)
+    first_cost = cost(first)
+    return cost(later) / first_cost
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """That it takes."""
+    """Time a run in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def measure(size: int, images: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
-    """ResNet-50 with adapters in its last stage, and in its last block."""
+    """Measure ResNet-50 with adapters in its last stage, and in its last block."""
     x, labels = torch.randn(images, 3, size, size, device=device), torch.arange(images, device=device) % 10
-    at = f"ResNet-50, m=32, {images} images, batch {batch}, {size} px"
-    for where, what in (("layer4", "last stage"), (slice(-1, None), "last block")):
-        setting = (where, x, labels, batch)
-        figure = f"a later epoch on the prefix cache / the first ({what} adapted)"
-        yield exact(f"operations: {figure}", at, later_over_first(operations, *setting))
-        ratios = [later_over_first(seconds, *setting) for _ in range(repeats)]
-        yield spread(f"prefix cache: a later epoch / the first ({what} adapted)", at, ratios, "×")
-        first, later = epochs(*setting)
+    setting = f"ResNet-50, m=32, {images} images, batch {batch}, {size} px"
+    for where, part in (("layer4", "last stage"), (slice(-1, None), "last block")):
+        arguments = (where, x, labels, batch)
+        figure = f"a later epoch on the prefix cache / the first ({part} adapted)"
+        yield exact(f"operations: {figure}", setting, later_over_first(operations, *arguments))
+        ratios = [later_over_first(seconds, *arguments) for _ in range(repeats)]
+        yield spread(f"prefix cache: a later epoch / the first ({part} adapted)", setting, ratios, "×")
+        first, later = epochs(*arguments)
         first()
-        yield from profile(f"a later epoch on the prefix cache, {what} adapted", at, later)
+        yield from profile(f"a later epoch on the prefix cache, {part} adapted", setting, later)
 
 
 if __name__ == "__main__":
-    told = given(__doc__, size=96, images=64, batch=16, repeats=3)
-    tell(measure(told.size, told.images, told.batch, told.repeats, told.device))
+    args = parse_args(__doc__, size=96, images=64, batch=16, repeats=3)
+    print_rows(measure(args.size, args.images, args.batch, args.repeats, args.device))

@@ -1,4 +1,4 @@
-"""A training step of ResNet-50: bottleneck adapters on the lean backbone, over full fine-tuning and peft's LoRA.
+"""A training step of ResNet-50: bottleneck adapters on the lean backbone / full fine-tuning and peft's LoRA.
 
 python -m benchmarks.train_step --size 96
 """
@@ -20,14 +20,14 @@ from benchmarks.measure import (
     best,
     bytes_kept,
     exact,
-    given,
-    in_a_process_of_its_own,
+    in_new_process,
     interleaved,
     operations,
+    parse_args,
     peak_bytes,
+    print_rows,
     profile,
     ratio,
-    tell,
 )
 
 CLASSES, M = 10, 32
@@ -35,19 +35,19 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A bottleneck after every block, lean, and what it trains."""
+    """Inject a bottleneck after every block, lean; return the model and its trained parameters."""
     visadapt.inject(net, m=M, task="t", num_classes=CLASSES, norms=norms)
     return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
 
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Ordinary fine-tuning: every weight, BatchNorm in train mode."""
+    """Replace the head; return the model and all its parameters, for full fine-tuning with BatchNorm in train mode."""
     net.fc = nn.Linear(net.fc.in_features, CLASSES)
     return net, list(net.parameters())
 
 
 def lora(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
-    """peft's LoRA on the 3×3 convs, at the rank whose parameters come nearest to the adapters'."""
+    """Add peft's LoRA to the 3×3 convs, at the rank with the number of parameters nearest to the adapters'."""
     from peft import LoraConfig, get_peft_model
 
     count = sum(p.numel() for p in adapted(copy.deepcopy(net), "frozen")[1])
@@ -69,7 +69,7 @@ CONTENDERS = {
 
 
 def step(name: str, memory_format: str, size: int, batch: int, device: str) -> tuple[Step, torch.Tensor]:
-    """One contender on random images, and these."""
+    """Build one contender's training step on random images; return it and the images."""
     chosen = FORMATS[memory_format]
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size).to(device, memory_format=chosen)
@@ -80,7 +80,7 @@ def step(name: str, memory_format: str, size: int, batch: int, device: str) -> t
 
 
 def peak(name: str, size: int, batch: int, device: str) -> int:
-    """Bytes that training takes at its peak: model, gradients, the optimiser's state and all that a step keeps."""
+    """Measure the peak bytes of training: model, gradients, optimiser state and everything that a step keeps."""
 
     def train() -> None:
         run, _ = step(name, "channels_last", size, batch, device)
@@ -91,37 +91,37 @@ def peak(name: str, size: int, batch: int, device: str) -> int:
 
 
 def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
-    """All figures of one image size."""
-    at = f"ResNet-50, m={M}, batch {batch}, {size} px"
+    """Measure all figures for one image size."""
+    setting = f"ResNet-50, m={M}, batch {batch}, {size} px"
     names = [name for name in CONTENDERS if name != "peft LoRA" or importlib.util.find_spec("peft")]
     kept = {}
     for name in names:
         made, x = step(name, "channels_last", size, batch, device)
         kept[name] = bytes_kept(made.model, made.loss, [x])
     for name in names[1:]:
-        yield exact(f"bytes kept: {name} / full fine-tuning", at, kept[name] / kept["full fine-tuning"])
+        yield exact(f"bytes kept: {name} / full fine-tuning", setting, kept[name] / kept["full fine-tuning"])
     counted = {name: operations(step(name, "contiguous", size, 2, device)[0]) for name in names}
     for name in names[1:]:
-        yield exact(f"operations: {name} / full fine-tuning", at, counted[name] / counted["full fine-tuning"])
-    peaks = {name: in_a_process_of_its_own(peak, name, size, batch, device) for name in names[:2]}
-    yield exact("peak memory: bottleneck / full fine-tuning", at, peaks["bottleneck"] / peaks["full fine-tuning"])
+        yield exact(f"operations: {name} / full fine-tuning", setting, counted[name] / counted["full fine-tuning"])
+    peaks = {name: in_new_process(peak, name, size, batch, device) for name in names[:2]}
+    yield exact("peak memory: bottleneck / full fine-tuning", setting, peaks["bottleneck"] / peaks["full fine-tuning"])
     steps = {f"{name}, {kind}": step(name, kind, size, batch, device)[0] for name in names for kind in FORMATS}
     times = interleaved(steps, repeats, device)
     for kind in FORMATS:
         for name in names[1:]:
             figure = f"step: {name} / full fine-tuning, both {kind}"
-            yield ratio(figure, at, times, f"{name}, {kind}", f"full fine-tuning, {kind}")
+            yield ratio(figure, setting, times, f"{name}, {kind}", f"full fine-tuning, {kind}")
     quickest = {name: best(times, [f"{name}, {kind}" for kind in FORMATS]) for name in names}
     for name in names[1:]:
         figure = f"step: {name} / full fine-tuning, each in its best format"
-        yield ratio(figure, at, times, quickest[name], quickest["full fine-tuning"])
-    yield from profile("bottleneck", f"{at}, {quickest['bottleneck']}", steps[quickest["bottleneck"]])
+        yield ratio(figure, setting, times, quickest[name], quickest["full fine-tuning"])
+    yield from profile("bottleneck", f"{setting}, {quickest['bottleneck']}", steps[quickest["bottleneck"]])
     if "peft LoRA" in names:
         counts = " / ".join(f"{steps[f'{name}, contiguous'].trained:,}" for name in ("bottleneck", "peft LoRA"))
         figure = "step: bottleneck / peft LoRA, each in its best format"
-        yield ratio(figure, f"{at}, {counts} trained", times, quickest["bottleneck"], quickest["peft LoRA"])
+        yield ratio(figure, f"{setting}, {counts} trained", times, quickest["bottleneck"], quickest["peft LoRA"])
 
 
 if __name__ == "__main__":
-    told = given(__doc__, size=96, batch=16, repeats=5)
-    tell(measure(told.size, told.batch, told.repeats, told.device))
+    args = parse_args(__doc__, size=96, batch=16, repeats=5)
+    print_rows(measure(args.size, args.batch, args.repeats, args.device))

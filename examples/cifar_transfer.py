@@ -1,4 +1,4 @@
-"""One frozen ResNet-50, CIFAR-10: linear probe, norms, adapters and full fine-tuning, side by side.
+"""Compare a linear probe, norms, adapters and full fine-tuning of a ResNet-50 on CIFAR-10.
 
 python examples/cifar_transfer.py            # about six minutes on two cores, offline
 python examples/cifar_transfer.py --quick    # under a minute
@@ -11,10 +11,10 @@ from visadapt.experiments import Contender, ImageProblem
 from visadapt.methods import Full, Parallel
 from visadapt.training import Recipe
 
-# Peak learning rates: the best on 1,500 validation images, none of them trained on and none from the test split.
-# Found by: python examples/cifar_transfer.py --sweep --m 32 (its table: docs/cifar10-sweep.md)
-# Full fine-tuning, too, does better with the pretrained running statistics than with batch statistics: the sweep shows
-# both, the table its better one.
+# Peak learning rates: the best on 1,500 validation images, which are in neither the training nor the test images.
+# Result of: python examples/cifar_transfer.py --sweep --m 32 (table: docs/cifar10-sweep.md)
+# Full fine-tuning is also better with the pretrained running statistics than with batch statistics: the sweep has both,
+# the comparison only the better one.
 EPOCHS = 1
 RECIPES = {
     "Linear": Recipe(epochs=30, lr=1e-3),
@@ -32,7 +32,7 @@ GRID = {
 }
 
 options = parser(__doc__.splitlines()[0], "bundled/resnet50", "cifar10", widths=(8, 32))
-options.add_argument("--size", type=int, help="side in pixels that the images are resized to: 64, quick 32")
+options.add_argument("--size", type=int, help="side of the resized images in pixels: 64, with --quick 32")
 args = options.parse_args()
 count = args.train or (96 if args.quick else 3000)
 size = args.size or (32 if args.quick else 64)
@@ -47,14 +47,14 @@ problem = ImageProblem(
     size=size,
 )
 data = problem.splits
-recipes = {way: recipe if way == "Linear" else recipe.replace(epochs=epochs) for way, recipe in RECIPES.items()}
-lasting = f"{epochs} epoch{'s' * (epochs > 1)}"
+recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs) for name, recipe in RECIPES.items()}
+duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
-    f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {lasting} "
-    f"({recipes['Linear'].epochs} of the linear probe, on features computed once), {len(data.test):,} test images."
+    f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {duration} "
+    f"(linear probe: {recipes['Linear'].epochs} on cached features), {len(data.test):,} test images."
 )
-who = contenders(args.m, recipes)
+compared = contenders(args.m, recipes)
 if args.sweep:
-    who.append(Contender("parallel r=C/8", Parallel(rank=0.125), recipes["Parallel"]))
-    who.append(Contender("full, batch statistics", Full(), recipes["Full"], norms="full"))
-main(args, problem, who, GRID, caption)
+    compared.append(Contender("parallel r=C/8", Parallel(rank=0.125), recipes["Parallel"]))
+    compared.append(Contender("full, batch statistics", Full(), recipes["Full"], norms="full"))
+main(args, problem, compared, GRID, caption)

@@ -1,4 +1,4 @@
-"""The command line that the transfer examples share."""
+"""The command line of the transfer examples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visadapt.checks import check_width
-from visadapt.experiments.base import run_experiment
-from visadapt.experiments.compare import Compare
-from visadapt.experiments.contenders import Contender
-from visadapt.experiments.problems import Problem
-from visadapt.experiments.record import Result
-from visadapt.experiments.train import Workplace, measure
+from visadapt.experiments import Compare, Contender, Problem, Result, run_experiment
+from visadapt.experiments.catalogue import is_adapter
+from visadapt.experiments.train import Workspace, measure
 from visadapt.methods import Bottleneck, Full, Linear, Norms
 from visadapt.report import plot, sweep_table, table
 from visadapt.task_file import load
@@ -25,29 +22,32 @@ from visadapt.training import Recipe
 
 
 def parser(description: str, backbone: str, data: str, widths: Sequence[int | float]) -> argparse.ArgumentParser:
-    """The options that both examples take.
+    """Build a parser with the options of both examples.
 
     Args:
-        description: of the example.
-        backbone: default name.
-        data: default name.
-        widths: of the bottlenecks, by default.
+        description: description of the example.
+        backbone: name of the default backbone.
+        data: name of the default data set.
+        widths: default widths of the bottlenecks.
+
+    Returns:
+        The parser.
     """
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="a look in under a minute; the figures mean little")
-    made.add_argument("--backbone", default=backbone, help="name, as visadapt.inject takes it")
-    made.add_argument("--data", default=data, help="name or folder of the data set")
-    made.add_argument("--m", type=_width, nargs="+", default=list(widths), help="widths of the bottlenecks")
-    made.add_argument("--train", type=int, help="number of training samples")
-    made.add_argument("--epochs", type=int, help="epochs of all but the linear probe")
-    made.add_argument("--seed", type=int, default=0, help="the first seed")
-    made.add_argument("--seeds", type=int, default=1, help="how many, for mean ± standard deviation")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--sweep", action="store_true", help="learning rates on validation data, instead of the table")
-    made.add_argument("--results", type=Path, help="folder to add to; results that are there are not made again")
-    made.add_argument("--markdown", type=Path, help="writes the table there")
-    made.add_argument("--out", type=Path, help="folder for the best task and the figure")
-    return made
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="run in under a minute; too short for meaningful scores")
+    options.add_argument("--backbone", default=backbone, help="name, as visadapt.inject takes it")
+    options.add_argument("--data", default=data, help="name or folder of the data set")
+    options.add_argument("--m", type=_width, nargs="+", default=list(widths), help="widths of the bottlenecks")
+    options.add_argument("--train", type=int, help="number of training samples")
+    options.add_argument("--epochs", type=int, help="epochs, except for the linear probe")
+    options.add_argument("--seed", type=int, default=0, help="first seed")
+    options.add_argument("--seeds", type=int, default=1, help="number of seeds, for mean ± standard deviation")
+    options.add_argument("--device", default="cpu", help="device to compute on")
+    options.add_argument("--sweep", action="store_true", help="compare learning rates on validation data instead")
+    options.add_argument("--results", type=Path, help="folder of the results; existing ones are not computed again")
+    options.add_argument("--markdown", type=Path, help="Markdown file to write the table to")
+    options.add_argument("--out", type=Path, help="folder for the best task and the figure")
+    return options
 
 
 def _width(text: str) -> int | float:
@@ -60,13 +60,16 @@ def _width(text: str) -> int | float:
 
 
 def contenders(widths: Sequence[int | float], recipes: dict[str, Recipe]) -> list[Contender]:
-    """The linear probe, norms only, a bottleneck of each width, full fine-tuning.
+    """Return a linear probe, norms only, a bottleneck of each width, and full fine-tuning.
 
-    All of them leave running statistics as they were pretrained.
+    All of them keep the pretrained running statistics.
 
     Args:
-        widths: of the bottlenecks.
-        recipes: by the method's name.
+        widths: widths of the bottlenecks.
+        recipes: recipes by the name of the method.
+
+    Returns:
+        The contenders, by increasing number of trained parameters.
     """
     return [
         Contender("linear probe", Linear(), recipes["Linear"], norms="frozen"),
@@ -77,16 +80,20 @@ def contenders(widths: Sequence[int | float], recipes: dict[str, Recipe]) -> lis
 
 
 def main(
-    args: argparse.Namespace, problem: Problem, who: Sequence[Contender], grid: dict[str, Sequence[float]], caption: str
+    args: argparse.Namespace,
+    problem: Problem,
+    compared: Sequence[Contender],
+    grid: dict[str, Sequence[float]],
+    caption: str,
 ) -> None:
-    """Sweeps or compares, and reports.
+    """Sweep learning rates or compare contenders, and report the results.
 
     Args:
-        args: from :func:`parser`.
-        problem: what to compare on.
-        who: is compared.
-        grid: learning rates by the method's name.
-        caption: says in a sentence or two what the figures were made with.
+        args: the options of :func:`parser`.
+        problem: problem to compare on.
+        compared: contenders to compare.
+        grid: learning rates by the name of the method.
+        caption: one or two sentences on the data and the training.
     """
     command = f"python examples/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     print(f"{caption}\n")
@@ -94,37 +101,37 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     folder = args.results or out / "results"
     if args.sweep:
-        rated = tuple(dataclasses.replace(one, rates=tuple(grid[type(one.method).__name__])) for one in who)
-        wanted = Compare((problem,), rated, (args.seed,), "validation")
-        found = sweep_table(run_experiment(wanted, folder, device=args.device, progress=True))
-        title = "Learning rates on validation data; * is picked"
-        print(f"\n{title}\n{found}")
-        _write(args.markdown, f"{title}. {caption} Made by `{command}`.\n\n{found.markdown()}\n")
+        rated = tuple(dataclasses.replace(each, rates=tuple(grid[type(each.method).__name__])) for each in compared)
+        sweep = Compare((problem,), rated, (args.seed,), "validation")
+        rates = sweep_table(run_experiment(sweep, folder, device=args.device, progress=True))
+        title = "Learning rates on validation data; * marks the best"
+        print(f"\n{title}\n{rates}")
+        _write(args.markdown, f"{title}. {caption} Made by `{command}`.\n\n{rates.markdown()}\n")
         return
     seeds = tuple(range(args.seed, args.seed + args.seeds))
-    adapters = tuple(one.name for one in who if not isinstance(one.method, Linear | Norms | Full))
-    wanted = Compare((problem,), tuple(who), seeds, keep=adapters)
-    results = run_experiment(wanted, folder, device=args.device, progress=True)
-    shown = table(results)
-    print(f"\n{shown}\n")
+    adapters = tuple(each.name for each in compared if is_adapter(each.name))
+    comparison = Compare((problem,), tuple(compared), seeds, keep=adapters)
+    results = run_experiment(comparison, folder, device=args.device, progress=True)
+    scores = table(results)
+    print(f"\n{scores}\n")
     best = max((result for result in results if result.contender in adapters), key=lambda result: result.score)
-    (key,) = (run.task_key for run in wanted.runs(lambda key: None) if run.key == best.key)
-    kept = Workplace(folder).task_file(key)
-    if kept.is_file():
-        reload(problem, shutil.copyfile(kept, out / f"{problem.name}.visadapt"), best, args.device)
+    (key,) = (run.task_key for run in comparison.runs(lambda key: None) if run.key == best.key)
+    task_file = Workspace(folder).task_file(key)
+    if task_file.is_file():
+        reload(problem, shutil.copyfile(task_file, out / f"{problem.name}.visadapt"), best, args.device)
     else:
-        print("all results were on record, and the best adapter's task is not kept beside them")
+        print("all results existed already, and the best adapter's task file was not kept with them")
     print(f"figure: {plot(results, out / f'{problem.name}.png', problem.name)}")
-    _write(args.markdown, f"{caption} Made by `{command}`.\n\n{shown.markdown()}\n")
+    _write(args.markdown, f"{caption} Made by `{command}`.\n\n{scores.markdown()}\n")
 
 
 def reload(problem: Problem, file: Path, result: Result, device: str) -> None:
-    """Loads a task file into a fresh backbone and shows that the accuracy is the same."""
-    fresh = problem.fresh()
-    name = load(fresh, file)
-    score = measure(fresh, name, problem, "test", Workplace(file.parent, device))
-    same = "the same" if score == result.score else f"NOT the {result.score:.4f} that it was saved with"
-    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a fresh backbone: "
+    """Load a task file into a new backbone, and print whether the accuracy is the same."""
+    model = problem.fresh()
+    name = load(model, file)
+    score = measure(model, name, problem, "test", Workspace(file.parent, device))
+    same = "the same" if score == result.score else f"NOT the {result.score:.4f} that was measured before"
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {result.contender}) in a new backbone: "
           f"accuracy {score:.4f}, {same}")  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""One frozen MiniLM, one domain of sentiment: linear probe, norms, Houlsby's adapters, full fine-tuning, side by side.
+"""Compare a linear probe, norms, Houlsby's adapters and full fine-tuning of MiniLM on the sentiment of tweets.
 
 python examples/text_transfer.py            # a few minutes on two cores, offline
 python examples/text_transfer.py --quick    # under a minute
-python examples/text_transfer.py --sweep    # other learning rates, on validation texts
+python examples/text_transfer.py --sweep    # how the learning rates below were found
 """
 
 from common import contenders, main, parser
@@ -10,8 +10,8 @@ from common import contenders, main, parser
 from visadapt.experiments import TextProblem
 from visadapt.training import Recipe
 
-# Peak learning rates: the best on validation texts, none of them trained on and none from the test split.
-# Found by: python examples/text_transfer.py --sweep --m 64 (its table: docs/tweets-sweep.md)
+# Peak learning rates: the best on validation texts, which are in neither the training nor the test texts.
+# Result of: python examples/text_transfer.py --sweep --m 64 (table: docs/tweets-sweep.md)
 EPOCHS = 3
 RECIPES = {
     "Linear": Recipe(epochs=30, lr=3e-3),
@@ -27,7 +27,7 @@ GRID = {
 }
 
 options = parser(__doc__.splitlines()[0], "bundled/minilm", "tweets", widths=(8, 64))
-options.add_argument("--length", type=int, default=32, help="tokens; longer texts are cut")
+options.add_argument("--length", type=int, default=32, help="number of tokens; longer texts are truncated")
 args = options.parse_args()
 count = args.train or (64 if args.quick else 1000)
 epochs = args.epochs or (1 if args.quick else EPOCHS)
@@ -41,11 +41,11 @@ problem = TextProblem(
     length=args.length,
 )
 data = problem.splits
-recipes = {way: recipe if way == "Linear" else recipe.replace(epochs=epochs) for way, recipe in RECIPES.items()}
-lasting = f"{epochs} epoch{'s' * (epochs > 1)}"
+recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs) for name, recipe in RECIPES.items()}
+duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
     f"{args.backbone} on {args.data} ({', '.join(data.classes)}): {len(data.train):,} training texts of at most "
-    f"{args.length} tokens, {lasting} ({recipes['Linear'].epochs} of the linear probe, on features computed "
-    f"once), {len(data.test):,} test texts."
+    f"{args.length} tokens, {duration} (linear probe: {recipes['Linear'].epochs} on cached features), "
+    f"{len(data.test):,} test texts."
 )
 main(args, problem, contenders(args.m, recipes), GRID, caption)

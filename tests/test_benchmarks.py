@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, once, and tell it beside its goal."""
+"""The benchmarks measure correctly, skip what is measured already, and compare figures with their goals."""
 
 import csv
 
@@ -43,45 +43,45 @@ def test_bytes_and_operations_of_a_known_layer():
     assert operations(lambda: layer(x)) == 2 * 2 * 4 * 8 * 5 * 5
 
 
-def test_results_are_read_back_and_told(tmp_path):
+def test_results_are_read_back_and_compared_with_their_goals(tmp_path):
     goal = GOALS[0]
-    made = rows(**{goal.figure: "0.45", goal.limit: "0.7", "step: of no goal": "3"})
-    command.write(tmp_path / "results.csv", made)
-    assert command.read(tmp_path / "results.csv") == made
+    written = rows(**{goal.figure: "0.45", goal.limit: "0.7", "step: of no goal": "3"})
+    command.write(tmp_path / "results.csv", written)
+    assert command.read(tmp_path / "results.csv") == written
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
     assert goal_of(goal.figure, "batch 16, 224 px") is goal
     assert goal_of("step: of no goal", "batch 16, 224 px") is None
-    said = command.table(made).markdown()
-    assert "met" in said
-    assert "0.700 ×" in said
-    assert "of no goal" not in said
-    made[0]["value"] = "0.55"
-    assert "missed" in command.table(made).markdown()
-    command.chart(made, tmp_path / "chart.svg")
+    table = command.table(written).markdown()
+    assert "met" in table
+    assert "0.700 ×" in table
+    assert "of no goal" not in table
+    written[0]["value"] = "0.55"
+    assert "missed" in command.table(written).markdown()
+    command.chart(written, tmp_path / "chart.svg")
     assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
-    out, ran = tmp_path / "results.csv", []
+def test_existing_figures_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    out, calls = tmp_path / "results.csv", []
 
     def run(job, python, device):
-        ran.append((job.name, python))
+        calls.append((job.name, python))
         return [{**row, "job": job.name} for row in rows(inject="3")]
 
     monkeypatch.setattr(command, "run", run)
     arguments = ["benchmarks", "--out", str(out), "--only", "train_step,encoder_step", "--adapters-python", "other"]
     monkeypatch.setattr("sys.argv", arguments)
     command.main()
-    assert [name.split()[0] for name, _ in ran] == ["train_step", "train_step", "encoder_step"]
-    assert ran[-1][1] == "other" != ran[0][1]
+    assert [name.split()[0] for name, _ in calls] == ["train_step", "train_step", "encoder_step"]
+    assert calls[-1][1] == "other" != calls[0][1]
     command.main()
-    assert len(ran) == 3
+    assert len(calls) == 3
     monkeypatch.setattr("sys.argv", [*arguments, "--again"])
     command.main()
-    assert len(ran) == 6
+    assert len(calls) == 6
     with out.open() as file:
         assert len(list(csv.DictReader(file))) == 3
-    monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "nothing"])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "train_stop"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "no benchmark 'nothing'" in capsys.readouterr().err
+    assert "no benchmark 'train_stop'; did you mean 'train_step'" in capsys.readouterr().err

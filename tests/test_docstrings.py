@@ -47,26 +47,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "export": export,
 }
 
-WITHOUT = {
-    "inject",
-    "activate",
-    "using",
-    "save",
-    "load",
-    "merge",
-    "unmerge",
-    "remove",
-    "eject",
-    "split",
-    "lean",
-    "cache_prefix",
-    "fit_decider",
-    "decide",
-    "tasks",
-    "fold",
-}
-"""Functions whose example is still to be written; this set only shrinks."""
-
 
 def example(name: str) -> doctest.DocTest:
     """The doctest of a function; it sees torch, visadapt, the function, ``Recipe`` and a fresh ``backbone``."""
@@ -84,9 +64,6 @@ def example(name: str) -> doctest.DocTest:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_example_runs_as_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = example(name)
-    if name in WITHOUT:
-        assert not test.examples, f"{name} has an example: take it out of WITHOUT"
-        return
     assert test.examples, f"the docstring of {name} has no example"
     monkeypatch.chdir(tmp_path)
     report: list[str] = []

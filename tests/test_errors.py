@@ -140,12 +140,15 @@ WRONG = {
     ),
     # the model itself
     "an option misspelt": (inject(num_clases=3), r"inject takes no 'num_clases'; did you mean 'num_classes'"),
-    "no model": (lambda model, place: visadapt.inject(5), r"expected a module, a builder or a name, got int"),
+    "no model": (lambda model, place: visadapt.inject(5), r"model must be a module, a builder or a name, got int"),
     "a model that was never run": (
         lambda model, place: visadapt.inject(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)), m=2),
         r"2 has uninitialised parameters: run the model once, then inject",
     ),
-    "a builder of no model": (lambda model, place: visadapt.inject(dict), r"the builder 'dict' gave dict, no module"),
+    "a builder of no model": (
+        lambda model, place: visadapt.inject(dict),
+        r"the builder 'dict' must return a torch\.nn\.Module, got dict",
+    ),
     "a name that is none": (lambda model, place: visadapt.inject("resnet"), r"no backbone 'resnet'"),
     "tasks of no model": (
         lambda model, place: visadapt.activate(None, "a"),
@@ -172,13 +175,13 @@ WRONG = {
     # files
     "no file": (load("flower.visadapt"), r"no file .*flower\.visadapt; did you mean 'flowers\.visadapt'"),
     "a folder": (load("."), r"no file "),
-    "an empty file": (load("empty.visadapt"), r"empty\.visadapt is no task file, or not a whole one"),
-    "a pickle": (load("pickle.visadapt"), r"pickle\.visadapt is no task file, or not a whole one"),
+    "an empty file": (load("empty.visadapt"), r"empty\.visadapt is not a whole task file"),
+    "a pickle": (load("pickle.visadapt"), r"pickle\.visadapt is not a whole task file"),
     "another safetensors file": (
         load("other.visadapt"),
-        r"other\.visadapt is a safetensors file, but visadapt did not",
+        r"other\.visadapt is not a task file",
     ),
-    "a broken description": (load("broken.visadapt"), r"broken\.visadapt is a safetensors file, but visadapt did not"),
+    "a broken description": (load("broken.visadapt"), r"broken\.visadapt is not a whole task file"),
     "a task that is there": (
         load("flowers.visadapt"),
         r"the model has a task 'flowers' already: .*task='another-name'",

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them, at their quickest."""
+"""The examples, run as a user runs them, with ``--quick``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _run(tmp_path: Path, example: str, *options: str) -> str:
     ("example", "data", "widths"),
     [("cifar_transfer.py", "cifar10", (8, 32)), ("text_transfer.py", "tweets", (8, 64))],
 )
-def test_quick_gives_the_table_the_task_and_the_figure(
+def test_quick_writes_the_table_the_task_and_the_figure(
     tmp_path: Path, example: str, data: str, widths: tuple[int, ...]
 ) -> None:
     if example.startswith("text"):
@@ -46,7 +46,7 @@ def test_quick_gives_the_table_the_task_and_the_figure(
     assert fractions == sorted(fractions)
     assert fractions[0] == 0
     assert fractions[-1] == 100
-    reloaded = re.search(r"in a fresh backbone: accuracy ([\d.]+), the same", text)
+    reloaded = re.search(r"in a new backbone: accuracy ([\d.]+), the same", text)
     assert reloaded, text
     results = read_results(tmp_path / "results")
     others = {"linear probe", "norms only", "full fine-tuning"}
@@ -59,7 +59,7 @@ def test_quick_gives_the_table_the_task_and_the_figure(
     assert f"python examples/{example} --quick" in markdown
 
 
-def test_a_bad_width_is_said_at_once(tmp_path: Path) -> None:
+def test_a_wrong_width_is_refused_at_once(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "cifar_transfer.py"), "--m", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

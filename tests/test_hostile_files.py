@@ -564,10 +564,10 @@ def test_pickles_are_no_files_of_visadapt(traps: Traps, plain: Path) -> None:
     evil = traps.folder / "evil.visadapt"
     evil.write_bytes(pickle.dumps(_Evil(traps.marker)))
     for command in (*COMMANDS, "summary"):
-        assert "evil.visadapt is no task file" in traps.run(command, evil).stderr
+        assert "evil.visadapt is not a whole task file" in traps.run(command, evil).stderr
     model = ZOO["tiny/resnet"].make()
     visadapt.inject(model, m=2, task="a")
-    with pytest.raises(VisadaptError, match="holds no decider"):
+    with pytest.raises(VisadaptError, match=r"is not a (whole )?decider"):
         visadapt.load_decider(model, evil)
     (traps.folder / "results").mkdir()
     shutil.copy(evil, traps.folder / "results" / "evil.json")
@@ -593,5 +593,5 @@ def test_a_deciders_description_is_typed(tmp_path: Path, changed: dict[str, Any]
     with safe_open(file, "pt") as opened:
         description = json.loads(opened.metadata()["visadapt_decider"])
     save_file(load_file(file), file, {"visadapt_decider": json.dumps({**description, **changed})})
-    with pytest.raises(VisadaptError, match="holds no decider"):
+    with pytest.raises(VisadaptError, match=r"is not a (whole )?decider"):
         visadapt.load_decider(model, file)

@@ -38,7 +38,8 @@ PHRASES = {
     rf"\b(?:{COUNTED})(?:es|s)? an? (?:{UNITS}|problem|token|text|image|seed|core|machine|line|host)\b": "per …",
     # "is no task file"; but "there is no …", "is no longer", "is no slower than"
     r"(?<!there )(?<!There )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|other\b|\w+er than\b)\w+": "is not a …",
-    r"\bpictures?\b": "image",
+    # but HTML's <picture>
+    r"(?<![</])\bpictures?\b": "image",
     # "a training that was stopped"; but "a training run", "a training batch"
     r"\b(?:a|one|another|each|every|whole|same) training"
     r"(?=[.,;:)'\"`]| (?:that|which|is|was|of|on|with|in|to|and|or|goes|has|needs|when|whose|by|for|from|at|until"

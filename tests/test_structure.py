@@ -14,6 +14,7 @@ ROOMS = (
     ("errors",),
     ("checks", "optional", "typed"),
     ("table", "files"),
+    ("tensor_file",),
     ("backbone",),
     ("methods",),
     ("runtime",),

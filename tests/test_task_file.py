@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import visadapt
 from tests.models import ZOO, anatomy, answer, same, snapshot, stir, train
 from visadapt import VisadaptError
 from visadapt.task_file import read
+from visadapt.tensor_file import read_described, write_described
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,11 +58,11 @@ def test_notes_come_back_and_add_up(flowers, tiny, tmp_path) -> None:
     visadapt.load(fresh, first)
     assert visadapt.tasks(fresh)["flowers"].notes == {"size": 64}
     second = visadapt.save(fresh, "flowers", tmp_path / "second.visadapt", notes={"by": ["ada", 1]})
-    assert read(second)[0]["notes"] == {"size": 64, "by": ["ada", 1]}
+    assert read(second).description["notes"] == {"size": 64, "by": ["ada", 1]}
 
 
 def test_notes_that_are_no_json_are_refused_and_nothing_is_written(flowers, tiny, tmp_path) -> None:
-    with pytest.raises(VisadaptError, match="the notes of task 'flowers' cannot be written as JSON"):
+    with pytest.raises(VisadaptError, match="the notes of task 'flowers' must be JSON"):
         visadapt.save(tiny, "flowers", tmp_path / "new.visadapt", notes={"size": torch.ones(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["flowers.visadapt"]
 
@@ -114,11 +115,10 @@ def test_a_file_holds_the_tasks_tensors_and_nothing_of_the_backbone(model, tmp_p
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_of_the_file_are_kept(flowers, tmp_path, dtype) -> None:
     path, _ = flowers
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in load_file(path).items()}
+    content = read_described(path, "visadapt", "task file")
+    tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in content.tensors.items()}
     other = tmp_path / "other.visadapt"
-    save_file(tensors, other, metadata)
+    write_described(other, "visadapt", content.description, tensors)
     model = ZOO["tiny/resnet"].make()
     visadapt.load(model, other)
     assert {p.dtype for p in visadapt.parameters(model, "flowers")} == {dtype}
@@ -173,7 +173,7 @@ def test_a_write_is_whole_or_not_there(flowers, tiny, tmp_path, monkeypatch, mom
         raise error
 
     if moment == "serialise":
-        monkeypatch.setattr("visadapt.files.serialize_file", half)
+        monkeypatch.setattr("visadapt.tensor_file.serialize_file", half)
     else:
         monkeypatch.setattr(os, "replace", refuse)
     stir(tiny, "flowers")
@@ -235,7 +235,7 @@ def half_precision():
 @pytest.mark.parametrize(
     ("build", "message", "shapes_suffice"),
     [
-        (other_weights, r"other weights in conv1, bn1, layer1\.0, layer1\.0\.down.* and 14 blocks more; check=", True),
+        (other_weights, r"other weights in conv1, bn1, layer1\.0, layer1\.0\.down.* and 14 more blocks; check=", True),
         (one_other_weight, r"other weights in layer3\.1; check='shapes' loads it all the same", True),
         (other_statistics, r"other weights in layer2\.0;", True),
         (half_precision, r"other weights in conv1", True),
@@ -316,11 +316,9 @@ def test_a_traced_site_needs_no_trace_when_loaded(image, tmp_path, monkeypatch) 
 
 
 def tamper(path: Path, target: Path, change) -> Path:
-    with safe_open(path, "pt") as file:
-        description = json.loads(file.metadata()["visadapt"])
-    tensors = load_file(path)
-    change(description, tensors)
-    save_file(tensors, target, {"visadapt": json.dumps(description)})
+    content = read_described(path, "visadapt", "task file")
+    change(content.description, content.tensors)
+    write_described(target, "visadapt", content.description, content.tensors)
     return target
 
 
@@ -372,13 +370,12 @@ def paths_in(value, path=()):
 def test_any_damage_to_the_description_is_refused_or_harmless(flowers, tmp_path, change) -> None:
     """No KeyError from the inside: what is missing or of another form is an error of ours, or an option's default."""
     path, _ = flowers
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), load_file(path)
+    content = read_described(path, "visadapt", "task file")
     model = ZOO["tiny/resnet"].make()
     state, before = snapshot(model), anatomy(model)
     loaded = []
-    for way in paths_in(json.loads(metadata["visadapt"])):
-        description = json.loads(metadata["visadapt"])
+    for way in paths_in(content.description):
+        description = copy.deepcopy(content.description)
         entry = description
         for key in way[:-1]:
             entry = entry[key]
@@ -386,7 +383,7 @@ def test_any_damage_to_the_description_is_refused_or_harmless(flowers, tmp_path,
             del entry[way[-1]]
         else:
             entry[way[-1]] = None if change == "null" else {"x": [1]}
-        save_file(tensors, tmp_path / "bad.visadapt", {"visadapt": json.dumps(description)})
+        write_described(tmp_path / "bad.visadapt", "visadapt", description, content.tensors)
         try:
             visadapt.load(model, tmp_path / "bad.visadapt", task="x" if way == ("task",) else None)
         except VisadaptError:
@@ -406,5 +403,5 @@ def test_a_cut_file_is_refused(flowers, tmp_path, end, share) -> None:
     cut = tmp_path / "cut.visadapt"
     for length in (min(end, len(whole) - 1), int(share * (len(whole) - 1))):
         cut.write_bytes(whole[:length])
-        with pytest.raises(VisadaptError, match=r"cut\.visadapt is no task file, or not a whole one"):
+        with pytest.raises(VisadaptError, match=r"cut\.visadapt is not a whole task file"):
             read(cut)

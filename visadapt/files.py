@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, TensorSpec, serialize_file
-
 from visadapt.errors import VisadaptError
 
 
@@ -45,29 +42,3 @@ def replacing(target: Path) -> Iterator[Path]:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_tensors(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically.
-
-    Args:
-        target: the file to create or replace.
-        tensors: by name; they are moved to the CPU.
-        metadata: strings for the header.
-
-    Raises:
-        VisadaptError: the folder cannot be written to.
-    """
-    # by address, as safetensors.torch does, but without numpy
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=str(t.dtype).removeprefix("torch."), shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes
-        )
-        for name, t in data.items()
-    }
-    with replacing(target) as partial:
-        try:
-            serialize_file(specs, partial, metadata)
-        except SafetensorError as error:
-            raise VisadaptError(f"cannot write {target}: {error}") from error

@@ -71,6 +71,14 @@ def inject(
 
     Raises:
         VisadaptError: something in the request matches nothing or contradicts what is there. Nothing was changed then.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=8, task="flowers", num_classes=3)
+        >>> model is backbone, visadapt.active(model)
+        (True, 'flowers')
+        >>> model = visadapt.inject(model, visadapt.Parallel(), task="birds", num_classes=5, where="conv3x3")
+        >>> list(visadapt.tasks(model))
+        ['flowers', 'birds']
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
@@ -109,6 +117,12 @@ def remove(model: nn.Module, task: str) -> nn.Module:
 
     Raises:
         VisadaptError: there is no such task.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
+        >>> list(visadapt.tasks(visadapt.remove(model, "flowers")))
+        ['birds']
     """
     registry = registry_of(model)
     gone = registry.task(task)
@@ -135,6 +149,13 @@ def eject(model: nn.Module) -> nn.Module:
 
     Raises:
         VisadaptError: the model was never injected.
+
+    Example:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> before = backbone.eval()(images)
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> torch.equal(visadapt.eject(model)(images), before)
+        True
     """
     registry = registry_of(model)
     backbone = unwrapped(model)

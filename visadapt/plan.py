@@ -16,6 +16,7 @@ from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
 from visadapt.runtime import hf_config, host
 from visadapt.runtime.copies import build_head, own_copy
+from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
 
 
@@ -37,6 +38,7 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
         task: its description, to which the placements are added.
         placements: each method with its sites.
     """
+    check_loaded(facts.modules)
     parts: list[tuple[str, str, nn.Module]] = []
     owned: tuple[str, ...] = ()
     if task.head in ("new", "copy"):
@@ -50,6 +52,8 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
             # the norms inside a task's own head are already its own
             if not any(path == head or path.startswith(f"{head}.") for head in owned)
         ]
+    for path, _, part in parts:
+        detach_copy(part, facts.modules[path], path)
     plan = Plan(task, parts)
     for method, sites in placements:
         _place(facts, plan, method, sites)
@@ -74,6 +78,7 @@ def extended_plan(
             f"task {task.name!r} has its head already ({task.head}, {task.num_classes} classes): add methods to it "
             "without num_classes=, labels= and head=, or name another task"
         )
+    check_loaded(facts.modules)
     plan = Plan(dataclasses.replace(task, placements=list(task.placements), hosts=list(task.hosts)), [])
     alike = [placement for placement in task.placements if placement.method.part == method.part]
     taken = {name for placement in alike for name in placement.sites}

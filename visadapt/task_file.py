@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from visadapt.backbone.facts import Facts
@@ -19,7 +18,6 @@ from visadapt.backbone.modules import joined, unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
-from visadapt.files import write_tensors
 from visadapt.methods import METHODS
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
@@ -35,8 +33,10 @@ from visadapt.runtime.registry import (
     registry_of,
 )
 from visadapt.table import Table
+from visadapt.tensor_file import Content, read_described, write_described
 
 FORMAT = 1
+KIND = "visadapt"
 
 
 def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> Path:
@@ -54,6 +54,15 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
 
     Raises:
         VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])
+        >>> path = visadapt.save(model, "flowers", "flowers.visadapt", notes={"trained by": "me"})
+        >>> model = visadapt.eject(model)
+        >>> visadapt.load(model, path)
+        'flowers'
+        >>> visadapt.tasks(model)["flowers"].labels
+        ('iris', 'lily', 'rose')
     """
     registry = registry_of(model)
     spec = registry.task(task)
@@ -61,7 +70,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     backbone = unwrapped(model)
     if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
         raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
-    tensors = {k: t.detach().cpu().contiguous() for k, t in named_tensors(registry, task).items()}
+    tensors = named_tensors(registry, task)
     description = {
         "format": FORMAT,
         "task": spec.name,
@@ -87,12 +96,11 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "backbone": fingerprint(backbone, _own_head(facts_of(backbone), spec), registry.digests),
     }
     try:
-        written = json.dumps(description, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
-        raise VisadaptError(f"the notes of task {task!r} cannot be written as JSON: {error}") from error
-    target = Path(path)
-    write_tensors(target, tensors, {"visadapt": written})
-    return target
+        json.dumps(description["notes"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise VisadaptError(f"the notes of task {task!r} must be JSON: {error}") from error
+    write_described(Path(path), KIND, description, tensors)
+    return Path(path)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
@@ -111,9 +119,18 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     Raises:
         VisadaptError: no such file or not a task file; another backbone (what differs is named); a task of that name is
             there; tensors are missing, unexpected or of another shape. Nothing was changed then.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> path = visadapt.save(model, "flowers", "flowers.visadapt")
+        >>> visadapt.load(model, path, task="again")
+        'again'
+        >>> list(visadapt.tasks(model))
+        ['flowers', 'again']
     """
     check_choice(check, ("weights", "shapes"), "check")
-    description, tensors = read(path)
+    content = read(path)
+    description, tensors = content.description, content.tensors
     name = description["task"] if task is None else task
     check_task_name(name)
     registry = find_registry(model)
@@ -150,40 +167,35 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     return spec.name
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a task file says: its description and its tensors.
+def read(path: str | os.PathLike[str]) -> Content:
+    """Read the description and the tensors of a task file.
 
     Raises:
-        VisadaptError: there is no such file, or it is no task file.
+        VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
     if not Path(path).is_file():
         siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if Path(path).parent.is_dir() else []
         raise VisadaptError(f"no file {path}{nearest(Path(path).name, siblings)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise VisadaptError(f"{path} is no task file, or not a whole one ({error})") from error
-    try:
-        description = json.loads(metadata.get("visadapt", "null"))
-    except json.JSONDecodeError:
-        description = None
+    content = read_described(Path(path), KIND, "task file")
+    description = content.description
     version = description.get("format") if isinstance(description, dict) else None
     if isinstance(version, int) and version != FORMAT:
         raise VisadaptError(f"{path} has format {version}; this version of visadapt reads {FORMAT}")
     if not isinstance(version, int) or not _well_formed(description):
-        raise VisadaptError(f"{path} is a safetensors file, but visadapt did not write it")
-    return description, tensors
+        raise VisadaptError(
+            f"{path} is not a whole task file: its description lacks an entry or has one of another type"
+        )
+    return content
 
 
 def contents(path: str | os.PathLike[str]) -> Table:
-    """What a task file holds, as a table; the backbone is not needed.
+    """Describe what a task file holds, as a table; the backbone is not needed.
 
     Raises:
-        VisadaptError: there is no such file, or it is no task file.
+        VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
-    description, tensors = read(path)
+    content = read(path)
+    description, tensors = content.description, content.tensors
     labels = description["labels"]
     shown = "–" if labels is None else ", ".join(labels[:12]) + (f", … ({len(labels)})" if len(labels) > 12 else "")
     rows = [
@@ -196,6 +208,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("labels", shown),
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
+        ("digest", "none (written by an earlier version)" if content.digest is None else f"{content.digest[:16]}…"),
         *((key, json.dumps(value)) for key, value in description["notes"].items()),
     ]
     return Table(("", str(path)), rows)

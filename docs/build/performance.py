@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.__main__ import RESULTS, missed, read, table, told, with_goals
+from benchmarks.__main__ import RESULTS, formatted, missed, read, table, with_goals
 from visadapt.table import Table
 
 TARGET = Path(__file__).parent.parent / "performance.md"
@@ -32,11 +32,15 @@ def section(path: Path) -> str:
     rows = read(path)
     first = rows[0]
     title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
-    parts = [title, f"![share of each goal](../benchmarks/results/{path.stem}.svg)", table(rows).markdown()]
+    parts = [
+        title,
+        f"![figures as fractions of their goals](../benchmarks/results/{path.stem}.svg)",
+        table(rows).markdown(),
+    ]
     reasons: dict[str, list[str]] = {}
     for goal, row in with_goals(rows):
         if missed(goal, row):
-            reasons.setdefault(goal.why, []).append(f"{goal.figure}{goal.at and ', '}{goal.at} ({told(row)[0]})")
+            reasons.setdefault(goal.why, []).append(f"{goal.figure}{goal.at and ', '}{goal.at} ({formatted(row)[0]})")
     if reasons:
         parts += ["Missed goals and their reasons (profiles below):"]
         parts += ["\n".join(f"* **{'; '.join(figures)}.** {why}" for why, figures in reasons.items())]
@@ -44,10 +48,10 @@ def section(path: Path) -> str:
     for row in rows:
         if row["figure"].startswith("profile: "):
             _, contender, operator = row["figure"].split(": ", 2)
-            profiles.setdefault(f"{contender}; {row['setting']}", []).append((operator, told(row)[0]))
-    for what, shares in profiles.items():
-        parts += [f"Where a step's time goes ({what}):", Table(("operator", "share"), shares).markdown()]
-    others = [(r["figure"], r["setting"], *told(r)) for r in rows if not r["figure"].startswith("profile: ")]
+            profiles.setdefault(f"{contender}; {row['setting']}", []).append((operator, formatted(row)[0]))
+    for step, shares in profiles.items():
+        parts += [f"Profile of a step ({step}):", Table(("operator", "share"), shares).markdown()]
+    others = [(r["figure"], r["setting"], *formatted(r)) for r in rows if not r["figure"].startswith("profile: ")]
     parts += ["All measurements:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
     return "\n\n".join(parts)
 

@@ -105,7 +105,7 @@ def test_train_says_what_it_did(place: Path, tmp_path: Path) -> None:
     assert "1 *" in result.stdout
     assert "accuracy on 12 test samples: " in result.stderr
     assert f"{out}: 3 classes, " in result.stderr
-    (entry,) = read(out)[0]["placements"]
+    (entry,) = read(out).description["placements"]
     assert (entry["method"], entry["options"]["rank"]) == ("Parallel", 2)
     assert all(site.startswith("conv3x3:layer1") for site in entry["sites"])
     assert json.loads(log.read_text())["epoch"] == 1
@@ -124,7 +124,7 @@ def test_train_is_the_same_for_the_same_seed_and_resumes(place: Path, tmp_path: 
 def test_columns_by_number(place: Path, tmp_path: Path) -> None:
     options = ("--text", 0, "--label", 1, "--no-header", "--backbone", f"hf/{place / 'bert'}", "--length", 8)
     run("train", place / "plain.tsv", *options, "--m", 2, "--epochs", 1, "--out", tmp_path / "t.visadapt")
-    assert read(tmp_path / "t.visadapt")[0]["labels"] == ["bad", "good", "so-so"]
+    assert read(tmp_path / "t.visadapt").description["labels"] == ["bad", "good", "so-so"]
 
 
 def test_evaluate(place: Path) -> None:
@@ -352,7 +352,7 @@ WRONG = {
         1,
         "no file {place}/photo.visadapt; did you mean 'photos.visadapt'",
     ),
-    "task file of another kind": ("evaluate {place}/tweets.tsv x", 1, "tweets.tsv is no task file"),
+    "task file of another kind": ("evaluate {place}/tweets.tsv x", 1, "tweets.tsv is not a whole task file"),
     "no such data": (
         "train mnst SEES --out {tmp}/o.visadapt",
         1,
@@ -465,7 +465,8 @@ WRONG = {
     "nothing to take out": (
         "experiment ablation --problem hf/{place}/bert:{place}/tweets.tsv --contender full --results {tmp}/r",
         1,
-        "'full fine-tuning' puts no adapters into layers of hf/{place}/bert; 'bottleneck m=8' does",
+        "the contender must have adapters in the layers of hf/{place}/bert, such as 'bottleneck m=8'; "
+        "got 'full fine-tuning'",
     ),
     "device that is not there": (
         "experiment compare --problem hf/{place}/bert:{place}/tweets.tsv --device cuda:99 --results {tmp}/r",

@@ -1,4 +1,4 @@
-"""Small real problems: a narrow ResNet with weights as drawn, bundled digits, a few samples."""
+"""Small real problems: a narrow ResNet with random weights, bundled digits, a few samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import stir
 from visadapt.experiments import Contender, ImageProblem
-from visadapt.experiments.train import Workplace
+from visadapt.experiments.train import Workspace
 from visadapt.methods import Bottleneck, Full, Linear, Method, Norms
 from visadapt.training import Recipe
 
@@ -17,23 +18,23 @@ NARROW = (("pretrained", False), ("channels", (8, 16, 24, 32)))
 
 
 def small(data: str = "digits", **changes: Any) -> ImageProblem:
-    """A problem of a moment."""
+    """Build a problem that is trained in a moment."""
     sizes = {"train": 64, "validation": 50, "test": 60, "size": 16, "options": NARROW}
     return ImageProblem("timm/resnet18", data, **{**sizes, **changes})
 
 
-def who(method: Method | None = None, name: str = "", **recipe: Any) -> Contender:
-    """A contender of one epoch."""
+def make_contender(method: Method | None = None, name: str = "", **recipe: Any) -> Contender:
+    """Build a contender that is trained for one epoch."""
     method = Bottleneck(4) if method is None else method
     norms = "frozen" if isinstance(method, Linear) else "affine"
     return Contender(name or str(method), method, Recipe(**{"epochs": 1, "lr": 1e-2, **recipe}), norms)
 
 
-EVERYONE = (
-    who(Linear(), "linear probe"),
-    who(Norms(), "norms only"),
-    who(Bottleneck(4), "bottleneck m=4"),
-    who(Full(), "full fine-tuning"),
+CONTENDERS = (
+    make_contender(Linear(), "linear probe"),
+    make_contender(Norms(), "norms only"),
+    make_contender(Bottleneck(4), "bottleneck m=4"),
+    make_contender(Full(), "full fine-tuning"),
 )
 
 
@@ -43,14 +44,12 @@ def problem() -> ImageProblem:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
-def stirred(model: torch.nn.Module, task: str, seed: int = 1) -> torch.nn.Module:
-    """Every parameter of a task moved, as a long training would."""
-    from tests.models import stir
-
-    for again in range(4):
-        stir(model, task, seed + again)
+def perturbed(model: torch.nn.Module, task: str, seed: int = 1) -> torch.nn.Module:
+    """Change every parameter of a task, as a long training run would."""
+    for repeat in range(4):
+        stir(model, task, seed + repeat)
     return model.eval()

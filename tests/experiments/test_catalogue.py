@@ -5,7 +5,7 @@ import pytest
 from tests.experiments.conftest import small
 from visadapt import VisadaptError
 from visadapt.experiments import contender
-from visadapt.experiments.catalogue import _METHODS
+from visadapt.experiments.catalogue import _METHODS, is_adapter
 from visadapt.methods import Bottleneck, Full, LoRA, Norms, TopLayers
 
 
@@ -22,16 +22,16 @@ from visadapt.methods import Bottleneck, Full, LoRA, Norms, TopLayers
     ],
 )
 def test_a_name_is_a_method_and_its_options(name, method) -> None:
-    made = contender(name, epochs=5)
-    assert made.method == method
-    assert made.name == name
-    assert made.recipe.epochs == 5
-    assert len(made.rates) > 1
-    assert made.recipe.lr in made.rates
+    built = contender(name, epochs=5)
+    assert built.method == method
+    assert built.name == name
+    assert built.recipe.epochs == 5
+    assert len(built.rates) > 1
+    assert built.recipe.lr in built.rates
 
 
 @pytest.mark.parametrize(
-    ("said", "name"),
+    ("alias", "name"),
     [
         ("full", "full fine-tuning"),
         ("Full  fine-tuning", "full fine-tuning"),
@@ -43,22 +43,22 @@ def test_a_name_is_a_method_and_its_options(name, method) -> None:
         ("activation=None Bottleneck m=8", "bottleneck m=8 activation=None"),
     ],
 )
-def test_a_contender_has_one_name_however_it_is_asked_for(said, name) -> None:
-    assert contender(said) == contender(name)
-    assert contender(said).name == name
+def test_an_alias_gives_the_contender_of_the_canonical_name(alias, name) -> None:
+    assert contender(alias) == contender(name)
+    assert contender(alias).name == name
 
 
-# at such narrow layers a default width is too much, and is said to be
+# default widths are too large for such narrow layers, and warn
 @pytest.mark.filterwarnings("ignore:.*choose a smaller m:UserWarning")
 @pytest.mark.parametrize("name", sorted(set(_METHODS) - {"adaptformer"}))
-def test_every_method_for_convolutions_can_be_put_in(name) -> None:
+def test_every_method_for_convolutions_can_be_injected(name) -> None:
     problem = small()
     model = contender(name).put(problem, 0)
     assert "digits" in model.__dict__["_visadapt"].tasks
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("botleneck m=8", "no method 'botleneck'; did you mean 'bottleneck'"),
         ("bottleneck n=8", "Bottleneck has no option 'n'"),
@@ -66,6 +66,14 @@ def test_every_method_for_convolutions_can_be_put_in(name) -> None:
         ("", "no method ''"),
     ],
 )
-def test_what_is_refused(name, said) -> None:
-    with pytest.raises(VisadaptError, match=said):
+def test_a_wrong_name_or_option_is_refused(name, message) -> None:
+    with pytest.raises(VisadaptError, match=message):
         contender(name)
+
+
+def test_an_adapter_is_told_from_a_baseline_by_its_name() -> None:
+    names = {contender(name).name for name in _METHODS}
+    baselines = {"linear probe", "norms only", "biases", "top layers", "full fine-tuning"}
+    assert {name for name in names if not is_adapter(name)} == baselines
+    assert not is_adapter("top layers n=2")
+    assert not is_adapter("full fine-tuning, three times the epochs")

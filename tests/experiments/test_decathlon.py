@@ -1,4 +1,4 @@
-"""The decathlon's score, against the published results of ten methods."""
+"""The decathlon score, against the published scores of nine methods."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_published_scores(method) -> None:
     assert score([float(a) for a in row.split()]) == pytest.approx(expected, abs=3)
 
 
-def test_landmarks() -> None:
+def test_known_scores() -> None:
     assert score(FINE_TUNED) == pytest.approx(2500)
     assert score(dict.fromkeys(FINE_TUNED, 100.0)) == pytest.approx(10_000)
     assert score(dict.fromkeys(FINE_TUNED, 0.0)) == 0
@@ -33,15 +33,15 @@ def test_landmarks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "baselines", "said"),
+    ("accuracies", "baselines", "message"),
     [
-        ([90.0], [80.0, 75.0], "1 accuracies for 2 tasks"),
+        ([90.0], [80.0, 75.0], "must be one accuracy per task, got 1 for 2 tasks"),
         ({"flower": 90.0}, {"flowers": 80.0}, "did you mean 'flower'"),
         ({"a": 90.0, "b": 1.0}, {"a": 80.0}, "no baseline for task 'b'"),
-        ([101.0], [80.0], "in %"),
-        ([90.0], [100.0], "below 100"),
+        ([101.0], [80.0], r"the accuracy of task '0' must be in \[0, 100\] %, got 101.0"),
+        ([90.0], [100.0], r"the baseline of task '0' must be in \[0, 100\) %, got 100.0"),
     ],
 )
-def test_what_is_refused(accuracies, baselines, said) -> None:
-    with pytest.raises(VisadaptError, match=said):
+def test_wrong_tasks_and_percentages_are_refused(accuracies, baselines, message) -> None:
+    with pytest.raises(VisadaptError, match=message):
         score(accuracies, baselines)

@@ -1,4 +1,4 @@
-"""Results in a folder: whole or not there, read back as they were, as JSON and as CSV."""
+"""Results in a folder: written atomically, and read back unchanged from JSON and CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visadapt.experiments.record import Record, key_of
 
 
 def result(**changes: Any) -> Result:
-    made = Result(
+    base = Result(
         key="k0",
         experiment="tradeoff",
         modality="image",
@@ -36,10 +36,10 @@ def result(**changes: Any) -> Result:
         facts={"m": 8, "source": None, "where": "last 4"},
         machine={"device": "cpu", "torch": "2.6"},
     )
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(base, **changes)
 
 
-def test_each_result_is_a_file_of_its_own_and_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_each_result_has_its_own_file_and_reads_back_unchanged(tmp_path: Path) -> None:
     record = Record(tmp_path / "deep" / "results")
     record.add(result())
     record.add(result(key="k1", seed=1))
@@ -47,10 +47,10 @@ def test_each_result_is_a_file_of_its_own_and_reads_back_as_it_was(tmp_path: Pat
     folder = tmp_path / "deep" / "results"
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == {"tradeoff/k0.json", "tradeoff/k1.json", "compare/k1.json"}
-    again = Record(folder)
-    assert again.get("tradeoff", "k0") == result()
-    assert again.get("compare", "k0") is None
-    assert again.elsewhere("k0") == result()
+    reread = Record(folder)
+    assert reread.get("tradeoff", "k0") == result()
+    assert reread.get("compare", "k0") is None
+    assert reread.find("k0") == result()
     assert read_results(folder / "tradeoff") == [result(), result(key="k1", seed=1)]
 
 
@@ -60,10 +60,10 @@ def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
     assert read_results(file) == read_results(tmp_path) == results
     assert read_results(file)[0].fraction == 310_016 / 23_508_032
     assert write_csv(read_results(file), tmp_path / "again.csv").read_bytes() == file.read_bytes()
-    assert all(Record(tmp_path).get("tradeoff", key) for key in ("k0", "k1")), "what is in a table is on record"
+    assert all(Record(tmp_path).get("tradeoff", key) for key in ("k0", "k1")), "results in a table count as results"
 
 
-def test_results_of_before_do_not_say_their_setting(tmp_path: Path) -> None:
+def test_older_results_have_no_setting(tmp_path: Path) -> None:
     known = result(setting="s0")
     fields = {name: value for name, value in dataclasses.asdict(known).items() if name != "setting"}
     (tmp_path / "old.json").write_text(json.dumps(fields))
@@ -75,24 +75,24 @@ def test_results_of_before_do_not_say_their_setting(tmp_path: Path) -> None:
     assert read_results(tmp_path / "old.csv") == [result()]
 
 
-def test_what_a_kill_left_is_no_result_and_what_is_none_is_named(tmp_path: Path) -> None:
+def test_partial_files_are_ignored_and_files_that_are_not_results_are_named(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.add(result())
     (tmp_path / "tradeoff" / ".k1.json.abc.json").write_text('{"key": ')
     assert read_results(tmp_path) == [result()]
     (tmp_path / "tradeoff" / "k2.json").write_text('{"key": "k2"}')
-    with pytest.raises(VisadaptError, match=r"k2.json is no result"):
+    with pytest.raises(VisadaptError, match=r"k2.json is not a result"):
         Record(tmp_path)
     (tmp_path / "bad.csv").write_text("key,score\nk,1\n")
-    with pytest.raises(VisadaptError, match=r"bad.csv, line 2 is no result"):
+    with pytest.raises(VisadaptError, match=r"bad.csv, line 2 is not a result"):
         read_results(tmp_path / "bad.csv")
     (tmp_path / "latin.csv").write_bytes("key,score\ncafé,1\n".encode("latin-1"))
-    with pytest.raises(VisadaptError, match=r"latin.csv is no table of results: .*0xe9"):
+    with pytest.raises(VisadaptError, match=r"latin.csv is not a table of results: .*0xe9"):
         read_results(tmp_path / "latin.csv")
     with pytest.raises(VisadaptError, match="no folder or file of results"):
         read_results(tmp_path / "nowhere")
 
 
-def test_a_key_is_of_all_facts_and_not_of_their_order() -> None:
+def test_a_key_depends_on_all_facts_but_not_on_their_order() -> None:
     assert key_of(a=1, b={"x": 1, "y": 2}) == key_of(b={"y": 2, "x": 1}, a=1)
     assert key_of(a=1) != key_of(a=2)

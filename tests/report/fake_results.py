@@ -1,4 +1,4 @@
-"""Results as experiments give them, with made-up figures: of two networks, a few problems, methods and seeds."""
+"""Results as experiments write them, with invented scores: two networks, a few problems, methods and seeds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ METHODS = {
     "top layers n=2": (0.3, -3.0),
     "full fine-tuning": (1.0, 0.0),
 }
-"""Trained fraction, and points against full fine-tuning."""
+"""Trained fraction, and points relative to full fine-tuning."""
 
 
 def result(
     experiment: str, network: str, problem: str, contender: str, seed: int, points: float, **more: Any
 ) -> Result:
-    """A result with a score ``points`` from 80 %."""
+    """Build a result whose score is 80 % plus ``points``."""
     fraction = more.pop("fraction", METHODS.get(contender, (0.02, 0))[0])
     facts = more.pop("facts", {})
     noise = 0.4 * math.sin(7 * seed + len(problem) + len(contender))
@@ -55,19 +55,19 @@ def result(
     return Result(**{**fields, **more})
 
 
-def every() -> list[Result]:
-    """Results of all experiments."""
-    makers = (compare, tradeoff, ablation, init_scale, sequence, transfer, modality, decathlon)
-    return [made for make in makers for made in make()]
+def all_results() -> list[Result]:
+    """Build results of all experiments."""
+    experiments = (compare, tradeoff, ablation, init_scale, sequence, transfer, modality, decathlon)
+    return [each for experiment in experiments for each in experiment()]
 
 
 def compare() -> Iterator[Result]:
     for network, problems in PROBLEMS.items():
-        for at, problem in enumerate(problems):
+        for number, problem in enumerate(problems):
             for name, (_, points) in METHODS.items():
                 yield result("compare", network, problem, name, 0, points, split="validation")
                 for seed in range(3):
-                    yield result("compare", network, problem, name, seed, points * (1 + at / 3))
+                    yield result("compare", network, problem, name, seed, points * (1 + number / 3))
 
 
 def tradeoff() -> Iterator[Result]:
@@ -115,9 +115,9 @@ def sequence() -> Iterator[Result]:
         fraction = 1.0 if "full" in name else 0.013
         for seed in range(2):
             for position, after in enumerate(problems):
-                for asked, problem in enumerate(problems[: position + 1]):
+                for number, problem in enumerate(problems[: position + 1]):
                     shared = name.startswith("sequential")
-                    lost = 15.0 * (position - asked) * shared
+                    lost = 15.0 * (position - number) * shared
                     total = 1.002 if shared else 1 + fraction * (position + 1)
                     outputs = f"{name}{seed}{problem}{position if shared else ''}"
                     facts = {"position": position, "after": after, "total": total, "outputs": outputs}

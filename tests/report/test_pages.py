@@ -1,4 +1,4 @@
-"""The pages: well-formed, self-contained, readable by those who do not see, in dark rooms and on phones."""
+"""The pages: well-formed, self-contained, accessible, for light and dark themes and for phones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOID = {"meta", "link", "img", "source", "br"}
 
 
 class Reader(HTMLParser):
-    """The elements of a page, and whether they close as they open."""
+    """The elements of a page, checked for matching end tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a few experiments, as ``visadapt report`` writes it."""
+    """Write the report of a few experiments, as ``visadapt report`` does."""
     folder = tmp_path_factory.mktemp("report")
     results = [*fake_results.transfer(), *fake_results.ablation(layers=3), *fake_results.decathlon()]
     write_csv(results, folder / "results.csv")
@@ -62,14 +62,14 @@ def html(written: Path) -> Reader:
     return Reader((written / "docs.v1.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_is_well_formed_and_says_its_language(html: Reader) -> None:
+def test_the_page_is_well_formed_and_has_a_language(html: Reader) -> None:
     assert html.open == []
     assert html.of("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in html.of("meta")
     assert len(html.of("h1")) == len(html.of("main")) == 1
 
 
-def test_nothing_comes_from_elsewhere(written: Path, html: Reader) -> None:
+def test_the_page_loads_nothing_from_elsewhere(written: Path, html: Reader) -> None:
     urls = [
         value
         for _, attributes in html.elements
@@ -84,7 +84,7 @@ def test_nothing_comes_from_elsewhere(written: Path, html: Reader) -> None:
     assert "@import" not in text
 
 
-def test_every_figure_has_words_and_a_drawing_for_each_page(html: Reader) -> None:
+def test_every_figure_has_an_alternative_text_and_four_variants(html: Reader) -> None:
     images, sources = html.of("img"), html.of("source")
     assert len(images) == len(html.of("figure")) == 5
     assert all(len(image["alt"]) > 40 for image in images)
@@ -101,20 +101,20 @@ def test_every_figure_has_words_and_a_drawing_for_each_page(html: Reader) -> Non
     )
 
 
-def test_links_within_the_page_lead_somewhere(html: Reader) -> None:
+def test_links_within_the_page_have_targets(html: Reader) -> None:
     names = [attributes["id"] for _, attributes in html.elements if "id" in attributes]
     assert len(names) == len(set(names))
     assert [link["href"] for link in html.of("a")] == ["#claims", "#ablation", "#transfer", "#decathlon"]
     assert {link["href"][1:] for link in html.of("a")} <= set(names)
 
 
-def test_what_scrolls_can_be_reached_by_keyboard(html: Reader) -> None:
+def test_scrollable_regions_can_be_reached_by_keyboard(html: Reader) -> None:
     regions = [attributes for attributes in html.of("div") if attributes.get("class") == "scroll"]
     assert len(regions) == len(html.of("table")) == len(html.of("caption"))
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in regions)
 
 
-def test_what_results_are_called_cannot_change_the_page() -> None:
+def test_names_in_results_are_escaped() -> None:
     names = {None: "x", '"y&': "x"}
     results = [
         dataclasses.replace(
@@ -123,32 +123,32 @@ def test_what_results_are_called_cannot_change_the_page() -> None:
         for source, problem in names.items()
     ]
     text = page(build(results))
-    read = Reader(text)
-    assert read.open == []
-    assert not read.of("b")
+    reader = Reader(text)
+    assert reader.open == []
+    assert not reader.of("b")
     assert "&lt;b&gt;: score in %" in text
 
 
 GOLDEN = """# Results <of> tests
 ## Claims
-| claim | of | case | here it | measured |
+| claim | source | case | verdict | measured |
 ## Which layers' adapters matter
 ![Triangular heat map for bottleneck m=64 on minilm, tweets
 ![Triangular heat map for bottleneck m=64 on resnet50, cifar10
-**Points by which the score changes, norms kept; lower and upper layers in the mean**
-| network | problem | method | worst layer | a lower layer | an upper layer | all layers |
-## From domain to domain
+**Change of the score in points, norms kept; halves of the network: mean per removed layer**
+| network | problem | method | worst layer | lower half | upper half | all layers |
+## Transfer between domains
 ![Matrix of points gained on minilm
 ![Matrix of points gained on resnet50
 **minilm: score in %**
-| learns | anew | from cola | from movies | from tweets |
+| learns | from scratch | from cola | from movies | from tweets |
 **resnet50: score in %**
-| learns | anew | from cifar10 | from fashion-mnist | from mnist |
+| learns | from scratch | from cifar10 | from fashion-mnist | from mnist |
 ## One number for many domains
 ![Bars of the decathlon score on resnet50 over cifar10, fashion-mnist and mnist
-**resnet50: accuracy in % by domain, and the score**
+**resnet50: accuracy in % per domain, and the score**
 | method | cifar10 | fashion-mnist | mnist | score | parameters / backbone |
-## Made with
+## Environments
 """
 
 
@@ -165,7 +165,7 @@ def test_the_markdown_has_its_parts_in_order(written: Path) -> None:
     assert width == {8}
 
 
-def test_the_markdown_links_to_figures_that_are_there(written: Path) -> None:
+def test_the_markdown_links_to_existing_figures(written: Path) -> None:
     text = (written / "docs.v1.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\]]{40,}\]\((docs\.v1/[\w.-]+\.svg)\)", text)
     assert len(links) == text.count("![") == 5
@@ -182,7 +182,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_nothing_is_written_of_too_few_results(tmp_path: Path) -> None:
+def test_nothing_is_written_for_too_few_results(tmp_path: Path) -> None:
     write_csv([fake_results.result("tradeoff", "resnet50", "cifar10", "norms only", 0, 0)], tmp_path / "results.csv")
     with pytest.raises(VisadaptError, match="1 results are too few"):
         write(tmp_path / "results.csv", tmp_path / "report")
@@ -190,7 +190,7 @@ def test_nothing_is_written_of_too_few_results(tmp_path: Path) -> None:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of WCAG 2."""
+    """Compute the relative luminance of WCAG 2."""
     parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -202,7 +202,7 @@ def contrast(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_colours_stand_out_from_the_paper_and_series_from_each_other(theme: str) -> None:
+def test_colours_contrast_with_the_background_and_series_differ(theme: str) -> None:
     look = Look(theme)
     assert contrast(look.ink, look.paper) > 7
     assert all(contrast(look.colour(i), look.paper) > 2.2 for i in range(6))
@@ -212,7 +212,7 @@ def test_colours_stand_out_from_the_paper_and_series_from_each_other(theme: str)
 
 
 @pytest.mark.parametrize("look", [Look(), Look("dark"), Look("light", 3.7)], ids=str)
-def test_every_drawing_can_be_drawn_for_every_page(look: Look) -> None:
+def test_every_figure_can_be_drawn_in_every_look(look: Look) -> None:
     results = [
         *fake_results.compare(),
         *fake_results.tradeoff(),
@@ -257,16 +257,16 @@ onload = () => {{
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if path is None:
         pytest.skip("no Chromium or Chrome on this machine to open the page in")
     profile = tmp_path_factory.mktemp("profile")
-    return [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+    return [path, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
             "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_on_a_phone(written: Path, browser: list[str]) -> None:
+def test_a_browser_renders_the_page_for_a_phone(written: Path, browser: list[str]) -> None:
     probe = written / "probe.html"
     probe.write_text(PROBE.format(page="docs.v1.html"), encoding="utf-8")
     command = [*browser, "--dump-dom", "--virtual-time-budget=10000", probe.as_uri()]
@@ -278,7 +278,7 @@ def test_a_browser_shows_it_on_a_phone(written: Path, browser: list[str]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_browser_shows_it_in_light_and_dark(written: Path, browser: list[str], theme: str) -> None:
+def test_a_browser_renders_the_page_in_light_and_dark(written: Path, browser: list[str], theme: str) -> None:
     shot = written / f"{theme}.png"
     scheme = f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}"
     command = [*browser, "--window-size=1000,2400", scheme, f"--screenshot={shot}", (written / "docs.v1.html").as_uri()]

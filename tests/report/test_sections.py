@@ -1,4 +1,4 @@
-"""What the sections say of results whose figures are known."""
+"""The sections' findings, tables and claims for results with known scores."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import pytest
 
 from tests.report import fake_results
 from visadapt import VisadaptError
+from visadapt.experiments.catalogue import is_adapter
 from visadapt.report import Look, build
 from visadapt.report.ablation import ablation
 from visadapt.report.compare import compare
 from visadapt.report.decathlon import decathlon
+from visadapt.report.formatting import file_name, join_words, mean_and_std, signed, two_digits
 from visadapt.report.init_scale import init_scale
 from visadapt.report.modality import modality
 from visadapt.report.sequence import SHARED, sequence
-from visadapt.report.statistics import against_full, amount, file_name, is_adapter, listed, signed, told
+from visadapt.report.statistics import gaps_to_full
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
 
 
 def at(experiment: str, contender: str, score: float, **more) -> fake_results.Result:
-    """A result with this score in %, and no noise."""
+    """Build a result with exactly this score in %."""
     options = {"network": "resnet50", "problem": "cifar10", "seed": 0, **more}
     return fake_results.result(experiment, contender=contender, points=0, score=score / 100, **options)
 
@@ -34,9 +36,9 @@ def test_compare_takes_the_mean_over_problems() -> None:
         at("compare", "bottleneck m=8", 78, problem="mnist"),
         at("compare", "bottleneck m=8", 80, problem="mnist", seed=1),
     ]
-    assert against_full(results) == {"full fine-tuning": 0, "bottleneck m=8": pytest.approx(-1)}
+    assert gaps_to_full(results) == {"full fine-tuning": 0, "bottleneck m=8": pytest.approx(-1)}
     section = compare(results)
-    assert "bottleneck m=8 at −1.0 points with 1.3 % on resnet50" in section.finding
+    assert "mean over problems: bottleneck m=8 at −1.0 points with 1.3 % on resnet50" in section.finding
     (table,) = section.tables
     assert [row[:4] for row in table.rows] == [
         ("full fine-tuning", "90.0", "80.0", "85.0"),
@@ -45,7 +47,7 @@ def test_compare_takes_the_mean_over_problems() -> None:
     assert "bottleneck m=8 −1.0" in section.drawings[0].alt
 
 
-def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -> None:
+def test_the_claim_is_tested_with_the_adapter_that_is_best_on_validation_data() -> None:
     def results(chosen: float) -> list[fake_results.Result]:
         scores = {
             "bottleneck m=8": (85, chosen),
@@ -62,20 +64,20 @@ def test_the_bar_is_met_by_what_validation_data_chose_not_by_what_tests_best() -
     (holds,), (fails,) = compare(results(89.7)).claims, compare(results(89.5)).claims
     assert (holds.holds, fails.holds) == (True, False)
     assert holds.measured == "bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problem"
-    # parallel, better in both, trains 5.35 %, more than is allowed
+    # parallel is better on both splits, but trains 5.35 %
     assert holds.case == "image"
 
 
-def test_validation_counts_where_all_seeds_were_trained() -> None:
-    def tried(name: str, points: float, seeds: int, lr: float) -> list[fake_results.Result]:
+def test_validation_scores_count_at_the_rate_with_all_seeds() -> None:
+    def trials(name: str, points: float, seeds: int, lr: float) -> list[fake_results.Result]:
         return [at("compare", name, points, split="validation", seed=seed, lr=lr) for seed in range(seeds)]
 
     results = [
         *(at("compare", name, 80, split="test") for name in ("bottleneck m=8", "lora r=8", "full fine-tuning")),
-        # one lucky trial at another rate does not make a method the better one
-        *tried("bottleneck m=8", 84, 3, 1e-3),
-        *tried("bottleneck m=8", 99, 1, 3e-3),
-        *tried("lora r=8", 85, 3, 1e-3),
+        # one good trial at another rate does not make a method the best
+        *trials("bottleneck m=8", 84, 3, 1e-3),
+        *trials("bottleneck m=8", 99, 1, 3e-3),
+        *trials("lora r=8", 85, 3, 1e-3),
     ]
     (claim,) = compare(results).claims
     assert claim.measured.startswith("lora r=8: ")
@@ -92,12 +94,11 @@ def test_a_nonlinear_bottleneck_against_a_linear_one_of_its_size(points: float, 
     assert claim.holds is holds
     sign, better = ("+", 2) if holds else ("−", 0)
     assert claim.measured == (
-        f"bottleneck m=8: {sign}1.0 points at equal parameters, in the mean of 2 pairs, of which it is better in "
-        f"{better}"
+        f"bottleneck m=8: {sign}1.0 points at equal parameters, mean of 2 pairs; better in {better}"
     )
 
 
-def test_a_contender_that_skipped_a_problem_is_not_chosen() -> None:
+def test_a_contender_without_validation_results_on_all_problems_is_not_chosen() -> None:
     results = [
         at("compare", name, 90, problem=problem, split=split)
         for name in ("bottleneck m=8", "full fine-tuning")
@@ -108,7 +109,7 @@ def test_a_contender_that_skipped_a_problem_is_not_chosen() -> None:
     assert compare(results).claims == ()
 
 
-def test_a_mean_over_fewer_problems_says_so_and_is_not_the_best() -> None:
+def test_a_mean_over_fewer_problems_is_marked_and_is_not_the_best() -> None:
     results = [
         at("compare", name, score, problem=problem)
         for name, score in (("full fine-tuning", 80), ("bottleneck m=8", 79), ("series", 85))
@@ -139,13 +140,13 @@ def test_tradeoff() -> None:
     section = tradeoff(results(89.5))
     flat, fewer = section.claims
     assert (flat.holds, flat.measured) == (True, "0.5 points between m = 256 and m = 8, of 2 widths")
-    assert (fewer.holds, fewer.measured) == (True, "top 2: −1.5 points at 40 %; adapters reach that at 0.8 %")
+    assert (fewer.holds, fewer.measured) == (True, "top 2: −1.5 points at 40 %; adapters reach it at 0.8 %")
     assert [row[0] for row in section.tables[0].rows][:3] == ["bottleneck m=1", "norms only", "bottleneck m=8"]
     flat, _ = tradeoff(results(87)).claims
     assert (flat.holds, flat.measured) == (False, "2.0 points between m = 8 and m = 256, of 2 widths")
-    again = at("tradeoff", "bottleneck m=8", 87, facts={"m": 8}, fraction=8 / 1000, seed=1)
-    flat, _ = tradeoff([*results(87), again]).claims
-    assert flat.measured == "1.0 points between m = 8 and m = 256, of 2 widths; seeds alone spread by ± 1.4"
+    second_seed = at("tradeoff", "bottleneck m=8", 87, facts={"m": 8}, fraction=8 / 1000, seed=1)
+    flat, _ = tradeoff([*results(87), second_seed]).claims
+    assert flat.measured == ("1.0 points between m = 8 and m = 256, of 2 widths; standard deviation over seeds ± 1.4")
 
 
 def test_ablation() -> None:
@@ -159,27 +160,27 @@ def test_ablation() -> None:
     section = ablation(results)
     single, lower, majority = section.claims
     assert (single.holds, single.measured) == (False, "−3.0 points at worst")
-    assert (lower.holds, lower.measured) == (True, "a lower layer −0.5 points, an upper one −3.0, in the mean")
-    assert (majority.holds, majority.measured) == (True, "62.0 % are left; the majority class has 60.0 %")
+    assert (lower.holds, lower.measured) == (True, "mean per lower layer −0.5 points, per upper layer −3.0")
+    assert (majority.holds, majority.measured) == (True, "62.0 %; the majority class has 60.0 %")
     assert section.tables[0].rows[0][3:] == ("−3.0 (layer 1)", "−0.5", "−3.0", "−28.0")
     images = [dataclasses.replace(r, modality="image") for r in results]
     assert [claim.text for claim in ablation(images).claims] == [single.text, majority.text]
 
 
-def test_an_ablation_that_was_killed_is_left_out() -> None:
+def test_an_interrupted_ablation_is_left_out() -> None:
     whole = [r for r in fake_results.ablation() if r.network == "minilm" and r.facts["norms"] == "kept"]
     complete = ablation(whole)
     for count in range(1, len(whole)):
-        # the first layer alone may be all layers, as far as older results tell
+        # in older results, without the number of layers, the first layer may be the only one
         if count != 2:
             assert ablation(whole[:count]) is None, count
-    told = [dataclasses.replace(r, facts={**r.facts, "layers": 6}) for r in whole]
-    assert ablation(told[:2]) is None
-    assert ablation(told).finding == complete.finding
-    # neither a seed that was killed nor the reverted norms change what is said of the rest
-    again = [dataclasses.replace(r, seed=1, score=0.1) for r in whole[:9]]
+    with_layers = [dataclasses.replace(r, facts={**r.facts, "layers": 6}) for r in whole]
+    assert ablation(with_layers[:2]) is None
+    assert ablation(with_layers).finding == complete.finding
+    # an interrupted seed, or interrupted reverted norms, do not change the rest
+    second_seed = [dataclasses.replace(r, seed=1, score=0.1) for r in whole[:9]]
     reverted = [r for r in fake_results.ablation() if r.network == "minilm" and r.facts["norms"] == "reverted"]
-    section = ablation([*whole, *again, *reverted[:9]])
+    section = ablation([*whole, *second_seed, *reverted[:9]])
     assert (section.finding, section.claims) == (complete.finding, complete.claims)
     assert section.drawings[0].render(Look())
 
@@ -190,15 +191,17 @@ def test_init_scale() -> None:
     stopped = at("init_scale", "b", 30, seed=1, split="validation", facts={"std": 1.0, "stopped": "nan"})
     section = init_scale([*results, stopped])
     (claim,) = section.claims
-    assert (claim.holds, claim.measured) == (True, "0.5 points between the means; beyond, −55.0 points at worst")
-    assert "1 of 4 trainings ended" in section.finding
-    again = [dataclasses.replace(r, seed=2, score=r.score - 0.02) for r in results[:2]]
-    (claim,) = init_scale([*results, *again]).claims
-    assert claim.measured == "0.5 points between the means; seeds alone spread by ± 1.4; beyond, −49.0 points at worst"
+    assert (claim.holds, claim.measured) == (True, "range of the means 0.5 points; above it −55.0 points at worst")
+    assert "1 of 4 training runs ended" in section.finding
+    second_seed = [dataclasses.replace(r, seed=2, score=r.score - 0.02) for r in results[:2]]
+    (claim,) = init_scale([*results, *second_seed]).claims
+    assert claim.measured == (
+        "range of the means 0.5 points; standard deviation over seeds ± 1.4; above it −49.0 points at worst"
+    )
 
 
 @pytest.mark.parametrize("later", ["same", "other"])
-def test_sequence_asks_for_the_very_logits(later: str) -> None:
+def test_sequence_compares_logits_bit_for_bit(later: str) -> None:
     def step(position: int, after: str, problem: str, score: float, outputs: str) -> fake_results.Result:
         facts = {"position": position, "after": after, "total": 1.1 + position / 10, "outputs": outputs}
         return at("sequence", "bottleneck m=8", score, problem=problem, facts=facts)
@@ -212,7 +215,7 @@ def test_sequence_asks_for_the_very_logits(later: str) -> None:
     (claim,) = section.claims
     assert claim.holds == (later == "same")
     assert claim.measured == f"{int(later == 'same')} of 1 later measurements"
-    assert "2 tasks on resnet50 by bottleneck m=8 take 1.20 times" in section.finding
+    assert "2 tasks on resnet50 with bottleneck m=8 have 1.20 times" in section.finding
 
 
 def test_sequential_fine_tuning_forgets() -> None:
@@ -234,7 +237,7 @@ def test_transfer() -> None:
         )
     ]
     section = transfer(results)
-    assert "by −1.0 to +2.5 points; most is gained on cifar10 from mnist" in section.finding
+    assert "by −1.0 to +2.5 points; the largest gain is on cifar10 from mnist" in section.finding
     assert "cifar10 from mnist +2.5" in section.drawings[0].alt
     assert section.tables[0].rows[0] == ("cifar10", "80.0", "–", "82.5")
 
@@ -252,7 +255,7 @@ def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
     assert claim.measured == f"last 2 of 4 layers: {signed(upper - 90)} points, first 2: −10.0"
 
 
-def test_nothing_is_claimed_of_half_the_layers_where_a_third_was_measured() -> None:
+def test_a_claim_on_half_the_layers_needs_half_the_layers() -> None:
     results = [
         at("modality", f"b, {where}", 80, modality="text", facts={"where": where, "k": k, "layers": 6})
         for where, k in (("first 2", 2), ("last 2", 2), ("all", 6))
@@ -261,20 +264,20 @@ def test_nothing_is_claimed_of_half_the_layers_where_a_third_was_measured() -> N
     assert modality(results).claims == ()
 
 
-def test_depth_alone_is_a_section_too() -> None:
+def test_depth_alone_makes_a_section() -> None:
     section = modality([r for r in fake_results.modality() if "where" in r.facts])
     assert [drawing.name for drawing in section.drawings] == ["modality-depth"]
     assert "resnet50: last 8 of 16 layers" in section.finding or "minilm: last 2 of 6 layers" in section.finding
 
 
-def test_one_table_for_all_networks_by_what_is_trained() -> None:
-    told = {
+def test_one_table_for_all_networks_by_trained_parameters() -> None:
+    networks = {
         "minilm": {"full fine-tuning": (90, 100_000), "bottleneck m=8": (89, 400)},
         "resnet50": {"full fine-tuning": (80, 100_000), "bottleneck m=8": (82, 1_300), "series": (81, 8_000)},
     }
     results = [
         dataclasses.replace(at("modality", name, score, network=network), trained=trained, backbone=100_000)
-        for network, methods in told.items()
+        for network, methods in networks.items()
         for name, (score, trained) in methods.items()
     ]
     (table,) = modality(results).tables
@@ -286,14 +289,14 @@ def test_one_table_for_all_networks_by_what_is_trained() -> None:
     ]
 
 
-def test_one_task_is_a_sequence_too() -> None:
+def test_one_task_makes_a_sequence() -> None:
     section = sequence([r for r in fake_results.sequence() if r.facts["position"] == 0])
     assert all(drawing.render(Look()) for drawing in section.drawings)
-    assert section.claims == (), "nothing later to compare with"
+    assert section.claims == (), "there is no later measurement"
 
 
 def learned(contender: str, *order: str, upto: int | None = None, seed: int = 0) -> list[fake_results.Result]:
-    """The results of a chain, in the order that they are made in, and of them the first so many."""
+    """Build the first ``upto`` results of a sequence in the order in which they are computed."""
     results = [
         at("sequence", contender, 80, problem=problem, seed=seed,
            facts={"position": position, "after": after, "total": 1.1 + position / 10, "outputs": problem})
@@ -303,36 +306,36 @@ def learned(contender: str, *order: str, upto: int | None = None, seed: int = 0)
     return results[:upto]
 
 
-def test_of_a_sequence_that_was_killed_those_count_that_came_furthest() -> None:
+def test_of_an_interrupted_sequence_the_longest_complete_order_counts() -> None:
     whole = learned("bottleneck m=8", "a", "b", "c")
-    finding = "3 tasks on resnet50 by bottleneck m=8 take 1.30 times the backbone's parameters."
+    finding = "3 tasks on resnet50 with bottleneck m=8 have 1.30 times the backbone's parameters."
     for count in range(6):
-        for killed in (learned("lora r=4", "a", "b", "c", upto=count), learned(SHARED, "a", "b", "c", upto=count)):
-            section = sequence([*whole, *killed])
+        for interrupted in (learned("lora r=4", "a", "b", "c", upto=count), learned(SHARED, "a", "b", "c", upto=count)):
+            section = sequence([*whole, *interrupted])
             assert section.finding == finding
             assert [row[0] for row in section.tables[0].rows] == ["bottleneck m=8"]
             assert all(drawing.render(Look()) for drawing in section.drawings)
     section = sequence([*whole, *learned("bottleneck m=8", "a", "b", "c", seed=1, upto=5)])
     assert section.tables == sequence(whole).tables
     section = sequence([*learned("bottleneck m=8", "a", "b", "c", upto=5), *learned(SHARED, "a", "b", "c")])
-    assert section.finding.startswith("2 tasks on resnet50 by bottleneck m=8 take 1.20 times")
+    assert section.finding.startswith("2 tasks on resnet50 with bottleneck m=8 have 1.20 times")
     assert [row[0] for row in section.tables[0].rows] == ["bottleneck m=8", SHARED]
 
 
-def test_fine_tuning_in_sequence_alone_has_nothing_to_be_compared_with() -> None:
+def test_a_sequence_needs_a_contender_and_its_first_problem() -> None:
     assert sequence(learned(SHARED, "a", "b")) is None
-    assert sequence(learned("lora r=4", "a", "b")[1:]) is None, "and what has no beginning is no chain"
+    assert sequence(learned("lora r=4", "a", "b")[1:]) is None
 
 
-def test_each_order_is_told_apart() -> None:
+def test_orders_are_reported_separately() -> None:
     orders = (("a", "b", "c", "d"), ("b", "d", "a"), ("a", "c"))
     results = [r for order in orders for name in ("lora r=4", SHARED) for r in learned(name, *order)]
-    # the first position of two of them is the same result
+    # two of them share the result of the first position
     section = sequence(list({str(r): r for r in results}.values()))
     assert section.finding == (
-        "4 tasks on resnet50 by lora r=4 take 1.40 times the backbone's parameters; "
-        "3 tasks on resnet50 (b, d, a) by lora r=4 take 1.30 times the backbone's parameters; "
-        "2 tasks on resnet50 (a, c) by lora r=4 take 1.20 times the backbone's parameters."
+        "4 tasks on resnet50 with lora r=4 have 1.40 times the backbone's parameters; "
+        "3 tasks on resnet50 (b, d, a) with lora r=4 have 1.30 times the backbone's parameters; "
+        "2 tasks on resnet50 (a, c) with lora r=4 have 1.20 times the backbone's parameters."
     )
     assert len({drawing.name for drawing in section.drawings}) == 6
     assert all(drawing.render(Look()) for drawing in section.drawings)
@@ -347,20 +350,20 @@ def test_decathlon() -> None:
     assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
 
 
-def test_further_seeds_make_every_sum_anew() -> None:
-    def sums(seeds: int, score: float) -> list[fake_results.Result]:
+def test_more_seeds_replace_every_score() -> None:
+    def scores(seeds: int, score: float) -> list[fake_results.Result]:
         facts = {"problems": ["cifar10"], "seeds": seeds, "total": 1.2}
         return [
             at("decathlon", "series", 100 * score, problem="all", metric="decathlon", seed=seed, facts=facts)
             for seed in range(seeds)
         ]
 
-    (section,) = build([*sums(1, 100), *sums(2, 300)]).sections
+    (section,) = build([*scores(1, 100), *scores(2, 300)]).sections
     assert section.finding == "series scores highest, 300 of 1,000, over cifar10 (resnet50)."
     assert "series 300" in section.drawings[0].alt
 
 
-def test_sums_over_other_problems_and_networks_are_apart() -> None:
+def test_scores_over_other_problems_and_networks_are_separate() -> None:
     def total(score: float, *problems: str, **more: str) -> fake_results.Result:
         facts = {"problems": list(problems), "seeds": 1, "total": 1.2}
         return at("decathlon", "series", 100 * score, problem="all", metric="decathlon", facts=facts, **more)
@@ -383,11 +386,11 @@ def test_sections_without_results_are_left_out() -> None:
         build([])
 
 
-def test_numbers_in_words() -> None:
+def test_numbers_as_text() -> None:
     assert [signed(x) for x in (0.44, -1.25, -0.04, 0.0)] == ["+0.4", "−1.2", "0.0", "0.0"]
-    assert [amount(x) for x in (0.2259, 5.35, 99.7, 100)] == ["0.23", "5.3", "100", "100"]
-    assert [listed(["a", "b", "c"][:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
-    assert told([]) == "–"
-    assert told([at("compare", "series", score) for score in (-0.2, -0.4)]) == "−0.3 ± 0.1"
+    assert [two_digits(x) for x in (0.2259, 5.35, 99.7, 100)] == ["0.23", "5.3", "100", "100"]
+    assert [join_words(["a", "b", "c"][:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
+    assert mean_and_std([]) == "–"
+    assert mean_and_std([at("compare", "series", score) for score in (-0.2, -0.4)]) == "−0.3 ± 0.1"
     assert file_name("ablation", "resnet50", "bottleneck m=8") == "ablation-resnet50-bottleneck-m-8"
     assert [is_adapter(name) for name in ("bottleneck m=8", "top layers n=2", "norms only")] == [True, False, False]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torchvision
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import visadapt
 from visadapt import VisadaptError
 from visadapt.data import load_images, normalize
+from visadapt.runtime.decider import KIND
+from visadapt.tensor_file import read_described, write_described
 
 KINDS = ("cifar10", "mnist", "fashion-mnist")
 
@@ -79,16 +80,16 @@ def test_it_is_saved_and_loaded(decided, images, tmp_path):
 
 def test_its_file_knows_its_backbone_and_is_whole(decided, images, tmp_path):
     path = visadapt.save_decider(decided, tmp_path / "which.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    content = read_described(path, KIND, "decider")
+    tensors = content.tensors
     for name, message in (("mean", "mean"), ("linear.weight", "linear.weight")):
-        save_file({key: t for key, t in tensors.items() if key != name}, tmp_path / "bad", metadata)
-        with pytest.raises(VisadaptError, match=f"(?s)holds no whole decider.*{message}"):
+        left = {key: t for key, t in tensors.items() if key != name}
+        write_described(tmp_path / "bad", KIND, content.description, left)
+        with pytest.raises(VisadaptError, match=f"(?s)is not a whole decider.*{message}"):
             visadapt.load_decider(decided, tmp_path / "bad")
     for text in ("{", "[]", '{"tasks": 3, "backbone": {}}', '{"tasks": ["mnist"]}'):
         save_file(tensors, tmp_path / "bad", {"visadapt_decider": text})
-        with pytest.raises(VisadaptError, match="holds no decider"):
+        with pytest.raises(VisadaptError, match=r"is not a (whole )?decider"):
             visadapt.load_decider(decided, tmp_path / "bad")
     with torch.no_grad():
         decided.layer3[0].conv1.weight += 1e-3
@@ -126,7 +127,10 @@ def test_what_cannot_be_decided_is_refused(model, images, tmp_path):
         (lambda: visadapt.fit_decider(model, {"mnist": [x], "minst": [x]}), "did you mean 'mnist'"),
         (lambda: visadapt.fit_decider(model, {"mnist": [x], "cifar10": []}), "no samples of task 'cifar10'"),
         (lambda: visadapt.load_decider(model, tmp_path / "none"), "no file"),
-        (lambda: visadapt.load_decider(model, visadapt.save(model, "mnist", tmp_path / "t")), "holds no decider"),
+        (
+            lambda: visadapt.load_decider(model, visadapt.save(model, "mnist", tmp_path / "t")),
+            "is not a (whole )?decider",
+        ),
     ):
         with pytest.raises(VisadaptError, match=message):
             call()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import plain_class
 from visadapt.backbone.norms import is_batch_norm, is_frozen_norm, scale_and_shift
 from visadapt.backbone.operators import CONV_FORWARDS, Conv, as_kernel
+from visadapt.backbone.subclass import plain_class
 from visadapt.backbone.trace import trace_flow
 
 

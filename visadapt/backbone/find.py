@@ -16,8 +16,9 @@ from torch import nn
 from visadapt.backbone import traced
 from visadapt.backbone.families import convnext, densenet, mbconv, resnet, transformer, vgg, vit
 from visadapt.backbone.heads import Head
-from visadapt.backbone.modules import is_matrix, own_modules, plain_class
+from visadapt.backbone.modules import is_matrix, own_modules
 from visadapt.backbone.site import Site, Sites
+from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
 FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)

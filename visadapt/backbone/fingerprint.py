@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import CHILD
+from visadapt.tensor_file import raw
 
 
 def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,15 +76,6 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
     sample = flat[:: max(1, len(flat) // 8)].tolist()
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.dtype, sample
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """Return a view of the bytes of a tensor's values, without numpy."""
-    # in the tensor's own dtype: a backbone rounded to half precision is a different backbone
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: Any = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-    data.owner = flat  # keeps the memory alive as long as the view
-    return memoryview(data)
 
 
 def differences(expected: dict[str, list[str]], found: dict[str, list[str]], values: bool) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.backbone.subclass import made_by, stripped
+
 CHILD = "visadapt"
 """Name of the host's child that holds the tasks' parts."""
 
@@ -16,6 +18,9 @@ LEAN = "_visadapt_lean"
 
 UNFUSED = "_visadapt_unfused"
 """Attribute of a module that is kept off its fused kernel while a task is active."""
+
+FORWARDS = "_visadapt_forwards"
+"""Attribute of a host that holds the forwards that other libraries gave to this very module, the outermost last."""
 
 REGISTRY = "_visadapt"
 """Attribute of an injected model that holds its registry."""
@@ -36,22 +41,27 @@ def within(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that ``module`` had before visadapt swapped it (its own class if it never did)."""
-    cls: type[nn.Module] = getattr(type(module), "_visadapt_recipe", (type(module),))[0]
-    return cls
-
-
 def is_stateful(module: nn.Module) -> bool:
     """Whether the module keeps running statistics, which training would move (BatchNorm and its kin)."""
     return any(name.startswith("running_") and value is not None for name, value in module._buffers.items())
 
 
+def release_forward(module: nn.Module) -> None:
+    """Put the forward that was given to a host back where Python finds it first."""
+    if forwards := module.__dict__.get(FORWARDS):
+        module.__dict__["forward"] = forwards[-1]
+        if len(forwards) == 1:
+            # of several, the outer ones may call the inner ones by way of what the host's forward was
+            del module.__dict__[FORWARDS]
+
+
 def unfreeze(module: nn.Module) -> None:
-    """Gives a module without parts its own class back."""
+    """Give a module without parts its own class back."""
     module.__dict__.pop(LEAN, None)
     module.__dict__.pop(UNFUSED, None)
-    module.__class__ = plain_class(module)
+    release_forward(module)
+    if made_by(type(module)):
+        module.__class__ = stripped(type(module))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

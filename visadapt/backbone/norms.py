@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.modules import is_stateful, plain_class
+from visadapt.backbone.modules import is_stateful
+from visadapt.backbone.subclass import plain_class
 
 _TORCH_NORMS = (
     nn.modules.batchnorm._NormBase,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from visadapt.backbone.modules import plain_class
+from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,7 +14,7 @@ from visadapt.cli.options import Device, Root
 from visadapt.cli.output import say
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
-from visadapt.methods import TopLayers
+from visadapt.experiments.catalogue import FULL, is_adapter
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
@@ -114,13 +114,13 @@ def _planned(
         takes = "one --contender" if "who" in taken else "no --contender (it has its own)"
         raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
     who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
-    # a method with adapters at sites, not the backbone's own layers
-    deep = next((one for one in who if one.method.kinds and not isinstance(one.method, TopLayers)), None)
+    # an adapter with sites, and so with a depth; SSF has none
+    deep = next((one for one in who if is_adapter(one.name) and one.method.kinds), None)
     if "deep" in taken and deep is None:
         raise VisadaptError(
             f"{kind.name} varies the depth of adapters: give a --contender that has some, such as 'bottleneck m=8'"
         )
-    full = contender("full fine-tuning", epochs)
+    full = contender(FULL, epochs)
     offered: dict[str, Any] = {
         "problems": problems,
         "contenders": who,

@@ -11,8 +11,8 @@ import visadapt
 from visadapt.cli.models import with_tasks
 from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
-from visadapt.files import write_tensors
 from visadapt.runtime.registry import tasks
+from visadapt.tensor_file import write_tensors
 
 
 def merge(

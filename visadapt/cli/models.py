@@ -48,7 +48,7 @@ def with_tasks(
         VisadaptError: a file is not a task file, belongs to another backbone or does not record its backbone, or asks
             for something that no file may choose.
     """
-    notes = [read(file)[0]["notes"] for file in files]
+    notes = [read(file).description["notes"] for file in files]
     if backbone is None:
         name, noted = _noted(files[0], notes[0].get("backbone"))
         source, loading = vetted(str(files[0]), name, noted, build, online=online)

@@ -1,4 +1,4 @@
-"""Experiments: the papers' claims as data, each run once, its results in a folder. Imported when asked for."""
+"""Experiments: the papers' claims as data. Each run is computed once and its results are kept in a folder."""
 
 from visadapt.experiments.ablation import Ablation as Ablation
 from visadapt.experiments.base import Experiment as Experiment

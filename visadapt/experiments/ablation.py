@@ -11,24 +11,26 @@ from visadapt.experiments.base import Experiment
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
-from visadapt.experiments.run import Found, Run, Training
-from visadapt.experiments.train import Workplace, costs, measure
-from visadapt.experiments.transplant import layers, without
+from visadapt.experiments.run import Lookup, Run, TrainingRun
+from visadapt.experiments.train import Workspace, costs, measure
+from visadapt.experiments.transplant import count_layers, without_layers
 
 
 @dataclass(frozen=True)
 class Ablation(Experiment):
-    """The adapters of every span of layers i…j taken out of a trained task, without training again, on validation data.
+    """Remove the adapters of every span of layers i…j from a trained task and measure it on validation data.
 
-    Facts: ``first`` and ``last`` layer of the span, None where nothing is taken out; ``norms``: ``kept``, or
-    ``reverted`` where the task's norms in the span are taken out with the adapters; ``layers``: how many there are;
-    ``majority``: the score of naming the most frequent class always.
+    The task is not trained again after the removal.
+
+    Facts: ``first`` and ``last`` layer of the span, None where nothing is removed; ``norms``: ``kept``, or
+    ``reverted`` where the task's norms in the span are removed with the adapters; ``layers``: the number of layers;
+    ``majority``: the score of always predicting the most frequent class.
 
     Args:
-        problems: what to train on.
-        contenders: whom.
-        seeds: each a training.
-        norms: what becomes of the norms.
+        problems: problems to train on.
+        contenders: contenders to train.
+        seeds: one training run each.
+        norms: ``kept``, ``reverted`` or both.
     """
 
     name: ClassVar[str] = "ablation"
@@ -38,10 +40,10 @@ class Ablation(Experiment):
     seeds: tuple[int, ...] = (0,)
     norms: tuple[str, ...] = ("kept", "reverted")
 
-    def runs(self, found: Found) -> list[Run]:
+    def runs(self, lookup: Lookup) -> list[Run]:
         return [
-            # all that is taken out of a task is one run: the task is trained once, whoever works beside
-            Removal(Training(self.name, problem, contender, seed, "validation", keep=True), self.norms)
+            # one run for all spans of a task: parallel processes would otherwise train the same task twice
+            Removal(TrainingRun(self.name, problem, contender, seed, "validation", keep=True), self.norms)
             for problem in self.problems
             for contender in self.contenders
             for seed in self.seeds
@@ -53,11 +55,11 @@ class Removal(Run):
     """All spans of one trained task, with the norms kept or reverted.
 
     Args:
-        training: of the task.
+        training: the run that trains the task.
         norms: ``kept``, ``reverted`` or both.
     """
 
-    training: Training
+    training: TrainingRun
     norms: tuple[str, ...]
 
     @property
@@ -65,36 +67,34 @@ class Removal(Run):
         return tuple(self._cases())
 
     @property
-    def layers(self) -> int:
-        """How many there are to take something out of."""
-        return layers(self.training.problem, self.training.contender)
+    def layer_count(self) -> int:
+        """Number of layers with adapters."""
+        return count_layers(self.training.problem, self.training.contender)
 
     def _cases(self) -> dict[str, tuple[str, tuple[int, int] | None]]:
-        """Key → what becomes of the norms, and the span that is taken out."""
-        who = self.training
-        spans = [None, *((i, j) for i in range(self.layers) for j in range(i, self.layers))]
+        """Key → treatment of the norms, and the span to remove."""
+        count = self.layer_count
+        spans = [None, *((i, j) for i in range(count) for j in range(i, count))]
         return {
-            key_of(task=who.task_key, split=who.split, removed=span, norms=norms): (norms, span)
+            key_of(task=self.training.task_key, split=self.training.split, removed=span, norms=norms): (norms, span)
             for norms in self.norms
             for span in spans
         }
 
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        who = self.training
-        problem, task = who.problem, who.problem.name
-        model, seconds = who.trained(workplace)
-        paid = costs(model, task, seconds)
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        training, problem, task = self.training, self.training.problem, self.training.problem.name
+        model, seconds = training.trained(workspace)
+        task_costs = costs(model, task, seconds)
         labels = problem.splits.validation.labels
-        assert labels is not None
-        # one class for all is a correlation of zero
+        # predicting one class for every sample has a Matthews correlation of zero
         majority = 0.0 if problem.metric == "matthews" else labels.bincount().max().item() / len(labels)
         for key, (norms, span) in self._cases().items():
             if key not in missing:
                 continue
             first, last = span or (None, None)
-            at = range(0) if span is None else range(span[0], span[1] + 1)
-            with without(model, task, at, norms=norms == "reverted"):
-                score = measure(model, task, problem, who.split, workplace)
-            result = who.result(key, score, seconds, workplace, paid)
-            facts = {"first": first, "last": last, "norms": norms, "layers": self.layers, "majority": majority}
+            removed = range(0) if span is None else range(span[0], span[1] + 1)
+            with without_layers(model, task, removed, norms=norms == "reverted"):
+                score = measure(model, task, problem, training.split, workspace)
+            result = training.result(key, score, seconds, workspace, task_costs)
+            facts = {"first": first, "last": last, "norms": norms, "layers": self.layer_count, "majority": majority}
             yield dataclasses.replace(result, facts=facts)

@@ -1,4 +1,4 @@
-"""Experiments: data that says which runs are wanted, and the one driver that has them made."""
+"""Experiments: descriptions of the wanted runs, and the driver that executes them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from visadapt.experiments.executors import engine_named
+from visadapt.experiments.executors import get_engine
 from visadapt.experiments.record import Record, Result
-from visadapt.experiments.run import Found, Run
-from visadapt.experiments.train import Workplace
+from visadapt.experiments.run import Lookup, Run
+from visadapt.experiments.train import Workspace
 
 
 class Experiment(ABC):
-    """What is to be found out; a subclass is a frozen dataclass.
+    """Base class of experiments; a subclass is a frozen dataclass.
 
     Attributes:
-        name: of the folder of its results.
+        name: name of the experiment and of the folder of its results.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
-    def runs(self, found: Found) -> Sequence[Run]:
-        """All runs that are known to be wanted, whether made or not, given the results so far.
+    def runs(self, lookup: Lookup) -> Sequence[Run]:
+        """Return all runs that are known to be wanted given the results so far, whether finished or not.
 
-        It is asked again once these are made: what depends on results (a test at the best learning rate, say) is
-        wanted when they are there. It must not look at anything else.
+        Called again when these runs are finished: runs that depend on results (such as a test at the best learning
+        rate) are returned once those results exist. Must not depend on anything but ``lookup``.
+
+        Args:
+            lookup: returns the result of a key, or None if it does not exist yet.
         """
 
 
@@ -42,52 +45,52 @@ def run_experiment(
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Result]:
-    """Makes the results of an experiment that are not there yet.
+    """Compute the results of an experiment that do not exist yet.
 
-    Each result is a file of its own that is written when it is known, so after a kill the same call goes on from
-    there, with the same figures in the end. A figure that another experiment has made already is taken over.
+    Each result is written to its own file as soon as it is known: an interrupted experiment resumes when called again,
+    and ends with the same figures. Results that another experiment has already computed are reused.
 
     Args:
-        experiment: what to find out.
-        results_folder: of the results of all experiments.
-        engine: ``local``, or ``ray`` for a Ray cluster: the one that ``RAY_ADDRESS`` names, or one on this machine.
-        processes: how many work at once, each with its share of the threads.
-        device: that is computed on.
-        progress: whether trainings show a bar on a terminal.
-        say: takes a line for each result.
+        experiment: the experiment to run.
+        results_folder: folder for the results of all experiments.
+        engine: ``local``, or ``ray`` for a Ray cluster: the one at ``RAY_ADDRESS``, or a new one on this machine.
+        processes: number of parallel processes, which share the CPU threads.
+        device: device to compute on.
+        progress: show a progress bar per training run on a terminal.
+        say: called with one line per new result.
 
     Returns:
         All results of the experiment, in the order of its runs.
 
     Raises:
-        VisadaptError: there is no such engine; the folder holds something else; a training failed.
+        VisadaptError: the engine is unknown, the folder holds files that are not results, or a training run failed.
     """
-    workplace = Workplace(Path(results_folder), device, progress)
-    make = engine_named(engine)
+    workspace = Workspace(Path(results_folder), device, progress)
+    execute = get_engine(engine)
     record = Record(results_folder)
 
-    def found(key: str) -> Result | None:
+    def lookup(key: str) -> Result | None:
         return record.get(experiment.name, key)
 
     while True:
-        runs = experiment.runs(found)
-        wanted = [(run, key) for run in runs for key in run.keys if found(key) is None]
-        if not wanted:
-            return [result for run in runs for key in run.keys if (result := found(key)) is not None]
-        for run, key in wanted:
-            if known := record.elsewhere(key):
-                record.add(run.adopted(known))
-        pending = {run.keys: run for run in runs if any(found(key) is None for key in run.keys)}
+        runs = experiment.runs(lookup)
+        missing = [(run, key) for run in runs for key in run.keys if lookup(key) is None]
+        if not missing:
+            return [result for run in runs for key in run.keys if (result := lookup(key)) is not None]
+        for run, key in missing:
+            if known := record.find(key):
+                record.add(run.adopt(known))
+        pending = {run.keys: run for run in runs if any(lookup(key) is None for key in run.keys)}
         if not pending:
-            continue  # taken over, and what depends on it is wanted now
-        work = [(run, frozenset(key for key in keys if found(key) is None)) for keys, run in pending.items()]
-        for number, result in enumerate(make(work, workplace, processes), start=1):
+            continue  # all were reused: ask for the runs that depend on them
+        work = [(run, frozenset(key for key in keys if lookup(key) is None)) for keys, run in pending.items()]
+        for number, result in enumerate(execute(work, workspace, processes), start=1):
             record.remember(result)
-            say(f"{number:>4}  {line(result)}")
+            say(f"{number:>4}  {result_line(result)}")
 
 
-def line(result: Result) -> str:
-    """A result in a line."""
+def result_line(result: Result) -> str:
+    """Format a result as one line of text."""
     where = f"{result.network} {result.problem}"
     facts = " ".join(f"{name}={value}" for name, value in result.facts.items())
     return (

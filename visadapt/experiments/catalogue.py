@@ -1,4 +1,4 @@
-"""The catalogue: contenders by name, each with the recipe and the learning rates that are tried for it."""
+"""The catalogue: contenders by name, each with its recipe and the learning rates to try."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from visadapt.methods import (
 )
 from visadapt.training import Recipe
 
-_SPOKEN = {"Linear": "linear probe", "Norms": "norms only", "Full": "full fine-tuning", "TopLayers": "top layers"}
+_LONG_NAMES = {"Linear": "linear probe", "Norms": "norms only", "Full": "full fine-tuning", "TopLayers": "top layers"}
 
-# a contender is told by its name in results, so each method has one, however it was asked for
-_NAMES: dict[type[Method], str] = {cls: _SPOKEN.get(name, name.lower()) for name, cls in METHODS.items()}
+# results identify a contender by its name: one canonical name per method, whichever alias it was requested by
+_NAMES: dict[type[Method], str] = {cls: _LONG_NAMES.get(name, name.lower()) for name, cls in METHODS.items()}
 
 _METHODS: dict[str, type[Method]] = {
     **{name.lower(): cls for name, cls in METHODS.items()},
@@ -34,25 +34,38 @@ _METHODS: dict[str, type[Method]] = {
     "conv-adapter": ConvAdapter,
 }
 
-# around what docs/cifar10-sweep.md and docs/tweets-sweep.md found: pretrained weights move slowly, and beside them a
-# new head wants its own rate, the fewer of them the faster; gains and biases are few and move fast; a bottleneck bears
-# more than what is linear
+FULL = _NAMES[Full]
+"""Name of the contender that trains all weights."""
+
+_BASELINES = tuple(_NAMES[cls] for cls in (Linear, Norms, Biases, TopLayers, Full))
+
+# Learning rates around the best ones of docs/cifar10-sweep.md and docs/tweets-sweep.md. Pretrained weights need low
+# rates, and the new head beside them its own; gains and biases are few and tolerate high rates; bottlenecks tolerate
+# higher rates than linear adapters.
 _WEIGHTS, _LAYERS, _LINEAR = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)
 
 _BOTTLENECK, _VECTORS, _HEAD = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether the contender of this name adds modules, rather than training parameters of the network."""
+    return not name.startswith(_BASELINES)
+
+
 def contender(name: str, epochs: int = 3) -> Contender:
-    """A contender of the catalogue; the second of its learning rates is its recipe's.
+    """Build a contender of the catalogue; its recipe has the second of its learning rates.
 
     Args:
-        name: a method's, then its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
-            ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``. Case and the order of options do not
-            matter, nor does a shorter name such as ``full``: the contender has the catalogue's.
-        epochs: of the training, but for a linear probe, which has 30 on features that are kept.
+        name: a method and its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
+            ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``. Case, the order of the options and
+            aliases such as ``full`` do not matter: the contender has the canonical name.
+        epochs: epochs of training, except for a linear probe, which trains for 30 epochs on cached features.
+
+    Returns:
+        The contender.
 
     Raises:
-        VisadaptError: there is no such method or option.
+        VisadaptError: the method or an option does not exist, or an option has a wrong value.
     """
     words = name.split()
     options = _options(word for word in words if "=" in word)
@@ -68,21 +81,22 @@ def contender(name: str, epochs: int = 3) -> Contender:
     else:
         rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter) else _LINEAR
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
-    # what a method owns is what is counted: the top layers alone, a bias of every norm but not its gain
+    # these methods train what their name says and nothing else: the top layers alone, a norm's bias but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
-    told = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
-    return Contender(" ".join((_NAMES[type(method)], *told)), method, recipe.replace(lr=rates[1]), norms, rates=rates)
+    given = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
+    canonical = " ".join((_NAMES[type(method)], *given))
+    return Contender(canonical, method, recipe.replace(lr=rates[1]), norms, rates=rates)
 
 
 def _options(words: Iterable[str]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         try:
-            given[key] = ast.literal_eval(value)
+            options[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            given[key] = value
-    return given
+            options[key] = value
+    return options
 
 
 def _method(word: str, options: dict[str, Any]) -> Method:

@@ -1,4 +1,4 @@
-"""Compares contenders on problems, each at the learning rate that validation data chose for it."""
+"""Comparison of contenders on problems, each at the learning rate that is best on validation data."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any, ClassVar
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Found, Training, Trial
+from visadapt.experiments.run import Lookup, TrainingRun, Trial
 
 
 @dataclass(frozen=True)
 class Compare(Experiment):
     """Contenders × problems × seeds.
 
-    A contender with several ``rates`` is first tried at each of them with the first seed on validation data, and then
-    takes the best; test data is not looked at for that. A trial that diverges loses, and says so in its facts.
+    A contender with several ``rates`` is first trained at each of them with the first seed, measured on validation
+    data, and then uses the best one; test data is not used for this choice. A trial that diverges is never chosen, and
+    its result has the fact ``stopped``.
 
     Args:
-        problems: what to compare on.
-        contenders: whom.
-        seeds: each a training.
-        split: that the final trainings are measured on; on ``validation`` it is a sweep and no more.
-        keep: names of contenders whose task files are kept, so that another split needs no training again.
+        problems: problems to compare on.
+        contenders: contenders to compare.
+        seeds: one training run each.
+        split: split that the final runs are measured on; with ``validation`` the experiment is a sweep.
+        keep: names of contenders whose task files are kept, so that another split can be measured without training
+            again.
     """
 
     name: ClassVar[str] = "compare"
@@ -35,49 +37,49 @@ class Compare(Experiment):
     split: str = "test"
     keep: tuple[str, ...] = ()
 
-    def runs(self, found: Found) -> list[Training]:
+    def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [
             run
             for problem in self.problems
             for contender in self.contenders
-            for run in swept(
-                self.name, problem, contender, self.seeds, found, split=self.split, keep=contender.name in self.keep
+            for run in sweep_runs(
+                self.name, problem, contender, self.seeds, lookup, split=self.split, keep=contender.name in self.keep
             )
         ]
 
 
-def swept(
+def sweep_runs(
     experiment: str,
     problem: Problem,
     contender: Contender,
     seeds: Sequence[int],
-    found: Found,
+    lookup: Lookup,
     *,
     split: str = "test",
     facts: dict[str, Any] | None = None,
     keep: bool = False,
-) -> list[Training]:
-    """A contender's trainings on a problem: one for each learning rate, and, once these are known, one for each seed.
+) -> list[TrainingRun]:
+    """Return a contender's training runs on a problem: one per learning rate, then, given their results, one per seed.
 
     Args:
-        experiment: that asks for them.
-        problem: to train on.
-        contender: whom; its ``rates`` are tried with the first seed on validation data.
-        seeds: of the final trainings.
-        found: gives results that are there.
-        split: that the final trainings are measured on.
+        experiment: name of the experiment.
+        problem: problem to train on.
+        contender: contender to train; its ``rates`` are tried with the first seed on validation data.
+        seeds: seeds of the final runs.
+        lookup: returns the result of a key, or None.
+        split: split that the final runs are measured on.
         facts: the experiment's coordinates.
-        keep: whether task files are kept; those of the trials too, one of which is the first of the final trainings.
+        keep: keep the task files, including those of the trials: the best trial is also the final run of that seed.
     """
     facts = facts or {}
-    trials: list[Training] = []
+    trials: list[TrainingRun] = []
     if len(contender.rates) > 1:
         rates = [contender.with_recipe(lr=rate) for rate in contender.rates]
-        trials = [Trial(experiment, problem, who, seeds[0], "validation", facts, keep=keep) for who in rates]
-        scores = [result.standing for trial in trials if (result := found(trial.key)) is not None]
+        trials = [Trial(experiment, problem, rated, seeds[0], "validation", facts, keep=keep) for rated in rates]
+        scores = [result.standing for trial in trials if (result := lookup(trial.key)) is not None]
         if len(scores) < len(trials):
             return trials
         contender = rates[scores.index(max(scores))]
-    finals = [Training(experiment, problem, contender, seed, split, facts, keep=keep) for seed in seeds]
+    finals = [TrainingRun(experiment, problem, contender, seed, split, facts, keep=keep) for seed in seeds]
     keys = {final.key for final in finals}
     return [*(trial for trial in trials if trial.key not in keys), *finals]

@@ -18,15 +18,15 @@ from visadapt.training import Recipe
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of adapting.
+    """One way of adapting a backbone.
 
     Args:
-        name: in tables.
-        method: what is put in.
-        recipe: how it is trained.
-        norms: what the task owns of the norms.
-        where: at which sites, as :func:`visadapt.inject` takes it.
-        rates: learning rates to choose from on validation data; none or one, and the recipe's own is taken.
+        name: name in results and tables.
+        method: the method to inject.
+        recipe: how to train it.
+        norms: norm policy, as :func:`visadapt.inject` takes it.
+        where: sites to adapt, as :func:`visadapt.inject` takes them.
+        rates: learning rates to choose from on validation data; with fewer than two, the recipe's own is used.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Contender:
     rates: tuple[float, ...] = ()
 
     def with_recipe(self, **changes: Any) -> Contender:
-        """The same with some fields of its recipe changed."""
+        """Return a copy with some fields of its recipe changed."""
         return dataclasses.replace(self, recipe=self.recipe.replace(**changes))
 
     def described(self) -> dict[str, Any]:
-        """Everything that its figures depend on, as JSON values."""
+        """Return everything that its results depend on, as JSON values."""
         return {
             "method": type(self.method).__name__,
             "options": self.method.options(),
@@ -51,12 +51,18 @@ class Contender:
         }
 
     def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
-        """This contender's task, named as the problem, in a model; its new parts are drawn by ``seed``.
+        """Inject this contender's task into a model, under the name of the problem.
 
         Args:
-            problem: that the task is for.
-            seed: of what is drawn.
-            model: a backbone with or without other tasks; None for a fresh one.
+            problem: the problem that the task solves.
+            seed: seed of the new parameters; the global random state is left unchanged.
+            model: a backbone, with or without other tasks; None for a new one.
+
+        Returns:
+            The model.
+
+        Raises:
+            VisadaptError: the method cannot be injected into this backbone.
         """
         model = problem.fresh() if model is None else model
         classes = problem.splits.classes

@@ -1,4 +1,4 @@
-"""The score of the Visual Decathlon: one number for how a method does on many tasks."""
+"""The Visual Decathlon score: one number for a method's accuracy on many tasks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments.base import Experiment
-from visadapt.experiments.compare import swept
+from visadapt.experiments.compare import sweep_runs
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
-from visadapt.experiments.run import Found, Run
-from visadapt.experiments.train import Workplace
+from visadapt.experiments.run import Lookup, Run
+from visadapt.experiments.train import Workspace
 
 FINE_TUNED = {
     "imagenet": 59.87,
@@ -29,63 +29,66 @@ FINE_TUNED = {
     "svhn": 96.55,
     "ucf101": 51.20,
 }
-"""The challenge's tasks and the accuracy in % of a fine-tuned network, to which a score is relative."""
+"""The challenge's tasks, and the accuracy in % of the fine-tuned networks that scores are relative to."""
 
 Accuracies = Mapping[str, float] | Sequence[float]
 
 
 def score(accuracies: Accuracies, baselines: Accuracies = FINE_TUNED) -> float:
-    """S = Σ_d α_d · max(0, Emax_d − E_d)², with Emax_d twice the baseline's error and α_d = 1000 / Emax_d².
+    """Compute S = Σ_d α_d · max(0, Emax_d − E_d)², with Emax_d twice the baseline's error and α_d = 1000 / Emax_d².
 
-    Ten tasks without an error score 10 000, the baseline itself 2 500 (Rebuffi et al. 2017, arXiv 1705.08045, §4).
+    Ten tasks without errors score 10 000, the baseline itself 2 500 (Rebuffi et al. 2017, arXiv 1705.08045, §4).
 
     Args:
-        accuracies: in %, by task or in the order of ``baselines``.
-        baselines: likewise, of what to compare with; none of them 100.
+        accuracies: accuracies in %, by task or in the order of ``baselines``.
+        baselines: the baseline's accuracies in %, all below 100.
+
+    Returns:
+        The score.
 
     Raises:
-        VisadaptError: the tasks are not the same, or something is no percentage.
+        VisadaptError: the tasks differ, or a value is not a percentage in range.
     """
-    found, base = _named(accuracies, baselines), _named(baselines, baselines)
+    achieved, base = _by_task(accuracies, baselines), _by_task(baselines, baselines)
     total = 0.0
     for task, baseline in base.items():
-        if task not in found:
-            raise VisadaptError(f"no accuracy for task {task!r}{nearest(task, found)}")
-        if not 0 <= found[task] <= 100 or not 0 <= baseline < 100:
-            raise VisadaptError(
-                f"accuracies are in %, the baselines' below 100; {task!r} has {found[task]}, {baseline}"
-            )
-        most = 2 * (100 - baseline)
-        total += 1000 * max(0.0, 1 - (100 - found[task]) / most) ** 2
-    extra = [task for task in found if task not in base]
+        if task not in achieved:
+            raise VisadaptError(f"no accuracy for task {task!r}{nearest(task, achieved)}")
+        if not 0 <= achieved[task] <= 100:
+            raise VisadaptError(f"the accuracy of task {task!r} must be in [0, 100] %, got {achieved[task]}")
+        if not 0 <= baseline < 100:
+            raise VisadaptError(f"the baseline of task {task!r} must be in [0, 100) %, got {baseline}")
+        max_error = 2 * (100 - baseline)
+        total += 1000 * max(0.0, 1 - (100 - achieved[task]) / max_error) ** 2
+    extra = [task for task in achieved if task not in base]
     if extra:
         raise VisadaptError(f"no baseline for task {extra[0]!r}{nearest(extra[0], base)}")
     return total
 
 
-def _named(accuracies: Accuracies, order: Accuracies) -> dict[str, float]:
+def _by_task(accuracies: Accuracies, order: Accuracies) -> dict[str, float]:
     if isinstance(accuracies, Mapping):
         return dict(accuracies)
     names = list(order) if isinstance(order, Mapping) else [str(i) for i in range(len(order))]
     if len(accuracies) != len(names):
-        raise VisadaptError(f"{len(accuracies)} accuracies for {len(names)} tasks")
+        raise VisadaptError(f"there must be one accuracy per task, got {len(accuracies)} for {len(names)} tasks")
     return dict(zip(names, accuracies, strict=True))
 
 
 @dataclass(frozen=True)
 class Decathlon(Experiment):
-    """Contenders on all problems, and for each seed the score that sums them up.
+    """Contenders on all problems, and one decathlon score per contender and seed.
 
-    A score is relative to the mean error of ``baseline`` over all seeds. Its result has the problem ``all``, the metric
-    ``decathlon`` and the sums of what the problems' tasks cost; facts: ``problems``, their names; ``seeds``, how many
-    the baseline's error is the mean of; and ``total``, the parameters of all tasks and the backbone as a multiple of
-    the backbone.
+    Scores are relative to the mean error of ``baseline`` over all seeds. The result of a score has the problem ``all``,
+    the metric ``decathlon`` and the summed costs of its tasks. Facts: ``problems``, their names; ``seeds``, the number
+    of seeds that the baseline's error is averaged over; ``total``, the parameters of the backbone and all tasks as a
+    multiple of the backbone's.
 
     Args:
         problems: the domains, all on one backbone.
-        contenders: whom to score.
+        contenders: contenders to score.
         baseline: full fine-tuning.
-        seeds: each a training of every problem.
+        seeds: one training run per problem each.
     """
 
     name: ClassVar[str] = "decathlon"
@@ -95,35 +98,35 @@ class Decathlon(Experiment):
     baseline: Contender
     seeds: tuple[int, ...] = (0, 1, 2)
 
-    def runs(self, found: Found) -> list[Run]:
+    def runs(self, lookup: Lookup) -> list[Run]:
         runs: list[Run] = []
-        made: dict[tuple[str, str], list[Result]] = {}
-        everyone = (self.baseline, *(who for who in self.contenders if who != self.baseline))
+        tests: dict[tuple[str, str], list[Result]] = {}
+        contenders = (self.baseline, *(contender for contender in self.contenders if contender != self.baseline))
         for problem in self.problems:
-            for who in everyone:
-                own = swept(self.name, problem, who, self.seeds, found)
-                runs += own
-                results = [found(run.key) for run in own if run.split == "test"]
-                made[problem.name, who.name] = [result for result in results if result is not None]
-        if any(len(results) < len(self.seeds) for results in made.values()):
+            for contender in contenders:
+                sweep = sweep_runs(self.name, problem, contender, self.seeds, lookup)
+                runs += sweep
+                results = [lookup(run.key) for run in sweep if run.split == "test"]
+                tests[problem.name, contender.name] = [result for result in results if result is not None]
+        if any(len(results) < len(self.seeds) for results in tests.values()):
             return runs
         names = [problem.name for problem in self.problems]
-        baselines = {name: 100 * mean(r.score for r in made[name, self.baseline.name]) for name in names}
-        for who in everyone:
+        baselines = {name: 100 * mean(r.score for r in tests[name, self.baseline.name]) for name in names}
+        for contender in contenders:
             for number in range(len(self.seeds)):
-                parts = tuple(made[name, who.name][number] for name in names)
-                runs.append(Sum(parts, baselines, len(self.seeds)))
+                parts = tuple(tests[name, contender.name][number] for name in names)
+                runs.append(Score(parts, baselines, len(self.seeds)))
         return runs
 
 
 @dataclass(frozen=True)
-class Sum(Run):
-    """A contender's score over all problems.
+class Score(Run):
+    """A contender's decathlon score over all problems, for one seed.
 
     Args:
-        parts: its result on each.
-        baselines: accuracies in % to compare with, by problem.
-        seeds: how many these are the means of.
+        parts: the contender's result per problem.
+        baselines: the baseline's mean accuracies in %, by problem.
+        seeds: number of seeds in these means.
     """
 
     parts: tuple[Result, ...]
@@ -134,8 +137,8 @@ class Sum(Run):
     def keys(self) -> tuple[str, ...]:
         return (key_of(parts=[part.key for part in self.parts], baselines=self.baselines),)
 
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        own = {part.problem: 100 * part.score for part in self.parts}
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        accuracies = {part.problem: 100 * part.score for part in self.parts}
         first = self.parts[0]
         total = 1 + sum(part.trained + part.head for part in self.parts) / first.backbone
         yield dataclasses.replace(
@@ -143,11 +146,11 @@ class Sum(Run):
             key=self.keys[0],
             problem="all",
             metric="decathlon",
-            score=score(own, self.baselines),
+            score=score(accuracies, self.baselines),
             trained=sum(part.trained for part in self.parts),
             head=sum(part.head for part in self.parts),
             seconds=sum(part.seconds for part in self.parts),
             bytes=sum(part.bytes for part in self.parts),
-            facts={"problems": list(own), "seeds": self.seeds, "total": total},
+            facts={"problems": list(accuracies), "seeds": self.seeds, "total": total},
             setting=None,
         )

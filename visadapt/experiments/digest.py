@@ -1,4 +1,4 @@
-"""What a user's own file or folder holds, in short: results on other contents are other results."""
+"""A digest of a user's file or folder, so that results on different contents have different keys."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @cache
 def digest(path: Path) -> str:
-    """A short name for the contents of a file, or of all files of a folder and their names in it."""
-    found = hashlib.sha256()
+    """Hash the contents of a file, or the contents and relative names of all files in a folder."""
+    sha = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         if file != path:
-            found.update(file.relative_to(path).as_posix().encode())
-        found.update(hashlib.sha256(file.read_bytes()).digest())
-    return found.hexdigest()[:16]
+            sha.update(file.relative_to(path).as_posix().encode())
+        sha.update(hashlib.sha256(file.read_bytes()).digest())
+    return sha.hexdigest()[:16]

@@ -1,11 +1,11 @@
-"""Engines: where runs are made, in this process, in several on this machine, or on a Ray cluster."""
+"""Engines: execute runs in this process, in parallel processes on this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeAlias
@@ -16,109 +16,105 @@ from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result, write
 from visadapt.experiments.run import Run
-from visadapt.experiments.train import Workplace
+from visadapt.experiments.train import Workspace
 from visadapt.optional import require
 from visadapt.training.engine import check_device
 
 Work: TypeAlias = "Sequence[tuple[Run, Collection[str]]]"
-"""Runs, and for each the keys of the results that are missing."""
+"""Runs, each with the keys of its missing results."""
 
-Engine = Callable[[Work, Workplace, int], Iterator[Result]]
+Engine = Callable[[Work, Workspace, int], Iterator[Result]]
 
 
-def engine_named(name: str) -> Engine:
-    """The engine of a name, ``local`` or ``ray``.
+def get_engine(name: str) -> Engine:
+    """Return the engine ``local`` or ``ray``.
 
     Raises:
-        VisadaptError: there is none of that name.
+        VisadaptError: the engine is unknown.
     """
     check_choice(name, ENGINES, "engine")
     return ENGINES[name]
 
 
-def make(run: Run, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-    """Makes a run's missing results, each on disk before it is given on."""
-    # asked where the run is made: the driver of a cluster may lack what its nodes have
-    check_device(workplace.device)
-    for result in run.results(missing, workplace):
-        write(result, workplace.folder)
+def execute(run: Run, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+    """Compute a run's missing results, and write each to disk before it is yielded."""
+    # checked where the run is executed: a cluster's driver may lack the devices of its nodes
+    check_device(workspace.device)
+    for result in run.results(missing, workspace):
+        write(result, workspace.folder)
         yield result
 
 
-def local(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
-    """This process, or a pool of them."""
+def run_locally(work: Work, workspace: Workspace, processes: int) -> Iterator[Result]:
+    """Execute runs in this process, or in a pool of processes."""
     if processes == 1:
         for run, missing in work:
-            yield from make(run, missing, workplace)
+            yield from execute(run, missing, workspace)
         return
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, get_context("spawn"), _settle, (threads,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _exit_with_parent) as pool:
         try:
-            jobs = [pool.submit(_made, run, missing, workplace) for run, missing in work]
-            for job in as_completed(jobs):
-                yield from job.result()
+            threads = _threads_per_process(processes)
+            yield from _completed([pool.submit(_execute_all, run, keys, workspace, threads) for run, keys in work])
         except BrokenProcessPool as error:
             raise VisadaptError(
-                f"one of the {processes} processes died at work, as the system has it where memory runs out; finished "
-                "results are kept, and the same command goes on from them, with fewer processes if need be"
+                f"one of the {processes} processes was killed, possibly because memory ran out; finished results are "
+                "kept, and the same command resumes from them (use fewer processes if memory is short)"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def ray(work: Work, workplace: Workplace, processes: int) -> Iterator[Result]:
-    """A Ray cluster (Moritz et al. 2018, arXiv 1712.05889); every node must see the folder of the results."""
-    cluster = require("ray", "engine 'ray'", "visadapt[ray]")
-    ours = not cluster.is_initialized()
-    if ours:
-        # on a cluster that is there, its processors are its own affair
-        own = None if os.environ.get("RAY_ADDRESS") else processes
-        _start(cluster, own)
+def run_on_ray(work: Work, workspace: Workspace, processes: int) -> Iterator[Result]:
+    """Execute runs on a Ray cluster (Moritz et al. 2018, arXiv 1712.05889); all nodes need the results' folder."""
+    ray = require("ray", "engine 'ray'", "visadapt[ray]")
+    started_here = not ray.is_initialized()
+    if started_here:
+        # an existing cluster knows its own number of CPUs
+        _start(ray, None if os.environ.get("RAY_ADDRESS") else processes)
     try:
-        threads = max(1, torch.get_num_threads() // processes)
-        remote = cluster.remote(num_cpus=1, max_retries=1)(_on_node)
-        waiting = [remote.remote(run, missing, workplace, threads) for run, missing in work]
-        while waiting:
-            ready, waiting = cluster.wait(waiting)
-            for results in cluster.get(ready):
-                yield from results
+        task, threads = ray.remote(num_cpus=1, max_retries=1)(_execute_all), _threads_per_process(processes)
+        yield from _completed([task.remote(run, keys, workspace, threads).future() for run, keys in work])
     finally:
-        if ours:
-            cluster.shutdown()
+        if started_here:
+            ray.shutdown()
 
 
-def _start(cluster: Any, own: int | None, tries: int = 3) -> None:
-    # Ray gives its own node half a minute to start, which a busy machine may well not keep
+def _start(ray: Any, num_cpus: int | None, tries: int = 3) -> None:
+    # Ray waits 30 seconds for its own node to start, which is too short on a busy machine
     try:
-        cluster.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
-    except Exception as error:  # Ray says by a bare one that a node was too slow
-        cluster.shutdown()
+        ray.init(num_cpus=num_cpus, log_to_driver=False, include_dashboard=False)
+    except Exception as error:  # Ray raises a bare Exception if a node is too slow
+        ray.shutdown()
         if tries == 1:
             raise VisadaptError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
-        _start(cluster, own, tries - 1)
+        _start(ray, num_cpus, tries - 1)
 
 
-ENGINES: dict[str, Engine] = {"local": local, "ray": ray}
-"""By name."""
+ENGINES: dict[str, Engine] = {"local": run_locally, "ray": run_on_ray}
+"""Engines by name."""
 
 
-def _made(run: Run, missing: Collection[str], workplace: Workplace) -> list[Result]:
-    return list(make(run, missing, workplace))
+def _threads_per_process(processes: int) -> int:
+    return max(1, torch.get_num_threads() // processes)
 
 
-def _on_node(run: Run, missing: Collection[str], workplace: Workplace, threads: int) -> list[Result]:
+def _completed(futures: Sequence[Future[list[Result]]]) -> Iterator[Result]:
+    for future in as_completed(futures):
+        yield from future.result()
+
+
+def _execute_all(run: Run, missing: Collection[str], workspace: Workspace, threads: int) -> list[Result]:
     torch.set_num_threads(threads)
-    return _made(run, missing, workplace)
+    return list(execute(run, missing, workspace))
 
 
-def _settle(threads: int) -> None:
-    torch.set_num_threads(threads)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> Any:
-    # a pool's processes would outlive a parent that was killed, and go on working for nobody
+def _exit_with_parent() -> None:
+    """Let a pool's process exit when its parent is killed; it would otherwise finish its work, or wait for ever."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

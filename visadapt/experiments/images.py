@@ -11,19 +11,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.data import ImageSet, ImageSplit, load_squares, normalize
-from visadapt.experiments.problems import Problem, Splits, drawn
+from visadapt.data import ImageSet, ImageSplit, load_squares
+from visadapt.data.inputs import ImageInputs, Splits
+from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples
 
 
 @dataclass(frozen=True)
 class ImageProblem(Problem):
-    """Images, as :func:`visadapt.data.load_images` loads them; its folders may also come as a zip file.
+    """A data set of images, as :func:`visadapt.data.load_images` loads it, or a zip file of such a folder.
 
     Args:
-        train: number of training images; None for all but those held out.
-        validation: number of images held out from training.
-        size: side in pixels that images are resized to; of those that are not square, the centre.
+        network: name of the backbone, or path of a file; see :func:`visadapt.experiments.networks.network`.
+        data: name or path of the data set.
+        train: number of training images; None for all that are not held out.
+        validation: number of images held out from the training images.
+        test: number of test images; None for all.
+        root: folder that contains the data set, if ``data`` is relative to one.
+        options: options of the backbone's builder, as pairs.
+        size: side in pixels that images are resized to; images that are not square are cropped to their centre.
     """
 
     validation: int = 500
@@ -36,30 +42,29 @@ class ImageProblem(Problem):
         rest, validation = data.holdout(self.validation)
         return Splits(
             data.classes,
-            _samples(rest.subset(drawn(len(rest), self.train))),
+            _samples(rest.subset(subset_indices(len(rest), self.train))),
             _samples(validation),
-            _samples(data.test if self.test is None else data.test.subset(drawn(len(data.test), self.test))),
+            _samples(data.test if self.test is None else data.test.subset(subset_indices(len(data.test), self.test))),
+            ImageInputs(self.size),
         )
 
     def _read(self) -> ImageSet:
-        place = Path(self.root or "", self.data)
-        if not place.exists():
+        path = Path(self.root or "", self.data)
+        if not path.exists():
             return load_squares(self.data, self.size, root=self.root)
-        if not zipfile.is_zipfile(place):
-            return load_squares(place, self.size)
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(place) as archive:
+        if not zipfile.is_zipfile(path):
+            return load_squares(path, self.size)
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
             archive.extractall(folder)
-            inner = next(
-                (found.parent for found in sorted(Path(folder).rglob("train")) if found.is_dir()), Path(folder)
-            )
-            return load_squares(inner, self.size)
+            train_folders = (train for train in sorted(Path(folder).rglob("train")) if train.is_dir())
+            return load_squares(next((train.parent for train in train_folders), Path(folder)), self.size)
 
     def fresh(self) -> nn.Module:
-        # the memory format that convolutions are quickest in, for every contender
+        # convolutions are fastest in this format; all contenders use it
         return super().fresh().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def prepare(self, batch: Tensor) -> Tensor:
-        return normalize(batch, self.size).contiguous(memory_format=torch.channels_last)
+        return ImageInputs(self.size)(batch).contiguous(memory_format=torch.channels_last)
 
 
 def _samples(split: ImageSplit) -> Samples:

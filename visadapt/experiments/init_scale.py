@@ -1,4 +1,4 @@
-"""How large the first weights may be (Houlsby et al. 2019, arXiv 1902.00751, §3.6, Fig. 6 right)."""
+"""How large the initial weights may be (Houlsby et al. 2019, arXiv 1902.00751, §3.6, Fig. 6 right)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Found, Trial
+from visadapt.experiments.run import Lookup, Trial
 from visadapt.methods import Bottleneck
 
 
 @dataclass(frozen=True)
 class InitScale(Experiment):
-    """A bottleneck whose projections are drawn with each of several standard deviations, on validation data.
+    """A bottleneck initialised with each of several standard deviations, measured on validation data.
 
-    Facts: ``std``; and ``stopped``, the reason, where a training ended in numbers that are not finite. Its score is
-    then that of the untrained task.
+    Facts: ``std``; and ``stopped``, the reason, where a training run ended in numbers that are not finite. Its score is
+    then the score of the untrained task.
 
     Args:
-        problems: what to train on.
-        who: a contender with a :class:`~visadapt.methods.Bottleneck`, at its recipe's learning rate.
-        stds: to try.
-        seeds: each a training.
+        problems: problems to train on.
+        who: a contender with a :class:`~visadapt.methods.Bottleneck`, trained at its recipe's learning rate.
+        stds: standard deviations of the projections' initial weights.
+        seeds: one training run each.
+
+    Raises:
+        VisadaptError: the contender's method is not a bottleneck.
     """
 
     name: ClassVar[str] = "init_scale"
@@ -37,15 +40,15 @@ class InitScale(Experiment):
 
     def __post_init__(self) -> None:
         if not isinstance(self.who.method, Bottleneck):
-            raise VisadaptError(f"init_scale needs a bottleneck, got {self.who.method}")
+            raise VisadaptError(f"the method of init_scale's contender must be a Bottleneck, got {self.who.method}")
 
-    def runs(self, found: Found) -> list[Trial]:
+    def runs(self, lookup: Lookup) -> list[Trial]:
         return [
-            Trial(self.name, problem, self._drawn(std), seed, "validation", {"std": std})
+            Trial(self.name, problem, self._initialised(std), seed, "validation", {"std": std})
             for problem in self.problems
             for std in self.stds
             for seed in self.seeds
         ]
 
-    def _drawn(self, std: float) -> Contender:
+    def _initialised(self, std: float) -> Contender:
         return dataclasses.replace(self.who, method=dataclasses.replace(self.who.method, init_std=std))  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""The linear probe, on features that are computed once."""
+"""The linear probe, trained on cached features."""
 
 from __future__ import annotations
 
@@ -26,28 +26,31 @@ def fit_head(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Trains a task that owns nothing but a head: one pass of the frozen backbone, then as many of the head as told.
+    """Train a task that owns only a head: one pass of the frozen backbone, then the head on its cached inputs.
 
-    The backbone is run in eval mode, so there is no dropout in it.
+    The backbone runs in eval mode, without dropout.
 
     Args:
         model: an injected model.
-        task: that owns a head of one module and nothing else.
-        train: with labels.
-        recipe: of the head's training.
+        task: a task that owns one head module and nothing else.
+        train: labelled samples.
+        recipe: how to train the head.
         prepare: as in :func:`visadapt.training.fit`.
-        seed: of the order.
-        device: None for where the model is.
-        progress: shows a bar on a terminal.
+        seed: seed of the order of samples.
+        device: device to compute on; None for the model's.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The training history.
 
     Raises:
         VisadaptError: the task owns more than a head, or a head of several modules.
     """
     parts = registry_of(model).parts(task)
     if not is_probe(model, task):
-        raise VisadaptError(f"task {task!r} is no linear probe: it must own one head and nothing else")
-    (path, owned), *_ = parts.items()
-    with _inputs_of(unwrapped(model).get_submodule(path)) as features:
+        raise VisadaptError(f"task {task!r} is not a linear probe: it must own one head and nothing else")
+    ((path, owned),) = parts.items()
+    with _captured_inputs(unwrapped(model).get_submodule(path)) as features:
         predict(model, task, train, prepare=prepare, device=device)
     return fit(
         owned["head"],
@@ -62,16 +65,16 @@ def fit_head(
 
 
 def is_probe(model: nn.Module, task: str) -> bool:
-    """Whether a task owns nothing but a head, and that in one module."""
+    """Whether a task owns one head module and nothing else."""
     parts = registry_of(model).parts(task)
     return len(parts) == 1 and all(list(owned) == ["head"] for owned in parts.values())
 
 
 @contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().cpu()))
+def _captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().cpu()))
     try:
-        yield seen
+        yield inputs
     finally:
         handle.remove()

@@ -1,4 +1,4 @@
-"""What figures were made with: device, versions, commit."""
+"""The environment that a result was computed in: device, versions, commit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LIBRARIES = ("torch", "timm", "transformers")
 
 
 def machine(device: torch.device | str | None = None) -> dict[str, str]:
-    """Facts about where and with what a result is made.
+    """Describe the environment that results are computed in.
 
     Args:
-        device: that is computed on; None is the CPU.
+        device: device to compute on; None for the CPU.
 
     Returns:
-        ``device``, ``python``, the version of each library that is installed, and ``commit`` in a git checkout, marked
-        ``-dirty`` where files differ from it.
+        ``device``, ``python``, the versions of torch, timm and transformers where installed, and in a git checkout
+        ``commit``, marked ``-dirty`` if files differ from it.
     """
     chosen = torch.device("cpu" if device is None else device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{chosen.type} {platform.machine()}"
@@ -36,12 +36,12 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _commit() -> dict[str, str]:
-    top = Path(__file__).parents[2]
-    if not (top / ".git").exists():
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
         return {}
-    command = ("git", "-C", str(top), "describe", "--always", "--dirty", "--exclude", "*")
+    command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*")
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": said.strip()}
+    return {"commit": output.strip()}

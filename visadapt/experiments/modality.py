@@ -1,4 +1,4 @@
-"""Images and text on one axis: what adapters lose against fine-tuning by what they train, and at which depth."""
+"""Images and text on one axis: the gap to full fine-tuning by trained parameters, and by the depth of the adapters."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from visadapt.experiments.base import Experiment
-from visadapt.experiments.compare import swept
+from visadapt.experiments.compare import sweep_runs
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Found, Training
-from visadapt.experiments.transplant import layers
+from visadapt.experiments.run import Lookup, TrainingRun
+from visadapt.experiments.transplant import count_layers
 
 
 @dataclass(frozen=True)
 class Modality(Experiment):
-    """Contenders, full fine-tuning among them, on problems of several backbones; and one of them at parts of the depth.
+    """Contenders on problems of several backbones, and one adapter in some of the layers only.
 
     Houlsby et al. 2019 (arXiv 1902.00751, §3.6) find that the upper layers suffice on text, Rebuffi et al. 2018 (arXiv
-    1803.10082, §4.2) that shallow and deep ones need adapting on images. ``deep`` answers on one footing: it is put
-    into the first k and into the last k layers only, k each power of 2 and half of them, with the norms frozen, so that
-    nothing else adapts.
+    1803.10082, §4.2) that shallow and deep layers need adapting on images. ``deep`` tests both in the same way: it is
+    injected into the first k and into the last k layers only, for each k that is a power of 2 or half the layers. The
+    norms are frozen, so that nothing else adapts.
 
-    Facts: none of the contenders; of ``deep`` its place ``where``, such as ``last 4``, ``k`` and the number of all
-    ``layers``.
+    Facts of ``deep``: ``where``, such as ``last 4``; ``k``; ``layers``, the number of all layers. The other contenders
+    have none.
 
     Args:
-        problems: of any backbones.
-        contenders: whom.
-        deep: the contender at parts of the depth; None leaves that out.
-        seeds: each a training.
+        problems: problems of any backbones.
+        contenders: contenders to compare, including full fine-tuning.
+        deep: the contender for some of the layers; None to leave this part out.
+        seeds: one training run each.
     """
 
     name: ClassVar[str] = "modality"
@@ -41,23 +41,25 @@ class Modality(Experiment):
     deep: Contender | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
 
-    def runs(self, found: Found) -> list[Training]:
+    def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [
             run
             for problem in self.problems
-            for who, facts in (*((who, {}) for who in self.contenders), *self._places(problem))
-            for run in swept(self.name, problem, who, self.seeds, found, facts=facts)
+            for contender, facts in (*((contender, {}) for contender in self.contenders), *self._at_depths(problem))
+            for run in sweep_runs(self.name, problem, contender, self.seeds, lookup, facts=facts)
         ]
 
-    def _places(self, problem: Problem) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    def _at_depths(self, problem: Problem) -> Iterator[tuple[Contender, dict[str, Any]]]:
         if self.deep is None:
             return
-        count = layers(problem, self.deep)
+        count = count_layers(problem, self.deep)
         ks = sorted({k for k in (*(2**i for i in range(count)), count // 2) if 0 < k < count})
         ends = [
-            (f"{end} {k}", k, at) for k in ks for end, at in (("first", range(k)), ("last", range(count - k, count)))
+            (f"{end} {k}", k, layers)
+            for k in ks
+            for end, layers in (("first", range(k)), ("last", range(count - k, count)))
         ]
-        for where, k, at in (*ends, ("all", count, range(count))):
+        for where, k, layers in (*ends, ("all", count, range(count))):
             facts = {"where": where, "k": k, "layers": count}
             name = f"{self.deep.name}, {where}"
-            yield dataclasses.replace(self.deep, name=name, norms="frozen", where=at), facts
+            yield dataclasses.replace(self.deep, name=name, norms="frozen", where=layers), facts

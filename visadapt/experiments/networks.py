@@ -16,32 +16,33 @@ from visadapt.optional import require
 
 
 def network(name: str, **options: Any) -> nn.Module:
-    """A pretrained backbone.
+    """Load a pretrained backbone.
 
     Args:
         name: as :func:`visadapt.inject` takes it, or the path of a ``.safetensors`` file with the convolutions of
             VGG-16 under torchvision's keys, ``features.0.weight`` and so on.
-        **options: passed to the builder.
+        **options: options of the builder.
 
     Raises:
-        VisadaptError: there is no such backbone, or the file does not hold VGG-16's convolutions.
+        VisadaptError: the backbone does not exist, or the file does not contain VGG-16's convolutions.
     """
     return vgg16(Path(name)) if name.endswith(".safetensors") else resolve(name, **options)
 
 
 def short_name(name: str) -> str:
-    """A backbone's name without where it comes from and which of its weights: ``resnet50``, ``vgg16``, ``minilm``."""
+    """Return a backbone's name without its source and the tag of its weights: ``resnet50``, ``vgg16``, ``minilm``."""
     return "vgg16" if name.endswith(".safetensors") else name.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
 def vgg16(file: Path) -> nn.Module:
-    """VGG-16's convolutions (Simonyan & Zisserman 2015, arXiv 1409.1556), averaged over the map, in fp32 and eval mode.
+    """Build VGG-16 (Simonyan & Zisserman 2015, arXiv 1409.1556) from a file of its convolutions, in fp32, eval mode.
 
-    The file has no classifier, and the two hidden layers of the original are 120 million parameters for one size of
-    image: here a linear follows the mean of the last map, as in a ResNet. It is untrained; tasks bring their own head.
+    The file has no classifier. The two hidden layers of the original have 120 million parameters and fix the size of
+    the images; here one untrained linear layer follows global average pooling, as in a ResNet. Tasks bring their own
+    head.
 
     Raises:
-        VisadaptError: there is no such file, or it does not hold these convolutions.
+        VisadaptError: the file cannot be read, or does not contain these convolutions.
     """
     models = require("torchvision.models", "VGG-16", "torchvision")
     with torch.device("meta"):
@@ -52,10 +53,10 @@ def vgg16(file: Path) -> nn.Module:
         state = {key: value.float() for key, value in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise VisadaptError(f"cannot read the weights in {file}: {error}") from error
-    wanted = [key for key in net.state_dict() if key.startswith("features.")]
-    lacking = [key for key in wanted if key not in state]
-    if lacking:
-        raise VisadaptError(f"{file} holds no convolutions of VGG-16: {lacking[0]} is missing")
+    keys = [key for key in net.state_dict() if key.startswith("features.")]
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise VisadaptError(f"{file} does not contain the convolutions of VGG-16: {missing[0]} is missing")
     head = {f"classifier.{key}": value for key, value in net.classifier.state_dict().items()}
-    net.load_state_dict({**{key: state[key] for key in wanted}, **head}, assign=True)
+    net.load_state_dict({**{key: state[key] for key in keys}, **head}, assign=True)
     return net.eval()

@@ -1,4 +1,4 @@
-"""Problems by the names of a backbone and of a data set."""
+"""Problems by the names of a backbone and a data set."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from visadapt.experiments.texts import TextProblem
 
 
 def problem(network: str, data: str, **options: Any) -> Problem:
-    """The problem of adapting a backbone to a data set.
+    """Build the problem of adapting a backbone to a data set.
 
     Args:
-        network: of text if it is ``"bundled/minilm"`` or ``"hf/…"``, else of images: ``"bundled/resnet50"``,
+        network: a backbone for texts, ``"bundled/minilm"`` or ``"hf/…"``, or one for images: ``"bundled/resnet50"``,
             ``"timm/…"``, ``"torchvision/…"``, or a ``.safetensors`` file of VGG-16's convolutions.
         data: name or path of the data set, as :func:`visadapt.data.load_images` or :func:`visadapt.data.load_text`
-            takes it; a zip file of a folder of images.
+            takes it; also a zip file of a folder of images.
         **options: fields of :class:`~visadapt.experiments.images.ImageProblem` or
             :class:`~visadapt.experiments.texts.TextProblem`; those that are None keep their defaults.
 
+    Returns:
+        A :class:`~visadapt.experiments.texts.TextProblem` or :class:`~visadapt.experiments.images.ImageProblem`.
+        Nothing is loaded yet.
+
     Raises:
-        VisadaptError: there is no such option.
+        VisadaptError: an option does not exist.
     """
     kind = TextProblem if network == "bundled/minilm" or network.startswith("hf/") else ImageProblem
     known = kind.__dataclass_fields__

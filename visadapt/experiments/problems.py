@@ -1,4 +1,4 @@
-"""A problem: a backbone to adapt and the data to adapt it to, by name, so that any process can build it."""
+"""A problem: the names of a backbone and of the data to adapt it to, from which any process can build both."""
 
 from __future__ import annotations
 
@@ -13,40 +13,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visadapt.data.inputs import Splits
 from visadapt.experiments.digest import digest
 from visadapt.experiments.networks import network, short_name
-from visadapt.training import Samples, ready
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A problem's data in memory.
-
-    Attributes:
-        classes: their names.
-        train: to train on.
-        validation: to choose learning rates by; no part of ``train``.
-        test: for the final figures only.
-    """
-
-    classes: tuple[str, ...]
-    train: Samples
-    validation: Samples
-    test: Samples
+from visadapt.training import ready
 
 
 @dataclass(frozen=True)
 class Problem(ABC):
-    """What contenders are compared on. Subsets are drawn once and for all: the same sizes are the same samples.
+    """A backbone and a data set, which contenders are compared on.
+
+    Subsets are random but fixed: the same sizes give the same samples, and a smaller subset is part of a larger one.
 
     Args:
         network: name of the backbone, or path of a file; see :func:`visadapt.experiments.networks.network`.
         data: name or path of the data set.
         train: number of training samples; None for all.
-        validation: number of validation samples; None for all that the set brings.
+        validation: number of validation samples; None for all of the set's own.
         test: number of test samples; None for all.
-        root: the folder in which the data set is, for those that come in one.
-        options: of the backbone's builder, as pairs.
+        root: folder that contains the data set, if ``data`` is relative to one.
+        options: options of the backbone's builder, as pairs.
     """
 
     network: str
@@ -61,48 +47,51 @@ class Problem(ABC):
 
     @property
     def metric(self) -> str:
-        """What is measured; see ``visadapt.training.METRICS``."""
+        """Name of the metric; see ``visadapt.training.METRICS``."""
         return "accuracy"
 
     @property
     def name(self) -> str:
-        """The data's, as a task can be called."""
+        """Name of the data set as a valid task name."""
         path = Path(self.data)
-        plain = path.stem if path.is_file() else path.name if path.is_dir() else self.data
-        return re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")
+        name = path.stem if path.is_file() else path.name if path.is_dir() else self.data
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")
 
     @property
     def backbone(self) -> str:
-        """The backbone's short name."""
+        """Short name of the backbone."""
         return short_name(self.network)
 
     @property
     def splits(self) -> Splits:
-        """The data, read once."""
+        """The data as :class:`~visadapt.training.Samples`, loaded once per process."""
         return _splits(self)
 
     @abstractmethod
     def load(self) -> Splits:
-        """Reads the data."""
+        """Load the data; see :attr:`splits`."""
 
     def prepare(self, batch: Any) -> Any:
-        """What the backbone takes of a batch of inputs, in training and evaluation."""
+        """Convert a batch of inputs to the backbone's input, in training and evaluation."""
         return ready(batch)
 
     def fresh(self) -> nn.Module:
-        """A backbone as pretrained; what it may draw at random is the same each time, and the caller's draws stay."""
+        """Build the pretrained backbone, in eval mode.
+
+        Weights that are not pretrained have a fixed seed; the global random state is left unchanged.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return network(self.network, **dict(self.options)).eval()
 
     def described(self) -> dict[str, Any]:
-        """Everything that figures depend on, as JSON values: files by what is in them, not by where they are."""
+        """Return everything that results depend on, as JSON values; files are identified by content, not by path."""
         facts = dataclasses.asdict(self)
         del facts["root"]
-        places = {"network": Path(self.network.removeprefix("hf/")), "data": Path(self.root or "", self.data)}
-        for name, place in places.items():
-            if place.exists():
-                facts[name] = f"{place.name} {digest(place)}"
+        paths = {"network": Path(self.network.removeprefix("hf/")), "data": Path(self.root or "", self.data)}
+        for name, path in paths.items():
+            if path.exists():
+                facts[name] = f"{path.name} {digest(path)}"
         return {**facts, "metric": self.metric}
 
 
@@ -111,6 +100,6 @@ def _splits(problem: Problem) -> Splits:
     return problem.load()
 
 
-def drawn(count: int, most: int | None) -> Tensor:
-    """Indices of ``most`` of ``count`` samples (all of them, if None), in a random order that is always the same."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
+def subset_indices(count: int, limit: int | None) -> Tensor:
+    """Return the indices of ``limit`` of ``count`` samples (None for all), in a random order with a fixed seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]

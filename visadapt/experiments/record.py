@@ -1,4 +1,4 @@
-"""Results: one JSON file each in a folder, written whole, so that what was killed goes on where it was."""
+"""Results: one JSON file each, written atomically, so that an interrupted experiment resumes."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from visadapt.files import replacing
 from visadapt.typed import from_json
 
 STOPPED = "stopped"
-"""The fact that says why a training ended in numbers that are not finite."""
+"""Name of the fact with the reason why a training run ended in numbers that are not finite."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One figure: a contender, trained once on a problem, measured in one way.
+    """One measurement of a contender that was trained once on a problem.
 
     Attributes:
-        key: short for everything that the figure depends on; results of different experiments share it where they ask
-            for the very same figure.
-        experiment: that asked for it.
+        key: hash of everything that the score depends on; different experiments that need the same measurement share
+            the key.
+        experiment: name of the experiment.
         modality: ``image`` or ``text``.
-        network: the backbone's short name, such as ``resnet50``.
-        problem: its name.
-        contender: its name.
-        seed: of the new parts, the order and dropout.
+        network: short name of the backbone, such as ``resnet50``.
+        problem: name of the problem.
+        contender: name of the contender.
+        seed: seed of the new parameters, the order of samples and dropout.
         split: ``test`` or ``validation``.
-        metric: what ``score`` is, such as ``accuracy``.
-        score: on that split.
-        trained: parameters trained beside the head.
-        head: parameters of the head.
-        backbone: parameters of the backbone without its head.
-        seconds: of the training.
-        bytes: of the task's file, or of a full copy of the network.
+        metric: name of the metric, such as ``accuracy``.
+        score: value of the metric on that split.
+        trained: number of trained parameters, without the head.
+        head: number of parameters of the head.
+        backbone: number of parameters of the backbone, without its head.
+        seconds: duration of the training run.
+        bytes: size of the task file.
         lr: peak learning rate.
-        epochs: of the training.
+        epochs: epochs of the training run.
         facts: the experiment's own coordinates, as JSON values.
-        machine: what it was made with: ``device``, versions, commit.
-        setting: short for the problem and the contender with all that is behind their names, but for ``lr``. Only
-            results of one setting are each other's seeds. None where it is not known, or is that of several problems.
+        machine: environment that it was computed in: ``device``, versions, commit.
+        setting: hash of the full definition of problem and contender, without ``lr``. Results with the same names but
+            different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
     """
 
     key: str
@@ -74,17 +74,17 @@ class Result:
 
     @property
     def fraction(self) -> float:
-        """What was trained beside the head, over the backbone."""
+        """Trained parameters without the head, as a fraction of the backbone's."""
         return self.trained / self.backbone
 
     @property
     def diverged(self) -> bool:
-        """Whether the training ended in numbers that are not finite; the score is then that of the untrained task."""
+        """Whether training ended in numbers that are not finite; the score is then that of the untrained task."""
         return STOPPED in self.facts
 
     @property
     def standing(self) -> float:
-        """The score that it is chosen by: what diverged loses to anything that did not."""
+        """The score for choosing the best of several results: minus infinity for one that diverged."""
         return -math.inf if self.diverged else self.score
 
 
@@ -99,41 +99,41 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
 
 
 def key_of(**facts: Any) -> str:
-    """A short name for everything that a result depends on."""
+    """Hash everything that a result depends on; the order of the facts does not matter."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
-    """All results in one ``.json`` or ``.csv`` file, or in those of a folder and of the folders in it.
+    """Read all results in a ``.json`` or ``.csv`` file, or in a folder and its subfolders.
 
     Args:
-        path: of the folder or file.
+        path: path of the folder or file.
 
     Returns:
-        The results in the order of experiment, network, problem, contender, split, seed, facts, each once.
+        The results without duplicates, ordered by experiment, network, problem, contender, split, seed, facts.
 
     Raises:
-        VisadaptError: nothing is there, or a file does not hold results.
+        VisadaptError: the path does not exist, or a file does not contain results.
     """
-    place = Path(path)
-    if not place.exists():
-        raise VisadaptError(f"no folder or file of results {place}")
-    files = [place] if place.is_file() else sorted((*place.rglob("*.csv"), *place.rglob("*.json")))
-    found: dict[tuple[str, str], Result] = {}
+    source = Path(path)
+    if not source.exists():
+        raise VisadaptError(f"no folder or file of results {str(source)!r}")
+    files = [source] if source.is_file() else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
+    results: dict[tuple[str, str], Result] = {}
     for file in files:
-        if file.name.startswith("."):  # what a kill left half-written
+        if file.name.startswith("."):  # partial file of an interrupted write
             continue
-        for result in _of_csv(file) if file.suffix == ".csv" else [_of_json(file)]:
-            found[result.experiment, result.key] = result
-    return sorted(found.values(), key=_order)
+        for result in _read_csv(file) if file.suffix == ".csv" else [_read_json(file)]:
+            results[result.experiment, result.key] = result
+    return sorted(results.values(), key=_order)
 
 
 def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
-    """Writes results as a table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it back.
+    """Write results as a CSV table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it.
 
     Args:
-        results: any number.
-        path: of the file.
+        results: any number of results.
+        path: path of the file.
 
     Returns:
         The path.
@@ -156,42 +156,42 @@ class Record:
     """The results in a folder, each in ``<folder>/<experiment>/<key>.json``.
 
     Args:
-        folder: of the results; it need not be there yet.
+        folder: folder of the results; it may not exist yet.
 
     Raises:
-        VisadaptError: the folder holds files that are no results.
+        VisadaptError: a ``.json`` or ``.csv`` file in the folder does not contain results.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        there = read_results(self.folder) if self.folder.exists() else []
-        self._results = {(result.experiment, result.key): result for result in there}
-        self._any = {result.key: result for result in there}
+        results = read_results(self.folder) if self.folder.exists() else []
+        self._by_experiment = {(result.experiment, result.key): result for result in results}
+        self._by_key = {result.key: result for result in results}
 
     def get(self, experiment: str, key: str) -> Result | None:
-        """The result of that key, if it is there."""
-        return self._results.get((experiment, key))
+        """Return an experiment's result of this key, or None."""
+        return self._by_experiment.get((experiment, key))
 
-    def elsewhere(self, key: str) -> Result | None:
-        """The same figure, made for whatever experiment."""
-        return self._any.get(key)
+    def find(self, key: str) -> Result | None:
+        """Return the result of this key from any experiment, or None."""
+        return self._by_key.get(key)
 
     def add(self, result: Result) -> None:
-        """Keeps a result, on disk at once."""
+        """Write a result to disk and remember it."""
         write(result, self.folder)
         self.remember(result)
 
     def remember(self, result: Result) -> None:
-        """Knows of a result that is on disk already."""
-        self._results[result.experiment, result.key] = result
-        self._any[result.key] = result
+        """Remember a result that is already on disk."""
+        self._by_experiment[result.experiment, result.key] = result
+        self._by_key[result.key] = result
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Writes a result to its file: ``<folder>/<experiment>/<key>.json``.
+    """Write a result to ``<folder>/<experiment>/<key>.json`` and return that path.
 
     Raises:
-        VisadaptError: the experiment or the key is not a plain name; it would be a path out of the folder.
+        VisadaptError: the experiment or the key is not a plain name, and could lead out of the folder.
     """
     for name in (result.experiment, result.key):
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -203,27 +203,27 @@ def write(result: Result, folder: Path) -> Path:
     return target
 
 
-def _of_json(file: Path) -> Result:
+def _read_json(file: Path) -> Result:
     try:
         return from_json(Result, json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise VisadaptError(f"{file} is no result of an experiment") from error
+        raise VisadaptError(f"{file} is not a result of an experiment") from error
 
 
-def _of_csv(file: Path) -> list[Result]:
+def _read_csv(file: Path) -> list[Result]:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
     except (UnicodeError, csv.Error) as error:
-        raise VisadaptError(f"{file} is no table of results: {error}") from error
-    return [_of_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
+        raise VisadaptError(f"{file} is not a table of results: {error}") from error
+    return [_from_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
 
 
-def _of_row(row: dict[str, str], where: str) -> Result:
+def _from_row(row: dict[str, str], where: str) -> Result:
     try:
         return from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in row.items()})
     except (KeyError, TypeError, ValueError) as error:
-        raise VisadaptError(f"{where} is no result of an experiment") from error
+        raise VisadaptError(f"{where} is not a result of an experiment") from error
 
 
 def _value(kind: Any, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs: pieces of work that give results, described so that any process can do them, and none does one twice."""
+"""Runs: units of work that compute results. A run is plain data, so any process can execute it."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from visadapt.experiments.contenders import Contender
 from visadapt.experiments.machine import machine
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import STOPPED, Result, key_of
-from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
+from visadapt.experiments.train import Workspace, costs, load_task, measure, save_task, train
 from visadapt.experiments.transplant import start_from
 from visadapt.task_file import read
 from visadapt.training import Diverged
 
-Found = Callable[[str], "Result | None"]
-"""Gives the result of a key, or None if it is yet to be made."""
+Lookup = Callable[[str], "Result | None"]
+"""Returns the result of a key, or None if it does not exist yet."""
 
 
 class Run(ABC):
-    """A piece of work."""
+    """A unit of work."""
 
     @property
     @abstractmethod
     def keys(self) -> tuple[str, ...]:
-        """Those of all its results."""
+        """The keys of all its results."""
 
     @abstractmethod
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        """Makes the results of these keys, one after another, each as soon as it is known."""
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        """Compute the results of the missing keys, and yield each as soon as it is known."""
 
-    def adopted(self, result: Result) -> Result:
-        """The same figure, made for another experiment, as this run tells it."""
+    def adopt(self, result: Result) -> Result:
+        """Relabel a result of the same key from another experiment as this run's."""
         return result
 
 
 @dataclass(frozen=True)
-class Training(Run):
+class TrainingRun(Run):
     """A contender trained once on a problem and measured.
 
     Args:
-        experiment: that asks for it.
-        problem: to train on.
-        contender: whom.
-        seed: of the new parts, the order and dropout.
-        split: to measure on.
+        experiment: name of the experiment.
+        problem: problem to train on.
+        contender: contender to train.
+        seed: seed of the new parameters, the order of samples and dropout.
+        split: split to measure on.
         facts: the experiment's coordinates.
-        start: a training of the same contender on another problem of the same backbone; its task's parts, but for the
-            head, are what this one starts from.
-        keep: whether the task's file is kept for others.
+        start: a training run of the same contender on another problem with the same backbone, whose trained parameters,
+            except the head's, are the initial values.
+        keep: keep the task file for other runs.
     """
 
     experiment: str
@@ -62,41 +62,43 @@ class Training(Run):
     seed: int
     split: str = "test"
     facts: dict[str, Any] = field(default_factory=dict)
-    start: Training | None = None
+    start: TrainingRun | None = None
     keep: bool = False
 
     @property
     def task_key(self) -> str:
-        """Of the trained task, whatever it is measured on."""
+        """Key of the trained task, independent of the split that it is measured on."""
         start = {} if self.start is None else {"start": self.start.task_key}
         described = {"problem": self.problem.described(), "contender": self.contender.described()}
         return key_of(**described, seed=self.seed, **start)
 
     @property
     def setting(self) -> str:
-        """The same for all seeds and learning rates, splits and starts."""
-        at_any_rate = self.contender.with_recipe(lr=1.0)
-        return key_of(problem=self.problem.described(), contender=at_any_rate.described())
+        """Key of the problem and the contender, the same for all seeds, learning rates, splits and starts."""
+        without_rate = self.contender.with_recipe(lr=1.0)
+        return key_of(problem=self.problem.described(), contender=without_rate.described())
 
     @property
     def key(self) -> str:
-        """Of the result."""
+        """Key of the result."""
         return key_of(task=self.task_key, split=self.split)
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        yield self.measured(*self.trained(workplace), workplace)
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        yield self.measured(*self.trained(workspace), workspace)
 
-    def measured(self, model: nn.Module, seconds: float, workplace: Workplace) -> Result:
-        """The result of a model that was trained so long."""
-        score = measure(model, self.problem.name, self.problem, self.split, workplace)
-        return self.result(self.key, score, seconds, workplace, costs(model, self.problem.name, seconds))
+    def measured(self, model: nn.Module, seconds: float, workspace: Workspace) -> Result:
+        """Measure a model that was trained for so many seconds."""
+        score = measure(model, self.problem.name, self.problem, self.split, workspace)
+        return self.result(self.key, score, seconds, workspace, costs(model, self.problem.name, seconds))
 
-    def result(self, key: str, score: float, seconds: float, workplace: Workplace, paid: dict[str, int]) -> Result:
-        """A result of this contender on this problem."""
+    def result(
+        self, key: str, score: float, seconds: float, workspace: Workspace, task_costs: dict[str, int]
+    ) -> Result:
+        """Build a result of this contender on this problem."""
         return Result(
             key=key,
             experiment=self.experiment,
@@ -112,60 +114,63 @@ class Training(Run):
             lr=self.contender.recipe.lr,
             epochs=self.contender.recipe.epochs,
             facts=self.facts,
-            machine=machine(workplace.device),
+            machine=machine(workspace.device),
             setting=self.setting,
-            **paid,
+            **task_costs,
         )
 
-    def adopted(self, result: Result) -> Result:
+    def adopt(self, result: Result) -> Result:
         facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name == STOPPED}}
         return dataclasses.replace(
             result, experiment=self.experiment, contender=self.contender.name, setting=self.setting, facts=facts
         )
 
-    def trained(self, workplace: Workplace) -> tuple[nn.Module, float]:
-        """The model with the trained task, and the seconds that the training took; read from its file if that is kept.
+    def trained(self, workspace: Workspace) -> tuple[nn.Module, float]:
+        """Return the model with the trained task, and the duration of its training run in seconds.
 
-        A file is as good as the training: it gives the same outputs, bit for bit.
+        Loads the task file if it was kept: the outputs are the same, bit for bit.
+
+        Raises:
+            Diverged: training ended in numbers that are not finite.
         """
-        file = workplace.task_file(self.task_key)
+        file = workspace.task_file(self.task_key)
         if file.is_file():
-            model = self.problem.fresh().to(workplace.device)
-            return model, kept(model, file)
+            model = self.problem.fresh().to(workspace.device)
+            return model, load_task(model, file)
         model = self.contender.put(self.problem, self.seed)
         if self.start is not None:
-            start_from(model, self.problem.name, self.start.tensors(workplace))
+            start_from(model, self.problem.name, self.start.tensors(workspace))
         try:
-            seconds = train(model, self.problem, self.contender, self.seed, workplace)
+            seconds = train(model, self.problem, self.contender, self.seed, workspace)
         except Diverged as error:
-            whose = f"{self.contender.name} on {self.problem.backbone}, {self.problem.name}, seed {self.seed}"
-            raise Diverged(f"{whose}: {error}") from error
+            run = f"{self.contender.name} on {self.problem.backbone}, {self.problem.name}, seed {self.seed}"
+            raise Diverged(f"{run}: {error}") from error
         if self.keep:
-            keep(model, self.problem.name, file, seconds)
+            save_task(model, self.problem.name, file, seconds)
         return model, seconds
 
-    def tensors(self, workplace: Workplace) -> dict[str, Tensor]:
-        """Those of the trained task, by name."""
-        file = workplace.task_file(self.task_key)
+    def tensors(self, workspace: Workspace) -> dict[str, Tensor]:
+        """Return the tensors of the trained task by name; train it first if its file was not kept."""
+        file = workspace.task_file(self.task_key)
         if not file.is_file():
-            dataclasses.replace(self, keep=True).trained(workplace)
-        return read(file)[1]
+            dataclasses.replace(self, keep=True).trained(workspace)
+        return read(file).tensors
 
 
 @dataclass(frozen=True)
-class Trial(Training):
-    """A training that may diverge: that, too, is a result.
+class Trial(TrainingRun):
+    """A training run whose divergence is a result too.
 
-    Its score is then that of the untrained task (0 if that gives no numbers), and its fact ``stopped`` is the reason.
+    The score is then that of the untrained task (0 if its outputs are not finite), and the fact ``stopped`` the reason.
     """
 
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
         try:
-            yield from super().results(missing, workplace)
+            yield from super().results(missing, workspace)
         except Diverged as error:
-            untrained = self.contender.put(self.problem, self.seed).to(workplace.device)
+            untrained = self.contender.put(self.problem, self.seed).to(workspace.device)
             try:
-                result = self.measured(untrained, 0.0, workplace)
-            except Diverged:  # not even the first weights give numbers
-                result = self.result(self.key, 0.0, 0.0, workplace, costs(untrained, self.problem.name, 0.0))
+                result = self.measured(untrained, 0.0, workspace)
+            except Diverged:  # the untrained task's outputs are not finite either
+                result = self.result(self.key, 0.0, 0.0, workspace, costs(untrained, self.problem.name, 0.0))
             yield dataclasses.replace(result, facts={**self.facts, STOPPED: str(error)})

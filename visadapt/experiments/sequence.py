@@ -1,4 +1,4 @@
-"""Tasks learned one after another: what they cost together, and whether the earlier ones are still known."""
+"""Tasks learned one after another: their total size, and whether earlier ones are forgotten."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ from visadapt.experiments.base import Experiment
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Result, key_of
-from visadapt.experiments.run import Found, Run, Training
-from visadapt.experiments.train import Workplace, costs, keep, kept, measure, train
-from visadapt.experiments.transplant import body, start_from
+from visadapt.experiments.run import Lookup, Run, TrainingRun
+from visadapt.experiments.train import Workspace, costs, load_task, measure, save_task, train
+from visadapt.experiments.transplant import body_tensors, start_from
 from visadapt.methods import Full
 from visadapt.training import Samples, predict
 
 
 @dataclass(frozen=True)
 class Sequence(Experiment):
-    """All problems in turn on one network; after each, every one learned so far is measured again.
+    """Learn all problems in turn on one network, and after each measure every problem learned so far again.
 
-    A contender gives each problem a task of its own, which no later one can touch. Sequential fine-tuning is what is
-    done without tasks: the weights go on from problem to problem, earlier ones keep their head alone.
+    A contender gives each problem its own task, which later ones do not change. Sequential fine-tuning is the
+    alternative without tasks: the weights are trained on from problem to problem, and earlier problems keep only their
+    heads.
 
-    Facts: ``position`` of the problem learned last, from 0, and its name, ``after``; ``total`` parameters by then as a
-    multiple of the backbone; ``outputs``, a hash of the logits of the first 256 test samples: equal to that of the
-    position where the problem was learned, nothing was forgotten, to the last bit.
+    Facts: ``position`` of the problem learned last, from 0; ``after``, its name; ``total``, the parameters so far as a
+    multiple of the backbone's; ``outputs``, a hash of the logits of the first 256 test samples. If ``outputs`` equals
+    that of the position where the problem was learned, nothing was forgotten, bit for bit.
 
     Args:
-        problems: in the order of learning, all on one backbone.
-        contenders: whom.
-        sequential: a contender with :class:`~visadapt.methods.Full`; None leaves it out.
-        seeds: each a sequence.
+        problems: problems in the order of learning, all on one backbone.
+        contenders: contenders to train.
+        sequential: a contender with :class:`~visadapt.methods.Full`; None to leave sequential fine-tuning out.
+        seeds: one sequence each.
+
+    Raises:
+        VisadaptError: the problems have different backbones or the same name, or ``sequential`` has another method.
     """
 
     name: ClassVar[str] = "sequence"
@@ -49,85 +53,87 @@ class Sequence(Experiment):
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if len({(p.network, p.options) for p in self.problems}) != 1:
-            raise VisadaptError("a sequence is learned by one network: its problems have the same one")
-        if len({p.name for p in self.problems}) != len(self.problems):
-            raise VisadaptError("a sequence has each problem once")
+        networks = {f"{p.network} {dict(p.options)}" for p in self.problems}
+        if len(networks) != 1:
+            raise VisadaptError(f"the problems of a sequence must have one network, got {sorted(networks)}")
+        names = [p.name for p in self.problems]
+        if len(set(names)) != len(names):
+            raise VisadaptError(f"the problems of a sequence must have different names, got {names}")
         if self.sequential is not None and not isinstance(self.sequential.method, Full):
-            raise VisadaptError(f"sequential fine-tuning trains all weights, not {self.sequential.method}")
+            raise VisadaptError(f"the method of sequential fine-tuning must be Full, got {self.sequential.method}")
 
-    def runs(self, found: Found) -> list[Chain]:
-        chains = [(who, False) for who in self.contenders]
+    def runs(self, lookup: Lookup) -> list[Chain]:
+        chains = [(contender, False) for contender in self.contenders]
         if self.sequential is not None:
             chains.append((dataclasses.replace(self.sequential, name="sequential fine-tuning"), True))
-        return [Chain(self.problems, who, seed, shared) for who, shared in chains for seed in self.seeds]
+        return [Chain(self.problems, contender, seed, shared) for contender, shared in chains for seed in self.seeds]
 
 
 @dataclass(frozen=True)
 class Chain(Run):
-    """One contender through all problems.
+    """One contender trained on all problems in turn.
 
     Args:
-        problems: in the order of learning.
-        who: the contender.
-        seed: of every training.
-        shared: whether all problems share the weights of the last.
+        problems: problems in the order of learning.
+        contender: contender to train.
+        seed: seed of every training run.
+        shared: all problems share the weights of the last one.
     """
 
     problems: tuple[Problem, ...]
-    who: Contender
+    contender: Contender
     seed: int
     shared: bool
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(self._key(last, asked) for last in range(len(self.problems)) for asked in range(last + 1))
+        return tuple(self._key(last, index) for last in range(len(self.problems)) for index in range(last + 1))
 
-    def _key(self, last: int, asked: int) -> str:
-        return key_of(chain=self._history(last), asked=asked)
+    def _key(self, last: int, measured: int) -> str:
+        return key_of(chain=self._history(last), asked=measured)
 
     def _history(self, last: int) -> str:
         order = [problem.described() for problem in self.problems[: last + 1]]
-        return key_of(order=order, contender=self.who.described(), seed=self.seed, shared=self.shared)
+        return key_of(order=order, contender=self.contender.described(), seed=self.seed, shared=self.shared)
 
-    def results(self, missing: Collection[str], workplace: Workplace) -> Iterator[Result]:
-        model = self.problems[0].fresh().to(workplace.device)
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        model = self.problems[0].fresh().to(workspace.device)
         total = 0
         for last, problem in enumerate(self.problems):
-            seconds = self._learn(model, last, workplace)
-            paid = costs(model, problem.name, seconds)
-            total += paid["head"] + (0 if self.shared else paid["trained"])
-            for asked, earlier in enumerate(self.problems[: last + 1]):
-                key = self._key(last, asked)
+            seconds = self._learn(model, last, workspace)
+            task_costs = costs(model, problem.name, seconds)
+            total += task_costs["head"] + (0 if self.shared else task_costs["trained"])
+            for index, earlier in enumerate(self.problems[: last + 1]):
+                key = self._key(last, index)
                 if key in missing:
-                    facts = {"position": last, "after": problem.name, "total": 1 + total / paid["backbone"]}
-                    yield self._asked(model, key, earlier, facts, seconds, workplace)
+                    facts = {"position": last, "after": problem.name, "total": 1 + total / task_costs["backbone"]}
+                    yield self._measured(model, key, earlier, facts, seconds, workspace)
 
-    def _learn(self, model: nn.Module, last: int, workplace: Workplace) -> float:
-        """Learns one more problem, or reads what an earlier, killed run had learned of it."""
+    def _learn(self, model: nn.Module, last: int, workspace: Workspace) -> float:
+        """Train the next task, or load it from an earlier, interrupted run; return the seconds of its training."""
         problem = self.problems[last]
-        file = workplace.task_file(self._history(last))
+        file = workspace.task_file(self._history(last))
         if file.is_file():
-            seconds = kept(model, file)
+            seconds = load_task(model, file)
         else:
-            self.who.put(problem, self.seed, model)
+            self.contender.put(problem, self.seed, model)
             if self.shared and last > 0:
-                start_from(model, problem.name, body(model, self.problems[last - 1].name))
-            seconds = train(model, problem, self.who, self.seed, workplace)
-            keep(model, problem.name, file, seconds)
+                start_from(model, problem.name, body_tensors(model, self.problems[last - 1].name))
+            seconds = train(model, problem, self.contender, self.seed, workspace)
+            save_task(model, problem.name, file, seconds)
         if self.shared:
             for earlier in self.problems[:last]:
-                start_from(model, earlier.name, body(model, problem.name))
+                start_from(model, earlier.name, body_tensors(model, problem.name))
         return seconds
 
-    def _asked(
-        self, model: nn.Module, key: str, problem: Problem, facts: dict[str, Any], seconds: float, workplace: Workplace
+    def _measured(
+        self, model: nn.Module, key: str, problem: Problem, facts: dict[str, Any], seconds: float, workspace: Workspace
     ) -> Result:
         task = problem.name
-        score = measure(model, task, problem, "test", workplace)
+        score = measure(model, task, problem, "test", workspace)
         inputs, _ = problem.splits.test.take(torch.arange(min(256, len(problem.splits.test))))
-        logits = predict(model, task, Samples(inputs), prepare=problem.prepare, device=workplace.device)
+        logits = predict(model, task, Samples(inputs), prepare=problem.prepare, device=workspace.device)
         outputs = hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
-        who = Training("sequence", problem, self.who, self.seed)
-        result = who.result(key, score, seconds, workplace, costs(model, task, seconds))
+        training = TrainingRun("sequence", problem, self.contender, self.seed)
+        result = training.result(key, score, seconds, workspace, costs(model, task, seconds))
         return dataclasses.replace(result, facts={**facts, "outputs": outputs})

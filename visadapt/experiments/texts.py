@@ -6,18 +6,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visadapt.data import TextSplit, load_text, tokenizer_of
-from visadapt.experiments.problems import Problem, Splits, drawn
+from visadapt.data.inputs import Splits, TextInputs
+from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples, tokenised
 
 
 @dataclass(frozen=True)
 class TextProblem(Problem):
-    """Texts or pairs of texts, as :func:`visadapt.data.load_text` loads them, for a backbone of transformers.
+    """Texts or pairs of texts, as :func:`visadapt.data.load_text` loads them, for a backbone from transformers.
 
-    CoLA is scored by Matthews' correlation, as GLUE does, all else by accuracy.
+    The metric of CoLA is the Matthews correlation, as in GLUE; all other sets use accuracy.
 
     Args:
-        length: tokens; longer texts are cut.
+        network: name of the backbone, ``"bundled/minilm"`` or ``"hf/…"``.
+        data: name or path of the data set.
+        train: number of training texts; None for all.
+        validation: number of validation texts; None for all of the set's own.
+        test: number of test texts; None for all.
+        root: folder that contains the data set, if ``data`` is relative to one.
+        options: options of the backbone's builder, as pairs.
+        length: number of tokens; longer texts are truncated.
     """
 
     length: int = 64
@@ -32,9 +40,9 @@ class TextProblem(Problem):
         data = load_text(self.data, root=self.root)
         tokenizer = tokenizer_of(self.network)
 
-        def samples(split: TextSplit, most: int | None) -> Samples:
-            # the shortest first, so that batches in order have little padding
-            order = sorted(drawn(len(split), most).tolist(), key=lambda i: len("".join(split.texts[i])))
+        def samples(split: TextSplit, limit: int | None) -> Samples:
+            # shortest first, so that consecutive batches have little padding
+            order = sorted(subset_indices(len(split), limit).tolist(), key=lambda i: len("".join(split.texts[i])))
             return tokenised(tokenizer, split.subset(order), self.length)
 
         return Splits(
@@ -42,4 +50,5 @@ class TextProblem(Problem):
             samples(data.train, self.train),
             samples(data.validation, self.validation),
             samples(data.test, self.test),
+            TextInputs(self.network, self.length, pairs=not isinstance(data.test.texts[0], str)),
         )

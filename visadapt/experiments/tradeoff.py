@@ -1,4 +1,4 @@
-"""Size against score (Houlsby et al. 2019, arXiv 1902.00751, Fig. 3–5)."""
+"""Trained parameters against score (Houlsby et al. 2019, arXiv 1902.00751, Fig. 3–5)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from visadapt.experiments.base import Experiment
-from visadapt.experiments.catalogue import contender
-from visadapt.experiments.compare import swept
+from visadapt.experiments.catalogue import FULL, contender
+from visadapt.experiments.compare import sweep_runs
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Found, Training
+from visadapt.experiments.run import Lookup, TrainingRun
 
 
 @dataclass(frozen=True)
 class Tradeoff(Experiment):
-    """Bottlenecks of widths ``m`` against fine-tuning the top ``n`` layers, all of them, and the norms alone.
+    """Bottlenecks of several widths against fine-tuning the top layers, all layers, and the norms alone.
 
-    Facts: ``m`` of a bottleneck, ``n`` of top layers; nothing of the other two.
+    Facts: ``m`` of a bottleneck, ``n`` of top layers; none of the other two.
 
     Args:
-        problems: what to compare on.
-        widths: m.
-        layers: n.
-        seeds: each a training.
-        epochs: of every training.
-        settled: how the names of those contenders begin whose learning rate is the catalogue's; that of the others is
+        problems: problems to compare on.
+        widths: widths m of the bottlenecks.
+        layers: numbers n of top layers.
+        seeds: one training run each.
+        epochs: epochs of every training run.
+        settled: prefixes of the names of contenders that use the catalogue's learning rate; the others' rates are
             chosen on validation data.
     """
 
@@ -40,18 +40,18 @@ class Tradeoff(Experiment):
     epochs: int = 3
     settled: tuple[str, ...] = ()
 
-    def runs(self, found: Found) -> list[Training]:
+    def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [
             run
             for problem in self.problems
-            for who, facts in self._contenders()
-            for run in swept(self.name, problem, who, self.seeds, found, facts=facts)
+            for rated, facts in self._contenders()
+            for run in sweep_runs(self.name, problem, rated, self.seeds, lookup, facts=facts)
         ]
 
     def _contenders(self) -> Iterator[tuple[Contender, dict[str, Any]]]:
-        told = [(f"bottleneck m={m}", {"m": m}) for m in self.widths]
-        told += [(f"top layers n={n}", {"n": n}) for n in self.layers]
-        told += [("norms only", {}), ("full fine-tuning", {})]
-        for name, facts in told:
-            who = contender(name, self.epochs)
-            yield (dataclasses.replace(who, rates=()) if name.startswith(self.settled) else who), facts
+        facts_by_name: dict[str, dict[str, Any]] = {f"bottleneck m={m}": {"m": m} for m in self.widths}
+        facts_by_name |= {f"top layers n={n}": {"n": n} for n in self.layers}
+        facts_by_name |= {"norms only": {}, FULL: {}}
+        for name, facts in facts_by_name.items():
+            rated = contender(name, self.epochs)
+            yield (dataclasses.replace(rated, rates=()) if name.startswith(self.settled) else rated), facts

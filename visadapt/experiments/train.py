@@ -1,4 +1,4 @@
-"""One training: a contender's task, trained on a problem without looking at any but its training data."""
+"""One training run: a contender's task on the training data of a problem."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from visadapt.training import evaluate, fit
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where runs are made.
+class Workspace:
+    """The folder and the device that runs use.
 
     Attributes:
-        folder: of the results; task files that later runs start from lie in its folder ``tasks``. Every process that
-            works there must see it.
-        device: that is computed on.
-        progress: whether trainings show a bar on a terminal.
+        folder: folder of the results; task files for later runs are in its subfolder ``tasks``. All processes must have
+            access to it.
+        device: device to compute on.
+        progress: show a progress bar per training run on a terminal.
     """
 
     folder: Path
@@ -37,31 +37,31 @@ class Workplace:
     progress: bool = False
 
     def task_file(self, key: str) -> Path:
-        """The task file of the training of that key; its folder is there."""
+        """Return the path of the task file of this key; create its folder."""
         folder = self.folder / "tasks"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{key}.visadapt"
 
 
-def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, workplace: Workplace) -> float:
-    """Trains the task that :meth:`Contender.put` made, in place.
+def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, workspace: Workspace) -> float:
+    """Train in place the task that :meth:`Contender.put` added.
 
-    A linear probe is trained on features that are computed once. So is, for images, what lies above the first part
-    that is trained; where nothing lies below it, the whole network is run in every step.
+    A linear probe is trained on cached features. For images, the part of the network below the first trained module is
+    also run only once, and its outputs are cached if they fit in memory.
 
     Returns:
-        Seconds that it took.
+        The duration in seconds.
 
     Raises:
-        VisadaptError: the training diverged.
+        Diverged: training ended in numbers that are not finite.
     """
     task, data, recipe = problem.name, problem.splits.train, contender.recipe
     start = time.perf_counter()
-    options: dict[str, Any] = {"seed": seed, "device": workplace.device, "progress": workplace.progress}
+    options: dict[str, Any] = {"seed": seed, "device": workspace.device, "progress": workspace.progress}
     if is_probe(model, task):
         fit_head(model, task, data, recipe, prepare=problem.prepare, **options)
         return time.perf_counter() - start
-    cached = _cached(model, problem, workplace)
+    cached = _cached(model, problem, workspace)
     if cached is None:
         fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
     else:
@@ -72,17 +72,17 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     return time.perf_counter() - start
 
 
-def _cached(model: nn.Module, problem: Problem, workplace: Workplace) -> CachedPrefix | None:
-    """The maps below the first part that is trained; None where that is the stem, or where they are too many to keep.
+def _cached(model: nn.Module, problem: Problem, workspace: Workspace) -> CachedPrefix | None:
+    """Cache the feature maps below the first trained module; None if there are none or they do not fit in memory.
 
-    Texts are cut to the longest of each batch, so theirs are not kept.
+    Texts are padded per batch, so theirs are not cached.
     """
     if problem.modality != "image":
         return None
-    model.to(workplace.device)
+    model.to(workspace.device)
 
     def prepare(batch: Tensor) -> Any:
-        return problem.prepare(batch.to(workplace.device))
+        return problem.prepare(batch.to(workspace.device))
 
     try:
         return cache_prefix(model, problem.name, problem.splits.train.inputs, prepare=prepare, limit=2e8)
@@ -90,28 +90,28 @@ def _cached(model: nn.Module, problem: Problem, workplace: Workplace) -> CachedP
         return None
 
 
-def measure(model: nn.Module, task: str, problem: Problem, split: str, workplace: Workplace) -> float:
-    """A task's score on the ``test`` or the ``validation`` split of a problem."""
+def measure(model: nn.Module, task: str, problem: Problem, split: str, workspace: Workspace) -> float:
+    """Return a task's score on the ``test`` or the ``validation`` split of a problem."""
     data = getattr(problem.splits, split)
     metric = problem.metric
-    return evaluate(model, task, data, (metric,), prepare=problem.prepare, device=workplace.device)[metric]
+    return evaluate(model, task, data, (metric,), prepare=problem.prepare, device=workspace.device)[metric]
 
 
-def keep(model: nn.Module, task: str, file: Path, seconds: float) -> Path:
-    """Writes a task's file, which remembers how long the training took."""
+def save_task(model: nn.Module, task: str, file: Path, seconds: float) -> Path:
+    """Write a task file with the duration of the training run in its notes."""
     return save(model, task, file, notes={"seconds": seconds})
 
 
-def kept(model: nn.Module, file: Path) -> float:
-    """Reads a task's file into a model, and gives the seconds that it remembers."""
+def load_task(model: nn.Module, file: Path) -> float:
+    """Load a task file into a model, and return the duration of its training run in seconds."""
     task = load(model, file)
     return float(tasks(model)[task].notes["seconds"])
 
 
 def costs(model: nn.Module, task: str, seconds: float) -> dict[str, int]:
-    """What a task costs: parameters ``trained`` beside the ``head``, all of the ``backbone``, ``bytes`` of its file."""
-    told = summary(model)
-    row = told[task]
+    """Count a task's parameters, ``trained`` and in the ``head``, the ``backbone``'s, and the ``bytes`` of its file."""
+    table = summary(model)
+    row = table[task]
     with tempfile.TemporaryDirectory() as folder:
-        size = keep(model, task, Path(folder) / "task.visadapt", seconds).stat().st_size
-    return {"trained": row.adapters + row.norms, "head": row.head, "backbone": told.backbone, "bytes": size}
+        size = save_task(model, task, Path(folder) / "task.visadapt", seconds).stat().st_size
+    return {"trained": row.adapters + row.norms, "head": row.head, "backbone": table.backbone, "bytes": size}

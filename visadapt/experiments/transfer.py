@@ -1,4 +1,4 @@
-"""From domain to domain: a task trained on one initialises that of another."""
+"""Transfer between domains: a task trained on one domain initialises the task of another."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import ClassVar
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Found, Training
+from visadapt.experiments.run import Lookup, TrainingRun
 
 
 @dataclass(frozen=True)
 class Transfer(Experiment):
-    """Every problem, from scratch and from each of the others on the same backbone: adapters and norms, a new head.
+    """Train every problem from scratch, and from the adapters and norms of each other one, with a new head.
 
-    Facts: ``source``, the problem that the adapters come from; None where they are drawn anew.
+    Only problems with the same backbone are paired. Facts: ``source``, the problem that the adapters come from; None
+    for training from scratch.
 
     Args:
         problems: sources and targets.
         who: the contender.
-        seeds: each a training of every source and of every pair.
+        seeds: one training run per problem and per pair each.
     """
 
     name: ClassVar[str] = "transfer"
@@ -29,14 +30,17 @@ class Transfer(Experiment):
     who: Contender
     seeds: tuple[int, ...] = (0, 1, 2)
 
-    def runs(self, found: Found) -> list[Training]:
+    def runs(self, lookup: Lookup) -> list[TrainingRun]:
         runs = []
         for seed in self.seeds:
-            own = {p: Training(self.name, p, self.who, seed, facts={"source": None}, keep=True) for p in self.problems}
-            runs += list(own.values())
-            if all(found(run.key) for run in own.values()):
+            scratch = {
+                problem: TrainingRun(self.name, problem, self.who, seed, facts={"source": None}, keep=True)
+                for problem in self.problems
+            }
+            runs += list(scratch.values())
+            if all(lookup(run.key) for run in scratch.values()):
                 runs += [
-                    Training(self.name, target, self.who, seed, facts={"source": source.name}, start=own[source])
+                    TrainingRun(self.name, target, self.who, seed, facts={"source": source.name}, start=scratch[source])
                     for target in self.problems
                     for source in self.problems
                     if source != target and source.network == target.network and source.options == target.options

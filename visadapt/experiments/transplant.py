@@ -1,4 +1,4 @@
-"""A task's parts, taken as a start by another task, or left out for a while."""
+"""A task's parts: copied into another task as its initial values, or removed for a while."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from visadapt.experiments.problems import Problem
 from visadapt.runtime.registry import named_tensors, registry_of
 
 
-def body(model: nn.Module, task: str) -> dict[str, Tensor]:
-    """All tensors of a task but those of its head, by name: adapters, norm copies, weights of its own."""
+def body_tensors(model: nn.Module, task: str) -> dict[str, Tensor]:
+    """Return all tensors of a task except its head's, by name: adapters, norm copies, own weights."""
     registry = registry_of(model)
     heads = tuple(f"{joined(path, 'head')}." for path, owned in registry.parts(task).items() if "head" in owned)
     return {name: tensor for name, tensor in named_tensors(registry, task).items() if not name.startswith(heads)}
@@ -27,80 +27,84 @@ def body(model: nn.Module, task: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def start_from(model: nn.Module, task: str, source: Mapping[str, Tensor]) -> None:
-    """Gives a task another's values, in all but the head.
+    """Copy the values of another task into a task, except the head's.
 
     Args:
-        model: that has the task.
-        task: its name.
-        source: values by the names that :func:`body` gives; other names are passed by.
+        model: an injected model.
+        task: name of the task to change.
+        source: values by the names of :func:`body_tensors`; other names are ignored.
 
     Raises:
-        VisadaptError: a value is missing, or has another shape. Nothing was changed then.
+        VisadaptError: a value is missing or has another shape; nothing is changed then.
     """
-    own = body(model, task)
-    for name, tensor in own.items():
+    targets = body_tensors(model, task)
+    for name, tensor in targets.items():
         if name not in source or source[name].shape != tensor.shape:
-            raise VisadaptError(f"task {task!r} cannot start from the other: that has no {name} of its shape")
-    for name, tensor in own.items():
+            shape = tuple(tensor.shape)
+            raise VisadaptError(f"task {task!r} cannot start from another task without {name} of shape {shape}")
+    for name, tensor in targets.items():
         tensor.copy_(source[name])
 
 
-def layers(problem: Problem, who: Contender) -> int:
-    """How many layers a problem's backbone has, counted by the sites where a contender's adapters stand.
+def count_layers(problem: Problem, contender: Contender) -> int:
+    """Count the layers of a problem's backbone by the sites that a contender's method adapts.
 
     Raises:
-        VisadaptError: it has no adapters, or none that stand in this backbone.
+        VisadaptError: the method adapts no site of this backbone.
     """
-    count = _layers(problem, who.method.kinds)
+    count = _layer_count(problem, contender.method.kinds)
     if not count:
-        raise VisadaptError(f"{who.name!r} puts no adapters into layers of {problem.network}; 'bottleneck m=8' does")
+        raise VisadaptError(
+            f"the contender must have adapters in the layers of {problem.network}, such as 'bottleneck m=8'; "
+            f"got {contender.name!r}"
+        )
     return count
 
 
 @lru_cache(maxsize=32)
-def _layers(problem: Problem, kinds: tuple[str, ...]) -> int:
+def _layer_count(problem: Problem, kinds: tuple[str, ...]) -> int:
     return 1 + max((site.depth for site in sites(problem.fresh()) if site.kind in kinds), default=-1)
 
 
-def depths(model: nn.Module, task: str) -> dict[str, int]:
-    """At which depth each host of a task stands; those outside all blocks (the stem, the head) are not among them."""
-    found: dict[str, int] = {}
-    places = sites(unwrapped(model))
+def host_depths(model: nn.Module, task: str) -> dict[str, int]:
+    """Return the depth of each host module of a task, by path; hosts outside all blocks (stem, head) are left out."""
+    depths: dict[str, int] = {}
+    all_sites = sites(unwrapped(model))
     for path in registry_of(model).task(task).hosts:
-        for site in places:
+        for site in all_sites:
             if path == site.host or (site.block and f"{path}.".startswith(f"{site.block}.")):
-                found[path] = site.depth
+                depths[path] = site.depth
                 break
-    return found
+    return depths
 
 
 @contextmanager
-def without(model: nn.Module, task: str, at: Container[int], *, norms: bool) -> Iterator[nn.Module]:
-    """Within the block, a task acts without its parts at some depths; the backbone's own act there.
+def without_layers(model: nn.Module, task: str, removed: Container[int], *, norms: bool) -> Iterator[nn.Module]:
+    """Remove a task's parts at some depths within the block, so that the backbone's own modules act there.
 
-    Not for several threads at once: the parts are really taken out, and put back in the same order.
+    Not thread-safe: the parts are removed from the model, and then put back in the same order.
 
     Args:
         model: an injected model.
-        task: its name.
-        at: depths, as :func:`visadapt.sites` counts them.
-        norms: whether the task's own norms there go too; otherwise they stay in place.
+        task: name of the task.
+        removed: depths, as :func:`visadapt.sites` counts them.
+        norms: also remove the task's own norms.
 
     Yields:
         The same model.
     """
     registry = registry_of(model)
-    taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    at_hosts = {path for path, depth in depths(model, task).items() if depth in at}
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    hosts = {path for path, depth in host_depths(model, task).items() if depth in removed}
     try:
         for path, owned in registry.parts(task).items():
-            if path in at_hosts:
+            if path in hosts:
                 modules: dict[str, Any] = owned._modules
-                taken.append((modules, dict(modules)))
+                changed.append((modules, dict(modules)))
                 for name in [name for name in modules if name != "head" and (norms or name != "norm")]:
                     del modules[name]
         yield model
     finally:
-        for modules, before in taken:
+        for modules, before in changed:
             modules.clear()
             modules.update(before)

@@ -25,6 +25,12 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
 
     Raises:
         VisadaptError: the model is injected or in train mode, or does not run on the example.
+
+    Example:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> expected = backbone.eval()(images)
+        >>> torch.allclose(visadapt.fold(backbone)(images), expected, atol=1e-4)
+        True
     """
     if find_registry(model) is not None:
         raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")

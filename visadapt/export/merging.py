@@ -49,6 +49,15 @@ def merge(
 
     Raises:
         VisadaptError: something cannot be merged exactly; the site and the reason are named. Nothing was changed then.
+
+    Example:
+        >>> model = visadapt.inject(backbone, visadapt.LoRA(r=2), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> any("visadapt" in key for key in plain.state_dict())
+        False
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> torch.allclose(plain(images), model(images), atol=1e-5)
+        True
     """
     registry = registry_of(model)
     name = registry.task(registry.current() if task is None else task).name
@@ -149,6 +158,14 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Raises:
         VisadaptError: the model was not merged in place.
+
+    Example:
+        >>> model = visadapt.inject(backbone, visadapt.LoRA(r=2), task="flowers", num_classes=3).eval()
+        >>> model = visadapt.merge(model, "flowers", inplace=True)
+        >>> visadapt.tasks(model)
+        {}
+        >>> list(visadapt.tasks(visadapt.unmerge(model)))
+        ['flowers']
     """
     registry = find_registry(model)
     if "_visadapt_merged" not in model.__dict__:

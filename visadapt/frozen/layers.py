@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batchnorm import carried, folded, is_foldable
-from visadapt.backbone.modules import CHILD, LEAN, is_stateful, plain_class
+from visadapt.backbone.modules import LEAN, is_stateful
 from visadapt.backbone.operators import CONV_FORWARDS, CONVS, Conv
+from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
@@ -22,8 +23,8 @@ from visadapt.frozen.functions import (
     OwnBatchNorm,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
-from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
-from visadapt.runtime.host import swap
+from visadapt.runtime.classes import frozen_class
+from visadapt.runtime.host import dress, hosting_class
 from visadapt.runtime.registry import AUTO, Registry, parts_of
 from visadapt.runtime.roles import role
 
@@ -44,7 +45,7 @@ class Lean:
         for module, make in ((part, part_maker_for(part)), *((m, maker_for(m, set())) for m in inner)):
             if make is not None:
                 module.__dict__[LEAN] = self
-                swap(module, make)
+                dress(module, make)
 
 
 @dataclass
@@ -256,7 +257,7 @@ def _pair(value: Any) -> list[int]:
 
 def maker_for(module: nn.Module, paired: set[nn.Module]) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
-    forward = type(module).forward if CHILD not in module._modules else type(module)._visadapt_base.forward  # type: ignore[attr-defined]
+    forward = without(type(module), hosting_class).forward
     if forward in CONV_FORWARDS and isinstance(module, CONVS):
         return lean_conv
     if module in paired and is_stateful(module):
@@ -284,3 +285,17 @@ def part_maker_for(part: nn.Module) -> Maker | None:
     if type(part).forward is nn.LayerNorm.forward:
         return lean_layer_norm
     return None
+
+
+MAKERS = (
+    lean_conv,
+    lean_norm,
+    lean_relu,
+    lean_dropout,
+    lean_pool,
+    lean_activation,
+    lean_layer_norm,
+    lean_own_norm,
+    lean_bottleneck,
+)
+"""All makers of lean classes."""

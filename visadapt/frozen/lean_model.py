@@ -11,8 +11,8 @@ from visadapt.backbone.batchnorm import pairs
 from visadapt.backbone.modules import LEAN, own_modules, unwrapped
 from visadapt.backbone.operators import Conv
 from visadapt.errors import VisadaptError
-from visadapt.frozen.layers import Lean, Pair, maker_for
-from visadapt.runtime.host import swap
+from visadapt.frozen.layers import MAKERS, Lean, Pair, maker_for
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import registry_of
 
 
@@ -38,6 +38,14 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
 
     Raises:
         VisadaptError: the model was never injected, or ``keep`` is no floating-point dtype.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3).train()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> plain = model(images)
+        >>> lean = visadapt.lean(model)(images)  # keeps less for the backward pass
+        >>> torch.allclose(lean, plain, atol=1e-4)
+        True
     """
     registry = registry_of(model)
     backbone = unwrapped(model)
@@ -61,7 +69,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
         make = maker_for(module, set(folded))
         if make is not None:
             module.__dict__[LEAN] = folded.get(module, registry.lean)
-            swap(module, make)
+            dress(module, make)
     for name in registry.tasks:
         for parts in registry.parts(name).values():
             for part in parts.values():
@@ -84,7 +92,7 @@ def unlean(model: nn.Module) -> nn.Module:
     registry = registry_of(model)
     for module in unwrapped(model).modules():
         if module.__dict__.pop(LEAN, None) is not None:
-            swap(module, None)
+            undress(module, *MAKERS)
     registry.lean = None
     return model
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.fingerprint import fingerprint, raw
+from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.subclass import cached, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.errors import VisadaptError
-from visadapt.runtime.classes import cached, subclass
-from visadapt.runtime.host import swap
+from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import Registry, registry_of
 from visadapt.runtime.selection import bare, using
+from visadapt.tensor_file import raw
 
 SPENT = "_visadapt_prefix"
 """Attribute of a module that a prefix spares: the shape of its output, or None for the one whose output is kept."""
@@ -87,7 +88,7 @@ class Prefix:
         modules = own_modules(self.model)
         for path, shape in spared.items():
             modules[path].__dict__[SPENT] = shape
-            swap(modules[path], sparing_class)
+            dress(modules[path], sparing_class)
         self.spared = [modules[path] for path in spared]
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class Prefix:
         """Gives the spared modules their classes back."""
         for module in self.spared:
             if module.__dict__.pop(SPENT, "none") != "none":
-                swap(module, None)
+                undress(module, sparing_class)
         self.spared = []
 
 
@@ -221,6 +222,13 @@ def cache_prefix(
     Raises:
         VisadaptError: there is no prefix to keep; the features would pass the limit; the model does not give the same
             from the cache as without (then it draws random numbers, or its prefix is more than one tensor).
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> cached = visadapt.cache_prefix(model, "flowers", images)
+        >>> cached.features.shape[:2]  # views, samples
+        torch.Size([1, 4])
     """
     ready: Callable[[Any], Any] = prepare or (lambda batch: batch)
     count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)

@@ -1,4 +1,4 @@
-"""Reports: what the results of experiments say, as figures, tables, Markdown and one HTML page."""
+"""Reports of experiments' results: figures, tables, Markdown and one HTML page."""
 
 from visadapt.report.assembly import Report as Report
 from visadapt.report.assembly import build as build

@@ -1,4 +1,4 @@
-"""A report: all sections that the results allow."""
+"""A report: the sections of all experiments that have results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
 from visadapt.report.ablation import ablation
-from visadapt.report.comparable import settled
+from visadapt.report.comparable import drop_superseded
 from visadapt.report.compare import compare
 from visadapt.report.decathlon import decathlon
 from visadapt.report.init_scale import init_scale
 from visadapt.report.modality import modality
 from visadapt.report.section import Section
 from visadapt.report.sequence import sequence
-from visadapt.report.statistics import grouped
+from visadapt.report.statistics import group_by
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
 
@@ -24,12 +24,12 @@ SECTIONS = (compare, tradeoff, ablation, init_scale, sequence, transfer, modalit
 
 @dataclass(frozen=True)
 class Report:
-    """What the results say.
+    """A report of experiments' results.
 
     Args:
-        title: of the page.
-        sections: one an experiment.
-        made_with: devices, versions and commits, each with the number of results made so.
+        title: title of the page.
+        sections: one section per experiment.
+        made_with: one line per environment (device, versions, commit) with its number of results.
     """
 
     title: str
@@ -38,20 +38,23 @@ class Report:
 
 
 def build(results: Sequence[Result], title: str = "Results") -> Report:
-    """Makes the sections of all experiments that there are results of.
+    """Build a report of all experiments that have results.
 
     Args:
-        results: as :func:`visadapt.experiments.read_results` gives them.
-        title: of the page.
+        results: results, as :func:`visadapt.experiments.read_results` returns them.
+        title: title of the page.
+
+    Returns:
+        The report, with one section per experiment.
 
     Raises:
-        VisadaptError: there are none, or too few for any section; or what has one name was made in several ways (with
-            other sizes, say), of which no mean can be taken.
+        VisadaptError: there are too few results for any section, or results with the same names have different
+            settings (such as sizes), so that they cannot be averaged.
     """
-    results = settled(results)
-    sections = tuple(section for make in SECTIONS if (section := make(results)) is not None)
+    results = drop_superseded(results)
+    sections = tuple(section for build_section in SECTIONS if (section := build_section(results)) is not None)
     if not sections:
         raise VisadaptError(f"{len(results)} results are too few for a report: run an experiment to its end first")
-    machines = grouped(results, lambda r: ", ".join(f"{key} {value}" for key, value in sorted(r.machine.items())))
-    made = tuple(f"{len(group):,} results: {machine}" for machine, group in machines.items() if machine)
-    return Report(title, sections, made)
+    machines = group_by(results, lambda r: ", ".join(f"{key} {value}" for key, value in sorted(r.machine.items())))
+    made_with = tuple(f"{len(group):,} results: {machine}" for machine, group in machines.items() if machine)
+    return Report(title, sections, made_with)

@@ -1,4 +1,4 @@
-"""Results that may be averaged: of one setting, at one learning rate, each seed once."""
+"""Comparable results, which may be averaged: one setting, one learning rate, each seed once."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ from collections.abc import Iterable, Sequence
 
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
-from visadapt.report.statistics import grouped, listed
+from visadapt.report.formatting import join_words
+from visadapt.report.statistics import group_by
 
-FOUND = ("layers", "majority", "outputs", "stopped", "total")
-"""Facts that a measurement finds; the others are what was asked for."""
+MEASURED = ("layers", "majority", "outputs", "stopped", "total")
+"""Facts that are measured; the others are coordinates of the experiment."""
 
 UNSWEPT = ("ablation", "init_scale")
-"""Experiments that have nothing but validation data, and choose nothing by it."""
+"""Experiments that measure on validation data only, and choose no learning rate by it."""
 
 
-def settled(results: Sequence[Result]) -> list[Result]:
-    """The results without those at a learning rate that validation data, tried at more of them since, has given up.
+def drop_superseded(results: Sequence[Result]) -> list[Result]:
+    """Remove final results at learning rates that a longer sweep on validation data no longer chooses.
 
     Args:
-        results: of any experiments, as a folder holds them.
+        results: results of any experiments.
+
+    Returns:
+        The remaining results, in the same order.
 
     Raises:
-        VisadaptError: what has one name was made in several ways, so that a mean would be of no one of them.
+        VisadaptError: results with the same names have different settings, the same seed twice, or several learning
+            rates that validation data does not choose between.
     """
-    given_up: set[Result] = set()
-    for group in grouped(results, _asked).values():
-        # what an older result was made with is not known
+    superseded: set[Result] = set()
+    for group in group_by(results, _coordinates).values():
+        # the setting of older results is unknown
         if len({result.setting for result in group} - {None}) > 1:
-            raise _mixed(group[0], "are of several settings: sizes, epochs, or data or backbones that share a name")
+            raise _mixed(group[0], "have several settings: sizes, epochs, or data or backbones of the same name")
         finals = [result for result in group if _is_final(result)]
         trials = [result for result in group if not _is_final(result)]
         if len({result.seed for result in finals}) < len(finals):
             chosen = _chosen(finals, trials)
-            given_up.update(result for result in finals if result.lr != chosen)
+            superseded.update(result for result in finals if result.lr != chosen)
             finals = [result for result in finals if result.lr == chosen]
-        for (_, seed, rate), same in grouped([*finals, *trials], lambda r: (r.split, r.seed, r.lr)).items():
+        for (_, seed, rate), same in group_by([*finals, *trials], lambda r: (r.split, r.seed, r.lr)).items():
             if len(same) > 1:
                 raise _mixed(same[0], f"have seed {seed} at lr {rate:g} more than once")
-    return [result for result in results if result not in given_up]
+    return [result for result in results if result not in superseded]
 
 
-def _asked(result: Result) -> tuple[str, ...]:
-    """What one figure of a report is the mean of, over seeds."""
-    facts = {name: fact for name, fact in result.facts.items() if name not in FOUND}
-    told = json.dumps(facts, sort_keys=True)
-    return result.experiment, result.network, result.problem, result.contender, result.metric, told
+def _coordinates(result: Result) -> tuple[str, ...]:
+    """Return what results have in common whose mean over seeds is one figure of a report."""
+    facts = {name: fact for name, fact in result.facts.items() if name not in MEASURED}
+    facts_text = json.dumps(facts, sort_keys=True)
+    return result.experiment, result.network, result.problem, result.contender, result.metric, facts_text
 
 
 def _is_final(result: Result) -> bool:
@@ -54,18 +59,18 @@ def _is_final(result: Result) -> bool:
 
 
 def _chosen(finals: Sequence[Result], trials: Iterable[Result]) -> float:
-    """The learning rate that an experiment would take now: the best of the first seed's trials."""
+    """Return the learning rate that an experiment would choose now: the best of the first seed's trials."""
     rates = sorted({result.lr for result in finals})
-    first = min(grouped(trials, lambda r: r.seed).items(), default=(0, []))[1]
-    standing = {result.lr: result.standing for result in first}
-    if len(rates) > 1 and not standing.keys() >= set(rates):
-        said = listed([f"{rate:g}" for rate in rates])
-        raise _mixed(finals[0], f"have one seed at lr {said}, and validation data does not say which to take")
-    return max(rates, key=lambda rate: standing.get(rate, 0))
+    first_seed = min(group_by(trials, lambda r: r.seed).items(), default=(0, []))[1]
+    scores = {result.lr: result.standing for result in first_seed}
+    if len(rates) > 1 and not scores.keys() >= set(rates):
+        rates_text = join_words([f"{rate:g}" for rate in rates])
+        raise _mixed(finals[0], f"have one seed at lr {rates_text}, and no validation results to choose between them")
+    return max(rates, key=lambda rate: scores.get(rate, 0))
 
 
-def _mixed(result: Result, why: str) -> VisadaptError:
+def _mixed(result: Result, reason: str) -> VisadaptError:
     return VisadaptError(
-        f"results of {result.experiment} for {result.contender} on {result.network}, {result.problem} {why}. They "
-        "are no seeds of each other: keep them in folders of their own"
+        f"results of {result.experiment} for {result.contender} on {result.network}, {result.problem} {reason}. They "
+        "cannot be averaged: keep them in separate folders"
     )

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: for light and dark rooms, desks and phones."""
+"""A report as one self-contained HTML page, for light and dark themes, wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ summary { cursor: pointer; padding: 0.5rem 0; }
 
 
 def page(report: Report) -> str:
-    """The page, figures and style within it."""
+    """Render a report as one HTML page, with figures and style included."""
     claims = [claim for section in report.sections for claim in section.claims]
     links = [("claims", "Claims")] * bool(claims) + [(section.name, section.title) for section in report.sections]
-    entries = "".join(f"<li><a href='#{at}'>{escape(to)}</a></li>" for at, to in links)
+    entries = "".join(f"<li><a href='#{anchor}'>{escape(title)}</a></li>" for anchor, title in links)
     parts = [f"<h1>{escape(report.title)}</h1>", f"<nav aria-label='Sections'><ul>{entries}</ul></nav>"]
     if claims:
         parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(claims)}</section>")
     parts += [_section(section) for section in report.sections]
-    made = "".join(f"<li>{escape(line)}</li>" for line in report.made_with)
-    footer = f"<footer><h2>Made with</h2><ul>{made}</ul></footer>" if made else ""
+    environments = "".join(f"<li>{escape(line)}</li>" for line in report.made_with)
+    footer = f"<footer><h2>Environments</h2><ul>{environments}</ul></footer>" if environments else ""
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -80,12 +80,12 @@ def _section(section: Section) -> str:
         f"<section id='{section.name}'><h2>{escape(section.title)}</h2>"
         f"<p class='finding'>{escape(section.finding)}</p><p class='reading'>{escape(section.reading)}</p>"
         f"{''.join(_figure(drawing) for drawing in section.drawings)}"
-        f"<details><summary>The numbers</summary>{tables}</details></section>"
+        f"<details><summary>Tables</summary>{tables}</details></section>"
     )
 
 
 def _figure(drawing: Drawing) -> str:
-    """Four drawings, of which the browser takes the one for its room and width."""
+    """Render four variants; the browser chooses by theme and width."""
     narrow = 3.7
 
     def source(look: Look, media: str) -> str:
@@ -105,13 +105,13 @@ def _data(drawing: Drawing, look: Look) -> str:
 
 
 def _table(table: Table) -> str:
-    # a region that scrolls must be reachable by keyboard, and say what it is
+    # a scrollable region must be reachable by keyboard and have a label
     label = escape(table.title, quote=True)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{table.html()}</div>'
 
 
 def _claims(claims: list[Claim]) -> str:
-    """One card a claim, with a line for each case that it was put to the test on."""
+    """Render one card per claim, with one line per case that it was tested on."""
     cards = []
     for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):
         cases = "".join(

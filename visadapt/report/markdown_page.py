@@ -1,4 +1,4 @@
-"""A report as Markdown, beside a folder of its figures."""
+"""A report as Markdown, with its figures in a folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from visadapt.table import Table
 
 
 def markdown(report: Report, figures: str) -> str:
-    """The page.
+    """Render a report as Markdown.
 
     Args:
-        report: what to say.
-        figures: the folder of the figures, as the page links to it.
+        report: the report.
+        figures: path of the folder of the figures, relative to the page.
+
+    Returns:
+        The page.
     """
     claims = [claim for section in report.sections for claim in section.claims]
     parts = [f"# {report.title}"]
@@ -20,7 +23,7 @@ def markdown(report: Report, figures: str) -> str:
         parts += ["## Claims", _claims(claims)]
     parts += [_section(section, figures) for section in report.sections]
     if report.made_with:
-        parts += ["## Made with", "\n".join(f"* {line}" for line in report.made_with)]
+        parts += ["## Environments", "\n".join(f"* {line}" for line in report.made_with)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -37,4 +40,4 @@ def _claims(claims: list[Claim]) -> str:
         (claim.text, claim.source, claim.case, claim.verdict if claim.holds else f"**{claim.verdict}**", claim.measured)
         for claim in claims
     ]
-    return Table(("claim", "of", "case", "here it", "measured"), rows).markdown()
+    return Table(("claim", "source", "case", "verdict", "measured"), rows).markdown()

@@ -1,4 +1,4 @@
-"""Score against the number of trained parameters, one dot a contender."""
+"""Scatter plot of score by number of trained parameters, one mark per contender."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visadapt.experiments.catalogue import is_adapter
 from visadapt.experiments.record import Result
 from visadapt.files import replacing
-from visadapt.report.statistics import average, grouped, is_adapter, spread, told
+from visadapt.report.formatting import mean_and_std
+from visadapt.report.statistics import group_by, mean_score, score_std
 from visadapt.report.style import Drawing, Look, plain_ticks
 
 if TYPE_CHECKING:
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "") -> Path:
-    """Writes a figure of score against the fraction of the backbone that was trained, head included.
+    """Write a figure of score by trained parameters, heads included, as a fraction of the backbone's.
 
     Args:
-        results: of any number of contenders and seeds on one problem.
-        path: of the picture, ``.svg`` or ``.png``.
-        title: above it.
+        results: results of any number of contenders and seeds on one problem.
+        path: path of the image, ``.svg`` or ``.png``.
+        title: title of the figure.
 
     Returns:
         The path.
@@ -32,28 +34,28 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    picture = against_size(results, title).render(Look(width=6), target.suffix.removeprefix("."))
+    image = size_scatter(results, title).render(Look(width=6), target.suffix.removeprefix("."))
     with replacing(target) as partial:
-        partial.write_bytes(picture)
+        partial.write_bytes(image)
     return target
 
 
-def against_size(results: Sequence[Result], title: str) -> Drawing:
-    """The figure: means and standard deviations over seeds."""
-    contenders = grouped(results, lambda r: r.contender)
+def size_scatter(results: Sequence[Result], title: str) -> Drawing:
+    """Build the figure, with means and standard deviations over seeds."""
+    contenders = group_by(results, lambda r: r.contender)
 
-    def x(own: list[Result]) -> float:
-        return 100 * (own[0].trained + own[0].head) / own[0].backbone
+    def x(runs: list[Result]) -> float:
+        return 100 * (runs[0].trained + runs[0].head) / runs[0].backbone
 
     def draw(look: Look) -> Figure:
         figure, (axes,) = look.panels(1, 3.6, title)
-        for place, (name, own) in enumerate(sorted(contenders.items(), key=lambda item: x(item[1]))):
+        for position, (name, runs) in enumerate(sorted(contenders.items(), key=lambda item: x(item[1]))):
             kind = 0 if is_adapter(name) else 1
             style = {key: look.series(kind)[key] for key in ("color", "marker")}
-            axes.errorbar(x(own), average(own), spread(own) or None, capsize=3, **style)
-            # neighbours above and below in turn, so that names do not meet
-            above = place % 2 == 0
-            axes.annotate(name, (x(own), average(own)), xytext=(0, 9 if above else -9), textcoords="offset points",
+            axes.errorbar(x(runs), mean_score(runs), score_std(runs) or None, capsize=3, **style)
+            # labels alternate above and below, so that they do not overlap
+            above = position % 2 == 0
+            axes.annotate(name, (x(runs), mean_score(runs)), xytext=(0, 9 if above else -9), textcoords="offset points",
                           ha="center", va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
@@ -62,5 +64,5 @@ def against_size(results: Sequence[Result], title: str) -> Drawing:
         axes.set_ylabel(f"{results[0].metric} in %")
         return figure
 
-    words = "; ".join(f"{name} {told(own)} % with {x(own):.2g} %" for name, own in contenders.items())
-    return Drawing("size", f"Score against trained parameters: {words}.", draw)
+    values = "; ".join(f"{name} {mean_and_std(runs)} % with {x(runs):.2g} %" for name, runs in contenders.items())
+    return Drawing("size", f"Score by trained parameters: {values}.", draw)

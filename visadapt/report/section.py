@@ -1,4 +1,4 @@
-"""A section of a report: what was asked, what is seen, and whether the papers' claims hold here."""
+"""A section of a report: findings, figures, tables, and whether the papers' claims hold."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from visadapt.table import Table
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper against what was measured in one case.
+    """A paper's claim, tested in one case.
 
     Args:
         text: the claim, with the threshold that is applied.
-        source: the paper that makes it.
-        case: the network, problem and method that it is put to the test on.
-        holds: whether it does.
-        measured: the figures that say so.
+        source: the paper.
+        case: the network, problem and method that it is tested on.
+        holds: whether the claim holds in this case.
+        measured: the figures behind the verdict.
     """
 
     text: str
@@ -28,22 +28,22 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """``holds`` as words."""
         return "holds" if self.holds else "does not hold"
 
 
 @dataclass(frozen=True)
 class Section:
-    """One experiment.
+    """The section of one experiment.
 
     Args:
-        name: the experiment's, as in the results.
-        title: what was asked.
-        finding: what is seen, in a sentence.
-        reading: how to read the figures and tables, and which paper's they resemble.
+        name: name of the experiment, as in the results.
+        title: heading of the section.
+        finding: the result in one sentence.
+        reading: how to read the figures and tables, and which paper they follow.
         drawings: the figures.
-        tables: the numbers behind them; a table's title is its caption.
-        claims: that were put to the test.
+        tables: the numbers of the figures; a table's title is its caption.
+        claims: the claims that were tested.
     """
 
     name: str

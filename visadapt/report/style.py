@@ -1,4 +1,4 @@
-"""How figures look: one palette that the colour-blind can tell apart, for light and for dark pages, wide and narrow."""
+"""The style of figures: one palette for colour-blind readers, for light and dark themes, wide and narrow pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours (2008), without the yellow that white paper swallows; lighter where the paper is dark
+# the colours of Okabe & Ito (2008), without yellow, which is faint on white; lighter on dark backgrounds
 _COLOURS = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"),
     "dark": ("#56b4e9", "#f28e4b", "#3fd0a4", "#e29cc5", "#e6c229", "#9ecae1"),
@@ -39,11 +39,11 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
 
 @dataclass(frozen=True)
 class Look:
-    """A page to draw for.
+    """The theme and width that figures are drawn for.
 
     Args:
         theme: ``light`` or ``dark``.
-        width: of the figure in inches; panels stand below one another on narrow ones.
+        width: width of the figure in inches; below 5 inches, panels are stacked in one column.
     """
 
     theme: str = "light"
@@ -51,30 +51,30 @@ class Look:
 
     @property
     def narrow(self) -> bool:
-        """Whether there is room for one panel beside another."""
+        """Whether panels are stacked in one column."""
         return self.width < 5
 
     @property
     def paper(self) -> str:
-        """The background."""
+        """Colour of the background."""
         return _PAPER[self.theme]
 
     @property
     def ink(self) -> str:
-        """Text and axes."""
+        """Colour of text and axes."""
         return _INK[self.theme]
 
     @property
     def faint(self) -> str:
-        """Lines to read values by."""
+        """Colour of grid lines."""
         return _FAINT[self.theme]
 
     def colour(self, number: int) -> str:
-        """The colour of a series; more than six series share colours and differ by marker and line."""
+        """Return the colour of a series; of more than six, some share colours and differ in their lines."""
         return _COLOURS[self.theme][number % 6]
 
     def series(self, number: int) -> dict[str, Any]:
-        """Colour, marker and line of a series: nothing is told by colour alone."""
+        """Return colour, marker and line style of a series, so that colour is not the only difference."""
         return {
             "color": self.colour(number),
             "marker": MARKERS[number % len(MARKERS)],
@@ -82,14 +82,14 @@ class Look:
         }
 
     def differences(self) -> Colormap:
-        """From losses by the paper's own shade, where nothing changes, to gains."""
+        """Return a colour map from losses through nearly the background's colour at zero to gains."""
         middle = "#f2f3f5" if self.theme == "light" else "#252c35"
         shades = (_LOSS[self.theme], middle, _GAIN[self.theme])
-        made: Colormap = _matplotlib("colors").LinearSegmentedColormap.from_list("differences", shades)
-        return made
+        colormap: Colormap = _matplotlib("colors").LinearSegmentedColormap.from_list("differences", shades)
+        return colormap
 
     def panels(self, count: int, height: float, title: str, **options: Any) -> tuple[Figure, list[Axes]]:
-        """A figure of ``count`` panels of this height in inches, under a title that is wrapped to its width."""
+        """Create a figure with ``count`` panels of this height in inches, under a wrapped title."""
         across = 1 if self.narrow else min(count, 2)
         down = -(-count // across)
         lines = textwrap.wrap(title, int(self.width * 11))
@@ -104,14 +104,14 @@ class Look:
         return figure, axes[:count]
 
     def legend(self, figure: Figure) -> None:
-        """Names the series below the panels, where they hide nothing."""
+        """Add a legend below the panels."""
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        # 13 letters an inch, and 6 for the mark and the gap
+        # 13 characters per inch, and 6 for the marker and the gap
         columns = max(1, int(self.width * 13 / (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))
 
     def rc(self) -> dict[Any, Any]:
-        """matplotlib's settings."""
+        """Return the settings for ``matplotlib.rc_context``."""
         return {
             "axes.edgecolor": self.ink,
             "axes.facecolor": self.paper,
@@ -149,18 +149,18 @@ def _matplotlib(module: str) -> Any:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Says 0.1 and 10 on a logarithmic axis, rather than powers of ten."""
+    """Label a logarithmic axis with plain numbers, 0.1 and 10, instead of powers of ten."""
     axis.set_major_formatter(_matplotlib("ticker").FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that can be drawn for any page.
+    """A figure that can be drawn for any theme and width.
 
     Args:
-        name: of its file.
-        alt: what it shows, in words, for those who do not see it.
-        draw: draws it.
+        name: file name without suffix.
+        alt: alternative text: what the figure shows, for readers who cannot see it.
+        draw: function that draws it.
     """
 
     name: str
@@ -168,14 +168,22 @@ class Drawing:
     draw: Callable[[Look], Figure]
 
     def render(self, look: Look, form: str = "svg", dpi: int = 150) -> bytes:
-        """The figure as the bytes of an SVG or PNG file, the same bytes each time.
+        """Render the figure as an SVG or PNG file; the same figure gives the same bytes.
+
+        Args:
+            look: theme and width.
+            form: ``svg`` or ``png``.
+            dpi: resolution of a PNG.
+
+        Returns:
+            The bytes of the file.
 
         Raises:
             VisadaptError: matplotlib is not installed.
         """
-        written = io.BytesIO()
-        # a date in the file would make each run's another; PNG has none
+        buffer = io.BytesIO()
+        # SVG files would otherwise contain the date, and differ each time
         metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
         with require("matplotlib", "a figure", "visadapt[plots]").rc_context(look.rc()):
-            self.draw(look).savefig(written, format=form, dpi=dpi, metadata=metadata)
-        return written.getvalue()
+            self.draw(look).savefig(buffer, format=form, dpi=dpi, metadata=metadata)
+        return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Results as the examples print them: one problem, a row a contender."""
+"""Tables of results on one problem, with one row per contender."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ from collections.abc import Sequence
 from statistics import mean
 
 from visadapt.experiments.record import Result
-from visadapt.report.statistics import grouped, share, told
+from visadapt.report.formatting import mean_and_std
+from visadapt.report.statistics import group_by, percent_trained
 from visadapt.table import Table
 
 
 def table(results: Sequence[Result], title: str = "") -> Table:
-    """One row a contender: score (mean and standard deviation over seeds), parameters, seconds, file size."""
+    """Build a table of scores (mean and standard deviation over seeds), parameters, seconds and file sizes.
+
+    Args:
+        results: results on one problem.
+        title: title of the table.
+
+    Returns:
+        The table, with one row per contender.
+    """
     rows = []
-    for name, own in grouped(results, lambda r: r.contender).items():
-        first = own[0]
+    for name, runs in group_by(results, lambda r: r.contender).items():
+        first = runs[0]
         rows.append(
             (
                 name,
-                told(own),
+                mean_and_std(runs),
                 f"{first.trained:,}",
-                f"{share(first):.2f} %",
+                f"{percent_trained(first):.2f} %",
                 f"{first.head:,}",
-                f"{mean(result.seconds for result in own):.0f}",
+                f"{mean(result.seconds for result in runs):.0f}",
                 f"{first.bytes / 1e6:.2f} MB",
             )
         )
@@ -31,13 +40,22 @@ def table(results: Sequence[Result], title: str = "") -> Table:
 
 
 def sweep_table(results: Sequence[Result], title: str = "") -> Table:
-    """One row a contender: its validation score in % at each learning rate, the best starred."""
+    """Build a table of validation scores in % at each learning rate, with the best marked by ``*``.
+
+    Args:
+        results: results on one problem; those on test data are ignored.
+        title: title of the table.
+
+    Returns:
+        The table, with one row per contender.
+    """
     rows = []
-    for name, found in grouped(results, lambda r: r.contender).items():
-        own = sorted((r for r in found if r.split == "validation"), key=lambda r: r.lr)
-        best = max(own, key=lambda result: result.standing)
+    for name, group in group_by(results, lambda r: r.contender).items():
+        trials = sorted((r for r in group if r.split == "validation"), key=lambda r: r.lr)
+        best = max(trials, key=lambda result: result.standing)
         cells = [
-            f"{r.lr:g}: {'diverged' if r.diverged else f'{100 * r.score:.1f}'}{' *' if r == best else ''}" for r in own
+            f"{r.lr:g}: {'diverged' if r.diverged else f'{100 * r.score:.1f}'}{' *' if r == best else ''}"
+            for r in trials
         ]
         rows.append((name, best.epochs, "   ".join(cells), f"{best.lr:g}"))
-    return Table(("method", "epochs", "validation score in % by learning rate", "picked"), rows, title)
+    return Table(("method", "epochs", "validation score in % by learning rate", "chosen"), rows, title)

@@ -1,4 +1,4 @@
-"""From domain to domain."""
+"""Report section: transfer between domains."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
+from visadapt.report.formatting import file_name, mean_and_std, signed
 from visadapt.report.heatmap import heatmaps
 from visadapt.report.section import Section
-from visadapt.report.statistics import average, file_name, grouped, signed, told
+from visadapt.report.statistics import group_by, mean_score
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
@@ -16,24 +17,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Gains = dict[tuple[str, str], float]
-"""(Target, source) → points gained by starting from the source's adapters rather than anew."""
+"""(Target, source) → points gained by starting from the source's adapters instead of from scratch."""
 
 
 def transfer(results: Sequence[Result]) -> Section | None:
-    """The section of the experiment ``transfer``."""
-    own = [r for r in results if r.experiment == "transfer" and r.split == "test"]
-    networks = {name: group for name, group in grouped(own, lambda r: r.network).items() if _gains(group)}
+    """Build the section of the experiment ``transfer``; None without a pair of domains."""
+    tests = [r for r in results if r.experiment == "transfer" and r.split == "test"]
+    networks = {name: group for name, group in group_by(tests, lambda r: r.network).items() if _gains(group)}
     if not networks:
         return None
-    every = [(gain, pair, name) for name, group in networks.items() for pair, gain in _gains(group).items()]
-    (least, *_), (most, (target, source), network) = min(every), max(every)
+    gains = [(gain, pair, name) for name, group in networks.items() for pair, gain in _gains(group).items()]
+    (least, *_), (most, (target, source), network) = min(gains), max(gains)
     return Section(
         "transfer",
-        "From domain to domain",
-        f"Starting from another domain's adapters changes the score by {signed(least)} to {signed(most)} points; most "
-        f"is gained on {target} from {source} ({network}).",
-        "A row is the domain that is learned, a column the one whose adapters and norms it starts from, with a new "
-        "head; points against adapters that are drawn anew, on test data, mean over seeds.",
+        "Transfer between domains",
+        f"Starting from another domain's adapters changes the score by {signed(least)} to {signed(most)} points; the "
+        f"largest gain is on {target} from {source} ({network}).",
+        "Rows are the domains that are learned, columns the domains whose adapters and norms they start from, with a "
+        "new head. Points relative to training from scratch, on test data, mean over seeds.",
         tuple(_matrix(name, group) for name, group in networks.items()),
         tuple(_table(name, group) for name, group in networks.items()),
     )
@@ -41,10 +42,10 @@ def transfer(results: Sequence[Result]) -> Section | None:
 
 def _gains(results: Sequence[Result]) -> Gains:
     gains: Gains = {}
-    for target, group in grouped(results, lambda r: r.problem).items():
-        by = grouped(group, lambda r: r.facts["source"])
+    for target, group in group_by(results, lambda r: r.problem).items():
+        by = group_by(group, lambda r: r.facts["source"])
         if None in by:
-            gains |= {(target, s): average(own) - average(by[None]) for s, own in by.items() if s is not None}
+            gains |= {(target, s): mean_score(runs) - mean_score(by[None]) for s, runs in by.items() if s is not None}
     return gains
 
 
@@ -55,20 +56,20 @@ def _matrix(network: str, results: Sequence[Result]) -> Drawing:
 
     def draw(look: Look) -> Figure:
         title = f"{network}: points gained by starting from another domain's adapters"
-        figure, drawn = look.panels(1, 1.2 + 0.5 * len(targets), title)
-        heatmaps(drawn, look, [[[gains.get((target, source)) for source in names] for target in targets]], names)
-        drawn[0].set_xlabel("starts from")
-        drawn[0].set_ylabel("learns")
+        figure, (axes,) = look.panels(1, 1.2 + 0.5 * len(targets), title)
+        heatmaps([axes], look, [[[gains.get((target, source)) for source in names] for target in targets]], names)
+        axes.set_xlabel("starts from")
+        axes.set_ylabel("learns")
         return figure
 
-    words = "; ".join(f"{target} from {source} {signed(gain)}" for (target, source), gain in gains.items())
-    return Drawing(file_name("transfer", network), f"Matrix of points gained on {network}: {words}.", draw)
+    values = "; ".join(f"{target} from {source} {signed(gain)}" for (target, source), gain in gains.items())
+    return Drawing(file_name("transfer", network), f"Matrix of points gained on {network}: {values}.", draw)
 
 
 def _table(network: str, results: Sequence[Result]) -> Table:
-    problems = grouped(results, lambda r: r.problem)
+    problems = group_by(results, lambda r: r.problem)
     rows = [
-        (target, *(told([r for r in group if r.facts["source"] == source]) for source in (None, *problems)))
+        (target, *(mean_and_std([r for r in group if r.facts["source"] == source]) for source in (None, *problems)))
         for target, group in problems.items()
     ]
-    return Table(("learns", "anew", *(f"from {name}" for name in problems)), rows, f"{network}: score in %")
+    return Table(("learns", "from scratch", *(f"from {name}" for name in problems)), rows, f"{network}: score in %")

@@ -1,4 +1,4 @@
-"""A report on disk: Markdown, its figures, and the HTML page."""
+"""Writing a report: the Markdown page, its figures, and the HTML page."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from visadapt.report.style import Look
 
 
 def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str = "Results") -> list[Path]:
-    """Writes ``OUT.md``, ``OUT.html`` and the figures, ``OUT/….svg``. The same results give the same bytes.
+    """Write ``OUT.md``, ``OUT.html`` and the figures ``OUT/….svg``; the same results give the same bytes.
 
     Args:
         results: a folder or file of results.
-        out: where to, without a suffix: ``docs/results``.
-        title: of both pages.
+        out: path of the pages without a suffix, such as ``docs/results``.
+        title: title of both pages.
 
     Returns:
-        The paths of what was written, the pages first.
+        The paths of the written files, the pages first.
 
     Raises:
-        VisadaptError: no results, too few of them, or of several settings under the same names; no matplotlib, or a
-            folder that cannot be written to. All is drawn before anything is written.
+        VisadaptError: there are no results, too few, or some with the same names but different settings; matplotlib is
+            not installed; or the folder cannot be written to. Everything is drawn before anything is written.
     """
     target = Path(out)
     report = build(read_results(results), title)
-    # a name may hold a dot, so suffixes are added, not changed
+    # names may contain a dot, so suffixes are appended, not replaced
     files = {
         Path(f"{target}.md"): markdown(report, target.name).encode(),
         Path(f"{target}.html"): page(report).encode(),

@@ -1,19 +1,12 @@
-"""Cached subclasses that change how a module behaves but not what it is."""
+"""Subclasses of a backbone's modules that keep them frozen, and of a task's that keep them in fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-Maker = Callable[[type[nn.Module]], type[nn.Module]]
-
-
-def cached(make: Maker) -> Maker:
-    """``functools.cache`` for makers of classes: one subclass a class."""
-    return cast("Maker", cache(make))
+from visadapt.backbone.subclass import ModuleClass, cached, subclass
 
 
 def _never_trains(module: nn.Module) -> bool:
@@ -25,39 +18,14 @@ def _set_training(module: nn.Module, mode: bool) -> None:
     module.__dict__["training"] = mode
 
 
-def _rebuild(plain: type[nn.Module], makers: tuple[Any, ...]) -> nn.Module:
-    cls = plain
-    for make in makers:
-        cls = make(cls)
-    return cls.__new__(cls)
-
-
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # the class was made at run time: pickle finds it again by what it was made from
-    return _rebuild, getattr(type(self), "_visadapt_recipe"), self.__dict__  # noqa: B009
-
-
-def subclass(plain: type[nn.Module], make: Maker, **members: Any) -> type[nn.Module]:
-    """A subclass of the same name that pickle finds again; ``make`` is the cached function that makes it."""
-    root, makers = getattr(plain, "_visadapt_recipe", (plain, ()))
-    members |= {
-        "_visadapt_base": plain,
-        "_visadapt_recipe": (root, (*makers, make)),
-        "__reduce_ex__": _reduce,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-    }
-    return type(plain.__name__, (plain,), members)
-
-
 @cached
-def frozen_class(plain: type[nn.Module]) -> type[nn.Module]:
+def frozen_class(plain: ModuleClass) -> ModuleClass:
     """A subclass that is always in eval mode, whatever ``.train()`` a parent calls: its statistics stand still."""
     return subclass(plain, frozen_class, training=property(_never_trains, _set_training))
 
 
 @cached
-def widened_class(plain: type[nn.Module]) -> type[nn.Module]:
+def widened_class(plain: ModuleClass) -> ModuleClass:
     """A norm or head in fp32 in a half-precision network: it computes in fp32 and answers in its input's dtype."""
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

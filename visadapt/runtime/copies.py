@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_class, plain_copy
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy
 from visadapt.backbone.norms import affine_of, is_frozen_norm
 from visadapt.backbone.operators import CONVS
+from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class, widened_class
 

@@ -6,14 +6,12 @@ linear layer on the features that the bare backbone gives its head, since the ba
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,10 +19,13 @@ from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
-from visadapt.files import write_tensors
 from visadapt.runtime.registry import facts_of, registry_of
 from visadapt.runtime.selection import bare
+from visadapt.tensor_file import read_described, write_described
 from visadapt.typed import fits
+
+KIND = "visadapt_decider"
+"""Key of the description in a decider's file."""
 
 
 class Decider(nn.Module):
@@ -111,6 +112,14 @@ def fit_decider(
 
     Raises:
         VisadaptError: fewer than two tasks, one that does not exist, or one without samples.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> decider.tasks
+        ('dark', 'bright')
     """
     registry = registry_of(model)
     names = tuple(registry.task(name).name for name in samples)
@@ -148,6 +157,14 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
 
     Raises:
         VisadaptError: the model has no decider, or its decider names a task that is gone.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> visadapt.decide(model, torch.cat([dark[:1], bright[:1]]))
+        ['dark', 'bright']
     """
     registry = registry_of(model)
     if registry.decider is None:
@@ -165,9 +182,8 @@ def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     decider = registry_of(model).decider
     if decider is None:
         raise VisadaptError("this model has no decider to save: visadapt.fit_decider makes one")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decider.state_dict().items()}
     description = {"tasks": decider.tasks, "backbone": _backbone(model)}
-    write_tensors(Path(path), tensors, {"visadapt_decider": json.dumps(description, separators=(",", ":"))})
+    write_described(Path(path), KIND, description, decider.state_dict())
     return Path(path)
 
 
@@ -182,9 +198,8 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     if not Path(path).is_file():
         raise VisadaptError(f"no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("visadapt_decider", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        content = read_described(Path(path), KIND, "decider")
+        description, tensors = content.description, content.tensors
         tasks, backbone = description["tasks"], description["backbone"]
         if (
             not fits(tasks, list[str])
@@ -192,8 +207,8 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
             or any(len(pair) != 2 for pair in backbone.values())
         ):
             raise TypeError("tasks must be names, and the backbone digests of tensors")
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise VisadaptError(f"{path} holds no decider ({error})") from error
+    except (TypeError, KeyError) as error:
+        raise VisadaptError(f"{path} is not a whole decider: {error}") from error
     unlike = differences(backbone, _backbone(model), values=True)
     if unlike:
         raise VisadaptError(
@@ -204,7 +219,7 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
         decider = Decider(names, tensors["mean"], tensors["std"])
         decider.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise VisadaptError(f"{path} holds no whole decider ({error})") from error
+        raise VisadaptError(f"{path} is not a whole decider: {error}") from error
     registry.decider = decider.requires_grad_(False).eval()
     return decider
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.runtime.classes import cached, subclass
+from visadapt.backbone.subclass import cached, subclass
 from visadapt.runtime.registry import Registry, Task
 from visadapt.runtime.selection import using
 

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import update_wrapper
+from types import MethodType
 from typing import Any, cast
 
 from torch import nn
 
-from visadapt.backbone.modules import CHILD, UNFUSED, is_stateful, plain_class
+from visadapt.backbone.modules import CHILD, FORWARDS, UNFUSED, is_stateful, release_forward
+from visadapt.backbone.subclass import (
+    Maker,
+    ModuleClass,
+    cached,
+    is_made_by,
+    made_by,
+    plain_class,
+    rebuilt,
+    subclass,
+    without,
+)
 from visadapt.errors import VisadaptError
-from visadapt.runtime.classes import Maker, cached, frozen_class, subclass
+from visadapt.runtime.classes import frozen_class
+from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import Parts, Registry
 from visadapt.runtime.roles import run
@@ -23,10 +36,18 @@ from visadapt.runtime.roles import run
 
 @cached
 def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose forward lets the active task's parts act."""
+    """A subclass whose forward lets the active task's parts act.
+
+    A forward that someone gives to this one module (accelerate's hooks, a patch) is not put in ``__dict__``, where
+    it would be called instead of this one: it takes the place of the host's own, around which the parts act.
+    """
+    level = count_given(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        parts = cast("Parts", self._modules[CHILD])
+        parts = cast("Parts | None", self._modules.get(CHILD))
+        if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
+            # kept by someone since before this was a host, or before it was given another forward that calls this one
+            return plain.forward(self, *args, **kwargs)
         task = parts._registry.acting()
         if isinstance(task, tuple):
             return run_mixed(self, plain, parts, task, args, kwargs)
@@ -34,11 +55,60 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
             return plain.forward(self, *args, **kwargs)
         return run(self, plain, cast("nn.ModuleDict", parts[task]), args, kwargs)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward":
+            give_forward(self, value)
+        else:
+            plain.__setattr__(self, name, value)
+
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        if name == "forward" and FORWARDS in self.__dict__:
+            _keep_forwards(self, ())
+        else:
+            plain.__delattr__(self, name)
+
     # the signature stays the host's own, for those who look at it
-    members: dict[str, Any] = {"forward": update_wrapper(forward, plain.forward)}
+    members: dict[str, Any] = {
+        "forward": update_wrapper(forward, plain.forward),
+        "__setattr__": set_attribute,
+        "__delattr__": delete_attribute,
+    }
+    _LEVELS[forward] = level
     if issubclass(plain, nn.Sequential):
         members |= {"__iter__": _layers, "__len__": _number_of_layers}
     return subclass(plain, hosting_class, **members)
+
+
+_LEVELS: dict[Any, int] = {}
+"""The forwards of hosting classes, and how many forwards given to the module they call."""
+
+
+def give_forward(host: nn.Module, forward: Any) -> None:
+    """Let a host call ``forward`` as its own, with its parts around it; one of its earlier ones is gone back to."""
+    kept: tuple[Any, ...] = host.__dict__.get(FORWARDS, ())
+    if isinstance(forward, MethodType) and forward.__self__ is host:
+        own = 0 if forward.__func__ is plain_class(host).forward else None
+        level = _LEVELS.get(forward.__func__, own)
+        if level is not None and level <= len(kept):
+            _keep_forwards(host, kept[:level])
+            return
+    _keep_forwards(host, (*kept, forward))
+
+
+def _keep_forwards(host: nn.Module, forwards: tuple[Any, ...]) -> None:
+    if forwards:
+        host.__dict__[FORWARDS] = forwards
+    else:
+        host.__dict__.pop(FORWARDS, None)
+
+    def change(cls: ModuleClass) -> ModuleClass:
+        make = made_by(cls)[-1]
+        cls = without(cls, hosting_class, given_class)
+        for _ in forwards:
+            cls = given_class(cls)
+        return make(cls)
+
+    host.__class__ = rebuilt(type(host), change)
 
 
 def _layers(self: nn.Module) -> Iterator[nn.Module | None]:
@@ -50,13 +120,21 @@ def _number_of_layers(self: nn.Module) -> int:
     return sum(name != CHILD for name in self._modules)
 
 
-def swap(module: nn.Module, make: Maker | None) -> None:
-    """Puts the class that ``make`` makes under the hosting one, or takes the topmost out there (``make`` is None)."""
-    cls = type(module)
-    hosts = CHILD in module._modules
-    base: Any = cls._visadapt_base if hosts else cls  # type: ignore[attr-defined]
-    base = base._visadapt_base if make is None else make(base)
-    module.__class__ = hosting_class(base) if hosts else base
+def dress(module: nn.Module, make: Maker) -> None:
+    """Add the class that ``make`` makes to a module's, below the hosting one and below other libraries' classes."""
+
+    def change(cls: ModuleClass) -> ModuleClass:
+        makers = made_by(cls)
+        if not makers or not is_made_by(makers[-1], (hosting_class,)):
+            return make(cls)
+        return makers[-1](make(without(cls, hosting_class)))
+
+    module.__class__ = rebuilt(type(module), change)
+
+
+def undress(module: nn.Module, *makers: Maker) -> None:
+    """Remove the classes that ``makers`` made from a module's, wherever they are."""
+    module.__class__ = without(type(module), *makers)
 
 
 def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:
@@ -64,8 +142,12 @@ def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.M
     if CHILD not in host._modules:
         parts = Parts()
         parts._registry = registry
+        given = host.__dict__.pop("forward", None)
         host.add_module(CHILD, parts)
-        host.__class__ = hosting_class(type(host))
+        host.__class__ = rebuilt(type(host), hosting_class)
+        kept = host.__dict__.get(FORWARDS, ())
+        if given is not None:
+            _keep_forwards(host, kept if kept and kept[-1] is given else (given,))
     parts = cast("Parts", host._modules[CHILD])
     if task not in parts:
         parts[task] = nn.ModuleDict().train(part.training)
@@ -79,7 +161,8 @@ def detach(host: nn.Module, task: str) -> None:
     del parts[task]
     if not parts:
         del host._modules[CHILD]
-        host.__class__ = type(host)._visadapt_base  # type: ignore[attr-defined]
+        undress(host, hosting_class, given_class)
+        release_forward(host)
 
 
 def freeze(module: nn.Module) -> None:

@@ -171,6 +171,15 @@ def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict
 
     Raises:
         VisadaptError: a task is unknown, or there are not as many tasks as rows.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5).eval()
+        >>> names = ["birds", "flowers", "birds"]
+        >>> with torch.no_grad(), visadapt.using(model, names):
+        ...     logits = model(torch.randn(3, 3, 32, 32))
+        >>> logits.shape, visadapt.split(model, logits, names)["flowers"].shape
+        (torch.Size([3, 5]), torch.Size([1, 3]))
     """
     registry = registry_of(model)
     if len(tasks) != logits.shape[0]:

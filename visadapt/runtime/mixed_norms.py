@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried
-from visadapt.backbone.modules import is_stateful, parameter_count, plain_class
+from visadapt.backbone.modules import is_stateful, parameter_count
+from visadapt.backbone.subclass import plain_class
 from visadapt.methods.stacking import Rows
 from visadapt.runtime.roles import role
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -208,9 +208,19 @@ class Parts(nn.ModuleDict):
         for task, parts in self._modules.items():
             at = f"{prefix}{task}."
             if parts is not None and not any(key.startswith(at) for key in state_dict):
-                # the parameters themselves: with assign=True an optimiser goes on holding what the model holds
-                state_dict.update({at + key: value for key, value in parts.state_dict(keep_vars=True).items()})
+                # the very tensors: neither rounded as a state dict may hold them, nor replaced where an optimiser
+                # holds them
+                state_dict.update({at + key: value for key, value in _held(parts)})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _held(parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that loading a state dict asks a module for, by name."""
+    for path, module in parts.named_modules(remove_duplicate=False):
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                yield joined(path, name), tensor
 
 
 def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
@@ -221,6 +231,12 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
 
 
 def tasks(model: nn.Module) -> dict[str, Task]:
-    """The tasks of a model by name, in the order they came; empty if it was never injected."""
+    """The tasks of a model by name, in the order they came; empty if it was never injected.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.tasks(model)["flowers"].num_classes
+        3
+    """
     registry = find_registry(model)
     return {} if registry is None else dict(registry.tasks)

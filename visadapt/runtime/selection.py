@@ -26,6 +26,12 @@ def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Mo
 
     Raises:
         VisadaptError: there is no such task; the nearest is named.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
+        >>> visadapt.activate(model, "flowers")(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
     """
     registry = registry_of(model)
     registry.active, registry.hidden = _checked(model, registry, task), False
@@ -53,6 +59,15 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
     Raises:
         VisadaptError: there is no such task (the nearest is named), or, in the forward, the batch has another length
             than the list.
+
+    Example:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5).eval()
+        >>> images = torch.randn(3, 3, 32, 32)
+        >>> with torch.no_grad(), visadapt.using(model, ["birds", "flowers", "birds"]):
+        ...     logits = model(images)  # one task per sample, one pass of the backbone
+        >>> {task: rows.shape for task, rows in visadapt.split(model, logits, ["birds", "flowers", "birds"]).items()}
+        {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
     """
     registry = registry_of(model)
     token = _USING.set({**(_USING.get() or {}), id(registry): _checked(model, registry, task)})

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
-from visadapt.files import write_tensors
+from visadapt.tensor_file import read_described, write_described
 from visadapt.training.history import Epoch
 from visadapt.training.loop import Loop, Run
 from visadapt.training.signature import unlike
 from visadapt.typed import fits, from_json
 
 FORMAT = 1
+KIND = "visadapt_training"
 _SCHEDULE: dict[str, Any] = {"last_epoch": int, "_step_count": int, "_last_lr": list[float]}
 
 
@@ -42,13 +41,9 @@ class Checkpoint:
         self._saved = self._read() if self.path.exists() else None
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {}).get("visadapt_training", "{}"))
-                # cloned: a file's tensors are unaligned, and torch's kernels for unaligned memory round differently
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run ({error})") from error
+        content = read_described(self.path, KIND, "checkpoint of a training run")
+        # cloned: a file's tensors may be unaligned, and torch's kernels for unaligned memory round differently
+        notes, tensors = content.description, {key: tensor.clone() for key, tensor in content.tensors.items()}
         if not isinstance(notes, dict) or notes.get("format") != FORMAT:
             raise VisadaptError(
                 f"{self.path} is not a checkpoint of a training run that this version of visadapt can resume"
@@ -131,4 +126,4 @@ class Checkpoint:
             "run": dataclasses.asdict(loop.run),
             "schedule": loop.schedule.state_dict(),
         }
-        write_tensors(self.path, tensors, {"visadapt_training": json.dumps(notes)})
+        write_described(self.path, KIND, notes, tensors)

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.backbone.fingerprint import differences, fingerprint, raw
+from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.runtime.registry import facts_of, find_registry
+from visadapt.tensor_file import raw
 from visadapt.training.batches import Batches
 
 

@@ -1,0 +1,123 @@
+"""Described files: what was changed after it was written is refused, and read in one piece."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+import visadapt
+from tests.models import ZOO, stir
+from visadapt import VisadaptError
+from visadapt.runtime.decider import KIND as DECIDER
+from visadapt.tensor_file import read_described, write_described
+
+
+def mutants(data: bytes, count: int, seed: int):
+    """Damaged copies of a file: bytes changed, cut out, doubled and swapped, mostly in the header."""
+    rng = random.Random(seed)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(count):
+        mutant = bytearray(data)
+        start = rng.randrange(header if rng.random() < 0.6 else len(data))
+        length = rng.choice((1, 1, 1, 2, 8, 64))
+        match rng.randrange(5):
+            case 0:
+                mutant[start] ^= 1 << rng.randrange(8)
+            case 1:
+                mutant[start : start + length] = rng.randbytes(length)
+            case 2:
+                del mutant[start : start + length]
+            case 3:
+                mutant[start:start] = mutant[start : start + length]
+            case 4:
+                del mutant[start:]
+        if mutant != data:
+            yield bytes(mutant)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = ZOO["tiny/resnet"].make()
+    for task in ("a", "b"):
+        visadapt.inject(model, m=2, task=task, num_classes=3, labels=("x", "y", "z"))
+        stir(model, task)
+    visadapt.fit_decider(model, {"a": [torch.zeros(2, 3, 32, 32)], "b": [torch.ones(2, 3, 32, 32)]})
+    return model.eval()
+
+
+def test_a_damaged_task_file_is_refused_or_answers_as_before(model, tmp_path) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), visadapt.using(model, "a"):
+        expected = model(x)
+    data = visadapt.save(model, "a", tmp_path / "a").read_bytes()
+    bare = copy.deepcopy(model)
+    visadapt.remove(bare, "a")
+    accepted = 0
+    for number, mutant in enumerate(mutants(data, 500, seed=0)):
+        (tmp_path / "m").write_bytes(mutant)
+        try:
+            visadapt.load(bare, tmp_path / "m", task="m")
+        except VisadaptError:
+            continue
+        accepted += 1
+        with torch.no_grad(), visadapt.using(bare, "m"):
+            assert torch.equal(bare(x), expected), number
+        visadapt.remove(bare, "m")
+    assert accepted < 50
+    assert set(visadapt.tasks(bare)) == {"b"}
+
+
+def test_a_damaged_decider_is_refused_or_decides_as_before(model, tmp_path) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    expected = visadapt.decide(model, x)
+    data = visadapt.save_decider(model, tmp_path / "d").read_bytes()
+    for mutant in mutants(data, 200, seed=1):
+        (tmp_path / "m").write_bytes(mutant)
+        try:
+            visadapt.load_decider(model, tmp_path / "m")
+        except VisadaptError:
+            continue
+        assert visadapt.decide(model, x) == expected
+
+
+@pytest.mark.parametrize("depth", [10**3, 10**5])
+def test_deep_json_is_refused(tmp_path, depth) -> None:
+    write_described(tmp_path / "f", "visadapt", {"notes": "HERE"}, {"t": torch.ones(1)})
+    deep = "[" * depth + "]" * depth
+    data = (tmp_path / "f").read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b'\\"HERE\\"', deep.encode()).rstrip()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + data[-4:])
+    with pytest.raises(VisadaptError):
+        read_described(tmp_path / "f", "visadapt", "task file")
+
+
+def test_every_dtype_and_shape_comes_back(tmp_path) -> None:
+    tensors = {
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+        "odd": torch.arange(7, dtype=torch.int8),
+        "bf16": torch.randn(3, 5).bfloat16(),
+        "bool": torch.tensor([True, False]),
+        "strided": torch.randn(4, 6).t(),
+    }
+    write_described(tmp_path / "f", DECIDER, {"n": [1, None, "ü"]}, tensors)
+    content = read_described(tmp_path / "f", DECIDER, "decider")
+    assert content.description == {"n": [1, None, "ü"]}
+    assert len(content.digest) == 64
+    assert set(content.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert content.tensors[name].dtype == tensor.dtype
+        assert torch.equal(content.tensors[name], tensor)
+
+
+def test_other_descriptions_and_files_are_named(tmp_path) -> None:
+    write_described(tmp_path / "f", DECIDER, {"n": 1}, {"t": torch.ones(1)})
+    with pytest.raises(VisadaptError, match="f is not a task file: its header has no description 'visadapt'"):
+        read_described(tmp_path / "f", "visadapt", "task file")
+    with pytest.raises(VisadaptError, match=r"cannot read .*: Is a directory"):
+        read_described(tmp_path, DECIDER, "decider")
+    with pytest.raises(VisadaptError, match="the description of g must be JSON"):
+        write_described(tmp_path / "g", DECIDER, {"n": object()}, {})
+    assert not (tmp_path / "g").exists()

@@ -1,0 +1,112 @@
+"""Cached subclasses that change how a module behaves but not what it is, and the class chains they form.
+
+Other libraries swap a module's class too (torch's parametrizations, FSDP2), below ours or on top of it. A class is
+therefore added and removed by the function that makes it, never by its position: the chain is rebuilt without it, and
+whatever stood on top stays on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+ModuleClass = type[nn.Module]
+Maker = Callable[[ModuleClass], ModuleClass]
+
+_RECIPE = "_visadapt_recipe"
+_BASE = "_visadapt_base"
+
+
+def cached(make: Maker) -> Maker:
+    """``functools.cache`` for makers of classes: one subclass per class."""
+    return cast("Maker", cache(make))
+
+
+def _rebuild(plain: ModuleClass, makers: tuple[Maker, ...]) -> nn.Module:
+    cls = plain
+    for make in makers:
+        cls = make(cls)
+    return cls.__new__(cls)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    root, makers = getattr(type(self), _RECIPE)
+    if _RECIPE not in type(self).__dict__:
+        # another library's class is on top: it decides how it is copied and pickled
+        return root.__reduce_ex__(self, protocol)
+    # the class was made at run time: pickle finds it again by what it was made from
+    return _rebuild, (root, makers), getattr(self, "__getstate__", lambda: self.__dict__)()
+
+
+def subclass(plain: ModuleClass, make: Maker, **members: Any) -> ModuleClass:
+    """Create a subclass of the same name that pickle can rebuild.
+
+    Args:
+        plain: the class to derive from.
+        make: the cached function that makes the subclass.
+        **members: what differs.
+    """
+    root, makers = getattr(plain, _RECIPE, (plain, ()))
+    members |= {
+        _BASE: plain,
+        _RECIPE: (root, (*makers, make)),
+        "__reduce_ex__": _reduce,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+    }
+    return type(plain.__name__, (plain,), members)
+
+
+def plain_class(module: nn.Module) -> ModuleClass:
+    """The class that ``module`` had before visadapt swapped it (its own class if it never did)."""
+    cls: ModuleClass = getattr(type(module), _RECIPE, (type(module),))[0]
+    return cls
+
+
+def made_by(cls: ModuleClass) -> tuple[Maker, ...]:
+    """The makers of a class, from the inside out."""
+    makers: tuple[Maker, ...] = getattr(cls, _RECIPE, (cls, ()))[1]
+    return makers
+
+
+def rebuilt(cls: ModuleClass, change: Callable[[ModuleClass], ModuleClass]) -> ModuleClass:
+    """The class with what visadapt made of it changed by ``change``; other libraries' classes stay on top.
+
+    Args:
+        cls: the class of a module.
+        change: maps the class below all classes that others put on top of visadapt's.
+    """
+    if _RECIPE in cls.__dict__ or not hasattr(cls, _RECIPE):
+        return change(cls)
+    bases = tuple(rebuilt(base, change) if hasattr(base, _RECIPE) else base for base in cls.__bases__)
+    members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return cast("ModuleClass", cast("Any", type(cls))(cls.__name__, bases, members))
+
+
+def is_made_by(make: Maker, makers: tuple[Maker, ...]) -> bool:
+    """Whether ``make``, which may have its options bound by ``functools.partial``, is one of ``makers``."""
+    return make in makers or getattr(make, "func", None) in makers
+
+
+def without(cls: ModuleClass, *makers: Maker) -> ModuleClass:
+    """The class as if none of ``makers`` had ever changed it."""
+
+    def left(own: ModuleClass) -> ModuleClass:
+        root, made = getattr(own, _RECIPE, (own, ()))
+        kept = [make for make in made if not is_made_by(make, makers)]
+        if len(kept) == len(made):
+            return own
+        cls = cast("ModuleClass", root)
+        for make in kept:
+            cls = make(cls)
+        return cls
+
+    return rebuilt(cls, left)
+
+
+def stripped(cls: ModuleClass) -> ModuleClass:
+    """The class without anything of visadapt."""
+    return rebuilt(cls, lambda own: getattr(own, _RECIPE, (own,))[0])

@@ -1,0 +1,106 @@
+"""Forwards that belong to one module, not to its class: accelerate's hooks, patched attention, autocast wrappers.
+
+Such a forward is an attribute of the module, which Python finds before any class's. A host keeps it elsewhere and
+calls it as its own forward, so that a task's parts act around it, whether it came before the parts or after them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from functools import partial, update_wrapper
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from visadapt.backbone.modules import FORWARDS
+from visadapt.backbone.subclass import ModuleClass, cached, is_made_by, made_by, subclass
+from visadapt.errors import VisadaptError
+
+
+@cached
+def given_class(plain: ModuleClass) -> ModuleClass:
+    """A subclass whose forward is the one that was given to the module itself."""
+    level = count_given(plain)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[FORWARDS][level](*args, **kwargs)
+
+    return subclass(plain, given_class, forward=update_wrapper(forward, plain.forward))
+
+
+def count_given(cls: ModuleClass) -> int:
+    """How many forwards given to a module of this class are called one around the other."""
+    return sum(is_made_by(make, (given_class,)) for make in made_by(cls))
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The forward that a module was given beside its class's, or None."""
+    given = module.__dict__.get(FORWARDS)
+    return given[-1] if given else module.__dict__.get("forward")
+
+
+def check_loaded(modules: dict[str, nn.Module]) -> None:
+    """Refuse a backbone whose weights are elsewhere until a forward of a module's own fetches them.
+
+    Raises:
+        VisadaptError: a module's weights are offloaded.
+    """
+    for path, module in modules.items():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if forward_of(module) is not None and any(t is not None and t.is_meta for t in tensors):
+            raise VisadaptError(
+                f"the weights of {path or type(module).__name__} are offloaded: a forward of its own fetches them from "
+                "elsewhere. Inject first, then offload"
+            )
+
+
+def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
+    """Bind the forwards that a copy took over from the module it was copied from to the copy.
+
+    Args:
+        part: the copy.
+        original: what it was copied from; modules of the same names within are copies of each other.
+        path: of the original, for the message.
+
+    Raises:
+        VisadaptError: such a forward is a function that keeps hold of the original, which no copy can change.
+    """
+    originals = dict(original.named_modules())
+    for name, inner in part.named_modules():
+        source = originals.get(name)
+        if "forward" not in inner.__dict__ or source is None:
+            continue
+        bound = {key: value for key, value in inner.__dict__.items() if isinstance(value, MethodType | partial)}
+        inner.__dict__.update(copy.deepcopy(bound, {id(source): inner, id(inner): inner}))
+        if _holds(inner.__dict__["forward"], set(originals.values())):
+            raise VisadaptError(
+                f"{'.'.join(filter(None, (path, name))) or type(source).__name__} has a forward of its own, a function "
+                "that no copy of the module can have: a task cannot train a copy of it (norms='frozen' and "
+                "head='frozen' need none)"
+            )
+
+
+def _holds(function: Any, modules: Collection[nn.Module]) -> bool:
+    """Whether a function refers to one of these modules by what it is bound to or closes over."""
+
+    def any_of(values: Iterable[Any]) -> bool:
+        return any((isinstance(v, nn.Module) and v in modules) or _holds(v, modules) for v in values)
+
+    if isinstance(function, MethodType):
+        return any_of((function.__self__, function.__func__))
+    if isinstance(function, partial):
+        return any_of((function.func, *function.args, *function.keywords.values()))
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
+        return any_of((*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
+    return False
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
