@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import visadapt as v
 from tests.models import stir
-from tests.models_nd import NETWORKS, Member
+from tests.models_nd import NETWORKS, Member, ResNet
 from visadapt import VisadaptError
 
 METHODS = {
@@ -225,6 +225,7 @@ def test_channels_are_followed(function, layout: str, channels: int) -> None:
     ("function", "message"),
     [
         (lambda x: x + x.transpose(1, 2), "is not known"),
+        (lambda x: x.mean((2, 3))[:, :, None] * x.mean((2, 3))[:, None], "is not known"),
         (lambda x: x.permute(0, 2, 1, 3), r"is axis 2 of \(2, 6, 6, 6\)"),
         (lambda x: x.permute(1, 0, 2, 3), r"is axis 0"),
         (lambda x: x.reshape(2, 2, 3, 36), "is not known"),
@@ -248,6 +249,41 @@ def test_a_shared_module_with_two_layouts_is_refused() -> None:
 
     with pytest.raises(VisadaptError, match="the channel axis of moved differs from call to call"):
         v.sites(Twice(lambda x: x.permute(0, 2, 3, 1)), "moved", example=torch.randn(2, 3, 6, 5))
+
+
+class Recurrent(nn.Module):
+    """A convolution, recurrent layers of both orders, and heads with a norm of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 8, 3)
+        self.lstm = nn.LSTM(8, 8, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(16, 6)
+        self.norm = nn.RMSNorm(3)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, _ = self.lstm(self.conv(x).mT)
+        tokens, _ = self.gru(tokens.transpose(0, 1))
+        heads = self.norm(tokens.unflatten(-1, (2, 3)))
+        return self.fc(heads.flatten(-2)).mean(0)
+
+
+def test_recurrent_layers_and_norms_of_heads() -> None:
+    model, x, names = Recurrent(), torch.randn(2, 2, 7), ["conv", "lstm", "gru", "norm"]
+    found = {site.host: (site.layout, site.channels) for site in v.sites(model, names, example=x)}
+    assert found == {"conv": ("NCL", 8), "lstm": ("NLC", 16), "gru": ("NLC", 6), "norm": ("NHWC", 3)}
+
+
+def test_long_kernels_on_a_series_are_its_3x3_convolutions() -> None:
+    class Wide(ResNet):
+        def __init__(self) -> None:
+            super().__init__(1)
+            for layer in (self.layer1, self.layer2):
+                layer[0].conv2 = nn.Conv1d(layer[0].conv2.in_channels, layer[0].conv2.out_channels, 7, padding=3)
+
+    sites = v.sites(Wide(), "conv3x3")
+    assert [site.host for site in sites] == ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2"]
 
 
 def test_wav2vec2_s_feature_encoder() -> None:

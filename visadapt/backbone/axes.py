@@ -28,7 +28,7 @@ def channel_axis(axes: Axes | None) -> int | None:
     """
     if axes is None:
         return None
-    found = [i for i, axis in enumerate(axes) if any(factor.channel for factor in axis)]
+    found = sorted(claims(axes))
     if len(found) != 1:
         return None
     whole = all(factor.channel for factor in axes[found[0]])
@@ -59,28 +59,47 @@ def established(source: Axes | None, shape: Sequence[int], at: int) -> Axes:
 def resize(axes: Axes, shape: Sequence[int]) -> Axes:
     """The same axes at other sizes; one whose size changes is a single factor."""
     return tuple(
-        axis
-        if math.prod(factor.size for factor in axis) == size
-        else axis_of_size(size, bool(axis) and all(factor.channel for factor in axis))
+        axis if axis_size(axis) == size else axis_of_size(size, bool(axis) and all(factor.channel for factor in axis))
         for axis, size in zip(axes, shape, strict=True)
     )
 
 
 def agreed(inputs: Sequence[Axes], shape: Sequence[int]) -> Axes:
     """What inputs that are broadcast against each other say of their common axes; nothing if they contradict."""
-    best: Axes | None = None
-    for axes in inputs:
-        axes = (*((),) * (len(shape) - len(axes)), *axes)
-        if len(axes) != len(shape):
+    best: Axes = ((),) * len(shape)
+    for given in inputs:
+        if len(given) > len(shape):
             return plain(shape)
-        claims = [any(factor.channel for factor in axis) for axis in axes]
-        known = best is not None and any(factor.channel for axis in best for factor in axis)
-        if known and any(claims) and claims != [any(f.channel for f in axis) for axis in best or ()]:
+        axes = (*((),) * (len(shape) - len(given)), *given)
+        if not claims(best):
+            best = axes if claims(axes) or size_of(axes) > size_of(best) else best
+            continue
+        if not claims(axes):
+            continue
+        # an axis that is broadcast says nothing
+        whole = [i for i, size in enumerate(shape) if axis_size(axes[i]) == axis_size(best[i]) == size]
+        more, fewer = claims(axes), claims(best)
+        if (more ^ fewer) & set(whole):
             return plain(shape)
-        larger = best is None or math.prod(f.size for a in axes for f in a) > math.prod(f.size for a in best for f in a)
-        if best is None or (any(claims) and (not known or larger)):
-            best = axes
-    return plain(shape) if best is None else resize(best, shape)
+        if not (more <= fewer or fewer <= more):
+            return plain(shape)
+        best = axes if (len(more), size_of(axes)) > (len(fewer), size_of(best)) else best
+    return resize(best, shape)
+
+
+def claims(axes: Axes) -> set[int]:
+    """The axes that count channels, in whole or in part."""
+    return {i for i, axis in enumerate(axes) if any(factor.channel for factor in axis)}
+
+
+def axis_size(axis: Axis) -> int:
+    """The size of one axis."""
+    return math.prod(factor.size for factor in axis)
+
+
+def size_of(axes: Axes) -> int:
+    """Number of elements."""
+    return math.prod(axis_size(axis) for axis in axes)
 
 
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:

@@ -17,7 +17,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from visadapt.backbone.axes import Axes, Factor, agreed, axis_of_size, cleared, established, plain, regroup, resize
+from visadapt.backbone.axes import (
+    Axes,
+    Factor,
+    agreed,
+    axis_of_size,
+    axis_size,
+    claims,
+    cleared,
+    established,
+    plain,
+    regroup,
+    resize,
+)
 
 
 class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,7 +109,7 @@ class _Step:
             shape: of the output.
         """
         axes = self._ruled(name, pointwise, number, tuple(shape))
-        fits = axes is not None and [math.prod(f.size for f in axis) for axis in axes] == list(shape)
+        fits = axes is not None and [axis_size(axis) for axis in axes] == list(shape)
         return axes if axes is not None and fits else plain(shape)
 
     def _ruled(self, name: str, pointwise: bool, number: int, shape: tuple[int, ...]) -> Axes | None:
@@ -110,7 +122,7 @@ class _Step:
         if "rnn" in name or name in ("lstm", "gru"):
             return established(None, shape, len(shape) - 1)
         if pointwise or name in _POINTWISE:
-            return agreed(self.followed, shape)
+            return self._weighted(agreed(self.followed, shape))
         if self.reduces:
             return self._reduced(shape)
         if name.startswith(_STAYING):
@@ -119,6 +131,15 @@ class _Step:
             query, value = self.axes("query"), self.axes("value")
             return (*resize(query[:-1], shape[:-1]), value[-1]) if number == 0 and query and value else None
         return None
+
+    def _weighted(self, axes: Axes) -> Axes:
+        """Of heads and what is in each, a vector that scales or shifts the last axis is the weight of that one."""
+        found = claims(axes)
+        size = axis_size(axes[-1]) if axes else 0
+        weight = any(t.ndim == 1 and len(t) == size > 1 and self.tracker.of(t) is None for t in self.tensors)
+        if weight and len(found) > 1 and len(axes) - 1 in found:
+            return (*cleared(axes[:-1]), axes[-1])
+        return axes
 
     def _normed_maps(self, shape: tuple[int, ...]) -> Axes:
         """Channels on axis 1; behind the samples there already in an InstanceNorm, which is a BatchNorm of (1, N·C)."""
@@ -308,7 +329,18 @@ _POINTWISE = {
 
 _STAYING = (
     *("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_", "upsample", "_upsample", "constant_pad", "pad"),
-    *("reflection_pad", "replication_pad", "slice", "split", "narrow", "index_select", "gather", "scatter", "flip"),
+    *(
+        "reflection_pad",
+        "replication_pad",
+        "slice",
+        "split",
+        "unsafe_split",
+        "narrow",
+        "index_select",
+        "gather",
+        "scatter",
+        "flip",
+    ),
     *("roll", "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "grid_sampler", "_fft_"),
     *("sort", "topk", "glu", "chunk", "channel_shuffle", "native_channel_shuffle", "index_put", "index_add", "triu"),
     *("tril", "fractional_max_pool", "index_fill", "index_copy", "linalg_vector_norm", "renorm", "safe_softmax"),

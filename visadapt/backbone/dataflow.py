@@ -124,8 +124,11 @@ class Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            # attributes such as .shape; dataflow through .T and .data is not recorded
-            return func(*args, **kwargs)
+            attribute = func(*args, **kwargs)
+            # .T, .mT and .data are tensors; most attributes, such as .shape, are not
+            if isinstance(attribute, Tensor) and id(attribute) not in self._now and self.known(args[:1]):
+                self._note(attribute, self.known(args[:1]), "permute")
+            return attribute
         inputs = _tensors((args, kwargs))
         known = self.known(inputs)
         before = {id(t): self._now[id(t)] for t in inputs if id(t) in self._now}

@@ -25,11 +25,13 @@ def is_batchnorm(module: nn.Module) -> bool:
 
 
 def is_conv3x3(module: nn.Module) -> bool:
-    """Whether a module is a 3×3 convolution, or its like on series (3) and volumes (3×3×3, and 1×3×3 on frames)."""
-    if not isinstance(module, CONVS):
-        return False
-    kernel = tuple(module.kernel_size)
-    return set(kernel) == {3} or kernel == (1, 3, 3)
+    """Whether a module is a 3×3 convolution, or its like on volumes (3×3×3; 1×3×3 on frames) and on series.
+
+    On a series every convolution that sees neighbours is: nets of one axis have as many taps in a kernel of 7 or 9.
+    """
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size[0] > 1
+    return isinstance(module, CONVS) and (set(module.kernel_size) == {3} or module.kernel_size == (1, 3, 3))
 
 
 def conv3x3(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
