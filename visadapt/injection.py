@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.heads import width_of
-from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped
+from visadapt.backbone.heads import Head, head_at, modules_at
+from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped, within
 from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.where import select
@@ -36,7 +36,8 @@ def inject(
     task: str = "default",
     num_classes: int | None = None,
     labels: Sequence[str] | None = None,
-    head: str = "auto",
+    head: str | Sequence[str] = "auto",
+    train_also: str | Sequence[str] = (),
     norms: str = "affine",
     where: Where | None = None,
     example: Any = None,
@@ -57,13 +58,28 @@ def inject(
         task: name of the task that owns what is put in.
         num_classes: width of the task's new head; None keeps the backbone's (see ``head``).
         labels: names of the classes, in the order of the logits; kept in the task's file.
-        head: ``new`` (needs ``num_classes``), ``copy`` (the task trains a copy of the backbone's head), ``frozen``, or
-            ``auto``: new if ``num_classes`` is given, else a copy of what transformers' ``…ForSequenceClassification``
-            made for the problem, else the backbone's own, frozen.
+        head: a policy, or where the head is.
+
+            * ``"new"``: the task's own, with layers of ``num_classes`` outputs;
+            * ``"copy"``: the task trains a copy of the backbone's head;
+            * ``"frozen"``: the backbone's own, not trained;
+            * ``"auto"``: new if ``num_classes`` is given, else a copy of what transformers'
+              ``…ForSequenceClassification`` made for the problem, else the backbone's own, frozen;
+            * a path, or a list of paths, of modules of the model: these are the head, new if ``num_classes`` is given
+              and else copied. A module that is called like a policy is named in a list: ``head=["new"]``.
+
+            The head is known from its library: timm's classifiers, the attribute that torchvision's forward ends in,
+            what stands beside transformers' base model. In other models it is the layers that make the output, as a run
+            on fake tensors shows (with ``example``, if the model's input cannot be guessed). Several layers that make
+            logits together, and auxiliary ones, follow ``num_classes`` together; where an output each has its own,
+            say which. A base model has no head, and a language model's belongs to its vocabulary.
+        train_also: paths of further modules of which the task trains a copy: a second head, a detector's box predictor,
+            an embedding. They are saved with the task, and mixed batches run each sample through its own task's.
+            Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
             running statistics never move) or ``full`` (statistics too, which move in train mode).
         where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
-        example: an input to trace shapes with, where a glob in ``where`` names modules that are no known site.
+        example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
 
     Returns:
@@ -79,14 +95,23 @@ def inject(
         >>> model = visadapt.inject(model, visadapt.Parallel(), task="birds", num_classes=5, where="conv3x3")
         >>> list(visadapt.tasks(model))
         ['flowers', 'birds']
+
+        A head that is named by its path, and a block that the task trains as a whole beside it:
+
+        >>> model = visadapt.inject(model, m=8, task="c", head="fc", num_classes=4, train_also="layer4.0")
+        >>> visadapt.tasks(model)["c"].owned
+        ('fc', 'layer4.0')
+        >>> [name for name, _ in visadapt.named_parameters(model, "c") if name.startswith("fc")]
+        ['fc.head.weight', 'fc.head.bias']
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
-    _check_options(task, num_classes, labels, head, norms)
+    _check_options(task, num_classes, labels, norms)
     registry = find_registry(backbone)
     facts = facts_of(backbone)
     if registry is None:
         host.check_free(backbone, facts.modules)
+    also = modules_at(facts.modules, train_also, "train_also=") if train_also != () else ()
     wanted = chosen.where if where is None else where
     sites = Sites()
     if chosen.kinds or wanted is not None:
@@ -95,10 +120,12 @@ def inject(
     if budget is not None:
         chosen = _within(facts, chosen, sites, budget, norms)
     if registry is not None and task in registry.tasks:
-        plan = extended_plan(facts, registry.tasks[task], chosen, sites, num_classes, labels, head, norms)
+        plan = extended_plan(facts, registry.tasks[task], chosen, sites, num_classes, labels, head, norms, also)
     else:
-        spec = Task(task, norms, *_head_policy(facts, head, num_classes))
+        spec = _new_task(facts, task, norms, head, also, num_classes, example)
         spec.labels = None if labels is None else _checked_labels(facts, labels, spec.num_classes)
+        if where is None:
+            sites = Sites(site for site in sites if not within(site.host, also))
         plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
     commit(facts, plan)
@@ -161,8 +188,6 @@ def eject(model: nn.Module) -> nn.Module:
     backbone = unwrapped(model)
     for name in list(registry.tasks):
         remove(backbone, name)
-    for guard in registry.guards:
-        guard.remove()
     for module in own_modules(backbone).values():
         # what replaced a host may have taken its children over
         module._modules.pop(CHILD, None)
@@ -211,19 +236,19 @@ def _method(given: Any, m: Any, budget: Any) -> Method:
     return method
 
 
-def _check_options(task: Any, num_classes: Any, labels: Any, head: Any, norms: Any) -> None:
+def _check_options(task: Any, num_classes: Any, labels: Any, norms: Any) -> None:
     check_task_name(task)
     check_num_classes(num_classes)
     check_choice(norms, NORM_POLICIES, "norm policy")
-    check_choice(head, HEAD_POLICIES, "head policy")
     is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
     if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
         raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
 
 
 def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
-    own = None if facts.head is None else width_of(facts.modules[facts.head.final])
-    width = own if num_classes is None else num_classes
+    width = num_classes
+    if width is None and facts.head is not None:
+        width = facts.head.classes(facts.modules)
     if width is not None and len(labels) != width:
         raise VisadaptError(f"{len(labels)} labels for a head of {width} classes")
     twice = [label for label, times in Counter(labels).items() if times > 1]
@@ -232,26 +257,49 @@ def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None
     return tuple(labels)
 
 
-def _head_policy(facts: Facts, head: str, num_classes: int | None) -> tuple[str, int | None]:
+def _new_task(
+    facts: Facts, name: str, norms: str, head: Any, also: tuple[str, ...], num_classes: int | None, example: Any
+) -> Task:
+    """A task with the policy that ``head`` and ``num_classes`` come to, without placements."""
+    if isinstance(head, str) and head not in HEAD_POLICIES and head not in facts.modules:
+        known = (*HEAD_POLICIES, *filter(None, facts.modules))
+        raise VisadaptError(
+            f"no head policy {head!r}{nearest(head, known)} (head= takes {', '.join(HEAD_POLICIES)}, or paths)"
+        )
+    named = not isinstance(head, str) or head not in HEAD_POLICIES
     if head == "new" and num_classes is None:
         raise VisadaptError("head='new' needs num_classes=")
     if head in ("copy", "frozen") and num_classes is not None:
         raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or say head='new'")
-    if head == "frozen":
-        return "frozen", None
-    found = facts.head
-    if found is None:
-        if head == "auto" and num_classes is None:
-            return "frozen", None
-        raise VisadaptError(
-            f"no head found in {facts.name}: visadapt looks for timm's and transformers' own and for a last "
-            "linear called fc, classifier, head, heads, …; name yours so, or leave num_classes out"
-        )
-    if num_classes is not None:
-        return "new", num_classes
-    if head == "copy" or found.fresh:
-        return "copy", width_of(facts.modules[found.final])
-    return "frozen", None
+    own: Head | None = None
+    if named:
+        own = head_at(facts.modules, head, facts.known_head, lambda: facts.trace_head(example))
+    elif head != "frozen" and (head != "auto" or num_classes is not None or _made_for_the_problem(facts)):
+        own = facts.look_for_head(example)
+        if own is None or not own.modules:
+            raise VisadaptError(
+                f"no head found in {facts.name}{_why(own)}; name it with head=, or leave num_classes out"
+            )
+    if own is None:
+        return Task(name, norms, "frozen", also=also)
+    if num_classes is not None and (own.obstacle or not own.finals):
+        reason = own.obstacle or "the layers that give its logits are not known; name them with head="
+        raise VisadaptError(f"{facts.name} cannot have num_classes={num_classes}: {reason}")
+    overlap = [path for path in also if within(path, own.modules) or any(within(m, [path]) for m in own.modules)]
+    if overlap:
+        raise VisadaptError(f"train_also= names {overlap[0]}, which is the task's own head already")
+    width = own.classes(facts.modules) if num_classes is None else num_classes
+    return Task(name, norms, "copy" if num_classes is None else "new", width, head_at=own, also=also)
+
+
+def _made_for_the_problem(facts: Facts) -> bool:
+    return facts.known_head is not None and facts.known_head.fresh
+
+
+def _why(head: Head | None) -> str:
+    if head is None:
+        return ": it does not run on a guessed input (pass example=)"
+    return f": {head.obstacle}" if head.obstacle else ""
 
 
 def _within(facts: Facts, method: Method, sites: Sites, budget: float, norms: str) -> Method:

@@ -6,16 +6,18 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import within
 from visadapt.backbone.site import Sites
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
 from visadapt.runtime import hf_config, host
-from visadapt.runtime.copies import build_head, own_copy
+from visadapt.runtime.copies import build_head, own_copy, own_module
 from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
 
@@ -40,17 +42,17 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
     """
     check_loaded(facts.modules)
     parts: list[tuple[str, str, nn.Module]] = []
-    owned: tuple[str, ...] = ()
-    if task.head in ("new", "copy"):
-        owned = facts.head_modules
+    if task.head_at is not None:
         width = task.num_classes if task.head == "new" else None
-        parts += [(path, "head", part) for path, part in build_head(facts, width).items()]
+        parts += [(path, "head", part) for path, part in build_head(facts, task.head_at, width).items()]
+        task.head_at = task.head_at.placed()
+    parts += [(path, "also", own_module(facts, path)) for path in task.also]
     if task.norms != "frozen":
         parts += [
             (path, "norm", own_copy(norm, full=task.norms == "full"))
             for path, norm in facts.norms.items()
-            # the norms inside a task's own head are already its own
-            if not any(path == head or path.startswith(f"{head}.") for head in owned)
+            # the norms inside modules of the task's own are its own already
+            if not within(path, task.owned)
         ]
     for path, _, part in parts:
         detach_copy(part, facts.modules[path], path)
@@ -67,12 +69,15 @@ def extended_plan(
     sites: Sites,
     num_classes: int | None,
     labels: Sequence[str] | None,
-    head: str,
+    head: Any,
     norms: str,
+    also: Sequence[str] = (),
 ) -> Plan:
-    """The plan that adds a method to a task that exists; its head and norms stay what they are."""
+    """The plan that adds a method to a task that exists; what it owns beside adapters stays what it is."""
     if norms != task.norms:
         raise VisadaptError(f"task {task.name!r} has norms={task.norms!r} already; it cannot have {norms!r} as well")
+    if also and tuple(also) != task.also:
+        raise VisadaptError(f"task {task.name!r} exists: train_also= is for its first inject; name another task")
     if num_classes not in (None, task.num_classes) or head not in ("auto", task.head) or labels is not None:
         raise VisadaptError(
             f"task {task.name!r} has its head already ({task.head}, {task.num_classes} classes): add methods to it "
@@ -90,7 +95,7 @@ def extended_plan(
 
 
 def _place(facts: Facts, plan: Plan, method: Method, sites: Sites) -> None:
-    _check_outside_head(facts, plan.task, sites)
+    _check_outside_owned(plan.task, sites)
     for path, part in method.parts(facts, sites, plan.task):
         device = _device_of(facts.modules[path], facts.model)
         plan.parts.append((path, method.part, part.to(device=device, dtype=facts.dtype)))
@@ -98,15 +103,20 @@ def _place(facts: Facts, plan: Plan, method: Method, sites: Sites) -> None:
     plan.sites = Sites((*plan.sites, *sites))
 
 
-def _check_outside_head(facts: Facts, task: Task, sites: Sites) -> None:
-    """Refuses adapters in a head that the task replaces: they would see other logits, or never run."""
-    for site in sites if task.head in ("new", "copy") else ():
-        for path in facts.head_modules:
-            if f"{site.host}.".startswith(f"{path}."):
-                where = "is" if site.host == path else "is in"
+def _check_outside_owned(task: Task, sites: Sites) -> None:
+    """Refuses adapters in a module that the task replaces: they would see other logits, or never run."""
+    for site in sites:
+        path = next((path for path in task.owned if within(site.host, [path])), None)
+        if path is not None:
+            where = "is" if site.host == path else "is in"
+            if path in task.also:
                 raise VisadaptError(
-                    f"{site.host} {where} the head that task {task.name!r} replaces: leave it out, or say head='frozen'"
+                    f"{site.host} {where} {path}, of which task {task.name!r} trains its own copy (train_also=): "
+                    "leave it out of where="
                 )
+            raise VisadaptError(
+                f"{site.host} {where} the head that task {task.name!r} replaces: leave it out, or say head='frozen'"
+            )
 
 
 def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
@@ -138,7 +148,7 @@ def commit(facts: Facts, plan: Plan) -> Registry:
     for path, name, part in plan.parts:
         module = facts.modules[path]
         part.train(model.training)
-        host.attach(module, registry, task.name, name, part)
+        host.attach(module, registry, path, task.name, name, part)
         if registry.lean is not None:
             registry.lean.apply(part)
         registry.hosts[path] = module

@@ -23,6 +23,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
 from visadapt.runtime.host import check_free
+from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
 from visadapt.runtime.registry import (
     Task,
     check_hosts,
@@ -34,6 +35,7 @@ from visadapt.runtime.registry import (
 )
 from visadapt.table import Table
 from visadapt.tensor_file import Content, read_described, write_described
+from visadapt.typed import fits
 
 FORMAT = 1
 KIND = "visadapt"
@@ -53,7 +55,8 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         The path.
 
     Raises:
-        VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to.
+        VisadaptError: there is no such task, the notes are no JSON, or the folder cannot be written to; modules
+            were replaced or unfrozen after the inject and trained, which the file would leave out.
 
     Example:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])
@@ -68,6 +71,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     spec = registry.task(task)
     check_hosts(model, task)
     backbone = unwrapped(model)
+    check_nothing_else_trained(backbone, registry, task)
     if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
         raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
     tensors = named_tensors(registry, task)
@@ -77,6 +81,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "norms": spec.norms,
         "head": spec.head,
         "num_classes": spec.num_classes,
+        **described(spec, tensors, facts_of(backbone).modules),
         "labels": spec.labels,
         "notes": {**spec.notes, **(notes or {})},
         "placements": [
@@ -93,7 +98,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
             for name, site in registry.traced.items()
             if any(name in p.sites for p in spec.placements)
         },
-        "backbone": fingerprint(backbone, _own_head(facts_of(backbone), spec), registry.digests),
+        "backbone": fingerprint(backbone, spec.owned, registry.digests),
     }
     try:
         json.dumps(description["notes"])
@@ -145,7 +150,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     spec.notes = description["notes"]
     digests = {} if registry is None else registry.digests
     facts = facts_of(backbone)
-    found = fingerprint(backbone, _own_head(facts, spec), digests)
+    take_up(spec, description, tensors, facts.modules)
+    found = fingerprint(backbone, spec.owned, digests)
     unlike = differences(description["backbone"], found, values=check == "weights")
     if unlike:
         hint = (
@@ -154,6 +160,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
         raise VisadaptError(
             f"{path} was trained on another backbone than this {type(backbone).__name__}: {unlike}{hint}"
         )
+    check_owned(spec, tensors, facts.modules)
     if registry is None:
         check_free(backbone, facts.modules)
     placements = [
@@ -204,6 +211,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("sites", f"{sum(len(entry['sites']) for entry in description['placements'])}"),
         ("norms", description["norms"]),
         ("head", description["head"]),
+        *((("also trains", ", ".join(description["also"])),) if description.get("also") else ()),
         ("classes", "–" if description["num_classes"] is None else f"{description['num_classes']}"),
         ("labels", shown),
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
@@ -227,6 +235,7 @@ def _well_formed(description: dict[str, Any]) -> bool:
         has(description, task=str, norms=str, head=str, num_classes=int | None, labels=list | None)
         and has(description, notes=dict, placements=list, traced=dict, backbone=dict)
         and all(isinstance(label, str) for label in description["labels"] or ())
+        and fits(description.get("also", []), list[str])
         and all(has(p, method=str, options=dict, sites=list) for p in description["placements"])
         and all(isinstance(site, str) for p in description["placements"] for site in p["sites"])
         and all(isinstance(s, list) and holds(s, int, str, int, list, str) for s in description["traced"].values())
@@ -257,14 +266,6 @@ def _sites(facts: Facts, names: list[str], description: dict[str, Any]) -> Sites
         if name not in known:
             raise VisadaptError(f"this {facts.name} has no site {name!r}{nearest(name, known)}")
     return Sites(known[name] for name in names)
-
-
-def _own_head(facts: Facts, task: Task) -> tuple[str, ...]:
-    if task.head not in ("new", "copy"):
-        return ()
-    if facts.head is None:
-        raise VisadaptError(f"task {task.name!r} has a head of its own, and {facts.name} has no place for it")
-    return facts.head_modules
 
 
 def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:

@@ -30,6 +30,7 @@ class Value:
         ancestors: all values that it was computed from, as a bit mask of their indices.
         parents: indices of the operator's inputs.
         op: name of the operator.
+        weighed: whether the operator took a parameter.
         axes: what is known of its axes; None if they were not followed.
         made_by: the modules whose output it is, innermost first, each with whether the module only passes it through.
     """
@@ -40,6 +41,7 @@ class Value:
     ancestors: int
     parents: tuple[int, ...]
     op: str
+    weighed: bool = False
     axes: Axes | None = None
     made_by: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -91,6 +93,7 @@ class Flow(TorchFunctionMode):
         self.calls: list[Call] = []
         self.joins: list[Join] = []
         self.axes = AxisTracker()
+        self.outputs: tuple[Value, ...] = ()
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
         # keep tensors alive, so that ids stay unique
@@ -142,6 +145,7 @@ class Flow(TorchFunctionMode):
             if id(tensor) in before and not inplace:
                 continue  # returned unchanged, as by dropout in eval mode
             value = self._note(tensor, known, name)
+            value.weighed = any(isinstance(t, nn.Parameter) for t in inputs)
         if parts and value is not None:
             self.joins.append(Join(tuple(self._stack), parts, value, name in _ADDS))
         return out
@@ -160,7 +164,7 @@ class Flow(TorchFunctionMode):
         depth = 1 + max((p.depth for p in parents), default=-1)
         indices = tuple(p.index for p in parents)
         axes = self.axes.of(tensor)
-        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, indices, op, axes)
+        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, indices, op, axes=axes)
         self.values.append(value)
         self._now[id(tensor)] = value
         self._alive.append(tensor)
@@ -182,7 +186,7 @@ class Flow(TorchFunctionMode):
         call.shape = tuple(first.shape)
         if id(first) not in self._now and call.inputs:
             # the dataflow inside a custom autograd.Function is not visible
-            self._note(first, call.inputs, "call")
+            self._note(first, call.inputs, "call").weighed = any(True for _ in module.parameters())
         value = self._now.get(id(first))
         if value is not None:
             call.output = value
@@ -206,5 +210,5 @@ def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any
     flow.watch(modules)
     flow.start(given)
     with torch.no_grad(), flow.axes, flow:
-        run(model, given)
+        flow.outputs = flow.known(_tensors(run(model, given)))
     return flow

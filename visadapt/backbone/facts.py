@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from visadapt.backbone.find import find_sites
-from visadapt.backbone.heads import Head, find_head
-from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.heads import Head, find_head, traced_head
+from visadapt.backbone.known_batches import KnownBatches
+from visadapt.backbone.modules import own_modules, within
 from visadapt.backbone.norms import find_norms
 from visadapt.backbone.site import Sites
+from visadapt.errors import VisadaptError
 
 
 class Facts:
@@ -24,11 +27,14 @@ class Facts:
     Attributes:
         model: the backbone.
         modules: its modules by path, without those of tasks.
+        batches: which rows belong to which sample, for the kinds of batch that it has met.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = own_modules(model)
+        self._traced_head: Head | None = None
+        self.batches = KnownBatches()
 
     @property
     def name(self) -> str:
@@ -40,9 +46,43 @@ class Facts:
         return own_modules(self.model) == self.modules
 
     @cached_property
-    def head(self) -> Head | None:
-        """Where its head is; None if it has none that can be found."""
+    def known_head(self) -> Head | None:
+        """The head as its library names it, without modules if it has none; None if no library does."""
         return find_head(self.model, self.modules)
+
+    def trace_head(self, example: Any = None) -> Head | None:
+        """The head as one forward on fake tensors shows it, run the first time it succeeds; None if it never did.
+
+        Args:
+            example: an input; guessed if None.
+        """
+        if self._traced_head is None:
+            try:
+                self._traced_head = traced_head(self.model, self.modules, example)
+            except VisadaptError:
+                return None
+        return self._traced_head
+
+    def look_for_head(self, example: Any = None) -> Head | None:
+        """The head as its library names it, or as a trace shows it where none does.
+
+        Returns:
+            The head, without modules if it is known that there is none; None if that could not be established.
+        """
+        known = self.known_head
+        if known is None:
+            return self.trace_head(example)
+        if known.modules and not known.finals and not known.obstacle:
+            traced = self.trace_head(example)
+            finals = [final for final in (traced.finals if traced else ()) if within(final.path, known.modules)]
+            return dataclasses.replace(known, finals=tuple(finals))
+        return known
+
+    @property
+    def head(self) -> Head | None:
+        """Where its head is; None if it has none, or none that can be established."""
+        head = self.look_for_head()
+        return head if head is not None and head.modules else None
 
     @cached_property
     def norms(self) -> dict[str, nn.Module]:
@@ -58,7 +98,7 @@ class Facts:
         Raises:
             VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
         """
-        return find_sites(self.model, self.modules, self.head, example)
+        return find_sites(self.model, self.modules, self.known_head, example)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -66,12 +106,14 @@ class Facts:
         parameters = (p for m in self.modules.values() for p in m._parameters.values() if p is not None)
         return torch.float64 if {p.dtype for p in parameters} == {torch.float64} else torch.float32
 
-    @cached_property
+    @property
     def head_modules(self) -> tuple[str, ...]:
         """Paths of the modules that are its head; none if it has none that can be found."""
         return () if self.head is None else self.head.modules
 
     @property
     def size(self) -> int:
-        """Number of parameters without the head: the whole that fractions are parts of."""
-        return parameter_count(self.model) - sum(parameter_count(self.modules[path]) for path in self.head_modules)
+        """Number of parameters outside the head, each once: the whole that fractions are parts of."""
+        head = self.head_modules
+        outside = {p for path, m in self.modules.items() if not within(path, head) for p in m._parameters.values()}
+        return sum(p.numel() for p in outside if p is not None)

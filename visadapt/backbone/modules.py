@@ -110,14 +110,13 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module of a backbone without any trace of tasks: plain classes, no parts, no hooks of visadapt.
+    """Copy a module of a backbone without any trace of tasks: plain classes and no parts.
 
     Args:
         module: the backbone, or a module of it.
         memo: as ``copy.deepcopy`` takes it: copies that exist already, by the id of the original.
     """
     memo = {} if memo is None else memo
-    registry = module.__dict__.get(REGISTRY)
     # a memo that already knows what belongs to visadapt makes deepcopy pass it by
     for inner in own_modules(module).values():
         ours = (inner._modules.get(CHILD), inner.__dict__.get(LEAN), inner.__dict__.get(REGISTRY))
@@ -127,8 +126,4 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         inner._modules.pop(CHILD, None)
         unfreeze(inner)
     copied.__dict__.pop(REGISTRY, None)
-    for handle in registry.guards if registry is not None else ():
-        for name, hooks in copied.__dict__.items():
-            if name.startswith("_forward_"):
-                hooks.pop(handle.id, None)
     return copied

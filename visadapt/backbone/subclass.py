@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from visadapt.errors import VisadaptError
+
 ModuleClass = type[nn.Module]
 Maker = Callable[[ModuleClass], ModuleClass]
 
@@ -41,6 +43,15 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, (root, makers), getattr(self, "__getstate__", lambda: self.__dict__)()
 
 
+def _refuse_script(self: nn.Module) -> nn.Module:
+    """Called by ``torch.jit.script`` on every module that it is about to compile."""
+    raise VisadaptError(
+        f"torch.jit.script cannot compile this {type(self).__name__}, whose forward depends on the active task: script "
+        "visadapt.merge(model, task) or the model after visadapt.eject(model), or record the active task's forward "
+        "with torch.jit.trace or torch.export"
+    )
+
+
 def subclass(plain: ModuleClass, make: Maker, **members: Any) -> ModuleClass:
     """Create a subclass of the same name that pickle can rebuild.
 
@@ -54,6 +65,7 @@ def subclass(plain: ModuleClass, make: Maker, **members: Any) -> ModuleClass:
         _BASE: plain,
         _RECIPE: (root, (*makers, make)),
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _refuse_script,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,11 +32,7 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     config = getattr(model, "config", None)
     if getattr(model, "main_input_name", None) == "input_ids":
-        ids = torch.ones(2, 8, dtype=torch.long, device=device)
-        tokens = {"input_ids": ids, "attention_mask": ids.clone()}
-        if getattr(config, "is_encoder_decoder", False):
-            tokens["decoder_input_ids"] = ids.clone()
-        return [tokens]
+        return [_tokens(config, rows, device) | _pixels(config, rows, dtype, device) for rows in (2, 1)]
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     side = getattr(config, "image_size", getattr(model, "image_size", None))
     first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
@@ -62,6 +58,35 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     else:
         sizes = [(planes, n, n) for n in (224, 64, 32, 28, 299, 512)]
     return [torch.zeros(2, *size, dtype=dtype, device=device) for size in sizes]
+
+
+def _pixels(config: Any, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The images of a model that holds a text and an image encoder; none for another."""
+    vision = getattr(config, "vision_config", None)
+    side = getattr(vision, "image_size", None)
+    if not isinstance(side, int):
+        return {}
+    return {
+        "pixel_values": torch.zeros(rows, getattr(vision, "num_channels", 3), side, side, dtype=dtype, device=device)
+    }
+
+
+def _tokens(config: Any, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Keyword arguments for a language model: a few tokens per row, which end where its config says that texts end.
+
+    Some models find their answer at the end-of-text token (BART, T5), and some take a batch of one row only where no
+    padding token is known (GPT-2).
+    """
+    special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")]
+    ordinary = next(token for token in range(1, 6) if token not in special)
+    ids = torch.full((rows, 8), ordinary, dtype=torch.long, device=device)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < getattr(config, "vocab_size", 0):
+        ids[:, -1] = end
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        tokens["decoder_input_ids"] = ids.clone()
+    return tokens
 
 
 def guess_input(model: nn.Module) -> Any:
@@ -108,7 +133,10 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
 
 
 def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], Any]) -> tuple[Any, Any]:
-    """Runs a shadow of the model once: on fake tensors, or on real ones where fake ones cannot tell the shapes.
+    """Run a shadow of the model once: on fake tensors, or on real ones where it does not run on fake ones.
+
+    A forward that reads values (``.item()``, ``.numpy()``, a loop over a length, an operator without a fake kernel)
+    fails on fake tensors in many ways, so any failure is tried again on real ones.
 
     Args:
         model: the backbone.
@@ -124,8 +152,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
     backbone = unwrapped(model)
     candidates = guess_inputs(backbone) if example is None else [example]
     failure: Exception | None = None
-    for given in candidates:
-        for faked in (True, False):
+    for faked in (True, False):
+        failure = None
+        for given in candidates:
             fake = FakeTensorMode(allow_non_fake_inputs=True) if faked else None
             try:
                 # copied outside of the mode, which would balk at a table that an earlier forward left in a module
@@ -135,8 +164,6 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                     return watch(copied, inputs), given
             except Exception as error:
                 failure = failure or error
-                if not faked or not isinstance(error, UnsupportedFakeTensorException | DynamicOutputShapeException):
-                    break
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
         f"{type(backbone).__name__} does not run on {what} ({_told(failure)}); pass example= with an input it takes"

@@ -13,7 +13,7 @@ from visadapt.backbone.branches import End, ends
 from visadapt.backbone.dataflow import Flow, Value
 from visadapt.backbone.families.attention import projections
 from visadapt.backbone.families.convs import conv3x3, is_batchnorm
-from visadapt.backbone.heads import Head
+from visadapt.backbone.heads import Head, head_of_flow
 from visadapt.backbone.modules import is_matrix, own_modules, parameter_count, within
 from visadapt.backbone.operators import is_operator
 from visadapt.backbone.site import Site, layout_named
@@ -34,7 +34,8 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
     flow, _ = trace_flow(model, example)
-    found = ends(flow, modules, head.modules if head else ())
+    head = head_of_flow(flow, modules) if head is None else head
+    found = ends(flow, modules, head.modules)
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}
     sites: list[Site] = []

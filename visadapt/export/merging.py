@@ -16,7 +16,7 @@ from visadapt.errors import VisadaptError
 from visadapt.export.folding import fold as fold_norms
 from visadapt.export.merge_rules import absorb
 from visadapt.runtime.registry import Registry, find_registry, registry_of
-from visadapt.runtime.selection import bare, guard, using
+from visadapt.runtime.selection import bare, using
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +126,9 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
-    registry = registry_of(model)
-    guarded = bool(registry.guards)
-    for handle in registry.guards:
-        handle.remove()
-    registry.guards = ()
     # all but the hooks, whose handles the user may hold
     kept = _exchange(model, plain.__dict__)
-    model.__dict__["_visadapt_merged"] = (type(model), kept, guarded)
+    model.__dict__["_visadapt_merged"] = (type(model), kept)
     model.__class__ = type(plain)
     return model
 
@@ -172,11 +167,9 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise VisadaptError(f"this {type(model).__name__} was not merged in place: there is nothing to unmerge")
     if registry is not None:
         raise VisadaptError("this model was given new tasks after the merge: visadapt.eject them first")
-    cls, kept, guarded = model.__dict__["_visadapt_merged"]
+    cls, kept = model.__dict__["_visadapt_merged"]
     _exchange(model, kept)
     model.__class__ = cls
-    if guarded:
-        guard(model)
     return model
 
 

@@ -23,6 +23,7 @@ from visadapt.frozen.functions import (
     OwnBatchNorm,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
+from visadapt.methods.layers import is_hooked
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.host import dress, hosting_class
 from visadapt.runtime.registry import AUTO, Registry, parts_of
@@ -226,7 +227,9 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
         drops = self.training and self.dropout > 0
-        if drops or self.depthwise is not None or not _learns(self.down.weight):
+        # autograd sees one function, and hooks on the projections inside it would see no gradient
+        hooked = is_hooked(self.down) or is_hooked(self.up)
+        if drops or hooked or self.depthwise is not None or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         out: Tensor = Bottleneck.apply(h, self, _keep(self, h) or h.dtype, *weights)

@@ -13,7 +13,7 @@ from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, in_dtype_of
+from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, in_dtype_of, is_hooked
 from visadapt.methods.method import Method, width
 from visadapt.methods.stacking import Rows, pointwise
 
@@ -82,8 +82,8 @@ class BottleneckAdapter(nn.Module):
             z = as_channels_first(self.depthwise, z, self.layout)
         z = F.dropout(self.activation(z), self.dropout, self.training)
         delta: Tensor = self.up(z)
-        # into the branch's own memory, which nothing else reads
-        return delta.to(h.dtype).add_(h)
+        # in the branch's own memory, unless a hook holds it
+        return h + delta.to(h.dtype) if is_hooked(self.up) else delta.to(h.dtype).add_(h)
 
     def as_affine(self) -> tuple[Tensor, Tensor]:
         """M = I + W2·W1 and c = W2·b1 + b2 of a linear bottleneck, for merging."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as module_hooks
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from visadapt.backbone.operators import as_kernel, convolve
 from visadapt.backbone.site import is_channels_first, rank_of
@@ -73,13 +75,29 @@ def truncated_normal_(weight: Tensor, std: float) -> None:
 
 
 def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
-    """``x`` as an adapter's parameters want it: theirs is fp32 beside a half-precision backbone.
+    """Convert ``x`` to the dtype of an adapter's parameters, which are fp32 beside a half-precision backbone.
 
-    Under autocast the operators choose the dtype themselves.
+    Under autocast the operators choose the dtype themselves. To a tracer such as torch.fx, whose tensors have no dtype
+    yet, this is one call in the graph.
     """
+    if has_torch_function_unary(x):
+        converted: Tensor = handle_torch_function(in_dtype_of, (x,), weight, x)
+        return converted
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(weight.dtype)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook sees the output of a module: its own hooks, or one for all modules."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
+    )
 
 
 def as_channels_first(function: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:

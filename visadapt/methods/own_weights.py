@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import CHILD
+from visadapt.backbone.modules import CHILD, within
 from visadapt.backbone.site import Site
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -33,7 +33,7 @@ class Full(Method):
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
-        yield "", own_weights(backbone, "", lambda name: _module(name) not in backbone.norms)
+        yield "", own_weights(backbone, task, "", lambda name: _module(name) not in backbone.norms)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Biases(Method):
         def wanted(name: str) -> bool:
             return name.rpartition(".")[2].endswith("bias") and _module(name) not in norms
 
-        yield "", own_weights(backbone, "", wanted)
+        yield "", own_weights(backbone, task, "", wanted)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TopLayers(Method):
             # a block may be one activation (in VGG, behind the conv that is a block of its own), or lie in another
             if any(path.startswith(f"{other}.") for other in paths) or not any(_named(backbone.modules[path])):
                 continue
-            yield path, own_weights(backbone, path, lambda name: _module(name) not in backbone.norms)
+            yield path, own_weights(backbone, task, path, lambda name: _module(name) not in backbone.norms)
 
 
 class OwnWeights(nn.Module):
@@ -115,11 +115,12 @@ class OwnWeights(nn.Module):
         return {name: own[source] for name, source in self._names.items()}
 
 
-def own_weights(backbone: Facts, path: str, wanted: Callable[[str], bool]) -> OwnWeights:
+def own_weights(backbone: Facts, task: Policy, path: str, wanted: Callable[[str], bool]) -> OwnWeights:
     """The task's own copies of the parameters below ``path``, but for the head's: these are the head policy's.
 
     Args:
         backbone: what is known of it.
+        task: whose own modules have their own weights already.
         path: of the host.
         wanted: whether a parameter is to be copied, by its name in the model.
 
@@ -130,9 +131,10 @@ def own_weights(backbone: Facts, path: str, wanted: Callable[[str], bool]) -> Ow
     copies: dict[str, nn.Parameter] = {}
     names: dict[str, str] = {}
     at = f"{path}." if path else ""
+    elsewhere = (*backbone.head_modules, *task.owned)
     for name, parameter in _named(backbone.modules[path]):
         full = f"{at}{name}"
-        if any(full.startswith(f"{head}.") for head in backbone.head_modules) or not wanted(full):
+        if within(_module(full), elsewhere) or not wanted(full):
             continue
         # weights that are tied stay tied
         source = first.setdefault(id(parameter), name)

@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from visadapt.backbone.heads import Head
+
 NORM_POLICIES = ("frozen", "affine", "full")
 HEAD_POLICIES = ("auto", "new", "copy", "frozen")
 
@@ -12,7 +14,13 @@ class Policy(Protocol):
     Attributes:
         norms: one of ``NORM_POLICIES``.
         head: ``new``, ``copy`` or ``frozen``.
+        head_at: where the task's own head stands; None with a frozen head.
+        owned: paths of the modules instead of which the task has its own: its head and what it trains beside it.
     """
 
     norms: str
     head: str
+    head_at: Head | None
+
+    @property
+    def owned(self) -> tuple[str, ...]: ...

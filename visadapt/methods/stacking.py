@@ -16,7 +16,7 @@ class Rows:
 
     Args:
         number: for each sample, the number of the weights it takes.
-        repeat: rows that a sample has; more than one where a backbone cuts it into windows.
+        repeat: rows that a sample has; more than one if the backbone cuts it into windows.
         device: of the batch.
     """
 
@@ -56,7 +56,7 @@ class Rows:
         return joined if self._order is None else torch.empty_like(joined).index_copy_(0, self._order, joined)
 
     def gather(self, tensors: Sequence[Tensor], repeat: bool = True) -> Tensor:
-        """``(N, …)``: for each row the tensor of its group; with ``repeat=False`` once a sample."""
+        """``(N, …)``: for each row the tensor of its group; with ``repeat=False`` once per sample."""
         if all(tensor is tensors[0] for tensor in tensors):
             stacked = tensors[0].expand(len(self.number), *tensors[0].shape)
         else:
@@ -93,7 +93,7 @@ def pointwise(modules: Sequence[Any], rows: Rows, x: Tensor, layout: str) -> Ten
     """y = W_t·x + b_t at every position, with the weights of each sample's task t.
 
     Args:
-        modules: one :class:`visadapt.methods.layers.Pointwise` a task.
+        modules: one :class:`visadapt.methods.layers.Pointwise` per task.
         rows: which of them each row of ``x`` takes.
         x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
         layout: of ``x``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.heads import Head
 from visadapt.backbone.operators import is_operator, operator_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, is_real
@@ -57,11 +58,10 @@ class TSA(Method):
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         yield from super().parts(backbone, sites, task)
         if self.align:
-            yield _before_head(backbone)
+            yield _before_head(backbone, task.head_at or backbone.head)
 
 
-def _before_head(backbone: Facts) -> tuple[str, nn.Module]:
-    head = backbone.head
+def _before_head(backbone: Facts, head: Head | None) -> tuple[str, nn.Module]:
     if head is None:
         raise VisadaptError(f"align=True: no head found in {backbone.name}, before which to align")
     # a task's own head stands instead of the whole module, so the alignment comes before that, not inside

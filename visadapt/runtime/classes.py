@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 
@@ -24,11 +27,21 @@ def frozen_class(plain: ModuleClass) -> ModuleClass:
     return subclass(plain, frozen_class, training=property(_never_trains, _set_training))
 
 
+def _like(other: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(other.dtype) if tensor.is_floating_point() else tensor
+
+
 @cached
 def widened_class(plain: ModuleClass) -> ModuleClass:
     """A norm or head in fp32 in a half-precision network: it computes in fp32 and answers in its input's dtype."""
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return cast("Tensor", plain.forward(self, x.float(), *args, **kwargs)).to(x.dtype)
+    def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor):
+            out = plain.forward(self, x.float(), *args, **kwargs)
+            return out.to(x.dtype) if isinstance(out, Tensor) else tree_map_only(Tensor, _like(x), out)
+        # a detector's head takes the maps of all levels
+        first = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+        wide = tree_map_only(Tensor, _like(torch.empty(0)), x)
+        return tree_map_only(Tensor, _like(first), plain.forward(self, wide, *args, **kwargs))
 
     return subclass(plain, widened_class, forward=forward)

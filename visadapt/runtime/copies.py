@@ -1,70 +1,90 @@
-"""A task's own copies of the backbone's norms and heads."""
+"""A task's own copies of the backbone's modules: norms, heads, and what it trains beside them."""
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy
+from visadapt.backbone.heads import CLASS_COUNTS, Final, Head
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy, within
 from visadapt.backbone.norms import affine_of, is_frozen_norm
-from visadapt.backbone.operators import CONVS
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class, widened_class
 
 
-def build_head(facts: Facts, num_classes: int | None) -> dict[str, nn.Module]:
+def build_head(facts: Facts, head: Head, num_classes: int | None) -> dict[str, nn.Module]:
     """A task's own head, on the backbone's device.
 
     Args:
-        facts: of a backbone that has a head.
-        num_classes: width of a new final layer, or None to start from the backbone's weights.
+        facts: of the backbone.
+        head: where its head is, with finals where ``num_classes`` is given.
+        num_classes: number of classes of new final layers, or None to start from the backbone's weights.
 
     Returns:
         The task's module for each of ``head.modules``.
     """
-    model, head, dtype = facts.model, facts.head, facts.dtype
-    assert head is not None
     made: dict[str, nn.Module] = {}
+    finals = {final.path: final for final in head.finals} if num_classes is not None else {}
     for path in head.modules:
-        own = facts.modules[path]
-        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in own_parameters(own))
-        # a head of a thousand classes is not copied only to be replaced by one of ten
-        renewed = num_classes is not None and path in head.finals
-        module = _renewed(own, cast("int", num_classes), model, dtype) if renewed else plain_copy(own).to(dtype)
-        module.requires_grad_(True)
-        for last in head.finals if num_classes is not None else ():
-            if last.startswith(f"{path}."):
-                inner = last.removeprefix(f"{path}.")
-                final = module.get_submodule(inner)
-                module.set_submodule(inner, _renewed(final, cast("int", num_classes), model, dtype))
-        if low and dtype == torch.float32:
-            module.__class__ = widened_class(type(module))
-        made[path] = module
+        fresh = {
+            p: _renewed(facts.modules[p], f, num_classes or 0, facts) for p, f in finals.items() if within(p, [path])
+        }
+        # a layer of a thousand classes is not copied only to be replaced by one of ten
+        memo = {id(facts.modules[p]): layer for p, layer in fresh.items()}
+        made[path] = own_module(facts, path, memo)
+        if fresh:
+            _tell_width(facts, path, made[path], head.classes(facts.modules), num_classes or 0)
     return made
 
 
-def _renewed(final: nn.Module, num_classes: int, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    weight = final.weight
-    assert isinstance(weight, nn.Parameter)
+def own_module(facts: Facts, path: str, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A task's own copy of a module, trainable, in fp32 beside a half-precision backbone.
+
+    Args:
+        facts: of the backbone.
+        path: of the module.
+        memo: modules to put in the place of others inside it, by the ``id`` of the others.
+    """
+    own = facts.modules[path]
+    module = (memo or {}).get(id(own)) or plain_copy(own, memo)
+    module = module.to(facts.dtype).requires_grad_(True)
+    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in own_parameters(own))
+    if low and facts.dtype == torch.float32:
+        module.__class__ = widened_class(type(module))
+    return module
+
+
+def _tell_width(facts: Facts, path: str, module: nn.Module, old: int | None, new: int) -> None:
+    """Writes the number of classes where a head's forward folds its outputs by it (torchvision's detectors)."""
+    for inner, own in facts.modules.items() if old is not None else ():
+        counts = [name for name in CLASS_COUNTS if own.__dict__.get(name) == old]
+        if counts and within(inner, [path]):
+            copied = module.get_submodule(inner.removeprefix(path).removeprefix("."))
+            copied.__dict__.update(dict.fromkeys(counts, new))
+
+
+def _renewed(old: nn.Module, final: Final, num_classes: int, facts: Facts) -> nn.Module:
+    """A new layer of the width that so many classes need, with its library's initial values."""
+    weight = cast("nn.Parameter", old.weight)
+    options: dict[str, Any] = {"bias": old.bias is not None, "device": weight.device, "dtype": facts.dtype}
+    width = final.width(num_classes)
     fresh: nn.Module
-    if isinstance(final, nn.Linear):
-        fresh = nn.Linear(final.in_features, num_classes, final.bias is not None, device=weight.device, dtype=dtype)
+    if isinstance(old, nn.Linear):
+        fresh = nn.Linear(old.in_features, width, **options)
     else:
-        assert isinstance(final, CONVS)
-        conv = CONVS[weight.ndim - 3]
-        fresh = conv(final.in_channels, num_classes, 1, bias=final.bias is not None, device=weight.device, dtype=dtype)
-    # transformers draws its heads at the scale of its config; torch's own default is as good elsewhere
-    std = getattr(getattr(model, "config", None), "initializer_range", None)
-    if isinstance(std, float) and math.isfinite(std):
-        nn.init.normal_(fresh.weight, std=std)  # type: ignore[arg-type]
+        assert isinstance(old, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(old, kind))
+        place = {name: getattr(old, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        fresh = kind(old.in_channels, width, old.kernel_size, **place, **options)  # type: ignore[arg-type]
+    if final.std is not None:
+        nn.init.normal_(fresh.weight, std=final.std)
         if fresh.bias is not None:
-            nn.init.zeros_(fresh.bias)  # type: ignore[arg-type]
+            nn.init.constant_(fresh.bias, final.bias)
     return fresh
 
 

@@ -24,8 +24,9 @@ class TaskSummary:
         norm_policy: ``frozen``, ``affine`` or ``full``.
         head: parameters of its head.
         num_classes: width of its head.
-        fraction: adapters and norms, over the backbone without its head.
+        fraction: adapters, norms and ``also``, over the backbone without its head.
         bytes: of all its tensors.
+        also: parameters of its copies of further modules (``train_also``).
     """
 
     task: str
@@ -38,11 +39,12 @@ class TaskSummary:
     num_classes: int | None
     fraction: float
     bytes: int
+    also: int = 0
 
     @property
     def trained(self) -> int:
         """All parameters of the task, head included."""
-        return self.adapters + self.norms + self.head
+        return self.adapters + self.norms + self.head + self.also
 
 
 class Summary(dict[str, TaskSummary]):
@@ -55,7 +57,8 @@ class Summary(dict[str, TaskSummary]):
         self.active = active
 
     def table(self) -> Table:
-        """One row a task; the active one carries a star."""
+        """One row per task, the active one with a star; what tasks train also has a column where there is any."""
+        also = any(row.also for row in self.values())
         rows = [
             (
                 f"{row.task} *" if row.task == self.active else row.task,
@@ -64,12 +67,14 @@ class Summary(dict[str, TaskSummary]):
                 f"{row.adapters:,}",
                 f"{row.norms:,} ({row.norm_policy})",
                 f"{row.head:,}" if row.head else "backbone's",
+                *([f"{row.also:,}"] if also else []),
                 f"{100 * row.fraction:.2f} %",
                 f"{row.bytes / 1000:,.0f} kB",
             )
             for row in self.values()
         ]
-        headings = ("task", "methods", "sites", "adapters", "norms", "head", "of backbone", "size")
+        columns = ("task", "methods", "sites", "adapters", "norms", "head", *(("also",) if also else ()))
+        headings = (*columns, "of backbone", "size")
         return Table(headings, rows, title=f"backbone without head: {self.backbone:,} parameters, frozen")
 
     def __str__(self) -> str:
@@ -98,11 +103,11 @@ def summary(model: nn.Module) -> Summary:
 
 def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
     task = registry.task(name)
-    count = {"norm": 0, "head": 0, "adapters": 0}
+    count = {"norm": 0, "head": 0, "also": 0, "adapters": 0}
     size = 0
     for parts in registry.parts(name).values():
         for part, module in parts.items():
-            key = part if part in ("norm", "head") else "adapters"
+            key = part if part in count else "adapters"
             count[key] += sum(p.numel() for p in module.parameters())
             size += sum(t.numel() * t.element_size() for t in module.state_dict().values())
     return TaskSummary(
@@ -114,6 +119,7 @@ def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
         norm_policy=task.norms,
         head=count["head"],
         num_classes=task.num_classes,
-        fraction=(count["adapters"] + count["norm"]) / max(whole, 1),
+        fraction=(count["adapters"] + count["norm"] + count["also"]) / max(whole, 1),
         bytes=size,
+        also=count["also"],
     )

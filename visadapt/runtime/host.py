@@ -30,7 +30,7 @@ from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
-from visadapt.runtime.registry import Parts, Registry
+from visadapt.runtime.registry import AUTO, Parts, Registry
 from visadapt.runtime.roles import run
 
 
@@ -49,7 +49,7 @@ def hosting_class(plain: type[nn.Module]) -> type[nn.Module]:
             # kept by someone since before this was a host, or before it was given another forward that calls this one
             return plain.forward(self, *args, **kwargs)
         task = parts._registry.acting()
-        if isinstance(task, tuple):
+        if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)
         if task is None or task not in parts:
             return plain.forward(self, *args, **kwargs)
@@ -137,11 +137,11 @@ def undress(module: nn.Module, *makers: Maker) -> None:
     module.__class__ = without(type(module), *makers)
 
 
-def attach(host: nn.Module, registry: Registry, task: str, name: str, part: nn.Module) -> None:
+def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str, part: nn.Module) -> None:
     """Gives ``host`` a part of ``task``, swapping the host's class if it is the first."""
     if CHILD not in host._modules:
         parts = Parts()
-        parts._registry = registry
+        parts._registry, parts._path = registry, path
         given = host.__dict__.pop("forward", None)
         host.add_module(CHILD, parts)
         host.__class__ = rebuilt(type(host), hosting_class)

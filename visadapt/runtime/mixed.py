@@ -1,4 +1,4 @@
-"""Mixed batches: every sample with the task of its own, in one pass of the backbone.
+"""Mixed batches at one module: every sample with the parts of its own task, in one pass of the backbone.
 
 A host runs once over the whole batch wherever the tasks only add to it. Parts that know how to act for many tasks at
 once (a class with ``stacked``) do so by one batched product; all others act group by group, each on its own samples, so
@@ -7,18 +7,21 @@ that train-mode statistics see their own task's samples only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.heads import width_of
+from visadapt.backbone.batch import Key
+from visadapt.backbone.modules import REGISTRY
+from visadapt.backbone.rows import Fact
 from visadapt.errors import VisadaptError
-from visadapt.methods.stacking import Rows, rows_for
+from visadapt.methods.stacking import Rows
+from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
-from visadapt.runtime.registry import _USING, Parts, facts_of, registry_of
+from visadapt.runtime.registry import Mixed, Parts, facts_of, meant, registry_of
 from visadapt.runtime.roles import around, core, role, run
 
 NONE = nn.ModuleDict()
@@ -31,85 +34,81 @@ class Groups:
     Args:
         host: the module.
         parts: what it carries.
-        tasks: one a sample, None for the bare backbone.
-        first: the host's input; its rows are a multiple of the samples where a backbone cuts each into windows.
-
-    Raises:
-        VisadaptError: the input's rows are not the samples'.
+        tasks: one per sample, None for the bare backbone.
     """
 
-    def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...], first: Tensor) -> None:
-        self.size = first.shape[0] if first.ndim else 0
-        repeat, rest = divmod(self.size, len(tasks))
-        if rest or not repeat:
-            raise VisadaptError(
-                f"{type(host).__name__} was called with {self.size} rows for {len(tasks)} tasks: give one task a sample"
-            )
+    def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...]) -> None:
         # tasks without parts here are one group, with the bare backbone
         here = {task: task if task is not None and task in parts._modules else None for task in tasks}
         names = {name: number for number, name in enumerate(dict.fromkeys(here.values()))}
         self.parts = [NONE if name is None else cast("nn.ModuleDict", parts._modules[name]) for name in names]
-        number = tuple([names[here[task]] for task in tasks])
-        self.rows: Rows = rows_for(number, repeat, first.device)
+        if len(names) == 1:
+            return
+        self.division = Division(tuple([names[here[task]] for task in tasks]), parts._path or type(host).__name__)
         self._registry = parts._registry
         self._tasks = tasks
         # what a host without children runs asks for no task
         self._leaf = len(host._modules) == 1
+        known = self._facts(parts._path)
+        self.inputs: dict[Key, Fact] = known.inputs
+        self.outputs: dict[Key, Fact] = known.outputs
+
+    def _facts(self, path: str) -> Any:
+        """What is known of the rows here: of this batch, or (in a graph being made) of all batches."""
+        place = self.division.place
+        if isinstance(self._tasks, Mixed):
+            known = self._tasks.rows.hosts.get(path)
+            if known is None or not known.known:
+                raise UnfitError(f"it is not known which rows belong to which sample at {place}")
+            return known
+        known = self._registry.facts.batches.hosts.get(path)
+        if not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
+            raise outside(place)
+        if known is None or not known.known:
+            raise VisadaptError(
+                f"it is not known which rows belong to which sample at {place}, and a graph cannot run one task at a "
+                "time: call the model without torch.compile"
+            )
+        return known
+
+    def rows(self, tensor: Tensor, fact: Fact | None) -> Rows:
+        """Which rows of a tensor are which group's."""
+        return self.division.rows(tensor.shape[0] if tensor.ndim else 0, tensor.device, fact)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Runs ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
         outs = []
         for group, parts in enumerate(self.parts):
-            mine = tuple([self._take(a, group) for a in args]), {k: self._take(v, group) for k, v in kwargs.items()}
-            with self._alone(group):
-                outs.append(function(parts, *mine))
-        return self._join(outs)
+            own_args, own_kwargs = self.division.share((args, kwargs), self.inputs, group)
+            if self._leaf:
+                outs.append(function(parts, own_args, own_kwargs))
+                continue
+            # what runs within sees the rows of one group only, and so their tasks only
+            tasks = [self._tasks[i] for i in self.division.samples[group]]
+            mixed = len(set(tasks)) > 1
+            with meant(self._registry, self._own(tasks) if mixed else tasks[0]):
+                outs.append(function(parts, own_args, own_kwargs))
+        return self.division.join(outs, self.outputs)
 
-    @contextmanager
-    def _alone(self, group: int) -> Iterator[None]:
-        """What runs within sees the rows of one group only, and so their tasks only."""
-        if self._leaf:
-            yield
-            return
-        tasks = tuple([t for t, number in zip(self._tasks, self.rows.number, strict=True) if number == group])
-        token = _USING.set({**(_USING.get() or {}), id(self._registry): tasks})
-        try:
-            yield
-        finally:
-            _USING.reset(token)
-
-    def _take(self, value: Any, group: int) -> Any:
-        """One group's share of an argument: every tensor with a row a sample is cut to the group's rows."""
-        rowed = isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size
-        return self.rows.take(value, group) if rowed else value
-
-    def _join(self, outs: list[Any]) -> Any:
-        """Puts the groups' outputs together again; narrower ones are padded with −inf, as logits want it."""
-        if isinstance(outs[0], tuple):
-            return tuple(self._join(list(each)) for each in zip(*outs, strict=True))
-        if isinstance(outs[0], Mapping):
-            # transformers' outputs
-            return type(outs[0])(**{key: self._join([out[key] for out in outs]) for key in outs[0]})
-        if not isinstance(outs[0], Tensor):
-            return outs[0]
-        if outs[0].ndim == 0:
-            # a loss: each group's is the mean over its rows
-            return sum(out * size for out, size in zip(outs, self.rows.sizes, strict=True)) / self.size
-        widest = max(out.shape[-1] for out in outs)
-        padded = [nn.functional.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]
-        return self.rows.join(padded if any(out.shape[-1] < widest for out in outs) else outs)
+    def _own(self, tasks: list[str | None]) -> tuple[str | None, ...]:
+        return Mixed.of(tasks, self._tasks.rows) if isinstance(self._tasks, Mixed) else tuple(tasks)
 
 
-def run_mixed(
-    host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: tuple[str | None, ...], args: Any, kwargs: Any
-) -> Any:
+def outside(place: str) -> VisadaptError:
+    """What is raised where a host is called without the whole model."""
+    return VisadaptError(
+        f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
+        "sample: give a batch of mixed tasks to model(...) itself, or run one task at a time"
+    )
+
+
+def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any, args: Any, kwargs: Any) -> Any:
     """A host's forward for a batch of mixed tasks; see the module."""
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if first is None:
-        raise VisadaptError(
-            f"{type(host).__name__} was called without a tensor: a mixed batch cannot be told apart there"
-        )
-    groups = Groups(host, parts, tasks, first)
+    if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not torch.compiler.is_compiling():
+        return enter(host, parts._registry, tasks, args, kwargs)
+    if isinstance(tasks, str):
+        raise outside(parts._path)
+    groups = Groups(host, parts, tasks)
     if len(groups.parts) == 1:
         return run(host, plain, groups.parts[0], args, kwargs)
     roles = {role(part) for group in groups.parts for part in group.values()}
@@ -117,27 +116,40 @@ def run_mixed(
         # each group with an input of its own: apart from the start
         return groups.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
     if roles & {"instead", "weights"}:
-        out = stack_norms(host, plain, groups.parts, groups.rows, first) if len(args) == 1 and not kwargs else None
+        out = None
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            rows = groups.rows(args[0], groups.inputs.get((0, 0)))
+            out = stack_norms(host, plain, groups.parts, rows, args[0])
         if out is None:
             out = groups.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
     else:
         out = plain.forward(host, *args, **kwargs)
     acting = [[part for part in group.values() if role(part) in ("beside", "after")] for group in groups.parts]
     for step in range(max(map(len, acting))):
-        out = _around(groups.rows, {g: own[step] for g, own in enumerate(acting) if step < len(own)}, out, first)
+        own = {g: parts[step] for g, parts in enumerate(acting) if step < len(parts)}
+        out = _around(groups, own, out, args[0] if args else None)
     return out
 
 
-def _around(rows: Rows, acting: dict[int, nn.Module], out: Any, first: Tensor) -> Any:
-    """One step of what acts on the host's output, one part a group."""
+def _around(groups: Groups, acting: dict[int, nn.Module], out: Any, first: Any, key: Key = ()) -> Any:
+    """One step of what acts on the host's output, one part per group."""
     if not isinstance(out, Tensor):
-        return (_around(rows, acting, out[0], first), *out[1:])
+        return (_around(groups, acting, out[0], first, (0,)), *out[1:])
+    rows = groups.rows(out, groups.outputs.get(key))
     parts = list(acting.values())
+    beside = any(role(part) == "beside" for part in parts)
+    given = groups.rows(first, groups.inputs.get((0, 0))) if beside else rows
     if len(parts) == rows.groups and _alike(parts):
-        if role(parts[0]) == "beside":
-            return out + type(parts[0]).stacked(parts, rows, first)  # type: ignore[attr-defined]
+        if beside:
+            return out + type(parts[0]).stacked(parts, given, first)  # type: ignore[attr-defined]
         return type(parts[0]).stacked(parts, rows, out)  # type: ignore[attr-defined]
-    return rows.put(out, {g: around(part, rows.take(out, g), (rows.take(first, g),)) for g, part in acting.items()})
+    return rows.put(
+        out,
+        {
+            g: around(part, rows.take(out, g), (given.take(first, g),) if role(part) == "beside" else ())
+            for g, part in acting.items()
+        },
+    )
 
 
 def _alike(parts: list[nn.Module]) -> bool:
@@ -185,7 +197,7 @@ def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict
     if len(tasks) != logits.shape[0]:
         raise VisadaptError(f"{len(tasks)} tasks for {logits.shape[0]} rows of logits")
     facts = facts_of(model)
-    own = None if facts.head is None else width_of(facts.modules[facts.head.final])
+    own = None if facts.head is None else facts.head.classes(facts.modules)
     found = {}
     for name in dict.fromkeys(tasks):
         width = None if name is None else registry.task(name).num_classes

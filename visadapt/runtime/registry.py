@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,14 +14,44 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests
+from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.backbone.rows import RowFacts
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
+from visadapt.runtime.versions import Versions
 
 AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
 
 _USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
+
+
+class Mixed(tuple[str | None, ...]):
+    """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
+
+    Attributes:
+        rows: the facts of the batch.
+    """
+
+    rows: RowFacts
+
+    @staticmethod
+    def of(tasks: Iterable[str | None], rows: RowFacts) -> Mixed:
+        """The tasks, one per sample, with the facts of their batch."""
+        mixed = Mixed(tasks)
+        mixed.rows = rows
+        return mixed
+
+
+@contextmanager
+def meant(registry: Registry, task: Any) -> Iterator[None]:
+    """Within it a task is the one that is meant, in this thread."""
+    token = _USING.set({**(_USING.get() or {}), id(registry): task})
+    try:
+        yield
+    finally:
+        _USING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,8 @@ class Task:
         placements: methods and their sites.
         hosts: paths of the modules that hold a part of this task.
         notes: what else its file remembers, as JSON values.
+        head_at: where its own head stands; None with a frozen head.
+        also: paths of the modules of which it trains a copy beside its head.
     """
 
     name: str
@@ -54,6 +87,13 @@ class Task:
     placements: list[Placement] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    head_at: Head | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules instead of which it has its own."""
+        return (*(self.head_at.modules if self.head_at else ()), *self.also)
 
 
 class Registry:
@@ -64,6 +104,7 @@ class Registry:
         hosts: every module that holds parts, by its path in the model.
         facts: of the backbone, as they were when they were last established.
         trained: names of the backbone's parameters that required a gradient before the first inject.
+        versions: which of the backbone's parameters changed since the registry was made, at the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
@@ -78,11 +119,11 @@ class Registry:
         self.tasks: dict[str, Task] = {}
         self.hosts: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
+        self.versions = Versions(facts.model)
         self.active: Any = None
         self.hidden = False
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
-        self.guards: tuple[Any, ...] = ()
         self.decider: Any = None
         self.digests: Digests = {}
         self.lean: Any = None
@@ -202,6 +243,7 @@ class Parts(nn.ModuleDict):
     """The parts of all tasks at one host: task name → part name → module."""
 
     _registry: Registry
+    _path: str = ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.

@@ -106,7 +106,10 @@ def _like(own: Tensor | None, value: Tensor | None) -> Tensor | None:
 
 
 def on_tensor(out: Any, function: Any) -> Any:
-    """Applies ``function`` to a module's output, or to its first element where the output is a tuple."""
-    if isinstance(out, Tensor):
+    """Apply ``function`` to a module's output, or to its first element where the output is a tuple.
+
+    What stands for a tensor counts as one, such as a proxy of torch.fx.
+    """
+    if hasattr(type(out), "__torch_function__"):
         return function(out)
     return (function(out[0]), *out[1:])

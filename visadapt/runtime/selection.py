@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import _USING, AUTO, Registry, find_registry, registry_of
+from visadapt.runtime.door import door_class
+from visadapt.runtime.host import dress
+from visadapt.runtime.registry import AUTO, Registry, find_registry, meant, registry_of
 
 
 def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Module:
@@ -58,7 +61,7 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
 
     Raises:
         VisadaptError: there is no such task (the nearest is named), or, in the forward, the batch has another length
-            than the list.
+            than the list, or cannot be divided into samples.
 
     Example:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
@@ -70,66 +73,30 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
         {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
     """
     registry = registry_of(model)
-    token = _USING.set({**(_USING.get() or {}), id(registry): _checked(model, registry, task)})
-    try:
+    with meant(registry, _checked(model, registry, task)):
         yield model
-    finally:
-        _USING.reset(token)
 
 
 def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
     if task is None or (isinstance(task, str) and task != AUTO):
         return None if task is None else registry.task(task).name
     if not isinstance(task, Sequence) or not task:
-        raise VisadaptError(f"expected a task's name, None, or a list with one name a sample; got {task!r}")
+        raise VisadaptError(f"expected a task's name, None, or a list with one name per sample, got {task!r}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
         names: Any = AUTO
     else:
         names = tuple(None if name is None else registry.task(name).name for name in task)
-    guard(model)
+    _open_door(model)
     return names
 
 
-def guard(model: nn.Module) -> None:
-    """Has a model look at the batches that come, once it was asked for a list of tasks or for the decider's choice."""
-    registry = registry_of(model)
-    if not registry.guards:
-        backbone = unwrapped(model)
-        registry.guards = (
-            backbone.register_forward_pre_hook(_enter, with_kwargs=True),
-            backbone.register_forward_hook(_leave, always_call=True),
-        )
-
-
-def _enter(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Before a forward of the whole model: lets the decider choose, and checks that there is one task a sample.
-
-    A wrong length can only be told apart from windows (Swin cuts each sample into many) at the model's own door.
-    """
-    registry = registry_of(model)
-    names = registry.current()
-    if names == AUTO:
-        chosen = _Decided(registry.decider.choose(model, kwargs if kwargs and not args else args))
-        chosen.token = _USING.set({**(_USING.get() or {}), id(registry): chosen})
-    elif isinstance(names, tuple):
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if first is not None and first.shape[0] != len(names):
-            raise VisadaptError(f"{len(names)} tasks were named for a batch of {first.shape[0]}: name one a sample")
-
-
-def _leave(model: nn.Module, args: Any, out: Any) -> None:
-    """After it: the next batch is decided anew."""
-    chosen = registry_of(model).current()
-    if isinstance(chosen, _Decided):
-        _USING.reset(chosen.token)
-
-
-class _Decided(tuple[str, ...]):
-    """The tasks that the decider chose for one batch, and how to forget them."""
-
-    token: Any
+def _open_door(model: nn.Module) -> None:
+    """Lets a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice."""
+    backbone = unwrapped(model)
+    if door_class not in made_by(type(backbone)):
+        dress(backbone, door_class)
 
 
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:

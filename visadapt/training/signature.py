@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
-from visadapt.runtime.registry import facts_of, find_registry
+from visadapt.runtime.registry import find_registry
 from visadapt.tensor_file import raw
 from visadapt.training.batches import Batches
 
@@ -77,8 +77,7 @@ def _backbone(model: nn.Module, task: str | None) -> dict[str, Any]:
     registry = find_registry(model)
     if task is None or registry is None:
         return {}
-    replaced = facts_of(model).head_modules if registry.task(task).head != "frozen" else ()
-    return dict(fingerprint(unwrapped(model), replaced, registry.digests))
+    return dict(fingerprint(unwrapped(model), registry.task(task).owned, registry.digests))
 
 
 def _data(data: Batches) -> dict[str, Any]:

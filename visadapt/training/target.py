@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone import heads
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import joined
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
@@ -109,7 +109,8 @@ def _plain(model: nn.Module) -> Target:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise VisadaptError(f"no parameter of this {type(model).__name__} requires a gradient")
-    head = heads.find_head(model)
+    facts = Facts(model)
+    head = facts.head
     return Target(
         name=type(model).__name__,
         parameters=parameters,
@@ -117,7 +118,7 @@ def _plain(model: nn.Module) -> Target:
         norms={joined(path, name) for path, m in model.named_modules() if _is_norm(m) for name in m._parameters},
         head={name for name in parameters if head and any(name.startswith(f"{path}.") for path in head.modules)},
         adapters=set(),
-        classes=heads.width_of(model.get_submodule(head.final)) if head else None,
+        classes=head.classes(facts.modules) if head else None,
         context=nullcontext,
     )
 

@@ -1,0 +1,143 @@
+"""Symbolic and recording tracers on injected models: torch.fx, torchvision's feature extraction, TorchScript."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import visadapt
+
+SMALL = {
+    "test_resnet": ["Bottleneck", "Series", "Parallel", "LoRA", "SSF", "ConvAdapter", "DAN", "TSA"],
+    "vit_tiny_patch16_224": ["Bottleneck", "LoRA", "SSF", "AdaptFormer"],
+    "test_convnext": ["Bottleneck", "SSF"],
+    "test_efficientnet": ["Bottleneck", "SSF"],
+    "test_byobnet": ["Bottleneck", "Parallel"],
+}
+OPTIONS = {"vit_tiny_patch16_224": {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}}
+CASES = [(name, method) for name, methods in SMALL.items() for method in methods]
+
+
+def backbone(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=4, **OPTIONS.get(name, {})).eval()
+
+
+def make(name: str, method: str = "Bottleneck") -> nn.Module:
+    model = backbone(name)
+    visadapt.inject(model, method, num_classes=3)
+    return stir(model)
+
+
+def stir(model: nn.Module, task: str = "default") -> nn.Module:
+    with torch.no_grad():
+        for parameter in visadapt.parameters(model, task):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def images(n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_symbolic_trace(name, method):
+    model = make(name, method)
+    x = images()
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+        changed = stir(model)(x)
+        assert torch.equal(traced(x), changed)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_feature_extractor(name, method):
+    model = make(name, method)
+    x = images()
+    nodes = get_graph_node_names(model)[1]
+    head = next(node for node in reversed(nodes))
+    extractor = create_feature_extractor(model, {head: "out"})
+    with torch.no_grad():
+        assert torch.equal(extractor(x)["out"], model(x))
+
+
+def test_feature_extractor_before_and_after_inject_and_eject():
+    model = backbone("test_efficientnet")
+    x = images()
+    before = create_feature_extractor(model, {"blocks": "f"})
+    classes = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        expected = before(x)["f"]
+        visadapt.inject(model, visadapt.Bottleneck(m=4, init_std=0.1))
+        own = create_feature_extractor(model, {"blocks": "f"})
+        assert not torch.equal(own(x)["f"], expected)
+        visadapt.eject(model)
+        assert [type(module) for module in model.modules()] == classes
+        assert torch.equal(before(x)["f"], expected)
+
+
+def test_dtypes_are_compared_when_the_graph_runs():
+    model = backbone("vit_tiny_patch16_224").bfloat16()
+    visadapt.inject(model, visadapt.Bottleneck(m=4, init_std=0.1))
+    x = images().bfloat16()
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("build", [torchvision.models.resnet18, lambda: backbone("vit_tiny_patch16_224")])
+def test_script_is_refused_with_what_to_do(build):
+    model = build().eval()
+    visadapt.inject(model, visadapt.Bottleneck(m=2, activation=None), num_classes=3)
+    with pytest.raises(visadapt.VisadaptError, match=r"merge.*eject.*torch\.jit\.trace"):
+        torch.jit.script(model)
+    torch.jit.script(visadapt.merge(model, "default"))
+    torch.jit.script(visadapt.eject(model))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "test_convnext"])
+@pytest.mark.filterwarnings("ignore")
+def test_record_trace(name):
+    model = make(name)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images())
+        x = images(3)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.cell = cell(16, 16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, ids):
+        return self.fc(self.cell(self.embed(ids))[0][:, -1])
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_hosts_are_pickled(cell, tmp_path):
+    torch.manual_seed(0)
+    model = Recurrent(cell).eval()
+    ids = torch.randint(0, 30, (2, 5))
+    visadapt.inject(model, visadapt.Bottleneck(m=4, init_std=0.1), where="*", example=ids)
+    assert "cell" in visadapt.tasks(model)["default"].hosts
+    again = pickle.loads(pickle.dumps(model))
+    torch.save(model, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    expected = model(ids)
+    assert torch.equal(again(ids), expected)
+    assert torch.equal(loaded(ids), expected)
+    assert isinstance(again.cell, cell)
+    with torch.no_grad():
+        again.cell.weight_ih_l0.add_(1)
+    assert not torch.equal(again(ids), expected)

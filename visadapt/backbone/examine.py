@@ -1,0 +1,315 @@
+"""The two small forwards that tell whose row is whose; see :mod:`visadapt.backbone.rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
+from visadapt.backbone.modules import own_modules, plain_copy, unwrapped
+from visadapt.backbone.reordering import Watch, chose_rows
+from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged
+from visadapt.backbone.trace import quiet
+from visadapt.errors import VisadaptError
+
+
+def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None) -> RowFacts:
+    """Establish the facts of a batch.
+
+    Args:
+        model: the backbone, injected or not; neither it nor the batch is changed.
+        given: ``(args, kwargs)`` of its call.
+        samples: N, the number of samples that the batch is said to have.
+        classes: width of the backbone's own head, which labels among the batch must not exceed.
+
+    Raises:
+        VisadaptError: the batch cannot be taken apart into N samples, or the output of one depends on the others.
+    """
+    cuts = list(possible_cuts(given, samples))
+    if not cuts:
+        raise VisadaptError(f"{samples} tasks were named for a batch of {size_of(given)}: name one per sample")
+    opaque = next((leaf for _, leaf in leaves(given) if is_opaque(leaf) and not is_cache(leaf)), None)
+    if opaque is not None:
+        raise VisadaptError(
+            f"a batch of mixed tasks must be made of tensors, lists, mappings and dataclasses, got a "
+            f"{type(opaque).__name__}, which cannot be taken apart into samples"
+        )
+    given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
+    why = ""
+    for cut in cuts:
+        found = _attempted(model, given, cut, samples)
+        if isinstance(found, RowFacts):
+            return found
+        why = why or found
+    raise VisadaptError(
+        f"{samples} tasks were named for a batch of {size_of(given)}, which {type(unwrapped(model)).__name__} does not "
+        f"treat as {samples} samples independent of each other ({why}): name one task per sample, or run one task at a "
+        "time"
+    )
+
+
+def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts | str:
+    """The facts of a batch that is cut so, or why it cannot be."""
+    try:
+        return _examined(model, given, cut, samples)
+    except VisadaptError as error:
+        return str(error)
+    except Exception as error:  # whatever a model raises on a batch that was cut at the wrong place
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _within(key: Key, leaf: Any, classes: int | None) -> Any:
+    """Labels of a task whose head is wider than the backbone's, as the backbone alone can take them."""
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
+        return leaf
+    if any(isinstance(step, str) and ("label" in step or "target" in step) for step in key):
+        return leaf.clamp_max(0)
+    return leaf.clamp_max(max(classes - 1, 0)) if classes is not None and leaf.ndim == 1 else leaf
+
+
+def size_of(given: Any) -> Any:
+    """How large a batch seems to be, for messages."""
+    first = next((leaf for _, leaf in leaves(given) if isinstance(leaf, Tensor)), None)
+    return "no tensors" if first is None else first.shape[0] if first.ndim else 0
+
+
+def possible_cuts(given: Any, samples: int) -> Iterator[dict[Key, Axis]]:
+    """Where N samples may lie in a batch, the likeliest first.
+
+    Along the first axis wherever that has N elements; else along another that has; or in lists of N elements. What has
+    N elements by chance is left out of one possibility each.
+    """
+    lists = {
+        key
+        for key, value in _nodes(given)
+        if len(key) > 1 and isinstance(value, tuple | list) and len(value) == samples and _holds_tensors(value)
+    }
+    options: dict[Key, list[Axis]] = {}
+    caches = {key for key, leaf in leaves(given) if is_cache(leaf)}
+    for key, leaf in leaves(given):
+        if isinstance(leaf, Tensor):
+            axes: list[Axis] = [axis for axis, size in enumerate(leaf.shape) if size == samples]
+            if axes:
+                options[key] = axes
+        elif key in caches:
+            options[key] = [0]
+    usual = {key: axes[0] for key, axes in options.items()}
+    tried: list[dict[Key, Axis]] = []
+    for cut in _variants(usual, options, lists):
+        if cut.keys() - caches and cut not in tried:
+            tried.append(cut)
+            yield cut
+        if len(tried) == 16:
+            return
+
+
+def _variants(usual: dict[Key, Axis], options: dict[Key, list[Axis]], lists: set[Key]) -> Iterator[dict[Key, Axis]]:
+    yield usual
+    for key, axes in options.items():
+        for axis in axes[1:]:
+            yield {**usual, key: axis}
+    second = {key: axes[min(1, len(axes) - 1)] for key, axes in options.items()}
+    yield second
+    if lists:
+        outer = {key for key in lists if not any(key[: len(other)] == other for other in lists - {key})}
+        yield {
+            **{key: axis for key, axis in usual.items() if not any(key[: len(o)] == o for o in outer)},
+            **dict.fromkeys(outer, ITEMS),
+        }
+    for key in options:
+        if len(options) > 1:
+            yield {other: axis for other, axis in usual.items() if other != key}
+
+
+def _nodes(tree: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    yield key, tree
+    if isinstance(tree, tuple | list | Mapping):
+        for step, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _nodes(value, (*key, step))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
+
+
+def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts:
+    twin = _twin(unwrapped(model))
+    pair = take(given, cut, _distinct(given, cut, samples))
+    facts = _compared(twin, pair, cut)
+    if not facts.evidence and samples > 1:
+        try:
+            varied = _compared(_twin(unwrapped(model)), _varied(pair, cut), cut)
+        except Exception:  # the model does not take what was made up: then there is no evidence
+            return facts
+        return varied
+    return facts
+
+
+def _distinct(given: Any, cut: dict[Key, Axis], samples: int) -> tuple[int, int]:
+    """Two samples of a batch that differ, if there are two."""
+    for other in range(1, samples):
+        for key, leaf in leaves(given, lambda key, _: cut.get(key) == ITEMS):
+            axis = cut.get(key)
+            if isinstance(leaf, Tensor) and axis is not None:
+                one, two = leaf.select(int(axis), 0), leaf.select(int(axis), other)
+                if not torch.equal(one, two):
+                    return 0, other
+            elif axis == ITEMS and leaf[0] is not leaf[other]:
+                return 0, other
+    return 0, min(1, samples - 1)
+
+
+def _varied(pair: Any, cut: dict[Key, Axis]) -> Any:
+    """The batch with another second sample: noise among floats, and integers one less at the end."""
+
+    def other(key: Key, leaf: Any) -> Any:
+        axis = cut.get(key)
+        if not isinstance(leaf, Tensor) or axis is None:
+            return leaf
+        changed = leaf.clone()
+        second = changed.select(int(axis), 1)
+        if leaf.is_floating_point():
+            noise = torch.randn(second.shape, generator=torch.Generator().manual_seed(0)).to(second)
+            second.copy_(second.mean() + noise * (second.std(correction=0) + 1e-3))
+        elif second.numel():
+            last = second if second.ndim == 0 else second[..., -1]
+            last.copy_((last.long() - 1).clamp_min(0).to(last.dtype))
+            if second.ndim and second.shape[-1] > 2:
+                second[..., :-1] = second[..., :-1].flip(-1)
+        return changed
+
+    return mapped(other, pair, lambda key, _: cut.get(key) == ITEMS)
+
+
+def _twin(backbone: nn.Module) -> nn.Module:
+    """A plain copy of a backbone that shares its weights: what a forward leaves in a module is left in the copy."""
+    memo: dict[int, Any] = {}
+    for module in own_modules(backbone).values():
+        memo |= {id(p): p for p in module._parameters.values() if p is not None}
+        for _, held in leaves(list(module.__dict__.values())):
+            if isinstance(held, Tensor) and not held.is_leaf:
+                # torch does not copy what is part of a graph
+                memo[id(held)] = held.detach()
+    twin = plain_copy(backbone, memo)
+    for module in twin.modules():
+        for name, hooks in module.__dict__.items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                # those of the user's that listen must not hear of it
+                hooks.clear()
+        if any(name.startswith("running_") for name in module._buffers):
+            # statistics are the frozen backbone's: its norms never see their batch's
+            module.training = False
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the fused kernel would call none of the modules inside
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return twin
+
+
+class _Recorder:
+    """Keeps prints of what every module is called with and gives."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.calls: dict[str, list[tuple[dict[Key, Any], dict[Key, Any]]]] = {}
+        for path, module in own_modules(twin).items():
+            if not isinstance(module, torch.jit.ScriptModule):
+                # not by a hook, which a caller of .forward passes by
+                module.forward = self._around(path, module.forward)  # type: ignore[method-assign]
+
+    def _around(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls = self.calls.setdefault(path, [])
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                inputs = _prints((args, kwargs))
+            out = forward(*args, **kwargs)
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                calls.append((inputs, _prints(out)))
+            return out
+
+        return recorded
+
+
+def _prints(tree: Any) -> dict[Key, Print]:
+    return {key: Print.of(leaf) for key, leaf in leaves(tree) if isinstance(leaf, Tensor)}
+
+
+def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
+    """Runs the twin on (p, q) and on (q, p, q), and compares."""
+    three = take(pair, cut, [1, 0, 1])
+    recorder = _Recorder(twin)
+    runs = []
+    devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
+    for args, kwargs in (pair, three):
+        recorder.calls = {}
+        watch = Watch((args, kwargs))
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), watch:
+            out = twin(*args, **kwargs)
+        runs.append((recorder.calls, out, watch))
+    (few, small, first), (more, large, second) = runs
+    hosts = {}
+    for path in few.keys() | more.keys():
+        one, other = few.get(path, []), more.get(path, [])
+        if len(one) == len(other):
+            hosts[path] = merged(zip(one, other, strict=True))
+    outputs = _outputs(small, large)
+    told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
+    if not told:
+        raise VisadaptError("no part of its output has samples of its own")
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs))
+
+
+def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
+    """The facts of the model's output.
+
+    Raises:
+        VisadaptError: a part of it grows with the batch, but not by the samples' own rows.
+    """
+    if isinstance(small, tuple | list) and isinstance(large, tuple | list) and len(small) != len(large):
+        if (len(small), len(large)) != (2, 3) or not all(_close(large[i], small[j]) for i, j in enumerate((1, 0, 1))):
+            raise VisadaptError("a list in its output is not one of samples")
+        return {key: Lying(ITEMS)}
+    if isinstance(small, Tensor) and isinstance(large, Tensor):
+        fact = fact_of(small, large)
+        grown = small.shape != large.shape
+        if fact == UNKNOWN and grown and sum(p != q for p, q in zip(small.shape, large.shape, strict=False)) == 1:
+            raise VisadaptError("the output for one sample depends on the others")
+        return {key: fact}
+    inner = dict(children(small) or ()), dict(children(large) or ())
+    found: dict[Key, Fact] = {}
+    for step in inner[0].keys() | inner[1].keys():
+        if step not in inner[0] or step not in inner[1]:
+            raise VisadaptError("its output is of another structure for each batch")
+        found |= _outputs(inner[0][step], inner[1][step], (*key, step))
+    return found
+
+
+def _close(one: Any, other: Any) -> bool:
+    left, right = dict(leaves(one)), dict(leaves(other))
+    return left.keys() == right.keys() and all(
+        fact_of(left[key], right[key]) == FREE
+        for key in left
+        if isinstance(left[key], Tensor) and isinstance(right[key], Tensor)
+    )
+
+
+def _evidence(small: Any, outputs: dict[Key, Fact]) -> bool:
+    """Whether the two samples differ in the output."""
+    for key, leaf in leaves(small, lambda key, _: key in outputs and outputs[key] == Lying(ITEMS)):
+        fact = outputs.get(key)
+        if not isinstance(fact, Lying):
+            continue
+        if fact.axis == ITEMS:
+            if not _close(leaf[0], leaf[1]):
+                return True
+            continue
+        rows = Print.of(leaf.movedim(int(fact.axis), 0))
+        groups = (
+            rows.rows.view(fact.repeat, 2, -1).transpose(0, 1) if fact.tiled else rows.rows.view(2, fact.repeat, -1)
+        )
+        if float((groups[0] - groups[1]).abs().max()) > 4 * rows.tolerance * float(rows.rows.abs().max()):
+            return True
+    return False

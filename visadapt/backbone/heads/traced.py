@@ -1,0 +1,81 @@
+"""The heads of all other models: the layers that make the output, as one forward on fake tensors shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from visadapt.backbone.dataflow import Flow, Value
+from visadapt.backbone.heads.head import Final, Head, is_final, width_of
+from visadapt.backbone.modules import own_parameters
+from visadapt.backbone.trace import trace_flow
+
+
+def traced_head(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Head:
+    """The head of a model that runs on an example.
+
+    Args:
+        model: the backbone.
+        modules: its modules by path.
+        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+
+    Returns:
+        The head, with no modules if there is none.
+
+    Raises:
+        VisadaptError: the model does not run on the example, or on any input that can be guessed.
+    """
+    return head_of_flow(trace_flow(model, example)[0], modules)
+
+
+def head_of_flow(flow: Flow, modules: Mapping[str, nn.Module]) -> Head:
+    """The head that a recorded forward shows.
+
+    An output has a head if all of it was computed from layers behind which nothing with parameters comes, and which
+    feed nothing else. In a residual stream the last block's layer adds to what fed it: there is no head.
+
+    Args:
+        flow: one forward of the whole model.
+        modules: its modules by path.
+    """
+    outputs = [found for found in (_layers(flow, value, modules) for value in flow.outputs) if found]
+    paths = tuple(dict.fromkeys(path for found in outputs for path in found))
+    if not paths or {p for path in paths for p in own_parameters(modules[path])} == _all(modules):
+        # a single layer is not a head on a backbone
+        return Head(())
+    several = len({frozenset(found) for found in outputs}) > 1
+    widths = ", ".join(f"{path!r} of {width_of(modules[path])}" for path in paths)
+    obstacle = f"it has several outputs with heads of their own ({widths}): say which, as head={paths[0]!r}"
+    return Head(paths, tuple(Final(path) for path in paths), obstacle=obstacle if several else "")
+
+
+def _all(modules: Mapping[str, nn.Module]) -> set[nn.Parameter]:
+    return {p for module in modules.values() for p in module._parameters.values() if p is not None}
+
+
+def _layers(flow: Flow, output: Value, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that an output was computed from with nothing that has parameters behind them; none if not all is."""
+    found: dict[int, str] = {}
+    layers = sum(1 << value.index for value in flow.values if value.weighed)
+    waiting = [output]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if value.index in seen:
+            continue
+        seen.add(value.index)
+        if value.weighed:
+            path = next((path for path, passes in value.made_by if not passes), "")
+            if not is_final(modules.get(path)):
+                return []
+            found[value.index] = path
+        elif not value.ancestors & layers and value.shape == output.shape:
+            # an image that is added to what was made of it; a mask or a scale among the inputs is no matter
+            return []
+        waiting += [] if value.weighed else [flow.values[i] for i in value.parents]
+    made = sum(1 << index for index in found)
+    if any(value.weighed and value.ancestors & made for value in flow.values):
+        return []
+    return list(dict.fromkeys(found[index] for index in sorted(found)))

@@ -1,0 +1,181 @@
+"""What a forward does to the order of its batch on account of the data: sorts, packs, routes, reads numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_MARK = "_visadapt_from_input"
+"""Attribute of tensors that were computed from the model's input."""
+
+_SORTS = {"sort", "topk", "kthvalue", "mode", "argsort", "msort"}
+_AT_DIM = {"index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
+_AT_DIM |= {"index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_", "scatter_reduce_"}
+_WHOLE = {"masked_select", "take", "put", "put_", "_unique2", "unique_dim", "unique_consecutive", "masked_scatter"}
+_READS = {"tolist", "numpy", "__array__", "__dlpack__"}
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records where a forward chooses rows by its data, and makes what is random the same in every run.
+
+    Attributes:
+        choices: the operators that chose by data, in their order, with the sizes of the axes along which they chose.
+        numbers: the numbers that Python read from tensors computed from the input.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.choices: list[tuple[str, tuple[int, ...]]] = []
+        self.numbers: list[Any] = []
+        self._reads = _Reads(self.numbers)
+        for leaf in tree_leaves(inputs):
+            mark(leaf)
+
+    def __enter__(self) -> Watch:
+        self._reads.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._reads.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.rpartition("::")[2]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        marked = any(is_marked(leaf) for leaf in given)
+        if marked:
+            self._note(name, args, kwargs)
+        out = _drawn(func, name, args, kwargs)
+        if marked:
+            if name == "_local_scalar_dense":
+                self.numbers.append(out)
+            for leaf in tree_leaves(out):
+                mark(leaf)
+            if func._schema.is_mutable:
+                for value, argument in zip(args, func._schema.arguments, strict=False):
+                    if argument.alias_info is not None and argument.alias_info.is_write:
+                        mark(value)
+        return out
+
+    def _note(self, name: str, args: Any, kwargs: Any) -> None:
+        """Writes down an operator that lets the data choose along some axes of a tensor that came from the input."""
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if name == "_pack_padded_sequence" or (name == "repeat_interleave" and any(map(is_marked, args))):
+            self.choices.append((name, (0,)))
+        if first is None or not is_marked(first):
+            return
+        shape = tuple(first.shape)
+        sizes: tuple[int, ...] = ()
+        if name in _SORTS and first.ndim:
+            dims = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, int) and not isinstance(v, bool)]
+            # topk's first number is k; a sort without a number is along the last axis
+            dims = dims[1:] if name in ("topk", "kthvalue") else dims
+            sizes = (shape[dims[0] if dims else -1],)
+        elif name in _AT_DIM and len(args) > 2 and is_marked(args[2]) and first.ndim:
+            sizes = (shape[args[1]],)
+        elif name in _WHOLE and any(map(is_marked, args[1:2] if len(args) > 1 else args)):
+            sizes = shape
+        elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            sizes = _indexed(shape, args[1])
+        if sizes:
+            self.choices.append((name, sizes))
+
+
+class _Reads(TorchFunctionMode):
+    """Notes what Python reads of whole tensors, of which no operator tells."""
+
+    def __init__(self, numbers: list[Any]) -> None:
+        super().__init__()
+        self._numbers = numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS and args and is_marked(args[0]):
+            self._numbers.append(args[0].detach().cpu().clone().flatten())
+        return func(*args, **(kwargs or {}))
+
+
+def chose_rows(two: Watch, three: Watch) -> str:
+    """Whether the order of a batch's rows may depend on the data: the operator that says so, or "".
+
+    Args:
+        two: of a forward of two samples.
+        three: of a forward of three, made of the same two.
+    """
+    if [name for name, _ in two.choices] != [name for name, _ in three.choices]:
+        return "an operator that depends on the data"
+    for (name, few), (_, more) in zip(two.choices, three.choices, strict=True):
+        # an axis that grows with the batch holds the samples
+        if few == (0,) or any(p != q for p, q in zip(few, more, strict=True)):
+            return name
+    same = len(two.numbers) == len(three.numbers) and all(map(_alike, two.numbers, three.numbers))
+    return "" if same else "a number that Python reads"
+
+
+def mark(leaf: Any) -> None:
+    """Marks a tensor as computed from the input."""
+    if isinstance(leaf, Tensor):
+        setattr(leaf, _MARK, True)
+
+
+def is_marked(leaf: Any) -> bool:
+    """Whether a tensor was computed from the input."""
+    return isinstance(leaf, Tensor) and getattr(leaf, _MARK, False)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3) or one == other or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
+
+
+def _indexed(shape: tuple[int, ...], indices: Any) -> tuple[int, ...]:
+    """Sizes of the axes that an index computed from the input chooses along."""
+    sizes: list[int] = []
+    axis = 0
+    for index in indices:
+        wide = index.ndim if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
+        if is_marked(index):
+            sizes += shape[axis : axis + wide]
+        axis += wide
+    return tuple(sizes)
+
+
+def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Runs an operator; what it would draw is the same for every sample and every run."""
+    if name == "native_dropout":
+        return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+    arguments = func._schema.arguments
+    for number, argument in enumerate(arguments):
+        if argument.name == "dropout_p":
+            if number < len(args):
+                args = (*args[:number], 0.0, *args[number + 1 :])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+    out = func(*args, **kwargs)
+    fill = _DRAWS.get(name)
+    return out if fill is None else fill(out)
+
+
+def _ordered(out: Tensor) -> Tensor:
+    return out.copy_(torch.arange(out.numel(), device=out.device).view_as(out))
+
+
+_DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys(("bernoulli", "bernoulli_"), lambda out: out.fill_(1)),
+    **dict.fromkeys(("rand", "rand_like", "uniform_", "uniform"), lambda out: out.fill_(0.5)),
+    **dict.fromkeys(("randn", "randn_like", "normal_", "normal", "randint", "randint_like"), lambda out: out.zero_()),
+    **dict.fromkeys(("normal_functional", "exponential_", "random_"), lambda out: out.zero_()),
+    "randperm": _ordered,
+}
+"""What stands in for random numbers, by the operator that draws them. An order that is drawn stays as it is."""

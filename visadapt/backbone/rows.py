@@ -1,0 +1,204 @@
+"""Whose row is it: which rows of every module's tensors belong to which sample, established by two small forwards.
+
+A copy of the backbone runs on two samples of the batch, (p, q), and then on three, (q, p, q). An axis that holds the
+samples is the one that grows from 2k to 3k, and its order is the one in which the rows of (q, p, q) are those of
+(p, q) again. What mixes its samples, sorts them by the data or puts them elsewhere fits no order, and is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visadapt.backbone.batch import Axis, Key
+
+FREE = "free"
+"""Of a tensor that is the same whatever the batch."""
+
+UNKNOWN = "unknown"
+"""Of a tensor whose rows belong to samples in no order that is known."""
+
+
+@dataclass(frozen=True)
+class Lying:
+    """How the samples of a batch lie in a tensor.
+
+    Attributes:
+        axis: the axis along which they lie, or ``ITEMS`` for a list with one element per sample.
+        repeat: rows per sample.
+        tiled: whether row r belongs to sample r mod N (two views concatenated) rather than to r // repeat (windows);
+            None where both are the same.
+    """
+
+    axis: Axis
+    repeat: int = 1
+    tiled: bool | None = None
+
+
+Fact = Lying | str
+"""``FREE``, ``UNKNOWN`` or how the samples lie."""
+
+
+@dataclass
+class HostRows:
+    """The rows of one module's tensors, over all its calls.
+
+    Attributes:
+        inputs: fact by path in ``(args, kwargs)``.
+        outputs: fact by path in the output.
+    """
+
+    inputs: dict[Key, Fact] = field(default_factory=dict)
+    outputs: dict[Key, Fact] = field(default_factory=dict)
+
+    @property
+    def order(self) -> bool | None:
+        """Whether the rows of its tensors are tiled; None where every sample has one row."""
+        return next((f.tiled for f in self._lying() if f.tiled is not None), None)
+
+    @property
+    def known(self) -> bool:
+        """Whether each row there is known to be of one sample: along the first axis, in one order."""
+        facts = [*self.inputs.values(), *self.outputs.values()]
+        lying = list(self._lying())
+        return (
+            UNKNOWN not in facts
+            and all(fact.axis == 0 for fact in lying)
+            and len({fact.tiled for fact in lying} - {None}) < 2
+            and any(isinstance(fact, Lying) for fact in self.inputs.values())
+            and any(isinstance(fact, Lying) for fact in self.outputs.values())
+        )
+
+    def _lying(self) -> Iterator[Lying]:
+        return (f for f in (*self.inputs.values(), *self.outputs.values()) if isinstance(f, Lying))
+
+
+@dataclass
+class RowFacts:
+    """What is known of one kind of batch.
+
+    Attributes:
+        cut: where the samples lie in the model's input.
+        outputs: how they lie in its output, by path.
+        hosts: facts of the modules that were called, by path.
+        reordered: the operator on account of which the order of rows may depend on the data, or "".
+        evidence: whether the samples that were compared differ in the output.
+    """
+
+    cut: dict[Key, Axis]
+    outputs: dict[Key, Fact]
+    hosts: dict[str, HostRows]
+    reordered: str
+    evidence: bool
+
+    def knows(self, path: str) -> bool:
+        """Whether the rows at a module are known."""
+        host = self.hosts.get(path)
+        return host is not None and self.evidence and not self.reordered and host.known
+
+
+@dataclass
+class Print:
+    """What is kept of a tensor to compare it by: its shape, and two random projections of each row."""
+
+    shape: tuple[int, ...]
+    rows: Tensor
+    tolerance: float
+
+    @staticmethod
+    def of(tensor: Tensor) -> Print:
+        """Takes it."""
+        shape = tuple(tensor.shape)
+        wide = tensor.detach().reshape(shape[0], -1) if tensor.ndim else tensor.detach().reshape(1, 1)
+        wide = torch.view_as_real(wide).flatten(1) if wide.is_complex() else wide
+        wide = torch.nan_to_num(wide.double(), nan=3.0, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
+        angles = torch.arange(1, wide.shape[1] + 1, dtype=torch.double, device=wide.device)[:, None]
+        weights = torch.sin(angles * angles.new_tensor([[12.9898, 78.233]]))
+        exact = not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
+        return Print(shape, (wide @ weights).cpu(), 5e-5 if exact else 5e-2)
+
+
+def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
+    """How samples lie in a tensor, from what it was for the samples (p, q) and for (q, p, q).
+
+    Args:
+        two: the tensor for two samples.
+        three: the tensor for three.
+        axis: the axis that prints were taken along; tensors are looked at along every axis.
+    """
+    grown = [i for i, (p, q) in enumerate(zip(two.shape, three.shape, strict=False)) if p != q]
+    if len(two.shape) != len(three.shape) or len(grown) > 1:
+        return UNKNOWN
+    if isinstance(two, Tensor) and isinstance(three, Tensor):
+        at = grown[0] if grown else 0
+        moved = [tensor.movedim(at, 0) if tensor.ndim else tensor for tensor in (two, three)]
+        found = fact_of(Print.of(moved[0]), Print.of(moved[1]))
+        return Lying(at, found.repeat, found.tiled) if isinstance(found, Lying) else found
+    assert isinstance(two, Print)
+    assert isinstance(three, Print)
+    scale = float(three.rows.abs().max()) if three.rows.numel() else 0.0
+    if not grown:
+        return (
+            FREE
+            if float((two.rows - three.rows).abs().amax() if three.rows.numel() else 0) <= (two.tolerance * scale)
+            else UNKNOWN
+        )
+    size, more = two.shape[grown[0]], three.shape[grown[0]]
+    if grown != [axis] or size * 3 != more * 2 or size == 0:
+        return UNKNOWN
+    repeat = size // 2
+    order = [1, 0, 1]
+    block = two.rows.view(2, repeat, -1)[order].reshape(more, -1)
+    tile = two.rows.view(repeat, 2, -1)[:, order].reshape(more, -1)
+    as_block, as_tile = (float((rows - three.rows).abs().max()) for rows in (block, tile))
+    if min(as_block, as_tile) > two.tolerance * scale:
+        return UNKNOWN
+    if repeat == 1:
+        return Lying(axis)
+    if max(as_block, as_tile) <= max(4 * min(as_block, as_tile), 1e-9 * scale):
+        return UNKNOWN if scale else Lying(axis, repeat)
+    return Lying(axis, repeat, as_tile < as_block)
+
+
+def merged(calls: Any) -> HostRows:
+    found = HostRows()
+    for (inputs, outputs), (more_inputs, more_outputs) in calls:
+        for kept, few, many in ((found.inputs, inputs, more_inputs), (found.outputs, outputs, more_outputs)):
+            for key in few.keys() | many.keys():
+                fact = fact_of(few[key], many[key]) if key in few and key in many else UNKNOWN
+                kept[key] = fact if kept.setdefault(key, fact) == fact else _both(kept[key], fact)
+    return found
+
+
+def _both(one: Fact, other: Fact) -> Fact:
+    """What holds for both of two calls."""
+    if not isinstance(one, Lying) or not isinstance(other, Lying) or one.axis != other.axis:
+        return UNKNOWN
+    orders = {one.tiled, other.tiled} - {None}
+    return UNKNOWN if len(orders) > 1 else Lying(one.axis, max(one.repeat, other.repeat), next(iter(orders), None))
+
+
+def both_hosts(one: HostRows, other: HostRows) -> HostRows:
+    """What holds of a module for both of two kinds of batch."""
+
+    def each(left: dict[Key, Fact], right: dict[Key, Fact]) -> dict[Key, Fact]:
+        found = {**right, **left}
+        for key in left.keys() & right.keys():
+            found[key] = left[key] if left[key] == right[key] else _both(left[key], right[key])
+        return found
+
+    return HostRows(each(one.inputs, other.inputs), each(one.outputs, other.outputs))
+
+
+def shape_of(facts: RowFacts) -> Any:
+    """What two sizes of one kind of batch must share for their facts to hold for every size."""
+
+    def each(found: dict[Key, Fact]) -> Any:
+        return {k: (f.axis, f.repeat > 1, f.tiled) if isinstance(f, Lying) else f for k, f in found.items()}
+
+    hosts = {path: (each(host.inputs), each(host.outputs)) for path, host in facts.hosts.items()}
+    return facts.cut, each(facts.outputs), hosts

@@ -1,0 +1,153 @@
+"""Where a batch of mixed tasks enters: the whole model's forward, in one pass or one task at a time.
+
+Which rows are whose is known of every kind of batch before the first of that kind runs (see
+:mod:`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
+runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
+outputs are put together: always right, only slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.batch import is_cache, leaves
+from visadapt.backbone.heads import width_of
+from visadapt.backbone.modules import REGISTRY
+from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.subclass import ModuleClass, cached, subclass
+from visadapt.errors import VisadaptError
+from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.registry import AUTO, Mixed, Parts, Registry, meant
+
+
+@cached
+def door_class(plain: ModuleClass) -> ModuleClass:
+    """A subclass of a whole model's whose forward takes batches of mixed tasks."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        registry: Registry | None = self.__dict__.get(REGISTRY)
+        tasks = None if registry is None else registry.current()
+        if registry is None or not is_outside(tasks):
+            return plain.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            check_compiled(self, registry, tasks, args, kwargs)
+            return plain.forward(self, *args, **kwargs)
+        return enter(self, registry, tasks, args, kwargs)
+
+    forward.__wrapped__ = plain.forward  # type: ignore[attr-defined]
+    return subclass(plain, door_class, forward=forward)
+
+
+def is_outside(tasks: Any) -> bool:
+    """Whether several tasks, or the decider's choice, are meant and the batch has not yet been looked at."""
+    return tasks == AUTO or (isinstance(tasks, tuple) and not isinstance(tasks, Mixed))
+
+
+def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a whole model on a batch of mixed tasks.
+
+    Args:
+        model: the injected model.
+        registry: its registry.
+        tasks: one per sample, or ``"auto"``.
+        args: of its forward.
+        kwargs: of its forward.
+
+    Raises:
+        VisadaptError: there are not as many tasks as samples; samples depend on each other; the batch or the output
+            cannot be divided.
+    """
+    if tasks == AUTO:
+        tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
+    distinct = tuple(dict.fromkeys(tasks))
+    batches = registry.facts.batches
+    training = bool(model.__dict__["training"])
+    head = registry.facts.head
+    classes = None if head is None else width_of(registry.facts.modules[head.final])
+    facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
+    if len(distinct) == 1:
+        with meant(registry, distinct[0]):
+            return model.forward(*args, **kwargs)
+    if not _divided_within(registry, facts, distinct):
+        try:
+            with meant(registry, Mixed.of(tasks, facts)):
+                return model.forward(*args, **kwargs)
+        except UnfitError as error:
+            batches.forget((args, kwargs), len(tasks), training, facts)
+            if training:
+                # statistics of norms may have moved already
+                raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
+    return _one_by_one(model, registry, tasks, distinct, facts, args, kwargs)
+
+
+def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
+    """Whether the tasks differ at a module whose rows are not known."""
+    paths = dict.fromkeys(path for name in distinct if name is not None for path in registry.task(name).hosts)
+    for path in paths:
+        # what was never called in the forwards that were looked at says so when it is
+        if path in facts.hosts and not facts.knows(path):
+            parts = registry.hosts[path]._modules["visadapt"]
+            assert isinstance(parts, Parts)
+            if len({name if name in parts._modules else None for name in distinct}) > 1:
+                return True
+    return bool(facts.reordered) or not facts.evidence
+
+
+def _one_by_one(
+    model: nn.Module,
+    registry: Registry,
+    tasks: tuple[str | None, ...],
+    distinct: tuple[str | None, ...],
+    facts: RowFacts,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    numbers = {name: number for number, name in enumerate(distinct)}
+    division = Division(tuple(numbers[name] for name in tasks), type(model).__name__)
+    cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
+    if cache is not None:
+        raise VisadaptError(
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache "
+            f"({cache[-1]}): call it without one (use_cache=False), or run one task at a time"
+        )
+    outs = []
+    try:
+        for number, name in enumerate(distinct):
+            own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
+            with meant(registry, name):
+                outs.append(model.forward(*own_args, **own_kwargs))
+        return division.join(outs, facts.outputs)
+    except UnfitError as error:
+        raise VisadaptError(
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and {error}"
+        ) from error
+
+
+def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
+    return {**{key: "free" for key, leaf in leaves(given) if isinstance(leaf, Tensor)}, **facts.cut}
+
+
+def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:
+    """Checks a batch of mixed tasks while ``torch.compile`` makes a graph, where nothing can be found out.
+
+    Raises:
+        VisadaptError: nothing is known of the model's batches yet; the batch has another size.
+    """
+    first = _first_tensor((*args, *kwargs.values()))
+    if tasks == AUTO or not registry.facts.batches.hosts:
+        raise VisadaptError(
+            "run one batch of these tasks before torch.compile: it shows which rows belong to which sample"
+        )
+    if first is not None and first.shape[0] != len(tasks):
+        raise VisadaptError(f"{len(tasks)} tasks were named for a batch of {first.shape[0]}: name one per sample")
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    return None
