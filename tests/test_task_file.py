@@ -309,7 +309,7 @@ def test_a_traced_site_needs_no_trace_when_loaded(image, tmp_path, monkeypatch) 
     visadapt.inject(home_made, m=2, task="flowers", where="1", example=image)
     stir(home_made, "flowers")
     path = visadapt.save(home_made, "flowers", tmp_path / "f")
-    monkeypatch.setattr("visadapt.backbone.trace.trace_outputs", None)
+    monkeypatch.setattr("visadapt.backbone.trace.rehearse", None)
     visadapt.load(fresh, path)
     with torch.no_grad():
         assert torch.equal(fresh(image), home_made(image))

@@ -13,6 +13,7 @@ from torch import nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import Head, head_at, modules_at
 from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped, within
+from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width
@@ -305,7 +306,7 @@ def _within(facts: Facts, method: Method, sites: Sites, budget: float, norms: st
     """The method with the largest m whose adapters and norms stay within ``budget`` of the backbone, heads aside."""
     allowed = budget * facts.size
     copied = facts.norms.values() if norms != "frozen" else ()
-    fixed = sum(p.numel() for norm in copied for p in norm._parameters.values() if p is not None)
+    fixed = sum(t.numel() for norm in copied for t in affine_of(norm).values())
 
     def cost(width: int) -> int:
         sized = dataclasses.replace(method, m=width)  # type: ignore[call-arg]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -293,5 +294,8 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     values = {name: tensors[name].to(own.device, copy=True) for name, own in expected.items()}
     values |= {name: nn.Parameter(values[name]) for name, own in expected.items() if isinstance(own, nn.Parameter)}
     for _, part, state in places:
-        part.load_state_dict({key: values[first[id(own)]] for key, own in state.items()}, assign=True)
+        own_values = OrderedDict((key, values[first[id(own)]]) for key, own in state.items())
+        # without the versions of its modules a norm with statistics is taken for one of torch 0.4, and filled up
+        own_values._metadata = state._metadata  # type: ignore[attr-defined]
+        part.load_state_dict(own_values, assign=True)
         part.requires_grad_(True)

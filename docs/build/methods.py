@@ -23,6 +23,13 @@ for the norm parameters that the task owns. [Add a method](add-a-method.md) show
 parameters of the adapters with default options, without norms and head, for torchvision's ResNet-50 and BERT-base;
 percentages are of the backbone without its head.
 
+A site is where an operator with a weight puts channels: on axis 1 of a series (`NCL`), map (`NCHW`) or volume
+(`NCDHW`), or on the last axis (`NLC`, `NHWC`, `NDHWC`). `Bottleneck`, `Linear`, `Norms`, `SSF` and the own-weights
+methods stand at all of them; `Parallel`, `LoRA`, `DAN` and `TSA` beside every convolution (1-D, 2-D, 3-D) and linear;
+`Series` and `ConvAdapter` where positions have neighbours, that is not on token sequences. No kernel can stand beside
+a transposed convolution: what acts on its output can stand behind it. An output whose channel axis no operator
+establishes is refused by name.
+
 """
 
 

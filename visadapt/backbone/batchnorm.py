@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.dataflow import Flow, record
-from visadapt.backbone.modules import is_stateful, own_modules
-from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.modules import own_modules
+from visadapt.backbone.norms import is_batch_norm, is_frozen_norm, scale_and_shift
+from visadapt.backbone.operators import CONV_FORWARDS, Conv, as_kernel
 from visadapt.backbone.subclass import plain_class
 from visadapt.backbone.trace import call, rehearse
 
@@ -66,7 +67,7 @@ def _record(model: nn.Module, given: Any) -> tuple[Flow, set[int]]:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    forward = plain_class(conv).forward is nn.Conv2d.forward
+    forward = plain_class(conv).forward in CONV_FORWARDS
     return forward and conv._parameters.get("weight") is not None and not is_hooked(conv)
 
 
@@ -78,12 +79,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def folded(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def folded(conv: Conv, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The kernel s·W and the bias s·b + t that do what a conv and the eval-mode norm behind it do."""
     scale, shift = scale_and_shift(norm)
     if conv.bias is not None:
         shift = conv.bias.double() * scale + shift
-    kernel = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    kernel = conv.weight.double() * as_kernel(scale[:, None], conv.weight.ndim - 2)
     dtype = conv.weight.dtype
     return kernel.to(dtype, memory_format=torch.preserve_format), shift.to(dtype)
 
@@ -101,7 +102,9 @@ def _is_identity(module: nn.Module | None) -> bool:
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm is a BatchNorm as torch computes it, possibly with an activation behind it."""
-    if not isinstance(norm, _BatchNorm) or not is_stateful(norm):
+    """Whether a norm is, in eval mode, a BatchNorm as torch computes it, possibly with an activation behind it."""
+    if not is_batch_norm(norm):
         return False
-    return plain_class(norm).forward is _BatchNorm.forward or all(name in norm._modules for name in _CARRIED)
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    carries = all(name in norm._modules for name in _CARRIED)
+    return plain_class(norm).forward in known or carries or is_frozen_norm(norm)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from visadapt.backbone.axes import channel_axis
 from visadapt.backbone.dataflow import Call, Flow, Join, Value
 from visadapt.backbone.families.convs import is_depthwise
 from visadapt.backbone.modules import is_matrix, own_modules, within
@@ -37,12 +38,14 @@ class End:
         value: the output.
         block: path of the module in which the branch begins and ends.
         branch: paths of the block's children in the branch.
+        axis: that the channels are on; None if it is not established.
     """
 
     host: str
     value: Value
     block: str
     branch: tuple[str, ...]
+    axis: int | None
 
 
 def ends(flow: Flow, modules: dict[str, nn.Module], skip: Iterable[str] = ()) -> list[End]:
@@ -95,7 +98,7 @@ class _Reader:
                     found = self._end(join.stack, part, join.parts[0])
                     if found is not None:
                         block = self._whole(found.host, part)
-                        yield End(found.host, found.value, block, (block,))
+                        yield End(found.host, found.value, block, (block,), found.axis)
 
     def blocks(self) -> Iterator[End]:
         """Modules of several layers, or else single layers, in a row that all data passes; innermost rows first."""
@@ -113,9 +116,8 @@ class _Reader:
                     continue
                 if self.matrices([path]) >= least and len(self.calls[path]) == 1:
                     chosen = [end for end in chosen if not within(path, [end.block])]
-                    chosen.append(
-                        End(self._solid([p for p, _ in value.made_by if within(p, [path])]), value, path, (path,))
-                    )
+                    host = self._solid([p for p, _ in value.made_by if within(p, [path])])
+                    chosen.append(End(host, value, path, (path,), channel_axis(value.axes)))
             if len(chosen) > 1:
                 yield from chosen
                 return
@@ -155,7 +157,7 @@ class _Reader:
                     branch = tuple(path + b.removeprefix(model.block) for b in model.branch)
                     inside = tuple(b for b in branch if b in self.modules)
                     if self.matrices(inside) >= 1:
-                        found[host] = End(host, value, path, inside)
+                        found[host] = End(host, value, path, inside, channel_axis(value.axes))
         return sorted(found.values(), key=lambda end: end.value.index)
 
     def _residual(self, join: Join, whole: bool) -> End | None:
@@ -178,32 +180,38 @@ class _Reader:
         for call in reversed(stack[-4:]):
             if whole and any(v.comes_from(start) for v in call.inputs):
                 continue
-            found = self._host(call.path, branch)
+            found = self._host(call.path, branch, start)
             if found is not None:
-                return End(*found, call.path, self._children(call.path, branch, start))
+                host, value, axis = found
+                return End(host, value, call.path, self._children(call.path, branch, start), axis)
         return None
 
-    def _host(self, block: str, branch: Value) -> tuple[str, Value] | None:
+    def _host(self, block: str, branch: Value, start: Value) -> tuple[str, Value, int | None] | None:
         """The outermost module below ``block`` that computed a value, ignoring later scalings and reorderings.
 
         After a scaling by a parameter, a module that passes the scaled value on (a drop-path) is preferred.
         """
-        passing: tuple[str, Value] | None = None
+        passing: tuple[str, Value, int | None] | None = None
+        # a branch that mixes positions, as a mixer's tokens do, has its last weight's width where they were: the
+        # channels are the stream's, which it is added to
+        stream = channel_axis(start.axes) if start.shape == branch.shape else None
+        mixes = stream is not None and channel_axis(branch.axes) not in (None, stream)
         for value, scaled in self._back(branch):
             below = [
                 (path, passes)
                 for path, passes in value.made_by
                 if path != block and (not block or within(path, [block])) and self._unique(path, block)
             ]
+            axis = stream if mixes else channel_axis(value.axes)
             if scaled and passing is not None:
                 return passing
             made = [path for path, passes in below if not passes]
-            if self._transposed(value, branch):
+            if mixes and value.axes != branch.axes:
                 continue
             if made:
-                return self._solid(made), value
+                return self._solid(made), value, axis
             if below and passing is None:
-                passing = below[0][0], value
+                passing = below[0][0], value, axis
         return passing
 
     def _solid(self, made: list[str]) -> str:
@@ -229,10 +237,6 @@ class _Reader:
                 value, scaled = parents[0], True
             else:
                 return
-
-    def _transposed(self, value: Value, branch: Value) -> bool:
-        """Whether the channels of a sequence became positions, as in a mixer."""
-        return len(value.shape) == len(branch.shape) == 3 and value.shape[-1] != branch.shape[-1]
 
     def _unique(self, path: str, block: str) -> bool:
         # a drop-path shared by two branches cannot host the adapter of one of them

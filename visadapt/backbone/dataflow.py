@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from visadapt.backbone.axes import Axes
+from visadapt.backbone.axis_tracker import AxisTracker
+
 _ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 _JOINS = {"cat", "concat", "concatenate"}
@@ -28,6 +31,7 @@ class Value:
         parents: indices of the operator's inputs.
         op: name of the operator.
         weighed: whether the operator took a parameter.
+        axes: what is known of its axes; None if they were not followed.
         made_by: the modules whose output it is, innermost first, each with whether the module only passes it through.
     """
 
@@ -38,6 +42,7 @@ class Value:
     parents: tuple[int, ...]
     op: str
     weighed: bool = False
+    axes: Axes | None = None
     made_by: list[tuple[str, bool]] = field(default_factory=list)
 
     def comes_from(self, other: Value) -> bool:
@@ -53,11 +58,13 @@ class Call:
         path: path of the module.
         inputs: the values among its arguments.
         output: the first tensor of its output, or None if that is not a recorded value.
+        shape: shape of the first tensor of its output, recorded or not; None if there is no tensor.
     """
 
     path: str
     inputs: tuple[Value, ...]
     output: Value | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -85,6 +92,7 @@ class Flow(TorchFunctionMode):
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.joins: list[Join] = []
+        self.axes = AxisTracker()
         self.outputs: tuple[Value, ...] = ()
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
@@ -99,7 +107,9 @@ class Flow(TorchFunctionMode):
 
     def start(self, given: Any) -> None:
         """Mark the tensors of an example as the inputs."""
-        for tensor in _tensors(given):
+        tensors = _tensors(given)
+        self.axes.start(tensors)
+        for tensor in tensors:
             self._note(tensor, (), "input")
 
     def known(self, tensors: Iterable[Tensor]) -> tuple[Value, ...]:
@@ -117,8 +127,11 @@ class Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            # attributes such as .shape; dataflow through .T and .data is not recorded
-            return func(*args, **kwargs)
+            attribute = func(*args, **kwargs)
+            # .T, .mT and .data are tensors; most attributes, such as .shape, are not
+            if isinstance(attribute, Tensor) and id(attribute) not in self._now and self.known(args[:1]):
+                self._note(attribute, self.known(args[:1]), "permute")
+            return attribute
         inputs = _tensors((args, kwargs))
         known = self.known(inputs)
         before = {id(t): self._now[id(t)] for t in inputs if id(t) in self._now}
@@ -149,7 +162,9 @@ class Flow(TorchFunctionMode):
         for parent in parents:
             ancestors |= parent.ancestors | 1 << parent.index
         depth = 1 + max((p.depth for p in parents), default=-1)
-        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, tuple(p.index for p in parents), op)
+        indices = tuple(p.index for p in parents)
+        axes = self.axes.of(tensor)
+        value = Value(len(self.values), tuple(tensor.shape), depth, ancestors, indices, op, axes=axes)
         self.values.append(value)
         self._now[id(tensor)] = value
         self._alive.append(tensor)
@@ -168,6 +183,7 @@ class Flow(TorchFunctionMode):
         first = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(first, Tensor):
             return
+        call.shape = tuple(first.shape)
         if id(first) not in self._now and call.inputs:
             # the dataflow inside a custom autograd.Function is not visible
             self._note(first, call.inputs, "call").weighed = any(True for _ in module.parameters())
@@ -193,6 +209,6 @@ def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any
     flow = Flow()
     flow.watch(modules)
     flow.start(given)
-    with torch.no_grad(), flow:
+    with torch.no_grad(), flow.axes, flow:
         flow.outputs = flow.known(_tensors(run(model, given)))
     return flow

@@ -29,7 +29,7 @@ FORWARDS = "_visadapt_forwards"
 REGISTRY = "_visadapt"
 """Attribute of an injected model that holds its registry."""
 
-_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.RNNBase, nn.MultiheadAttention)
+_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.MultiheadAttention)
 
 
 def is_matrix(module: nn.Module) -> bool:

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""By the number of axes that they slide along, from 1."""
+
+Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+CONV_FORWARDS = tuple(conv.forward for conv in CONVS)
+"""What a convolution's class computes if it does nothing but convolve."""
+
+_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Tensor:
+    """``F.conv1d``, ``conv2d`` or ``conv3d``, as the weight's dimensions say."""
+    return _FUNCTIONS[weight.ndim - 3](x, weight, bias, *geometry, **named)
+
+
+def as_kernel(matrix: Tensor, rank: int) -> Tensor:
+    """A matrix outputs × inputs as the kernel of a convolution that looks at one position."""
+    return matrix.view(*matrix.shape, *(1,) * rank)
+
 
 @dataclass(frozen=True)
 class Operator:
-    """The geometry of a host with one weight: a 2-D convolution, or a linear, which has no kernel to speak of.
+    """The geometry of a host with one weight: a convolution, or a linear, which has no kernel to speak of.
 
     Attributes:
         inputs: channels in.
         outputs: channels out.
-        conv: whether it is a convolution.
-        kernel: its height and width.
+        rank: number of axes that the convolution slides along; 0 for a linear.
+        kernel: its size along each of them.
         stride: of the convolution.
         dilation: of the convolution.
         padding: zeros put before each side; None where they depend on the input's size (``same``).
@@ -30,23 +52,28 @@ class Operator:
 
     inputs: int
     outputs: int
-    conv: bool
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | None = (0, 0)
+    rank: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] | None = ()
     groups: int = 1
     transposed: bool = False
 
     @property
+    def conv(self) -> bool:
+        """Whether it is a convolution."""
+        return self.rank > 0
+
+    @property
     def layout(self) -> str:
-        """Of its input and output, as :class:`visadapt.layers.Pointwise` takes it."""
-        return "NCHW" if self.conv else "NLC"
+        """Of its input and output, as :class:`visadapt.methods.layers.Pointwise` takes it."""
+        return ("NLC", "NCL", "NCHW", "NCDHW")[self.rank]
 
     def pads(self, x: Tensor) -> list[int]:
-        """Zeros that the convolution puts left, right, above and below its input."""
+        """Zeros that the convolution puts before and behind its input, the last axis first, as ``F.pad`` takes them."""
         found: list[int] = []
-        for axis in (1, 0):
+        for axis in reversed(range(self.rank)):
             size, k = x.shape[2 + axis], self.kernel[axis]
             reach = self.dilation[axis] * (k - 1)
             if self.padding is not None:
@@ -60,20 +87,17 @@ class Operator:
         """The input, cut or padded so that a 1×1 of the same stride reads what the kernel's centre tap reads."""
         if not self.conv or (self.padding is not None and self.centred):
             return x
-        left, right, above, below = self.pads(x)
-        (up, across), (dy, dx) = self.centre, self.dilation
-        shift = (
-            left - dx * across,
-            right - dx * (self.kernel[1] - 1 - across),
-            above - dy * up,
-            below - dy * (self.kernel[0] - 1 - up),
-        )
+        pads, shift = self.pads(x), []
+        for place, axis in enumerate(reversed(range(self.rank))):
+            before, behind = pads[2 * place : 2 * place + 2]
+            centre, reach = self.centre[axis], self.dilation[axis]
+            shift += [before - reach * centre, behind - reach * (self.kernel[axis] - 1 - centre)]
         return F.pad(x, shift) if any(shift) else x
 
     @property
-    def centre(self) -> tuple[int, int]:
+    def centre(self) -> tuple[int, ...]:
         """The tap in the middle of the kernel (of an even one, the later of the two)."""
-        return self.kernel[0] // 2, self.kernel[1] // 2
+        return tuple(k // 2 for k in self.kernel)
 
     @property
     def centred(self) -> bool:
@@ -88,14 +112,14 @@ class Operator:
         weight: Tensor,
         bias: Tensor | None = None,
         groups: int = 1,
-        stride: tuple[int, int] | None = None,
+        stride: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Convolves with another weight at the same geometry, or at another stride; a linear where it is one."""
         if not self.conv:
             return F.linear(x, weight, bias)
         if self.padding is None:
-            return F.conv2d(F.pad(x, self.pads(x)), weight, bias, self.stride, 0, self.dilation, groups)
-        return F.conv2d(x, weight, bias, stride or self.stride, self.padding, self.dilation, groups)
+            return convolve(F.pad(x, self.pads(x)), weight, bias, self.stride, 0, self.dilation, groups)
+        return convolve(x, weight, bias, stride or self.stride, self.padding, self.dilation, groups)
 
 
 def operator_of(host: nn.Module, what: str) -> Operator:
@@ -109,33 +133,39 @@ def operator_of(host: nn.Module, what: str) -> Operator:
         VisadaptError: it is neither.
     """
     weight = host._parameters.get("weight")
-    if isinstance(host, nn.Conv2d):
-        kernel = (int(host.kernel_size[0]), int(host.kernel_size[1]))
+    cls = type(host).__name__
+    if isinstance(host, CONVS):
+        rank = len(host.kernel_size)
         same = host.padding == "same" or "Same" in plain_class(host).__name__
-        given = (0, 0) if isinstance(host.padding, str) else (int(host.padding[0]), int(host.padding[1]))
+        given = (0,) * rank if isinstance(host.padding, str) else tuple(map(int, host.padding))
         return Operator(
             host.in_channels,
             host.out_channels,
-            True,
-            kernel,
-            (int(host.stride[0]), int(host.stride[1])),
-            (int(host.dilation[0]), int(host.dilation[1])),
+            rank,
+            tuple(map(int, host.kernel_size)),
+            tuple(map(int, host.stride)),
+            tuple(map(int, host.dilation)),
             None if same else given,
             host.groups,
         )
     if isinstance(host, nn.Linear):
-        return Operator(host.in_features, host.out_features, False)
+        return Operator(host.in_features, host.out_features, 0)
     if plain_class(host).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
-        return Operator(weight.shape[0], weight.shape[1], False, transposed=True)
+        return Operator(weight.shape[0], weight.shape[1], 0, transposed=True)
+    if isinstance(host, _ConvTransposeNd):
+        raise VisadaptError(
+            f"{what} is a {cls}: no kernel of an adapter can stand beside a transposed convolution; what acts on its "
+            "output, such as Bottleneck or SSF, can stand behind it"
+        )
     raise VisadaptError(
-        f"{what} is a {type(host).__name__}, neither a 2-D convolution nor a linear: choose such modules with where= "
+        f"{what} is a {cls}, neither a convolution nor a linear: choose such modules with where= "
         "('conv3x3', 'conv', 'linear', or a glob over module names)"
     )
 
 
 def is_operator(module: nn.Module) -> bool:
     """Whether a module is one of these."""
-    return isinstance(module, nn.Conv2d) or is_linear(module)
+    return isinstance(module, CONVS) or is_linear(module)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -152,7 +182,7 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     operator = operator_of(host, what)
     check_weight(host, what)
     cls = plain_class(host)
-    known = (nn.Conv2d.forward, nn.Linear.forward)
+    known = (*CONV_FORWARDS, nn.Linear.forward)
     if cls.forward not in known and not operator.transposed and operator.padding is not None:
         raise VisadaptError(f"the forward of {cls.__name__} does more to its weight than apply it")
     if getattr(host, "padding_mode", "zeros") != "zeros" and not operator.centred:
@@ -181,7 +211,8 @@ def centre_tap(operator: Operator, matrix: Tensor, host: nn.Module) -> Tensor:
     if not operator.conv:
         return matrix.t() if operator.transposed else matrix
     kernel = torch.zeros(*matrix.shape, *operator.kernel, dtype=matrix.dtype, device=matrix.device)
-    kernel[:, :, operator.centre[0], operator.centre[1]] = matrix
+    centre: tuple[slice | int, ...] = (slice(None), slice(None), *operator.centre)
+    kernel[centre] = matrix
     return kernel
 
 

@@ -8,7 +8,33 @@ from typing import Any, TypeAlias
 
 from visadapt.table import Table
 
-LAYOUTS = ("NCHW", "NHWC", "NLC")
+LAYOUTS = ("NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC")
+"""Where the channels are: on axis 1 of a series, map or volume, or on the last axis. ``NLC`` is any number of axes of
+positions, none at all too: ``(N, C)``."""
+
+
+def is_channels_first(layout: str) -> bool:
+    """Whether a layout has the channels on axis 1."""
+    return layout.startswith("NC")
+
+
+def rank_of(layout: str) -> int:
+    """Number of axes that are positions: 1 for a series, 2 for a map, 3 for a volume."""
+    return len(layout) - 2
+
+
+def is_sequence(layout: str) -> bool:
+    """Whether positions have no neighbours that are known: tokens, or a vector."""
+    return layout == "NLC"
+
+
+def layout_named(axis: int | None, ndim: int) -> str | None:
+    """The layout of tensors of ``ndim`` axes with their channels at ``axis``; None if there is no name for it."""
+    if axis is None or ndim < 2:
+        return None
+    if axis == ndim - 1:
+        return {4: "NHWC", 5: "NDHWC"}.get(ndim, "NLC")
+    return {3: "NCL", 4: "NCHW", 5: "NCDHW"}.get(ndim) if axis == 1 else None
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,7 @@ class Site:
         kind: ``block`` (end of a residual branch, before the add), ``conv3x3``, ``attention``, ``mlp``, … or
             ``module`` for a place that only a glob of the user's names.
         channels: width of the host's output.
-        layout: of the host's output: ``NCHW``, ``NHWC`` or ``NLC``.
+        layout: of the host's output: one of ``LAYOUTS``.
         depth: number of the block it belongs to, counted from the input, from 0.
         stage: the group of blocks it belongs to, such as ``layer3``.
         block: path of the block it belongs to.

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from visadapt.backbone.dataflow import Flow, record
+from visadapt.backbone.axes import channel_axis
+from visadapt.backbone.dataflow import Call, Flow, Value, record
 from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, unwrapped
-from visadapt.backbone.site import Site
+from visadapt.backbone.operators import CONVS, is_operator, operator_of
+from visadapt.backbone.site import Site, layout_named
 from visadapt.errors import VisadaptError
 
 
 def guess_inputs(model: nn.Module) -> list[Any]:
-    """Inputs that the model can probably take, the likeliest first: two images, a few tokens, two vectors.
+    """Inputs that the model can probably take, the likeliest first: two images, clips, series, vectors, a few tokens.
 
     Returns:
         Tensors or dicts of keyword arguments, on the model's device, in its dtype.
@@ -33,7 +36,8 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     side = getattr(config, "image_size", getattr(model, "image_size", None))
     first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
-    planes = getattr(config, "num_channels", first.in_channels if isinstance(first, nn.Conv2d) else 3)
+    planes = getattr(config, "num_channels", first.in_channels if isinstance(first, _ConvNd) else 3)
+    sizes: list[tuple[int, ...]]
     if size is not None:
         # timm's config describes the published weights; the model may have been built for another size
         built = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -44,6 +48,11 @@ def guess_inputs(model: nn.Module) -> list[Any]:
         sizes = [(planes, side, side) if isinstance(side, int) else (planes, *side)]
     elif isinstance(first, nn.Embedding):
         return [torch.ones(2, 8, dtype=torch.long, device=device)]
+    elif isinstance(first, nn.Conv1d):
+        # a series of one channel may be passed without that axis
+        sizes = [(planes, n) for n in (1024, 16000)] + [(n,) for n in (1024, 16000) if planes == 1]
+    elif isinstance(first, nn.Conv3d):
+        sizes = [(planes, *clip) for clip in ((8, 112, 112), (16, 224, 224), (32, 32, 32), (64, 64, 64))]
     elif isinstance(first, nn.Linear):
         sizes = [(first.in_features,), (8, first.in_features)]
     else:
@@ -85,7 +94,7 @@ def guess_input(model: nn.Module) -> Any:
     return guess_inputs(model)[0]
 
 
-_FIRST = (nn.Conv2d, nn.Linear, nn.Embedding)
+_FIRST = (*CONVS, nn.Linear, nn.Embedding)
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -180,36 +189,6 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace_outputs(model: nn.Module, names: Sequence[str], example: Any = None) -> dict[str, Any]:
-    """What modules give out when the model runs on an example: fake tensors with true shapes.
-
-    Args:
-        model: the backbone.
-        names: paths of modules.
-        example: an input; guessed if None.
-
-    Returns:
-        Outputs by path, without the modules that were never called.
-
-    Raises:
-        VisadaptError: the model cannot run on the example.
-    """
-
-    def watch(copied: nn.Module, given: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = {}
-
-        def keep(name: str) -> Any:
-            return lambda module, args, out: outputs.setdefault(name, out)
-
-        for name in names:
-            copied.get_submodule(name).register_forward_hook(keep(name))
-        call(copied, given)
-        return outputs
-
-    outputs: dict[str, Any] = rehearse(model, example, watch)[0]
-    return outputs
-
-
 def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:
     """The dataflow of one forward, and the input that it ran on.
 
@@ -220,43 +199,79 @@ def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:
 
 
 def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> list[Site]:
-    """Sites of kind ``module`` at modules that the user names, with widths read off fake tensors.
+    """Sites of kind ``module`` at modules of the user's choice, where one forward shows their channels to be.
+
+    Args:
+        model: the backbone.
+        names: paths of modules.
+        example: an input; guessed if None.
 
     Raises:
-        VisadaptError: the model does not run; a module is never called or its output is not a feature map or sequence.
+        VisadaptError: the model does not run; a module is never called, or the channel axis of its output is not
+            established or is neither axis 1 nor the last.
     """
-    outputs = trace_outputs(model, names, example)
-    found = []
-    for depth, name in enumerate(names):
-        module = model.get_submodule(name)
-        out: Any = outputs.get(name)
-        if isinstance(out, tuple | list) and out:
-            out = out[0]
-        if out is None:
-            raise VisadaptError(f"{name} is never called as a module when the model runs, so nothing can be put there")
-        layout = layout_of(module, out)
-        if layout is None:
-            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise VisadaptError(f"{name} gives {shape}: neither a feature map (4-D) nor a token sequence (2-D, 3-D)")
-        channels = out.shape[1 if layout == "NCHW" else -1]
-        found.append(
-            Site(name, "module", int(channels), layout, depth, block=name, adapts=parameter_count(module), traced=True)
-        )
-    return found
+    calls = trace_flow(model, example)[0].calls_of()
+    return [
+        module_site(name, model.get_submodule(name), depth, calls.get(name, ())) for depth, name in enumerate(names)
+    ]
 
 
-def layout_of(module: nn.Module, out: Any) -> str | None:
-    """Where the channels of a module's output are: last in sequences, and in maps if the module itself says so."""
-    if not isinstance(out, Tensor) or out.ndim not in (2, 3, 4):
-        return None
-    if out.ndim < 4:
-        return "NLC"
-    last = (nn.LayerNorm, nn.Linear)
-    inner = [m for m in module.modules() if isinstance(m, (*last, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))]
-    channels_last = bool(inner) and isinstance(inner[-1], last) and out.shape[-1] == _width(inner[-1])
-    return "NHWC" if channels_last and out.shape[1] != _width(inner[-1]) else "NCHW"
+def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call]) -> Site:
+    """The site at the output of one module.
+
+    Args:
+        name: its path.
+        module: the module.
+        depth: its place among the sites.
+        calls: its calls in one forward.
+
+    Raises:
+        VisadaptError: as :func:`trace_sites`.
+    """
+    if not calls:
+        raise VisadaptError(f"{name} is never called as a module when the model runs, so nothing can be put there")
+    shapes = [call.shape for call in calls if call.shape is not None]
+    if len(shapes) < len(calls):
+        raise VisadaptError(f"{name} does not give a tensor: it has no channels to adapt")
+    found = {(output_layout(module, call), channels_of(module, call)) for call in calls}
+    layout, channels = next(iter(found))
+    if len(found) > 1 or layout is None:
+        raise VisadaptError(unknown_axis(name, shapes[0], calls[0].output, several=len(found) > 1))
+    size = parameter_count(module)
+    return Site(name, "module", channels, layout, depth, block=name, adapts=size, traced=True)
 
 
-def _width(module: nn.Module) -> int:
-    shape = getattr(module, "normalized_shape", None)
-    return int(shape[-1]) if shape else int(getattr(module, "out_features", 0))
+def output_layout(module: nn.Module, call: Call) -> str | None:
+    """The layout of what a module gave out in one call, None if it is not established.
+
+    What was not computed from the input, such as a table of positions, is known by the module's own weight alone.
+    """
+    axis = _output_axis(module, call)
+    return None if axis is None or call.shape is None else layout_named(axis, len(call.shape))
+
+
+def channels_of(module: nn.Module, call: Call) -> int:
+    """Number of channels of what a module gave out in one call; 0 if their axis is not established."""
+    axis = _output_axis(module, call)
+    return 0 if axis is None or call.shape is None else int(call.shape[axis])
+
+
+def _output_axis(module: nn.Module, call: Call) -> int | None:
+    found = None if call.output is None else channel_axis(call.output.axes)
+    if found is not None or call.shape is None or not is_operator(module):
+        return found
+    operator = operator_of(module, call.path)
+    axis = 1 if operator.conv else len(call.shape) - 1
+    return axis if call.shape[axis] == operator.outputs else None
+
+
+def unknown_axis(name: str, shape: Sequence[int], value: Value | None, several: bool = False) -> str:
+    """Why nothing can be put at a module: where its channels are is not known, or is no place for an adapter."""
+    axis = None if value is None else channel_axis(value.axes)
+    if several:
+        reason = "differs from call to call"
+    elif axis is None:
+        reason = f"is not known: no operator with a weight shows it in its output of shape {tuple(shape)}"
+    else:
+        reason = f"is axis {axis} of {tuple(shape)}, and adapters stand where it is axis 1 or the last"
+    return f"the channel axis of {name} {reason}; choose other modules with where="

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visadapt.backbone.branches import End, ends
 from visadapt.backbone.dataflow import Flow, Value
@@ -18,8 +16,8 @@ from visadapt.backbone.families.convs import conv3x3, is_batchnorm
 from visadapt.backbone.heads import Head, head_of_flow
 from visadapt.backbone.modules import is_matrix, own_modules, parameter_count, within
 from visadapt.backbone.operators import is_operator
-from visadapt.backbone.site import Site
-from visadapt.backbone.trace import layout_of, trace_flow
+from visadapt.backbone.site import Site, layout_named
+from visadapt.backbone.trace import trace_flow, unknown_axis
 from visadapt.errors import VisadaptError
 
 _ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
@@ -35,23 +33,24 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     Raises:
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
-    flow, given = trace_flow(model, example)
+    flow, _ = trace_flow(model, example)
     head = head_of_flow(flow, modules) if head is None else head
     found = ends(flow, modules, head.modules)
-    shapes = _Shapes(model, modules, given)
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}
     sites: list[Site] = []
+    unknown: list[End] = []
     for end in found:
-        layout = shapes.layout(end)
-        if layout is None:
+        layout = layout_named(end.axis, len(end.value.shape))
+        if layout is None or end.axis is None:
+            unknown.append(end)
             continue
         depth = depths.setdefault(end.block, len(depths))
         sites.append(
             Site(
                 end.host,
                 kind_of(end, modules, alone=counts[end.block] == 1),
-                end.value.shape[1 if layout == "NCHW" else -1],
+                end.value.shape[end.axis],
                 layout,
                 depth,
                 stage=end.block.rpartition(".")[0],
@@ -61,6 +60,8 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
                 traced=True,
             )
         )
+    if unknown and not sites:
+        raise VisadaptError(unknown_axis(unknown[0].host, unknown[0].value.shape, unknown[0].value))
     called = flow.calls_of()
     for block, depth in depths.items():
         own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
@@ -72,52 +73,6 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
 def block_of(path: str, blocks: Iterable[str]) -> str | None:
     """The innermost of some blocks that a module is in."""
     return max((block for block in blocks if not block or within(path, [block])), key=len, default=None)
-
-
-class _Shapes:
-    """Which axis of a branch's end is the channels'."""
-
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], given: Any) -> None:
-        self.model = model
-        self.modules = modules
-        self.given = given
-
-    def layout(self, end: End) -> str | None:
-        """``NCHW``, ``NHWC``, ``NLC`` (which is any number of positions), or None if the channels are elsewhere."""
-        shape = end.value.shape
-        leaf = next((self.modules[path] for path, passes in end.value.made_by if not passes), None)
-        if isinstance(leaf, nn.Conv2d | nn.BatchNorm2d) and len(shape) == 4:
-            return "NCHW"
-        if isinstance(leaf, nn.Conv1d | nn.BatchNorm1d) and len(shape) == 3:
-            return None
-        last = "NHWC" if len(shape) == 4 else "NLC"
-        if isinstance(leaf, nn.Linear) and shape[-1] == leaf.out_features:
-            return last
-        if len(shape) == 4 and shape[2] == shape[3] != shape[1]:
-            return "NCHW"
-        if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
-            return last
-        # the channels are what does not grow with the input
-        grown = self._grown.get(end.host)
-        if grown is not None and len(grown) == len(shape) and grown[1:] != shape[1:]:
-            if grown[-1] == shape[-1]:
-                return last
-            return "NCHW" if len(shape) == 4 and grown[1] == shape[1] else None
-        if len(shape) == 4:
-            return layout_of(self.modules[end.host], torch.empty(shape, device="meta"))
-        return last if len(shape) > 1 else None
-
-    @cached_property
-    def _grown(self) -> dict[str, tuple[int, ...]]:
-        """Shapes at a larger input, for models that take one."""
-        if not isinstance(self.given, Tensor) or self.given.ndim != 4:
-            return {}
-        height, width = (n + 32 for n in self.given.shape[2:])
-        try:
-            flow, _ = trace_flow(self.model, self.given.new_zeros(*self.given.shape[:2], height, width))
-        except VisadaptError:
-            return {}
-        return {path: calls[0].output.shape for path, calls in flow.calls_of().items() if calls[0].output is not None}
 
 
 def _linear(value: Value, flow: Flow, modules: dict[str, nn.Module]) -> tuple[str, ...]:

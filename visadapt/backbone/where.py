@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.norms import is_norm
+from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site, Sites, Where
-from visadapt.backbone.trace import layout_of, trace_outputs, trace_sites
+from visadapt.backbone.trace import module_site, trace_flow, trace_sites
 from visadapt.errors import VisadaptError, nearest
 
 LAYERS = ("conv", "linear", "norm", "op")
@@ -154,25 +155,18 @@ def _match_name(facts: Facts, found: Sites, term: str, kinds: Sequence[str], exa
 
 
 def _layers(facts: Facts, term: str, example: Any) -> list[Site]:
-    """Every convolution, linear or norm outside the head, as far as it is called and gives features."""
+    """Every convolution, linear or norm outside the head that is called."""
 
     def wanted(module: nn.Module) -> bool:
-        linear = isinstance(module, nn.Linear) or "Conv1D" in (c.__name__ for c in type(module).__mro__)
-        is_a = {"conv": isinstance(module, nn.Conv2d), "linear": linear, "norm": is_norm(module)}
+        linear, norm = is_linear(module), is_norm(module)
+        is_a = {"conv": isinstance(module, _ConvNd), "linear": linear, "norm": norm}
         return any(is_a.values()) if term == "op" else is_a[term]
 
     inside = tuple(f"{path}." for path in facts.head_modules)
     modules = {n: m for n, m in facts.modules.items() if n and wanted(m) and not f"{n}.".startswith(inside)}
-    outputs = trace_outputs(facts.model, list(modules), example) if modules else {}
-    found = []
-    for depth, (name, module) in enumerate(modules.items()):
-        out = outputs.get(name)
-        layout = layout_of(module, out)
-        if layout is not None:
-            channels = int(out.shape[1 if layout == "NCHW" else -1])  # type: ignore[union-attr]
-            size = parameter_count(module)
-            found.append(Site(name, "module", channels, layout, depth, block=name, adapts=size, traced=True))
-    return found
+    calls = trace_flow(facts.model, example)[0].calls_of() if modules else {}
+    called = [name for name in modules if name in calls]
+    return [module_site(name, modules[name], depth, calls[name]) for depth, name in enumerate(called)]
 
 
 def _traced(facts: Facts, glob: str, example: Any) -> list[Site]:

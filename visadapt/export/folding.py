@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, find_pairs, folded
+from visadapt.backbone.operators import Conv
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import find_registry
 
@@ -40,16 +40,16 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
     tensors = [p for module in model.modules() for p in module._parameters.values() if p is not None]
     uses = Counter(p.untyped_storage().data_ptr() for p in tensors)
     for conv_path, norm_path in find_pairs(model, example):
-        conv, norm = model.get_submodule(conv_path), cast("_BatchNorm", model.get_submodule(norm_path))
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
         kernel = cast("nn.Parameter", conv.weight)
         # a weight that is tied has to stay what it is
         if not norm.training and uses[kernel.untyped_storage().data_ptr()] == 1:
-            _fold_pair(cast("nn.Conv2d", conv), norm, model, norm_path)
+            _fold_pair(cast("Conv", conv), norm, model, norm_path)
     return model
 
 
 @torch.no_grad()
-def _fold_pair(conv: nn.Conv2d, norm: _BatchNorm, model: nn.Module, path: str) -> None:
+def _fold_pair(conv: Conv, norm: nn.Module, model: nn.Module, path: str) -> None:
     kernel, bias = folded(conv, norm)
     if not kernel.isfinite().all() or not bias.isfinite().all():
         # it would overflow in half precision

@@ -306,7 +306,8 @@ def _check_padding(host: nn.Module, delta: Tensor, what: str) -> None:
     if mode == "zeros" or not operator.conv or (operator.padding is not None and not any(operator.padding)):
         return
     beyond = delta.detach().clone()
-    beyond[..., operator.centre[0], operator.centre[1]] = 0
+    centre: tuple[Any, ...] = (slice(None), slice(None), *operator.centre)
+    beyond[centre] = 0
     if beyond.any():
         raise VisadaptError(
             f"the {what} cannot be merged: its host pads with its input (padding_mode={mode!r}) and it pads with zeros"

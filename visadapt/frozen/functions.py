@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.site import is_channels_first
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.methods.layers import in_dtype_of
@@ -60,7 +61,9 @@ class FrozenConv(Function):
         ctx.weight, ctx.version, ctx.settings = weight, version(weight), (stride, padding, dilation, groups)
         ctx.shape, ctx.dtype, ctx.format = x.shape, x.dtype, format_of(x)
         kernel, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        y: Tensor = torch.ops.aten.convolution(x, kernel, shift, stride, padding, dilation, False, [0, 0], groups)
+        y: Tensor = torch.ops.aten.convolution(
+            x, kernel, shift, stride, padding, dilation, False, [0] * len(stride), groups
+        )
         return y
 
     @staticmethod
@@ -79,7 +82,17 @@ class FrozenConv(Function):
         # only the shape and layout of the input are read when nothing but its own gradient is asked for
         like = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device, memory_format=ctx.format)
         found, _, _ = torch.ops.aten.convolution_backward(
-            grad, like, ctx.weight.to(ctx.dtype), None, stride, padding, dilation, False, [0, 0], groups, needed
+            grad,
+            like,
+            ctx.weight.to(ctx.dtype),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            needed,
         )
         return found, None, None, None, None, None, None
 
@@ -304,13 +317,13 @@ def _pointwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, layout: str, needed: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of y = W·x + b at every position: of x (if needed), W and b."""
-    if layout == "NCHW" and x.device.type == "cpu" and x.is_contiguous() and _is_large(x):
+    maps = is_channels_first(layout)
+    if maps and (x.ndim != 4 or (x.device.type == "cpu" and x.is_contiguous() and _is_large(x))):
         through, inputs = grad.flatten(2), x.flatten(2)
         of_weight = torch.bmm(through, inputs.transpose(1, 2)).sum(0)
         return _products(grad, weight) if needed else None, of_weight, through.sum((0, 2))
-    if layout.startswith("NC"):
-        rank = x.ndim - 2
-        kernel, ones, zeros = weight.view(*weight.shape, *[1] * rank), [1] * rank, [0] * rank
+    if maps:
+        kernel, ones, zeros = weight[:, :, None, None], [1, 1], [0, 0]
         found = torch.ops.aten.convolution_backward(
             grad, x, kernel, [len(weight)], ones, zeros, ones, False, zeros, 1, [needed, True, True]
         )

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, is_foldable
 from visadapt.backbone.modules import LEAN
+from visadapt.backbone.operators import CONV_FORWARDS, CONVS, Conv
 from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
 from visadapt.frozen.folds import FOLDED, Pair, lean_root
 from visadapt.frozen.functions import (
@@ -63,7 +64,7 @@ def _remembers(x: Tensor) -> bool:
 def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
     """A frozen conv that keeps no input, with the norm behind it folded in where it may be."""
 
-    def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+    def forward(self: Conv, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
         folded = pair.begin(self, x) if isinstance(pair, Pair) else None
         out = _frozen_conv(self, x, *(folded or (self.weight, self.bias)))
@@ -74,8 +75,8 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
     return subclass(plain, lean_conv, forward=forward)
 
 
-def _frozen_conv(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ordinary = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == 4
+def _frozen_conv(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    ordinary = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == weight.ndim
     # to a task whose own weights these are they are not frozen
     learns = _learns(weight) or (bias is not None and _learns(bias))
     if not ordinary or learns or not _remembers(x):
@@ -92,14 +93,15 @@ def _frozen_conv(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None
 def lean_norm(plain: type[nn.Module]) -> type[nn.Module]:
     """A frozen BatchNorm that keeps no input, and does nothing where the conv before it has done its work already."""
 
-    def forward(self: _BatchNorm, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
         if isinstance(pair, Pair) and pair.end(x):
             out = x
         elif self.training or not _remembers(x) or any(p is not None and _learns(p) for p in (self.weight, self.bias)):
             return cast("Tensor", plain.forward(self, x))
         else:
-            self._check_input_dim(x)  # type: ignore[no-untyped-call]
+            if isinstance(self, _BatchNorm):
+                self._check_input_dim(x)  # type: ignore[no-untyped-call]
             out = FrozenNorm.apply(x, self)
         for module in carried(self):
             out = module(out)
@@ -256,7 +258,7 @@ MAKERS: tuple[Maker, ...] = (
 def maker_for(module: nn.Module) -> Maker | None:
     """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
     forward = without(type(module), hosting_class).forward
-    if forward is nn.Conv2d.forward and isinstance(module, nn.Conv2d):
+    if forward in CONV_FORWARDS and isinstance(module, CONVS):
         return lean_conv
     if is_foldable(module):
         return lean_norm

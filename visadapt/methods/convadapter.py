@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.operators import Operator, operator_of
-from visadapt.backbone.site import Site
+from visadapt.backbone.operators import CONVS, Operator, as_kernel, convolve, operator_of
+from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_count
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import as_nchw, in_dtype_of
+from visadapt.methods.layers import as_channels_first, in_dtype_of
 from visadapt.methods.method import Method
 from visadapt.methods.policy import Policy
 
@@ -63,7 +63,7 @@ class ConvAdapter(Method):
         object.__setattr__(self, "kinds", ("block",) if self.scheme.startswith("residual") else ("conv3x3",))
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
-        if site.layout == "NLC":
+        if is_sequence(site.layout):
             raise VisadaptError(f"ConvAdapter needs feature maps; {site.full_name} is a token sequence")
         c = site.channels
         if self.scheme == "conv-parallel":
@@ -74,7 +74,7 @@ class ConvAdapter(Method):
         if self.scheme == "conv-sequential":
             kernel = operator_of(host, site.full_name).kernel
             return ConvAfter(self, c, c, _same(c, kernel), site.layout)
-        return ConvAfter(self, c, c, _same(c), site.layout)
+        return ConvAfter(self, c, c, _same(c, (3,) * rank_of(site.layout)), site.layout)
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         if self.scheme != "residual-parallel":
@@ -83,50 +83,60 @@ class ConvAdapter(Method):
         taken: set[str] = set()
         for site in sites:
             block = backbone.modules[site.block]
-            if site.layout == "NLC" or site.block == site.host or site.block in taken:
+            if is_sequence(site.layout) or site.block == site.host or site.block in taken:
                 raise VisadaptError(
                     f"residual-parallel needs the input of a residual branch of feature maps; {site.full_name} has none"
                 )
             taken.add(site.block)
-            first = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
-            inputs = first.in_channels
+            rank = rank_of(site.layout)
+            convs = [m for m in block.modules() if isinstance(m, CONVS[rank - 1])]
+            if not convs:
+                raise VisadaptError(
+                    f"residual-parallel reads the width of a branch's input off its first convolution; {site.block} "
+                    "has none"
+                )
+            inputs = convs[0].in_channels
             slot = Slot()
             yield site.block, Tap(slot)
-            yield site.host, BranchAdapter(self, inputs, site.channels, _same(inputs), site.layout, slot)
+            yield site.host, BranchAdapter(self, inputs, site.channels, _same(inputs, (3,) * rank), site.layout, slot)
 
 
-def _same(channels: int, kernel: tuple[int, int] = (3, 3)) -> Operator:
-    padding = None if kernel[0] % 2 == 0 or kernel[1] % 2 == 0 else (kernel[0] // 2, kernel[1] // 2)
-    return Operator(channels, channels, True, kernel, padding=padding)
+def _same(channels: int, kernel: tuple[int, ...]) -> Operator:
+    ones = (1,) * len(kernel)
+    padding = tuple(k // 2 for k in kernel) if all(k % 2 for k in kernel) else None
+    return Operator(channels, channels, len(kernel), kernel, ones, ones, padding)
 
 
 class ConvBottleneck(nn.Module):
     """Δ, at the geometry of an operator."""
 
     def __init__(
-        self, method: ConvAdapter, inputs: int, outputs: int, operator: Operator, layout: str = "NCHW"
+        self, method: ConvAdapter, inputs: int, outputs: int, operator: Operator, layout: str | None = None
     ) -> None:
         super().__init__()
         narrow = max(1, inputs // method.gamma)
         # where γ does not divide the channels, the groups are as many as divide both
         self.groups = math.gcd(inputs, narrow)
         self.operator = operator
-        self.layout = layout
-        self.down = nn.Conv2d(inputs, narrow, operator.kernel, groups=self.groups)
-        self.up = nn.Conv2d(narrow, outputs, 1)
+        self.layout = operator.layout if layout is None else layout
+        conv = CONVS[operator.rank - 1]
+        self.down = conv(inputs, narrow, operator.kernel, groups=self.groups)  # type: ignore[arg-type]
+        self.up = conv(narrow, outputs, 1)
         self.scale = nn.Parameter(torch.ones(outputs))
         if method.init == "zero":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
 
-    def change(self, x: Tensor, stride: tuple[int, int] | None = None) -> Tensor:
+    def change(self, x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
         """Δ(x), with another stride than the operator's if one is given."""
 
         def delta(z: Tensor) -> Tensor:
             z = self.operator.apply(z, self.down.weight, self.down.bias, self.groups, stride)
-            return F.conv2d(F.relu(z), self.up.weight * self.scale[:, None, None, None], self.up.bias * self.scale)  # type: ignore[operator]
+            scale = self.scale
+            kernel = self.up.weight * as_kernel(scale[:, None], self.operator.rank)
+            return convolve(F.relu(z), kernel, self.up.bias * scale)  # type: ignore[operator]
 
-        return as_nchw(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
+        return as_channels_first(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuses: Δ is nonlinear.
@@ -176,9 +186,9 @@ class BranchAdapter(ConvBottleneck):
 
     def forward(self, h: Tensor) -> Tensor:
         x = self.slot.take()
-        height, width = (1, 2) if self.layout == "NHWC" else (2, 3)
+        first = 2 if is_channels_first(self.layout) else 1
         # the branch may have strides anywhere: what it made of the size says how much
-        stride = (-(-x.shape[height] // h.shape[height]), -(-x.shape[width] // h.shape[width]))
+        stride = tuple(-(-x.shape[axis] // h.shape[axis]) for axis in range(first, first + rank_of(self.layout)))
         return h + self.change(x, stride)
 
 

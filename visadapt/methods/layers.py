@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from visadapt.backbone.operators import as_kernel, convolve
+from visadapt.backbone.site import is_channels_first, rank_of
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -21,7 +24,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class Pointwise(nn.Module):
-    """y = W·x + b at every position: a 1×1 convolution on ``NCHW``, a linear on ``NHWC`` and ``NLC``.
+    """y = W·x + b at every position: a 1×1 convolution where channels are on axis 1, a linear where they are last.
 
     Args:
         inputs: channels in.
@@ -29,7 +32,7 @@ class Pointwise(nn.Module):
         layout: of the tensors it will see.
         std: of the normal, truncated at two of them, that W is drawn from; 0 for zeros. The bias starts at zero.
         bias: whether there is one.
-        stride: of the convolution (``NCHW`` only).
+        stride: of the convolution, one for each axis of positions; 1 if None.
     """
 
     def __init__(
@@ -39,11 +42,11 @@ class Pointwise(nn.Module):
         layout: str,
         std: float,
         bias: bool = True,
-        stride: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
-        self.stride = stride
+        self.stride = (1,) * rank_of(layout) if stride is None else stride
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         if std == 0:
@@ -52,8 +55,8 @@ class Pointwise(nn.Module):
             truncated_normal_(self.weight, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layout == "NCHW":
-            return F.conv2d(x, self.weight[:, :, None, None], self.bias, self.stride)
+        if is_channels_first(self.layout):
+            return convolve(x, as_kernel(self.weight, rank_of(self.layout)), self.bias, self.stride)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -97,8 +100,8 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def as_nchw(conv: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:
-    """Applies a convolution to a feature map of any layout."""
-    if layout == "NHWC":
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return conv(x)
+def as_channels_first(function: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:
+    """Applies a convolution or a norm to a series, map or volume of any layout."""
+    if is_channels_first(layout):
+        return function(x)
+    return function(x.movedim(-1, 1)).movedim(1, -1)

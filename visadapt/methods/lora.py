@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone.operators import Operator, operator_of, plain_operator
+from visadapt.backbone.operators import Operator, as_kernel, convolve, operator_of, plain_operator
 from visadapt.backbone.site import Site
 from visadapt.checks import check_positive, check_probability, check_width
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
@@ -75,8 +75,8 @@ class LoRAAdapter(nn.Module):
             z = F.linear(F.linear(z, self.a), self.b)
         else:
             # N × groups·r: what the one A makes of each group
-            z = self.operator.apply(z, self.a.repeat(groups, 1, 1, 1), groups=groups)
-            z = F.conv2d(z, self.b[:, :, None, None], groups=groups)
+            z = self.operator.apply(z, self.a.repeat(groups, *(1,) * (self.a.ndim - 1)), groups=groups)
+            z = convolve(z, as_kernel(self.b, self.operator.rank), groups=groups)
         return (z * self.scale).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:

@@ -89,6 +89,10 @@ class Parallel(Method):
         return part.beta.weight if isinstance(part, ParallelAdapter) and part.beta is not None else None
 
 
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+"""Of whole channels where there are any, by the number of axes of positions that a convolution slides along."""
+
+
 class ParallelAdapter(nn.Module):
     """The module of :class:`Parallel` at one site: ``weight`` is A, or ``beta`` and ``gamma`` its factors."""
 
@@ -98,7 +102,8 @@ class ParallelAdapter(nn.Module):
         super().__init__()
         self.operator = operator
         self.dropout = method.dropout
-        inputs, outputs, layout, stride = operator.inputs, operator.outputs, operator.layout, operator.stride
+        inputs, outputs, layout = operator.inputs, operator.outputs, operator.layout
+        stride = operator.stride or None
         he = (2 / outputs) ** 0.5
         self.full = self.gamma = self.beta = None
         if method.rank is None:
@@ -125,7 +130,7 @@ class ParallelAdapter(nn.Module):
         assert first is not None
         z = self.operator.at_centre(in_dtype_of(first.weight, x))
         if self.dropout and self.training:
-            z = F.dropout2d(z, self.dropout) if self.operator.conv else F.dropout(z, self.dropout)
+            z = _DROPOUTS[self.operator.rank](z, self.dropout)
         return project(z).to(x.dtype)
 
     def _project(self, z: Tensor) -> Tensor:
@@ -158,8 +163,10 @@ class ParallelAdapter(nn.Module):
         first = adapters[0]
         layout, stride = first.operator.layout, first.operator.stride
 
+        steps = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+
         def project(z: Tensor) -> Tensor:
-            z = z[:, :, :: stride[0], :: stride[1]] if layout == "NCHW" else z
+            z = z[steps] if stride else z
             if first.full is not None:
                 return pointwise([a.full for a in adapters], rows, z, layout)
             z = pointwise([a.gamma for a in adapters], rows, z, layout)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.norms import scale_and_shift
-from visadapt.backbone.site import Site
+from visadapt.backbone.norms import BATCH_NORMS, scale_and_shift
+from visadapt.backbone.site import Site, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import Pointwise, as_nchw, in_dtype_of
+from visadapt.methods.layers import Pointwise, as_channels_first, in_dtype_of
 from visadapt.methods.method import Method
 
 
@@ -48,7 +48,7 @@ class Series(Method):
         check_choice(self.init, ("zero", "he"), "init")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
-        if self.norm and site.layout == "NLC":
+        if self.norm and is_sequence(site.layout):
             raise VisadaptError(f"Series() normalises feature maps; {site.full_name} is a token sequence: norm=False")
         return SeriesAdapter(self, site)
 
@@ -61,7 +61,7 @@ class SeriesAdapter(nn.Module):
     def __init__(self, method: Series, site: Site) -> None:
         super().__init__()
         self.layout = site.layout
-        self.norm = nn.BatchNorm2d(site.channels) if method.norm else None
+        self.norm = BATCH_NORMS[rank_of(site.layout) - 1](site.channels) if method.norm else None
         self.project = Pointwise(site.channels, site.channels, site.layout, 0.0, bias=False)
         if method.init == "he":
             nn.init.normal_(self.project.weight, std=(2 / site.channels) ** 0.5)
@@ -69,7 +69,7 @@ class SeriesAdapter(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         z = in_dtype_of(self.project.weight, u)
         if self.norm is not None:
-            z = as_nchw(self.norm, z, self.layout)
+            z = as_channels_first(self.norm, z, self.layout)
         delta: Tensor = self.project(z)
         return u + delta.to(u.dtype)
 

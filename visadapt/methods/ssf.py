@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.site import Site
+from visadapt.backbone.site import Site, is_channels_first
 from visadapt.checks import check_std
 from visadapt.methods.layers import in_dtype_of
 from visadapt.methods.method import Method
@@ -57,7 +57,7 @@ class ScaleShift(nn.Module):
             nn.init.normal_(self.beta, 0.0, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _scaled(x, self.gamma, self.beta, (-1, 1, 1) if self.layout == "NCHW" else (-1,))
+        return _scaled(x, self.gamma, self.beta, (-1, *[1] * (x.ndim - 2)) if is_channels_first(self.layout) else (-1,))
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
         """(γ, β): diagonal."""
@@ -67,7 +67,7 @@ class ScaleShift(nn.Module):
     def stacked(adapters: list[ScaleShift], rows: Rows, x: Tensor) -> Tensor:
         """The same for a batch whose rows take the adapters that ``rows`` says."""
         n, ones = x.shape[0], [1] * (x.ndim - 2)
-        shape = (n, -1, *ones) if adapters[0].layout == "NCHW" else (n, *ones, -1)
+        shape = (n, -1, *ones) if is_channels_first(adapters[0].layout) else (n, *ones, -1)
         return _scaled(x, rows.gather([a.gamma for a in adapters]), rows.gather([a.beta for a in adapters]), shape)
 
 

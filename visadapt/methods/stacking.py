@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.backbone.site import is_channels_first
+
 
 class Rows:
     """Which rows of a batch take which of several weights.
@@ -93,12 +95,12 @@ def pointwise(modules: Sequence[Any], rows: Rows, x: Tensor, layout: str) -> Ten
     Args:
         modules: one :class:`visadapt.methods.layers.Pointwise` per task.
         rows: which of them each row of ``x`` takes.
-        x: ``(N, C, H, W)``, ``(N, H, W, C)`` or ``(N, L, C)``; ``(N, C)`` counts as one position.
+        x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
         layout: of ``x``.
     """
-    if layout == "NCHW" and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return pointwise(modules, rows, x.permute(0, 2, 3, 1), "NHWC").permute(0, 3, 1, 2)
-    maps = layout == "NCHW"
+    maps = is_channels_first(layout)
+    if maps and x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return pointwise(modules, rows, x.movedim(1, -1), "NLC").movedim(-1, 1)
     # Parallel's shared factor is a buffer
     weight = rows.gather([module._parameters.get("weight", module._buffers.get("weight")) for module in modules], maps)
     bias = None if modules[0].bias is None else rows.gather([module.bias for module in modules], maps)

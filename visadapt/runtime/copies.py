@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import CLASS_COUNTS, Final, Head
 from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy, within
+from visadapt.backbone.norms import affine_of, is_frozen_norm
 from visadapt.backbone.subclass import plain_class
+from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class, widened_class
 
 
@@ -87,22 +89,32 @@ def _renewed(old: nn.Module, final: Final, num_classes: int, facts: Facts) -> nn
 
 
 def own_copy(norm: nn.Module, full: bool) -> nn.Module:
-    """A task's own copy of a norm: the same class, its own affine parameters.
+    """A task's own copy of a norm: the same class, its own affine parameters, and those of an activation it carries.
 
     Args:
-        norm: a module of the backbone, with or without parts.
+        norm: a module of the backbone, with or without parts. Where its affine part is kept in buffers, as in
+            FrozenBatchNorm2d, the copy has parameters of the same names.
         full: whether the copy has running statistics of its own, which move in train mode. Otherwise it reads the
             backbone's, through the very same dict of buffers, so that they follow the backbone to other devices.
+
+    Raises:
+        VisadaptError: ``full``, and the norm's statistics never move.
     """
     plain = plain_class(norm)
-    weight = next(p for p in norm._parameters.values() if p is not None)
+    affine = affine_of(norm)
+    if full and is_frozen_norm(norm):
+        raise VisadaptError(
+            f"norms='full' gives a task statistics that move in train mode, and those of a {plain.__name__} never do: "
+            "say norms='affine' or 'frozen'"
+        )
+    weight = next(iter(affine.values()))
     low = weight.dtype in (torch.float16, torch.bfloat16)
     cls = widened_class(plain) if low else plain
     clone = cls.__new__(cls)
     nn.Module.__init__(clone)
     own = {k: v for k, v in norm.__dict__.items() if k not in clone.__dict__ or k == "training"}
     clone.__dict__.update(own)
-    for name, parameter in norm._parameters.items():
+    for name, parameter in (norm._parameters | affine).items():
         # adapters and norms of a task are kept in fp32 beside a half-precision backbone
         value = None if parameter is None else parameter.detach().clone()
         if value is not None:
@@ -110,18 +122,21 @@ def own_copy(norm: nn.Module, full: bool) -> nn.Module:
         clone._parameters[name] = None if value is None else nn.Parameter(value)
     for name, child in norm._modules.items():
         if name != CHILD:
-            clone._modules[name] = copy.deepcopy(child)
+            clone._modules[name] = None if child is None else plain_copy(child).requires_grad_(True)
     clone._non_persistent_buffers_set = set(norm._non_persistent_buffers_set)
     if full or low:
         clone._buffers = {
             k: None if v is None else (v.detach().float() if low and v.is_floating_point() else v.detach().clone())
             for k, v in norm._buffers.items()
+            if k not in affine
         }
     else:
         clone._buffers = norm._buffers
     if not full:
         clone._non_persistent_buffers_set.update(clone._buffers)
         if is_stateful(norm):
-            clone.__dict__["track_running_stats"] = False
+            if not isinstance(norm, _InstanceNorm):
+                # which would normalise by its input's own statistics then, in eval mode too
+                clone.__dict__["track_running_stats"] = False
             clone.__class__ = frozen_class(cls)
     return clone

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import is_stateful
+from visadapt.backbone.batchnorm import carried
+from visadapt.backbone.modules import is_stateful, parameter_count
 from visadapt.backbone.subclass import plain_class
 from visadapt.methods.stacking import Rows
 from visadapt.runtime.roles import role
@@ -51,7 +52,8 @@ def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
     known = plain.forward is _BatchNorm.forward or (
         plain.__name__ == "BatchNormAct2d" and plain.__module__.startswith("timm.")
     )
-    return known and is_stateful(host)
+    # the activation behind it may have weights, which are the task's own then: a PReLU's
+    return known and is_stateful(host) and not any(parameter_count(m) for m in carried(host))
 
 
 def _batch_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
 _KINDS = {
@@ -32,8 +33,9 @@ def projections(modules: dict[str, nn.Module], depth: int, stage: str, block: st
         if kind is None:
             continue
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Conv2d):
-            channels, layout = module.out_channels, "NCHW"
+        if isinstance(module, CONVS):
+            operator = operator_of(module, path)
+            channels, layout = operator.outputs, operator.layout
         elif weight is not None and weight.ndim == 2:
             # GPT-2 keeps its weights the other way round
             channels, layout = int(weight.shape[0 if isinstance(module, nn.Linear) else 1]), "NLC"

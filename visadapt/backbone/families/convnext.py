@@ -6,7 +6,7 @@ from torch import nn
 
 from visadapt.backbone.families.convs import conv3x3
 from visadapt.backbone.modules import parameter_count
-from visadapt.backbone.site import Site
+from visadapt.backbone.site import Site, layout_named
 
 
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
@@ -49,4 +49,6 @@ def _torchvision(block: nn.Module) -> tuple[str, int, str, str] | None:
     scale = block._parameters.get("layer_scale")
     if scale is None or set(block._modules) != {"block", "stochastic_depth"}:
         return None
-    return "stochastic_depth", scale.numel(), "NCHW", ""
+    # (C, 1, 1): as many ones as there are axes behind the channels'
+    layout = layout_named(1, scale.ndim + 1)
+    return None if layout is None else ("stochastic_depth", scale.numel(), layout, "")

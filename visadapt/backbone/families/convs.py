@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
 _ASIDE = ("downsample", "shortcut", "se", "attn", "proj_conv")
@@ -17,9 +19,19 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm of maps and nothing else: timm's may have an activation inside."""
+    """Whether a module is a BatchNorm and nothing else: timm's may have an activation inside."""
     inner = list(own_modules(module).values())[1:]
-    return isinstance(module, nn.BatchNorm2d) and all(isinstance(m, nn.Identity) for m in inner)
+    return isinstance(module, _BatchNorm) and all(isinstance(m, nn.Identity) for m in inner)
+
+
+def is_conv3x3(module: nn.Module) -> bool:
+    """Whether a module is a 3×3 convolution, or its like on volumes (3×3×3; 1×3×3 on frames) and on series.
+
+    On a series every convolution that sees neighbours is: nets of one axis have as many taps in a kernel of 7 or 9.
+    """
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size[0] > 1
+    return isinstance(module, CONVS) and (set(module.kernel_size) == {3} or module.kernel_size == (1, 3, 3))
 
 
 def conv3x3(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
@@ -35,14 +47,15 @@ def conv3x3(modules: dict[str, nn.Module], depth: int, stage: str, block: str, t
     found = []
     for path, module in modules.items():
         inner = path.removeprefix(block).removeprefix(".").split(".")
-        if not isinstance(module, nn.Conv2d) or module.kernel_size != (3, 3) or is_depthwise(module):
+        if not is_conv3x3(module) or is_depthwise(module):
             continue
         if any(name in _ASIDE for name in inner):
             continue
         size = parameter_count(module)
         norm = _norm_after(path, modules)
+        operator = operator_of(module, path)
         found.append(
-            Site(path, "conv3x3", module.out_channels, "NCHW", depth, stage, block, size, (path,), norm, traced)
+            Site(path, "conv3x3", operator.outputs, operator.layout, depth, stage, block, size, (path,), norm, traced)
         )
     return found
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from visadapt.backbone.families.convs import conv3x3
 from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
 
@@ -15,7 +16,7 @@ def last_norm(block: nn.Module) -> str | None:
     if "downsample" not in names and not hasattr(block, "downsample"):
         return None
     for number in ("3", "2"):
-        if isinstance(names.get(f"conv{number}"), nn.Module) and isinstance(names.get(f"bn{number}"), nn.Module):
+        if isinstance(names.get(f"conv{number}"), CONVS) and isinstance(names.get(f"bn{number}"), nn.Module):
             return f"bn{number}"
     return None
 
@@ -28,16 +29,17 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         last = last_norm(block)
         if last is None:
             continue
+        conv = last.replace("bn", "conv")
         at = f"{path}." if path else ""
         stage = path.rpartition(".")[0]
         # squeeze-and-excitation rescales the branch after its last norm: the adapter comes after both
         end = next((se for se in ("se", "se_module") if isinstance(block._modules.get(se), nn.Module)), last)
-        channels = getattr(block._modules[last], "num_features", None)
-        if channels is None:
-            channels = next(p for p in block._modules[last].parameters()).numel()  # type: ignore[union-attr]
+        # the convolution says where the channels are and how many, whatever the norm behind it is
+        operator = operator_of(modules[f"{at}{conv}"], f"{at}{conv}")
         size = parameter_count(block)
         found += conv3x3({p: m for p, m in modules.items() if p.startswith(at)}, depth, stage, path)
-        linear = (f"{at}{last.replace('bn', 'conv')}", f"{at}{last}") if end == last else ()
-        found.append(Site(f"{at}{end}", "block", int(channels), "NCHW", depth, stage, path, size, linear))
+        linear = (f"{at}{conv}", *(() if isinstance(modules[f"{at}{last}"], nn.Identity) else (f"{at}{last}",)))
+        linear = linear if end == last else ()
+        found.append(Site(f"{at}{end}", "block", operator.outputs, operator.layout, depth, stage, path, size, linear))
         depth += 1
     return found
