@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -37,26 +36,18 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
         raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
     if model.training:
         raise VisadaptError("folding takes the running statistics as they are: call eval() first")
-    tensors = [p for module in model.modules() for p in module._parameters.values() if p is not None]
-    uses = Counter(p.untyped_storage().data_ptr() for p in tensors)
     for conv_path, norm_path in find_pairs(model, example):
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        kernel = cast("nn.Parameter", conv.weight)
-        # a weight that is tied has to stay what it is
-        if not norm.training and uses[kernel.untyped_storage().data_ptr()] == 1:
-            _fold_pair(cast("Conv", conv), norm, model, norm_path)
+        _fold_pair(cast("Conv", conv), norm)
+        model.set_submodule(norm_path, _rest(norm))
     return model
 
 
 @torch.no_grad()
-def _fold_pair(conv: Conv, norm: nn.Module, model: nn.Module, path: str) -> None:
+def _fold_pair(conv: Conv, norm: nn.Module) -> None:
     kernel, bias = folded(conv, norm)
-    if not kernel.isfinite().all() or not bias.isfinite().all():
-        # it would overflow in half precision
-        return
     conv.weight.copy_(kernel)
     conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
-    model.set_submodule(path, _rest(norm))
 
 
 def _rest(norm: nn.Module) -> nn.Module:

@@ -81,7 +81,7 @@ class Pair:
     def tensors(self) -> list[Tensor]:
         """What is folded."""
         conv, norm = self.conv._parameters, self.norm
-        found = (conv["weight"], conv["bias"], *norm._parameters.values(), norm.running_mean, norm.running_var)
+        found = (conv.get("weight"), conv.get("bias"), *norm._parameters.values(), norm.running_mean, norm.running_var)
         return [t for t in found if t is not None]
 
 

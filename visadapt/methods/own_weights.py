@@ -140,12 +140,16 @@ def own_weights(
     values: dict[nn.Parameter, nn.Parameter] = {}
     elsewhere = (*backbone.head_modules, *task.owned)
     parts = []
-    for path, module in backbone.modules.items():
-        if (root and not within(path, (root,))) or within(path, elsewhere):
+    inside = {path: module for path, module in backbone.modules.items() if not root or within(path, (root,))}
+    # the head last: of it a task has only what is tied to a weight elsewhere
+    for path in sorted(inside, key=lambda path: within(path, elsewhere)):
+        if within(path, task.owned):
             continue
         own = {}
-        for name, parameter in module._parameters.items():
+        for name, parameter in inside[path]._parameters.items():
             if parameter is None or not wanted(path, name):
+                continue
+            if within(path, elsewhere) and parameter not in values:
                 continue
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise VisadaptError(f"{joined(path, name)} cannot be trained: it is kept in {parameter.dtype}")
