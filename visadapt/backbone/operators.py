@@ -24,14 +24,16 @@ CONV_FORWARDS = tuple(conv.forward for conv in CONVS)
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Tensor:
-    """``F.conv1d``, ``conv2d`` or ``conv3d``, as the weight's dimensions say."""
-    return _FUNCTIONS[weight.ndim - 3](x, weight, bias, *geometry, **named)
+def convolve(rank: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Tensor:
+    """Apply ``F.conv1d``, ``conv2d`` or ``conv3d``, by the rank of the positions."""
+    return _FUNCTIONS[rank - 1](x, weight, bias, *geometry, **named)
 
 
 def as_kernel(matrix: Tensor, rank: int) -> Tensor:
     """A matrix outputs × inputs as the kernel of a convolution that looks at one position."""
-    return matrix.view(*matrix.shape, *(1,) * rank)
+    # by an index, which torch.fx can trace where it cannot take a shape apart
+    index: tuple[Any, ...] = (slice(None), slice(None), *(None,) * rank)
+    return matrix[index]
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ class Operator:
         if not self.conv:
             return F.linear(x, weight, bias)
         if self.padding is None:
-            return convolve(F.pad(x, self.pads(x)), weight, bias, self.stride, 0, self.dilation, groups)
-        return convolve(x, weight, bias, stride or self.stride, self.padding, self.dilation, groups)
+            return convolve(self.rank, F.pad(x, self.pads(x)), weight, bias, self.stride, 0, self.dilation, groups)
+        return convolve(self.rank, x, weight, bias, stride or self.stride, self.padding, self.dilation, groups)
 
 
 def operator_of(host: nn.Module, what: str) -> Operator:

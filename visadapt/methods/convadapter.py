@@ -134,7 +134,7 @@ class ConvBottleneck(nn.Module):
             z = self.operator.apply(z, self.down.weight, self.down.bias, self.groups, stride)
             scale = self.scale
             kernel = self.up.weight * as_kernel(scale[:, None], self.operator.rank)
-            return convolve(F.relu(z), kernel, self.up.bias * scale)  # type: ignore[operator]
+            return convolve(self.operator.rank, F.relu(z), kernel, self.up.bias * scale)  # type: ignore[operator]
 
         return as_channels_first(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
 

@@ -56,7 +56,8 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_channels_first(self.layout):
-            return convolve(x, as_kernel(self.weight, rank_of(self.layout)), self.bias, self.stride)
+            rank = rank_of(self.layout)
+            return convolve(rank, x, as_kernel(self.weight, rank), self.bias, self.stride)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -76,7 +76,7 @@ class LoRAAdapter(nn.Module):
         else:
             # N × groups·r: what the one A makes of each group
             z = self.operator.apply(z, self.a.repeat(groups, *(1,) * (self.a.ndim - 1)), groups=groups)
-            z = convolve(z, as_kernel(self.b, self.operator.rank), groups=groups)
+            z = convolve(self.operator.rank, z, as_kernel(self.b, self.operator.rank), groups=groups)
         return (z * self.scale).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.site import Site, is_channels_first
+from visadapt.backbone.site import Site, is_channels_first, rank_of
 from visadapt.checks import check_std
 from visadapt.methods.layers import in_dtype_of
 from visadapt.methods.method import Method
@@ -57,7 +57,8 @@ class ScaleShift(nn.Module):
             nn.init.normal_(self.beta, 0.0, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _scaled(x, self.gamma, self.beta, (-1, *[1] * (x.ndim - 2)) if is_channels_first(self.layout) else (-1,))
+        ones = [1] * rank_of(self.layout) if is_channels_first(self.layout) else []
+        return _scaled(x, self.gamma, self.beta, (-1, *ones))
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
         """(γ, β): diagonal."""
