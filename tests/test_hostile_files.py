@@ -546,7 +546,7 @@ def test_results_are_typed(traps: Traps, changed: dict[str, Any]) -> None:
     for command in (("report", str(folder), "--out", str(traps.folder / "page")), experiment):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 1, repr(result.exception)
-        assert f"error: {evil} is no result of an experiment" in result.stderr
+        assert f"error: {evil} is not a result of an experiment" in result.stderr
     assert not (traps.folder / "page.md").exists()
     traps.assert_quiet()
 

@@ -119,6 +119,9 @@ class _Step:
             return None if self.axes("weight") else established(self.axes("input"), shape, 1)
         if "batch_norm" in name or name == "native_group_norm":
             return None if number else self._normed_maps(shape)
+        if name.startswith("linear"):
+            # of a quantised library, whose packed weight is not a tensor
+            return established(self.followed[0], shape, len(shape) - 1)
         if "rnn" in name or name in ("lstm", "gru"):
             return established(None, shape, len(shape) - 1)
         if pointwise or name in _POINTWISE:

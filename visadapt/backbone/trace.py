@@ -266,7 +266,7 @@ def _output_axis(module: nn.Module, call: Call) -> int | None:
 
 
 def unknown_axis(name: str, shape: Sequence[int], value: Value | None, several: bool = False) -> str:
-    """Why nothing can be put at a module: where its channels are is not known, or is no place for an adapter."""
+    """Why nothing can be put at a module: where its channels are is not known, or an adapter cannot stand there."""
     axis = None if value is None else channel_axis(value.axes)
     if several:
         reason = "differs from call to call"

@@ -33,7 +33,7 @@ def merge(
     the centre tap of a k×k); a linear map M·y + c after a conv or linear gives M·W and M·b + c, and passes through the
     eval-mode norm behind a conv; norms and heads take the place of the backbone's. The merged model is then compared
     with the task on a probe; the largest error is logged (logger ``visadapt.merge``; :func:`merge_error` measures it
-    again), and one that is no rounding is refused.
+    again), and one that is more than rounding is refused.
 
     Args:
         model: an injected model, in eval mode if the task has statistics of its own.

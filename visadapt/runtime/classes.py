@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ def widened_class(plain: ModuleClass) -> ModuleClass:
     """A norm or head in fp32 in a half-precision network: it computes in fp32 and answers in its input's dtype."""
 
     def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, Tensor):
+        if not isinstance(x, Mapping | Sequence):
+            # a tensor, or what stands for one while torch.fx traces
             out = plain.forward(self, x.float(), *args, **kwargs)
-            return out.to(x.dtype) if isinstance(out, Tensor) else tree_map_only(Tensor, _like(x), out)
+            return tree_map_only(Tensor, _like(x), out) if isinstance(out, Mapping | Sequence) else out.to(x.dtype)
         # a detector's head takes the maps of all levels
         first = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
         wide = tree_map_only(Tensor, _like(torch.empty(0)), x)
