@@ -358,7 +358,7 @@ WRONG = {
         1,
         "no image data set or folder 'mnst'; did you mean 'mnist'",
     ),
-    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "expected a folder 'train'"),
+    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "must have a folder 'train'"),
     "texts for a backbone that sees": (
         "train {place}/tweets.tsv SEES --out {tmp}/o.visadapt",
         1,
@@ -367,12 +367,12 @@ WRONG = {
     "length of pictures": (
         "train {place}/photos SEES --length 8 --out {tmp}/o.visadapt",
         1,
-        "pictures, which have a size but no length",
+        "takes images: give a size instead of a length",
     ),
     "no such column": (
         "train {place}/tweets.tsv READS --label lable --out {tmp}/o.visadapt",
         1,
-        "no column 'lable' in .*; did you mean 'label'",
+        "tweets.tsv; did you mean 'label'",
     ),
     "rate of zero": (
         "train {place}/photos SEES --lr 0 --out {tmp}/o.visadapt",
@@ -420,7 +420,7 @@ WRONG = {
         1,
         "tweets.tsv is not a readable image",
     ),
-    "no picture": ("predict {place}/none.png --task {place}/photos.visadapt", 1, "no picture and no folder"),
+    "no picture": ("predict {place}/none.png --task {place}/photos.visadapt", 1, "no image or folder"),
     "no text file": ("predict {place}/none.txt --task {place}/tweets.visadapt READS", 1, "none.txt as a text file"),
     "task twice": (
         "predict x --task {place}/photos.visadapt --task {place}/photos.visadapt",
