@@ -376,6 +376,9 @@ def check(architecture: Architecture, folder: Path, m: int = 32) -> Report:
 def _check(architecture: Architecture, folder: Path, m: int, report: Report) -> None:
     model, example = architecture.build(), architecture.example()
     fresh = copy.deepcopy(model)
+    # on some processors torch picks other kernels, which round differently, for weights that ask for a gradient; inject
+    # freezes them, so the output before is that of frozen weights too
+    model.requires_grad_(False)
     with torch.no_grad():
         before = logits_of(model, example)
     report.backbone = Facts(model).size
