@@ -109,7 +109,8 @@ class Facts:
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Paths of the modules that are its head; none if it has none that can be found."""
-        return () if self.head is None else self.head.modules
+        head = self.head  # which may have to be traced
+        return () if head is None else head.modules
 
     @property
     def size(self) -> int:
