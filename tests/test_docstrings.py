@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "tasks",
             "fold",
             "set_alpha",
+            "Mona",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

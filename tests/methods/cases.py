@@ -60,6 +60,7 @@ CASES = {
     "ssf": Case(v.SSF(), text=True),
     "lora": Case(v.LoRA(r=2, alpha=4), text=True),
     "adaptformer": Case(v.AdaptFormer(m=2), images=False, text=True),
+    "mona": Case(v.Mona(m=2)),
     "linear": Case(v.Linear(), text=True, options={"norms": "frozen"}),
     "norms": Case(v.Norms(), text=True, options={"norms": "full"}),
     "biases": Case(v.Biases(), text=True, options={"norms": "frozen"}),

@@ -7,6 +7,7 @@ from visadapt.methods.convadapter import ConvAdapter
 from visadapt.methods.dan import DAN
 from visadapt.methods.lora import LoRA
 from visadapt.methods.method import Method
+from visadapt.methods.mona import Mona
 from visadapt.methods.own_weights import Biases, Full, TopLayers
 from visadapt.methods.parallel import Parallel
 from visadapt.methods.series import Series
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         SSF,
         LoRA,
         AdaptFormer,
+        Mona,
         Linear,
         Norms,
         Biases,
@@ -47,6 +49,7 @@ __all__ = [
     "Linear",
     "LoRA",
     "Method",
+    "Mona",
     "Norms",
     "Parallel",
     "Series",
