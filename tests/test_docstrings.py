@@ -42,6 +42,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "fold",
             "set_alpha",
             "Mona",
+            "DoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

@@ -59,6 +59,7 @@ CASES = {
     "residual-sequential": Case(v.ConvAdapter(scheme="residual-sequential")),
     "ssf": Case(v.SSF(), text=True),
     "lora": Case(v.LoRA(r=2, alpha=4), text=True),
+    "dora": Case(v.DoRA(r=2, alpha=4), text=True),
     "adaptformer": Case(v.AdaptFormer(m=2), images=False, text=True),
     "mona": Case(v.Mona(m=2)),
     "linear": Case(v.Linear(), text=True, options={"norms": "frozen"}),

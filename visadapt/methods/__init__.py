@@ -5,6 +5,7 @@ from visadapt.methods.baselines import Linear, Norms
 from visadapt.methods.bottleneck import Bottleneck
 from visadapt.methods.convadapter import ConvAdapter
 from visadapt.methods.dan import DAN
+from visadapt.methods.dora import DoRA
 from visadapt.methods.lora import LoRA
 from visadapt.methods.method import Method
 from visadapt.methods.mona import Mona
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         ConvAdapter,
         SSF,
         LoRA,
+        DoRA,
         AdaptFormer,
         Mona,
         Linear,
@@ -45,6 +47,7 @@ __all__ = [
     "Biases",
     "Bottleneck",
     "ConvAdapter",
+    "DoRA",
     "Full",
     "Linear",
     "LoRA",
