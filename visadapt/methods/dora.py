@@ -93,4 +93,5 @@ class DoRAWeight(nn.Module):
 
 
 def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norm
