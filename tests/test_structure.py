@@ -22,7 +22,7 @@ ROOMS = (
     ("injection", "task_file"),
     ("",),
     ("training",),
-    ("experiments",),
+    ("experiments", "serving"),
     ("report",),
     ("cli",),
 )
