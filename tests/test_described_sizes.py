@@ -199,9 +199,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     Image.new("RGB", (600, 500)).save(file)
     monkeypatch.setenv(variable("IMAGE_PIXELS"), "299999")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(
-        VisadaptError, match=r"large\.png .*VISADAPT_MAX_IMAGE_PIXELS|large\.png is not a readable image"
-    ):
+    with pytest.raises(VisadaptError, match=r"large\.png has more than 299,999 pixels"):
         read_images([file], 8)
     monkeypatch.setenv(variable("IMAGE_PIXELS"), "300000")
     assert read_images([file], 8).shape == (1, 3, 8, 8)

@@ -306,11 +306,11 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the task does not"
         raise VisadaptError(f"{path} {what} ({len(missing)} missing, {len(extra)} unexpected tensors)")
-    for key, own in expected.items():
-        try:
+    try:
+        for key, own in expected.items():
             check_tensor(key, own, tensors)
-        except VisadaptError as error:
-            raise VisadaptError(f"{path}: {error}") from error
+    except VisadaptError as error:
+        raise VisadaptError(f"{path}: {error}") from error
     # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses, and
     # the kernels that torch picks for these round differently
     values = {name: tensors[name].to(own.device, copy=True) for name, own in expected.items()}

@@ -29,9 +29,9 @@ def read_image(file: Path) -> Any:
         VisadaptError: it is not a readable image, or has more pixels than :data:`visadapt.limits.LIMITS` allows.
     """
     pil = require("PIL.Image", "loading images", "pillow")
-    if variable("IMAGE_PIXELS") in os.environ:
+    if variable("IMAGE_PIXELS") in os.environ and pil.MAX_IMAGE_PIXELS is not None:
         # Pillow has a bound of its own
-        pil.MAX_IMAGE_PIXELS = limit("IMAGE_PIXELS")
+        pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, limit("IMAGE_PIXELS"))
     try:
         with pil.open(file) as image:
             check_limit(image.width * image.height, "IMAGE_PIXELS", str(file))
