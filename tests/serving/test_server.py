@@ -6,7 +6,7 @@ import asyncio
 import io
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -214,7 +214,7 @@ def test_what_cannot_be_answered(
 
 
 @pytest.fixture(scope="module")
-def started(written: Path):  # noqa: ANN201
+def started(written: Path) -> Iterator[Server]:
     limits = Limits(image=50_000, pixels=5_000, text=40, inputs=8)
     server = Server(written, limits=limits).start()
     yield server
