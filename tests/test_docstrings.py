@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "tasks",
             "fold",
             "set_alpha",
+            "Bottleneck",
             "Mona",
             "DoRA",
         )
