@@ -42,6 +42,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "tasks",
             "fold",
             "set_alpha",
+            "Bottleneck",
             "Mona",
             "DoRA",
         )
