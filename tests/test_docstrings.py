@@ -39,6 +39,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "fit_decider",
             "decide",
             "tasks",
+            "open",
+            "preprocess",
+            "predict",
             "fold",
             "set_alpha",
         )

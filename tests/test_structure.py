@@ -20,6 +20,7 @@ ROOMS = (
     ("runtime",),
     ("frozen", "export", "plan", "data"),
     ("injection", "task_file"),
+    ("opening",),
     ("",),
     ("training",),
     ("experiments",),

@@ -25,6 +25,8 @@ from visadapt.methods import (
     Series,
     TopLayers,
 )
+from visadapt.opening import Prediction, predict, preprocess
+from visadapt.opening import open as open  # not in __all__: a star import leaves Python's own in place
 from visadapt.runtime.costs import summary
 from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
 from visadapt.runtime.mixed import split
@@ -51,6 +53,7 @@ __all__ = [
     "Method",
     "Norms",
     "Parallel",
+    "Prediction",
     "Series",
     "Site",
     "Sites",
@@ -71,6 +74,8 @@ __all__ = [
     "merge_error",
     "named_parameters",
     "parameters",
+    "predict",
+    "preprocess",
     "remove",
     "save",
     "save_decider",

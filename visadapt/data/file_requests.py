@@ -18,7 +18,10 @@ from visadapt.data.allowlist import may_name, objections
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
 
-BY_HAND = "if you trust it, give it yourself by --backbone NAME and --build KEY=VALUE"
+BY_HAND = (
+    "if you trust it, give it yourself by backbone= and build= (on the command line by --backbone NAME and "
+    "--build KEY=VALUE)"
+)
 # neither code nor pickles; files in subfolders are of other frameworks
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
 
@@ -82,7 +85,8 @@ def check_tokenizer(name: str) -> None:
 
 def _absent(name: str, what: str) -> VisadaptError:
     return VisadaptError(
-        f"{what} of {name!r}, which a file names, must be on this machine: --online downloads them, or {BY_HAND}"
+        f"{what} of {name!r}, which a file names, must be on this machine: online=True (--online) downloads them, or "
+        f"{BY_HAND}"
     )
 
 

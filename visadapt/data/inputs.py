@@ -51,8 +51,8 @@ class ImageInputs:
     def __call__(self, images: Tensor) -> Tensor:
         return normalize(images, self.size, mean=self.mean, std=self.std)
 
-    def read(self, files: Iterable[str | Path]) -> Tensor:
-        """Read image files as uint8, ``(N, 3, size, size)``."""
+    def read(self, files: Iterable[Any]) -> Tensor:
+        """Read image files, or images of Pillow, as uint8, ``(N, 3, size, size)``."""
         return read_images(files, self.size)
 
     def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
