@@ -44,6 +44,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "predict",
             "fold",
             "set_alpha",
+            "Mona",
+            "DoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},
