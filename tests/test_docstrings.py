@@ -15,6 +15,7 @@ import visadapt
 import visadapt.training
 from tests.models import ZOO
 from visadapt.export.program import export
+from visadapt.serving import Server
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
@@ -44,12 +45,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "predict",
             "fold",
             "set_alpha",
+            "Bottleneck",
             "Mona",
             "DoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},
     "export": export,
+    "Server": Server,
 }
 
 

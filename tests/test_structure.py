@@ -24,7 +24,7 @@ ROOMS = (
     ("opening",),
     ("",),
     ("training",),
-    ("experiments",),
+    ("experiments", "serving"),
     ("report",),
     ("cli",),
 )

@@ -28,8 +28,8 @@ class Preprocess:
         """Prepare one input or several as a batch on the CPU.
 
         Args:
-            raw: images of Pillow and paths of images, or texts; one of them or a sequence of them. The two texts of a
-                pair are separated by a tab.
+            raw: images of Pillow and paths of images, or texts; one of them or a list of them. A pair of texts is a
+                tuple, or one text with a tab between the two.
 
         Returns:
             Images ``(N, 3, size, size)`` in float32, or the arguments of a text model, ``(N, L)`` each.
@@ -41,7 +41,8 @@ class Preprocess:
         if not several:
             raise VisadaptError("inputs must have at least one image or text, got none")
         if isinstance(self.inputs, TextInputs):
-            other = next((each for each in several if not isinstance(each, str)), None)
+            forms = (str, tuple) if self.inputs.pairs else (str,)
+            other = next((each for each in several if not isinstance(each, forms)), None)
             if other is not None:
                 raise VisadaptError(f"the task takes texts, got {type(other).__name__}")
             return self.inputs(self.inputs.read(several))
