@@ -9,6 +9,7 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
+from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -67,8 +68,7 @@ def evaluate(
     metrics = metric or ["accuracy", "loss"]
     for name in metrics:
         check_choice(name, OF_CLASSES, "metric")
-    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
-    (name,) = tasks(model)
+    model, name = open_one(task, backbone, pairs(build, "--build"), online)
     inputs = visadapt.preprocess(model, name, online=online).inputs
     spec, options = tasks(model)[name], columns(text, label, header, root)
     if split is None and isinstance(inputs, TextInputs):

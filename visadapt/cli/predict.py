@@ -46,7 +46,7 @@ def predict(
         list[str],
         typer.Argument(help="Image files and folders, or text files with one text per line (- for standard input)."),
     ],
-    task: Annotated[list[Path], typer.Option(help="Task file; repeatable for tasks of one backbone.")],
+    task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
