@@ -21,7 +21,7 @@ from visadapt.runtime import hf_config, host
 from visadapt.runtime.copies import build_head, own_copy, own_module
 from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
-from visadapt.runtime.root import root_class
+from visadapt.runtime.root import capture_calls
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
             host.unfuse(module, registry)
         if hf_config.is_labelled(model):
             hf_config.label(model)
-        host.dress(model, root_class)
+        capture_calls(model)
         model.__dict__["_visadapt"] = registry
     task = plan.task
     if task.head != "frozen" and hf_config.is_labelled(model):
@@ -162,7 +162,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
     registry.hosts = {**registry.hosts, **{path: facts.modules[path] for path in paths}}
     task.hosts = list(dict.fromkeys((*task.hosts, *paths)))
     registry.traced = {**registry.traced, **{site.full_name: site for site in plan.sites if site.traced}}
-    # at last, so that nobody can choose half a task
+    # last, so that half a task cannot be chosen
     registry.tasks = {**registry.tasks, task.name: task}
     registry.introduce(task.name)
     return registry

@@ -14,6 +14,8 @@ from multiprocessing.pool import ThreadPool
 from types import FrameType
 from typing import Any
 
+from visadapt.errors import VisadaptError
+
 BLOCKS: ContextVar[dict[int, Block] | None] = ContextVar("visadapt_using", default=None)
 """The innermost block of each model, by the number of its registry."""
 
@@ -27,7 +29,8 @@ class Block:
         tasks: what is meant: a name, None, or one per sample.
         taken: the tasks of these names as they were then, each with its name.
         below: the block around this one.
-        owner: the frame of the generator that opened it; None if a function or coroutine did.
+        owner: the frame of the generator that opened it, None if a function or coroutine did; or, of a forward that
+            captured it, the frame of its call.
         captured: whether a forward opened it, to keep what was meant where it began.
         graph: the backward pass that it was opened in, −1 outside of one.
 
@@ -108,3 +111,46 @@ def _holds(value: Any, thread: threading.Thread) -> bool:
         value = getattr(value, "_threads", None) or getattr(value, "_pool", None) or ()
     several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
     return value is thread or any(each is thread for each in tuple(several))
+
+
+def elsewhere(streams: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Those blocks of generators that do not run in this thread."""
+    if not streams:
+        return ()
+    here = set(map(id, frames()))
+    return tuple(block for block in streams if id(block.owner) not in here)
+
+
+def innermost(top: Block | None, streams: tuple[Block, ...], default: Any) -> Block | None:
+    """The block that counts, of a context's and those of the generators that run in it.
+
+    Args:
+        top: the context's innermost block.
+        streams: blocks of generators.
+        default: what is meant without a block.
+
+    Raises:
+        VisadaptError: there is none, but a generator of this thread waits inside one.
+    """
+    owners = {id(block.owner) for block in streams}
+    running = next((frame for frame in frames() if id(frame) in owners), None)
+    if running is not None:
+        own = max((block for block in streams if block.owner is running), key=lambda block: block.number)
+        # opened within the context's block, or called from there after it waited
+        if top is None or own.number > top.number or own in top.waiting:
+            return own
+    if top is None:
+        here = threading.current_thread()
+        for block in streams:
+            waits = block.owner is not None and block.owner.f_back is None
+            if waits and block.opener is here and block.tasks != default:
+                raise VisadaptError(
+                    f"a generator waits inside using(model, {shown(block.tasks)}): it cannot be known whether what "
+                    "runs outside of it means that task too; name the task there by another using()"
+                )
+    return top
+
+
+def shown(tasks: Any) -> str:
+    """Tasks as they are named in messages."""
+    return "[…]" if isinstance(tasks, tuple) else repr(tasks)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from visadapt.errors import VisadaptError
-from visadapt.runtime.blocks import BLOCKS, Block, frames, is_held_by
-from visadapt.runtime.node_log import Log, is_nested, now
+from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
+from visadapt.runtime.node_log import Log, Logs, now
 
 AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
@@ -56,7 +56,7 @@ class Choices:
         self._open: dict[int, Block] = {}
         self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._local = threading.local()
-        self._logs: list[Log] = []
+        self._logs = Logs()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
@@ -122,12 +122,14 @@ class Choices:
         Raises:
             VisadaptError: as :meth:`current`; or it was removed.
         """
+        self._drop_stale()
         block = self._meant()
         self.check(block)
         return block.tasks
 
     def choose(self, tasks: Any) -> None:
         """Choose for all threads without a block."""
+        self._drop_stale()
         self._relying.add(threading.current_thread())
         self._default = Block(tasks, self._taken(tasks))
         self._note_choice()
@@ -161,8 +163,9 @@ class Choices:
             tasks: a name, None, or one per sample.
             owner: the frame of the generator in which that is, if it is in one.
         """
+        self._drop_stale()
         block = Block(tasks, self._taken(tasks), self._top(), owner, graph=torch._C._current_graph_task_id())
-        block.waiting = self._elsewhere()
+        block.waiting = elsewhere(self._streams)
         block.opener, block.threads = threading.current_thread(), tuple(threading.enumerate())
         if owner is None:
             self._open[block.number] = block
@@ -198,25 +201,46 @@ class Choices:
             if graph == -1:
                 self._note_choice()
 
-    def begin(self) -> Block:
+    def begin(self, call: FrameType) -> None:
         """Capture what is meant, where a forward of the whole model begins.
+
+        Args:
+            call: the frame of its call.
 
         Raises:
             VisadaptError: as :meth:`acting`; or the task was removed.
         """
+        self._drop_stale()
         chosen, graph = self._acting(noted=False), torch._C._current_graph_task_id()
         self.check(chosen)
         if graph == -1:
             self._log().add(chosen.tasks)
-        block = Block(chosen.tasks, chosen.taken, self._top(), captured=True, graph=graph)
-        self._set(block)
-        return block
+        self._set(Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph))
 
-    def finish(self, block: Block) -> None:
-        """Let go of what was captured, where the forward ends."""
+    def finish(self, caller: FrameType) -> Block | None:
+        """Let go of what was captured, where the forward ends.
+
+        Args:
+            caller: the frame of its call, or the one around that if it raised an exception.
+
+        Returns:
+            What was captured; None if the forward did not even begin.
+        """
+        block = self._top()
+        if block is None or block.owner is None or caller not in (block.owner, block.owner.f_back):
+            return None
         if block.graph == -1:
             self._log().seen = now()
         self._set(block.below)
+        return block
+
+    def _drop_stale(self) -> None:
+        """Forget what was captured by a forward that was interrupted and so never came to its end."""
+        block = top = self._top()
+        while block is not None and block.captured and block.owner is not None and block.owner not in set(frames()):
+            block = block.below
+        if block is not top:
+            self._set(block)
 
     def held(self) -> Choices:
         """The same model's choices where what is meant here and now is meant for ever: those of a replica of it."""
@@ -239,7 +263,7 @@ class Choices:
         if self._streams:
             raise VisadaptError(
                 "a compiled model cannot tell which of several generators runs it, and one is inside using(): call the "
-                "model without torch.compile, or within a using() of a function that is no generator"
+                "model without torch.compile, or within a using() of a plain function"
             )
         blocks = BLOCKS.get()
         block = None if blocks is None else blocks.get(self._number)
@@ -252,7 +276,10 @@ class Choices:
         if self._held is not None:
             return self._held
         if graph != -1:
-            return self._repeated(block, graph)
+            if block is not None and block.graph == graph:
+                return block
+            tasks = self._logs.repeated(graph)
+            return Block(tasks, self._taken(tasks), graph=graph)
         meant = self._meant()
         if noted and not meant.captured:
             # a module called by itself: when its nodes end is not seen
@@ -275,6 +302,9 @@ class Choices:
             with self.lock:
                 self._streams = tuple(other for other in self._streams if other is not block)
         top = self._top()
+        while top is not None and top is not block and top.captured:
+            # left by a forward that was interrupted
+            top = top.below
         if top is block:
             # not closed: an async task that was made within goes on with it
             top = block.below
@@ -292,7 +322,7 @@ class Choices:
             # left before a block inside it was
             block = block.below
         if self._streams:
-            block = self._innermost(block)
+            block = innermost(block, self._streams, self._default.tasks)
         if block is not None:
             return block
         if self._held is not None:
@@ -309,67 +339,10 @@ class Choices:
             other = block.number > default.number and block.tasks != default.tasks
             if other and here not in block.threads and is_held_by(block.opener, here):
                 raise VisadaptError(
-                    f"this thread was started inside using(model, {_shown(block.tasks)}) of another thread, and chose "
+                    f"this thread was started inside using(model, {shown(block.tasks)}) of another thread, and chose "
                     "no task itself: call using() in the thread that runs the model, too"
                 )
         return default
-
-    def _elsewhere(self) -> tuple[Block, ...]:
-        """Blocks of generators that do not run in this thread."""
-        if not self._streams:
-            return ()
-        here = set(map(id, frames()))
-        return tuple(block for block in self._streams if id(block.owner) not in here)
-
-    def _innermost(self, top: Block | None) -> Block | None:
-        """The block that counts, of a context's and those of the generators that run in it.
-
-        Raises:
-            VisadaptError: there is none, but a generator of this thread waits inside one.
-        """
-        streams = self._streams
-        owners = {id(block.owner) for block in streams}
-        running = next((frame for frame in frames() if id(frame) in owners), None)
-        if running is not None:
-            own = max((b for b in streams if b.owner is running), key=lambda b: b.number)
-            # opened within the context's block, or called from there after it waited
-            if top is None or own.number > top.number or own in top.waiting:
-                return own
-        if top is None:
-            here = threading.current_thread()
-            for block in streams:
-                waits = block.owner is not None and block.owner.f_back is None
-                if waits and block.opener is here and block.tasks != self._default.tasks:
-                    raise VisadaptError(
-                        f"a generator waits inside using(model, {_shown(block.tasks)}): it cannot be known whether "
-                        "what runs outside of it means that task too; name the task there by another using()"
-                    )
-        return top
-
-    def _repeated(self, block: Block | None, graph: int) -> Block:
-        """What was meant by the forward that is repeated in this backward pass."""
-        if block is not None and block.graph == graph:
-            return block
-        node = torch._C._current_autograd_node()
-        number = -1 if node is None else node._sequence_nr()
-        key = (graph, number)
-        last: tuple[Any, Block | None] = getattr(self._local, "repeated", (None, None))
-        if last[0] == key and last[1] is not None:
-            return last[1]
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and is_nested() and last[1] is not None:
-            # made while the enclosing checkpoint was repeated, in this thread
-            repeated = last[1]
-        else:
-            found = [tasks for log in list(self._logs) if (tasks := log.at(number)) is not None]
-            if number < 0 or not found or any(each != found[0] for each in found) or not found[0]:
-                raise VisadaptError(
-                    "a part of the model is computed again in backward (gradient checkpointing), and it cannot be "
-                    "known which task its forward was for: several threads run this model with gradients. Train in one "
-                    "thread, or evaluate under torch.no_grad()"
-                )
-            repeated = Block(found[0][0], self._taken(found[0][0]), graph=graph)
-        self._local.repeated = (key, repeated)
-        return repeated
 
     def _note(self, tasks: Any) -> Log:
         """Write to this thread's log that these tasks are meant from here on."""
@@ -380,17 +353,11 @@ class Choices:
         return log
 
     def _note_choice(self) -> None:
-        if getattr(self._local, "log", None) is not None:
+        if self._logs.here() is not None:
             self._note(self._meant_or_none())
 
     def _log(self) -> Log:
-        log: Log | None = getattr(self._local, "log", None)
-        if log is None:
-            with self.lock:
-                self._logs = [log for log in self._logs if not log.is_void()]
-                log = self._local.log = Log(self._meant_or_none())
-                self._logs.append(log)
-        return log
+        return self._logs.here() or self._logs.begun(self._meant_or_none())
 
     def _meant_or_none(self) -> Any:
         try:
@@ -404,7 +371,3 @@ _NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_
 
 def _removed(name: str) -> VisadaptError:
     return VisadaptError(f"task {name!r} was removed while it was in use")
-
-
-def _shown(tasks: Any) -> str:
-    return "[…]" if isinstance(tasks, tuple) else repr(tasks)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from visadapt.errors import VisadaptError
+
 
 class Log:
     """What was meant in one thread, by the sequence numbers of the autograd nodes made since.
@@ -59,17 +61,70 @@ class Log:
         return self.seen == 0 and self.bounded and (thread is None or not thread.is_alive())
 
 
+class Logs:
+    """The logs of all threads that run a model."""
+
+    def __init__(self) -> None:
+        self.all: list[Log] = []
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def here(self) -> Log | None:
+        """This thread's log, if it has begun one."""
+        log: Log | None = getattr(self._local, "log", None)
+        return log
+
+    def begun(self, tasks: Any) -> Log:
+        """This thread's log, begun with these tasks if there is none."""
+        log = self.here()
+        if log is None:
+            log = self._local.log = Log(tasks)
+            with self._lock:
+                self.all = [*(log for log in self.all if not log.is_void()), log]
+        return log
+
+    def repeated(self, graph: int) -> Any:
+        """What was meant by the forward that is repeated in a backward pass.
+
+        Args:
+            graph: number of the backward pass.
+
+        Raises:
+            VisadaptError: threads that mean different tasks have nodes of the same number.
+        """
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        last: tuple[Any, Any] | None = getattr(self._local, "repeated", None)
+        if last is not None and last[0] == (graph, number):
+            return last[1]
+        if last is not None and isinstance(node, torch.autograd.function.BackwardCFunction) and _is_nested():
+            # made while the enclosing checkpoint was repeated, in this thread
+            tasks = last[1]
+        else:
+            found = [tasks for log in self.all if (tasks := log.at(number)) is not None]
+            if number < 0 or not found or any(each != found[0] for each in found) or not found[0]:
+                raise VisadaptError(
+                    "a part of the model is computed again in backward (gradient checkpointing), and it cannot be "
+                    "known which task its forward was for: several threads run this model with gradients. Train in one "
+                    "thread, or evaluate under torch.no_grad()"
+                )
+            (tasks,) = found[0]
+        self._local.repeated = ((graph, number), tasks)
+        return tasks
+
+
 def vars_of(tasks: Any) -> Any:
     """What a list of tasks knows beside their names."""
     return getattr(tasks, "__dict__", None)
 
 
 def now() -> int:
+    """The number that the next node of this thread will have."""
     number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     return number
 
 
-def is_nested() -> bool:
+def _is_nested() -> bool:
     """Whether a backward pass runs within a function's backward, which runs within another backward pass."""
     apply = torch.autograd.function.BackwardCFunction.apply.__code__
     count = 0
