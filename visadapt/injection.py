@@ -25,7 +25,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
 from visadapt.runtime import host
-from visadapt.runtime.registry import Task, check_task_name, facts_of, find_registry, registry_of
+from visadapt.runtime.registry import Registry, Source, Task, check_task_name, facts_of, find_registry, registry_of
 
 
 def inject(
@@ -109,7 +109,9 @@ def inject(
     chosen = _method(method, m, budget)
     _check_options(task, num_classes, labels, norms)
     with STRUCTURE:
-        _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)
+        registry = _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)
+        if isinstance(model, str):
+            registry.source = Source(model, build)
     return model if isinstance(model, nn.Module) else backbone
 
 
@@ -125,7 +127,7 @@ def _inject(
     norms: str,
     where: Where | None,
     example: Any,
-) -> None:
+) -> Registry:
     registry = find_registry(backbone)
     facts = facts_of(backbone)
     if registry is None:
@@ -147,7 +149,7 @@ def _inject(
             sites = Sites(site for site in sites if not within(site.host, also))
         plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
-    commit(facts, plan)
+    return commit(facts, plan)
 
 
 def remove(model: nn.Module, task: str) -> nn.Module:
