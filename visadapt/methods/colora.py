@@ -182,14 +182,14 @@ class SharedFactor(nn.Module):
         return self.b @ a / self._size(self.b, a)
 
     def _size(self, b: Tensor, a: Tensor) -> Tensor:
-        return (len(self.a) * len(self.b)) ** 0.25 * (_std(b) + _std(a))
+        size: Tensor = (len(self.a) * len(self.b)) ** 0.25 * (_std(b) + _std(a))
+        return size
 
     def _matrix(self, layer: nn.Module) -> Tensor:
         """A layer's weight as outputs × inputs; of a k×k convolution the sum of its taps."""
         weight = _frozen(layer).detach().to(self.a.dtype)
-        if weight.ndim > 2:
-            return weight.flatten(2).sum(2)
-        return weight.t() if _is_transposed(layer) else weight
+        matrix: Tensor = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        return matrix.t() if _is_transposed(layer) else matrix
 
 
 def _is_transposed(layer: nn.Module) -> bool:
