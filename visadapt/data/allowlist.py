@@ -27,14 +27,14 @@ class Kind:
     holds: Callable[[Any], bool]
 
 
-def _whole(low: int, high: int) -> Kind:
+def whole(low: int, high: int) -> Kind:
     return Kind(
         f"an integer from {low} to {high}",
         lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
     )
 
 
-def _real(low: float, high: float) -> Kind:
+def real(low: float, high: float) -> Kind:
     def holds(value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and math.isfinite(value) and low <= value <= high
@@ -57,21 +57,21 @@ def _one_of(*choices: str) -> Kind:
     return Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str) and v in choices)
 
 
-_FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 _WORD = Kind(
     "a word of letters, digits, '.', '_' and '-'",
     lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", v) is not None,
 )
 _WORD_OR_NONE = Kind(f"null or {_WORD.what}", lambda v: v is None or _WORD.holds(v))
-_CLASSES, _COUNT, _DEPTH, _SIDE = _whole(0, 65536), _whole(1, 65536), _whole(1, 1024), _whole(1, 8192)
-_RATE, _SCALE = _real(0, 1), _real(0, 100)
+_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, 1024), whole(1, 8192)
+_RATE, _SCALE = real(0, 1), real(0, 100)
 
 _TIMM: dict[str, Kind] = {
-    **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), _FLAG),
-    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size"), _FLAG),
+    **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), FLAG),
+    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size"), FLAG),
     "num_classes": _CLASSES,
     **dict.fromkeys(("in_chans", "cardinality", "base_width", "stem_width", "output_stride"), _COUNT),
-    **dict.fromkeys(("img_size", "patch_size", "window_size"), _several(_SIDE)),
+    **dict.fromkeys(("img_size", "patch_size", "window_size"), _several(SIDE)),
     **dict.fromkeys(("channels", "dims", "embed_dim", "num_heads"), _several(_COUNT)),
     **dict.fromkeys(("depth", "depths", "layers"), _several(_DEPTH)),
     **dict.fromkeys(("mlp_ratio", "init_values", "ls_init_value"), _several(_SCALE)),
@@ -81,9 +81,9 @@ _TIMM: dict[str, Kind] = {
 }
 _TORCHVISION: dict[str, Kind] = {
     "weights": _WORD_OR_NONE,
-    **dict.fromkeys(("aux_logits", "transform_input", "init_weights", "progress", "zero_init_residual"), _FLAG),
+    **dict.fromkeys(("aux_logits", "transform_input", "init_weights", "progress", "zero_init_residual"), FLAG),
     "num_classes": _COUNT,
-    "image_size": _SIDE,
+    "image_size": SIDE,
     **dict.fromkeys(("groups", "width_per_group"), _COUNT),
     **dict.fromkeys(("dropout", "attention_dropout", "stochastic_depth_prob"), _RATE),
     "width_mult": _SCALE,
@@ -91,14 +91,14 @@ _TORCHVISION: dict[str, Kind] = {
 _TRANSFORMERS: dict[str, Kind] = {
     "num_labels": _COUNT,
     "num_hidden_layers": _DEPTH,
-    **dict.fromkeys(("image_size", "patch_size"), _several(_SIDE)),
+    **dict.fromkeys(("image_size", "patch_size"), _several(SIDE)),
     **dict.fromkeys(("num_channels", "max_position_embeddings"), _COUNT),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), _RATE),
     **dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout", "drop_path_rate"), _RATE),
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification"),
     "attn_implementation": _one_of("eager", "sdpa"),
     **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "bfloat16", "float16")),
-    "ignore_mismatched_sizes": _FLAG,
+    "ignore_mismatched_sizes": FLAG,
 }
 OPTIONS: dict[str, dict[str, Kind]] = {
     "timm": _TIMM,
