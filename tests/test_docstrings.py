@@ -41,6 +41,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "tasks",
             "fold",
             "set_alpha",
+            "Mona",
+            "DoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},
