@@ -68,7 +68,7 @@ class ProcessorInputs(ImageInputs):
         except Exception as error:  # processors differ in what they take
             raise VisadaptError(f"the image processor of {name} cannot be used for classification: {error}") from error
         shapes = {tuple(image.shape[1:]) for image in whole}
-        _, height, width, *_ = next(iter(shapes)) + (0, 0, 0)
+        _, height, width, *_ = (*next(iter(shapes)), 0, 0, 0)
         if len(shapes) != 1 or height != width:
             raise VisadaptError(f"the image processor of {name} must make squares of one size, got {sorted(shapes)}")
         return cls(height, processor=config, parts=2 if _divisible(built, images, whole) else 1)

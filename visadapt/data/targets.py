@@ -125,8 +125,8 @@ def check_form(labels: Tensor, count: int) -> None:
     if not known or labels.ndim != dims or len(labels) != count:
         shape, dtype = tuple(labels.shape), labels.dtype
         raise VisadaptError(
-            f"labels must be int64 of shape ({count},), got {dtype} of {shape}; or real values of that shape, or bool of "
-            f"({count}, classes) for several labels per sample"
+            f"labels must be int64 of shape ({count},), got {dtype} of {shape}; or real values of that shape, or bool "
+            f"of ({count}, classes) for several labels per sample"
         )
 
 

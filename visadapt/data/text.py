@@ -134,8 +134,8 @@ def load_text(
         text: text column, or two for pairs, as names or as numbers from 0; None looks for the usual names.
         label: label column.
         header: whether the first line holds the column names; otherwise columns are numbered.
-        delimiter: column separator; None for a comma in ``.csv`` and a tab in other files. Quotes in a ``.csv`` are quotes;
-            so they are in other files if they all open and close a cell.
+        delimiter: column separator; None for a comma in ``.csv`` and a tab in other files. Quotes in a ``.csv`` are
+            quotes; so they are in other files if they all open and close a cell.
         encoding: encoding of the files.
         config: configuration of a Hugging Face data set, such as ``"sst2"`` of ``"hf/glue"``.
         classes: class names, if the training split need not have all of them; None to take those of train.
