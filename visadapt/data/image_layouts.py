@@ -34,8 +34,9 @@ _FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path",
 
 # not images, and no one means them to be
 _OTHER = frozenset((
-    ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet",
-    ".pdf", ".pkl", ".pt", ".py", ".tsv", ".txt", ".xml", ".yaml", ".yml",
+    ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet",
+    ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv",
+    ".txt", ".xml", ".yaml", ".yml",
 ))  # fmt: skip
 
 
@@ -81,8 +82,8 @@ class Found:
         """
         splits, remarks = dict(self.splits), list(self.remarks)
         if whole:
-            last = next(splits[split] for split in ("test", "validation", "train") if split in splits)
-            return replace(self, splits={"test": last})
+            last = next(split for split in ("test", "validation", "train") if split in splits)
+            return replace(self, splits={**{k: v for k, v in splits.items() if k != last}, "test": splits[last]})
         if "train" not in splits:
             raise VisadaptError(f"{self.name} has no training images; the layouts are: {LAYOUTS}")
         if "test" not in splits and "validation" in splits:
@@ -98,7 +99,8 @@ class Found:
                 )
             rest, chosen = held_out(whole_train.labels, max(1, len(whole_train) // share), seed)
             splits["train"], splits[split] = whole_train.subset(rest), whole_train.subset(chosen)
-            remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} training images held out for {split}")
+            if "test" not in self.splits:
+                remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} images held out for {split}")
         return replace(self, splits=splits, remarks=tuple(remarks))
 
 
@@ -225,8 +227,10 @@ def _folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -
         raise VisadaptError(f"{first} must have one folder per class, got none; the layouts are: {LAYOUTS}")
     files = {(split, name): files_below(splits[split] / name) for split in splits for name in names[split]}
     empty = next((name for name in names[own] if not files[own, name]), None)
+    if inner_split := next((name for name in names[own] if _split_folders(first / name)), None):
+        raise VisadaptError(f"{first} is not laid out as {LAYOUTS}: did you mean {first / inner_split}?")
     if empty is not None and known is None:
-        raise VisadaptError(f"{first / empty} must have at least one image, got none")
+        raise VisadaptError(f"{first / empty} must have at least one image, got none; the layouts are: {LAYOUTS}")
     inner = _class_folders(first / names[own][0]) if len(splits) == len(names[own]) == 1 else []
     if len(inner) > 1:
         raise VisadaptError(

@@ -25,7 +25,7 @@ _SENTIMENT = ("negative", "neutral", "positive")
 
 _SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
-_TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def text_columns(table: Table, wanted: Column | Sequence[Column] | None) -> tupl
         VisadaptError: there is none of the usual name, or not the one that is wanted.
     """
     if wanted is None:
-        for usual in _TEXT_COLUMNS:
+        for usual in TEXT_COLUMNS:
             columns = (usual,) if isinstance(usual, str) else usual
             if table.names is not None and set(columns) <= set(table.names):
                 return tuple(table.column(c) for c in columns)
