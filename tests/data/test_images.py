@@ -179,12 +179,16 @@ def test_folder_faults(folder: Path, tmp_path: Path) -> None:
         assert len(load_images(folder).test) == 4
     for name in ("one", "two"):
         (folder / "train" / "dog" / f"{name}.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(VisadaptError, match=r"train: 2 of 8 images cannot be read, and at most 5% may be skipped: .*one"):
+    with pytest.raises(
+        VisadaptError, match=r"train: 2 of 8 images cannot be read, and at most 5% may be skipped: .*one"
+    ):
         load_images(folder)
 
 
 def test_folder_without_splits(tmp_path: Path) -> None:
-    with pytest.raises(VisadaptError, match=r"must hold labelled images, got no images; the layouts are: CLASS/image\.jpg"):
+    with pytest.raises(
+        VisadaptError, match=r"must hold labelled images, got no images; the layouts are: CLASS/image\.jpg"
+    ):
         load_images(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+import visadapt
 from visadapt.checks import check_choice
-from visadapt.cli.models import with_tasks
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -76,8 +76,9 @@ def evaluate(
         check_choice(split, SPLITS, "split")
     for name in metric or ():
         check_choice(name, METRICS, "metric")
-    model, prepared = with_tasks([task], backbone, pairs(build, "--build"), online)
-    ((name, inputs),) = prepared.items()
+    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
+    (name,) = tasks(model)
+    inputs = visadapt.preprocess(model, name, online=online).inputs
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]

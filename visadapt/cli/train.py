@@ -10,7 +10,6 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
-from visadapt.cli.models import open_backbone
 from visadapt.cli.options import (
     Build,
     Damaged,
@@ -44,6 +43,7 @@ from visadapt.data.allowlist import objections
 from visadapt.data.inputs import ImageInputs, TextInputs, described, inputs_of
 from visadapt.data.lazy_images import DAMAGED
 from visadapt.errors import VisadaptError
+from visadapt.opening.backbones import open_backbone
 from visadapt.training import RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
 from visadapt.training.metrics import METRICS, check_metric

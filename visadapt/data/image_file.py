@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from visadapt.data.bounded import open_image
 from visadapt.errors import VisadaptError
 from visadapt.optional import available, require
 
@@ -65,16 +66,13 @@ def read_image(source: Any) -> Image:
     if not isinstance(source, str | Path | io.BytesIO):
         raise VisadaptError(f"an image must be a path or an image of Pillow, got {type(source).__name__}")
     try:
-        with image_module.open(source) as image:
-            image.load()
-            kind, upright = image.format, _upright(image)
-    except Exception as error:  # each of Pillow's formats has its own errors for damaged files
+        opened = open_image(source, where)
+    except VisadaptError as error:
         suffix = Path(where).suffix.lower()
         if suffix in _HEIF and not available("pillow_heif"):
             raise VisadaptError(f"{where}: {suffix} files need pillow-heif: pip install pillow-heif") from error
-        reason = str(error).replace(repr(str(where)), "the file")
-        raise VisadaptError(f"{where} is not a readable image: {reason or type(error).__name__}") from error
-    return _rgb(upright, where, kind)
+        raise
+    return _rgb(_upright(opened), where, opened.format)
 
 
 def is_image(file: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from visadapt.checks import check_choice
@@ -74,6 +75,15 @@ class ImageInputs:
 
     def __call__(self, images: Tensor) -> Tensor:
         return normalize(images, self.size, mean=self.mean, std=self.std)
+
+    @property
+    def form(self) -> tuple[str, Any]:
+        """What inputs must have in common to be collated: ``("images", size)``."""
+        return "images", self.size
+
+    def collate(self, batches: Sequence[Tensor]) -> Tensor:
+        """Join batches that were prepared one by one, ``(N, 3, size, size)``."""
+        return torch.cat(list(batches))
 
     def pixels(self, image: Image) -> Tensor:
         """Resize and crop one RGB image; the result is uint8, ``(3, size, size)``."""

@@ -180,11 +180,11 @@ def image_files(place: str | Path) -> list[Path]:
     return found
 
 
-def read_images(files: Iterable[str | Path], size: int) -> Tensor:
+def read_images(files: Iterable[str | Path | Image], size: int) -> Tensor:
     """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
     Args:
-        files: paths of the images.
+        files: paths of the images, or images of Pillow.
         size: side of the squares in pixels.
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import re
 import sys
@@ -11,6 +10,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from visadapt.data.bounded import read_gzip
 from visadapt.errors import VisadaptError, nearest, option
 
 Column = str | int
@@ -142,7 +142,7 @@ def read_text(file: Path, encoding: str) -> str:
         VisadaptError: the file cannot be read, or a byte is not of the encoding; its place is named.
     """
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
+        content = read_gzip(file) if file.suffix.lower() == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise VisadaptError(f"cannot read {file} as {encoding} text: {error}") from error
     if encoding in ("utf-8", "utf-8-sig"):
