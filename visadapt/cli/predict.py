@@ -34,7 +34,7 @@ from visadapt.cli.options import (
 )
 from visadapt.cli.output import show
 from visadapt.data import image_files, read_texts
-from visadapt.data.inputs import ImageInputs, Inputs
+from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
 from visadapt.data.tables import Format, is_table, read_table, read_text
 from visadapt.data.text import TEXT_COLUMNS
 from visadapt.errors import VisadaptError
@@ -92,7 +92,8 @@ def predict(
     else:
         noted = tasks(model)[next(iter(prepared))].notes.get("table")
         options = data_options(noted, text=text, header=header, delimiter=delimiter, encoding=encoding)
-        names = _texts(inputs, options, next(iter(prepared.values())).pairs)
+        paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
+        names = _texts(inputs, options, paired)
     answers = _answers(model, prepared, names, batch_size, top, {"device": device, "precision": precision})
     with _written(out) as file:
         if form == "jsonl":

@@ -107,7 +107,7 @@ def _image_column(part: Any, name: str, columns: ImageColumns, datasets: Any) ->
     if len(images) != 1:
         got = f"the columns of images {', '.join(map(repr, images))}" if images else "no column of images"
         raise VisadaptError(f"{name} has {got}: choose one with {option('image')}")
-    return images[0]
+    return str(images[0])
 
 
 def _label_column(part: Any, name: str, columns: ImageColumns) -> str:

@@ -34,9 +34,8 @@ _FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path",
 
 # not images, and no one means them to be
 _OTHER = frozenset((
-    ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet",
-    ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv",
-    ".txt", ".xml", ".yaml", ".yml",
+    ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz",
+    ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv", ".txt", ".xml", ".yaml", ".yml",
 ))  # fmt: skip
 
 
@@ -264,7 +263,7 @@ def _folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -
 def _table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> Found:
     table = read_table(file, columns.form)
     place = table.column(_file_column(table, columns.image))
-    labels = table.cells(_label_column(table, columns.label))
+    labels = table.cells(table.column(_label_column(table, columns.label)))
     root = columns.root or file.parent
     files = [root / cell for cell in table.cells(place)]
     absent = [path for path in files if not path.is_file()]

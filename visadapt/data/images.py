@@ -180,7 +180,7 @@ def image_files(place: str | Path) -> list[Path]:
     return found
 
 
-def read_images(files: Iterable[str | Path | Image], size: int) -> Tensor:
+def read_images(files: Iterable[Any], size: int) -> Tensor:
     """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
     Args:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from visadapt.backbone.trace import guess_input
 from visadapt.data.file_requests import check_tokenizer, tokenizer
-from visadapt.data.image_inputs import ImageInputs
+from visadapt.data.image_inputs import ImageInputs as ImageInputs
 from visadapt.data.processors import ProcessorInputs, processor_of
 from visadapt.data.splits import Splits as Splits
-from visadapt.data.text_inputs import TextInputs
+from visadapt.data.text_inputs import TextInputs as TextInputs
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
 from visadapt.typed import from_json

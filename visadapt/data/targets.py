@@ -82,8 +82,8 @@ class Targets:
         if self.separator is None:
             return torch.tensor([codes[cell] for cell in cells], dtype=torch.int64)
         hot = torch.zeros(len(cells), len(codes), dtype=torch.bool)
-        for row, cell in enumerate(cells):
-            hot[row, [codes[name] for name in self.split(cell)]] = True
+        for index, cell in enumerate(cells):
+            hot[index][[codes[name] for name in self.split(cell)]] = True
         return hot
 
     def check_plausible(self, cells: Sequence[str], where: str) -> None:
