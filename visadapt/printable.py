@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 # C0 and C1 control characters, line separators, marks that reverse the direction of text, and the surrogates that
 # stand for bytes of a file name that are not UTF-8
@@ -25,6 +27,16 @@ def printable(text: object) -> str:
         'a\\x1b[31mb'
     """
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def printable_json(value: Any) -> str:
+    """JSON on one line, readable in any language, with control characters and lone surrogates as escapes.
+
+    Args:
+        value: JSON values.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return _HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def markdown_text(text: object) -> str:
