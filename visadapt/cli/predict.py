@@ -75,7 +75,7 @@ def predict(
     names = _images(inputs) if seen.pop() else _lines(inputs)
     unread = [name for name in names if not _is_text(name)]
     for name in unread:
-        say(f"warning: {printable(name)!r} is not valid text, and is shown with escapes")
+        say(f"warning: the name {printable(name)} is not valid text, and is shown with escapes")
     options = {"device": device, "precision": precision}
     answers = _answers(model, prepared, names, batch_size, top, options, unread.append)
     with _written(out) as file:
