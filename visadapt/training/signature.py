@@ -97,8 +97,9 @@ def unlike(saved: dict[str, Any], expected: dict[str, Any]) -> str:
         if theirs == ours:
             continue
         if name == "backbone":
-            whole = fits(theirs, dict[str, list[str]]) and all(len(pair) == 2 for pair in theirs.values())
-            known = theirs if whole else {}
+            known: dict[str, list[str]] = {}
+            if isinstance(theirs, dict) and fits(theirs, dict[str, list[str]]):
+                known = {group: pair for group, pair in theirs.items() if len(pair) == 2}
             words.append(f"another backbone: {differences(known, ours, values=True)}")
         elif isinstance(theirs, dict) and isinstance(ours, dict):
             pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
