@@ -380,11 +380,11 @@ WRONG = {
         1,
         "no image data set or folder 'mnst'; did you mean 'mnist'",
     ),
-    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "must have a folder 'train'"),
+    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "did you mean {place}/photos?"),
     "texts for a backbone that sees": (
         "train {place}/tweets.tsv SEES --out {tmp}/o.visadapt",
         1,
-        "no image data set or folder",
+        "has the columns 'text', 'label': choose the column of file names with --image",
     ),
     "length of pictures": (
         "train {place}/photos SEES --length 8 --out {tmp}/o.visadapt",
@@ -503,7 +503,7 @@ WRONG = {
     "metric of real values": (
         "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",
         1,
-        "no metric 'pearson'; there is: accuracy",
+        "pearson needs real-valued labels, got class labels",
     ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),
