@@ -16,6 +16,7 @@ from visadapt.cli.export import export
 from visadapt.cli.merge import merge
 from visadapt.cli.output import say
 from visadapt.cli.predict import predict
+from visadapt.cli.push import push
 from visadapt.cli.report import report
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
@@ -87,6 +88,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     merge: ("flowers.visadapt --out flowers.safetensors",),
     export: ("flowers.visadapt --out flowers.onnx", "tweets.visadapt --out tweets.pt2"),
+    push: ("flowers.visadapt me/flowers --metric accuracy=0.93",),
     experiment: (
         "tradeoff --problem bundled/minilm:tweets --problem bundled/minilm:movies --train 1000 --results results",
         "compare --problem bundled/resnet50:cifar10 --contender 'bottleneck m=8' --contender 'full fine-tuning' "

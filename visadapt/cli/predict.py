@@ -56,7 +56,7 @@ def predict(
             help="Image files and folders; tables of texts; or files with one text per line (- for standard input)."
         ),
     ],
-    task: Annotated[list[Path], typer.Option(help="Task file; repeatable for tasks of one backbone.")],
+    task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
