@@ -290,10 +290,10 @@ def _buffers(part: nn.Module, owns: list[nn.Module], proportions: list[float]) -
                 continue
             key = f"{path}.{name}" if path else name
             way: Callable[..., Tensor] | None = _STATISTICS.get(name)
-            if all(torch.equal(value, values[0]) for value in values):
-                found[key] = values[0]
-            elif way is not None and "running_mean" in names:
+            if way is not None and "running_mean" in names:
                 found[key] = way(module, counterparts, proportions)
+            elif all(torch.equal(value, values[0]) for value in values):
+                found[key] = values[0]
             else:
                 raise VisadaptError(f"the tasks cannot be combined: their buffers {key} differ, and have no average")
     return found
@@ -304,7 +304,8 @@ def _running_mean(module: nn.Module, owns: list[Any], proportions: list[float]) 
 
 
 def _running_var(module: nn.Module, owns: list[Any], proportions: list[float]) -> Tensor:
-    if isinstance(module, _InstanceNorm):
+    alike = all(torch.equal(own["running_mean"], owns[0]["running_mean"]) for own in owns)
+    if alike or isinstance(module, _InstanceNorm):
         return _mean([own["running_var"] for own in owns], proportions)
     means = [own["running_mean"].double() for own in owns]
     mean = torch.stack([w * value for w, value in zip(proportions, means, strict=True)]).sum(0)

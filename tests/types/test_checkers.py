@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("user_program.py")
 WRONG = {
     'visadapt.inject(Net(), norms="afine")': "norms",
     'visadapt.inject(Net(), task=3)': "task",
-    'visadapt.inject(Net(), m=4).widht': "widht",
+    "visadapt.inject(Net(), m=4).width.lower()": "lower",
     'visadapt.load(Net(), "a.visadapt", check="weight")': "check",
     'visadapt.combine(Net(), {"a": 0.5, "b": 0.5}, into="c", how="tie")': "how",
     'visadapt.predict(Net(), "a.png", "a")[0].lable': "lable",
@@ -46,15 +46,8 @@ def lines_of_mistakes(file: Path) -> dict[int, str]:
 def test_mypy_strict(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     file = with_mistakes(tmp_path)
-    options = (
-        "--strict",
-        "--config-file=",
-        "--follow-imports=silent",
-        f"--cache-dir={tmp_path / 'cache'}",
-        "-O",
-        "json",
-    )
-    done = run("mypy", *options, str(file), MYPYPATH=str(ROOT))
+    options = ("--strict", "--config-file=", "--follow-imports=silent", "--output=json")
+    done = run("mypy", *options, f"--cache-dir={tmp_path / 'cache'}", str(file), MYPYPATH=str(ROOT))
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     errors = {each["line"]: each["message"] for each in found if each["severity"] == "error"}
     assert set(errors) == set(lines_of_mistakes(file)), done.stdout + done.stderr

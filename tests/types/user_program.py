@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet, resnet18
 from typing_extensions import assert_type
 
 import visadapt
@@ -44,6 +45,8 @@ def steps(model: Net, images: Tensor, labels: Tensor) -> float:
 
 def main(folder: Path) -> list[str | None]:
     assert_type(visadapt.inject(Net, m=4, task="built", width=16), Net)
+    assert_type(visadapt.inject(resnet18(), m=4), ResNet)
+    assert_type(visadapt.inject(resnet18, m=4, task="built", weights=None), ResNet)
     assert_type(visadapt.inject("timm/resnet18", m=4, pretrained=False), nn.Module)
     model = assert_type(visadapt.inject(adapted("affine"), visadapt.Parallel(), task="b", num_classes=3), Net)
     steps(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))

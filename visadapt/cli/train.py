@@ -33,6 +33,7 @@ from visadapt.cli.options import (
     Width,
     check_writable,
     data_options,
+    norm_policy,
     number,
     pairs,
     parse_method,
@@ -162,7 +163,7 @@ def train(
         task=name,
         labels=splits.classes or None,
         num_classes=len(splits.classes) or 1,
-        norms=norms,
+        norms=norm_policy(norms),
         where=[number(term) for term in where or ()] or None,
     )
     shared: dict[str, Any] = {"prepare": splits.inputs, "device": device, "precision": precision}
