@@ -87,6 +87,7 @@ class Task:
         notes: what else its file remembers, as JSON values.
         head_at: where its own head stands; None with a frozen head.
         also: paths of the modules of which it trains a copy beside its head.
+        drawn: the bits of a new head's initial values; None for another, or one that was loaded.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Task:
     notes: dict[str, Any] = field(default_factory=dict)
     head_at: Head | None = None
     also: tuple[str, ...] = ()
+    drawn: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def owned(self) -> tuple[str, ...]:

@@ -59,10 +59,23 @@ class Checkpoint:
             notes = {"identity": dict(notes["identity"]), "run": run, "schedule": schedule}
         except (KeyError, TypeError, ValueError) as error:
             raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
-        changes = unlike(notes["identity"], self.identity)
+        changes = unlike(self._completed(notes["identity"]), self.identity)
         if changes:
             raise VisadaptError(f"{self.path} is the checkpoint of another training run: {changes}")
         return notes, tensors
+
+    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The identity in a file, with what earlier versions did not write because they had no choice."""
+        recipe, ours = saved.get("recipe"), self.identity.get("recipe")
+        if not isinstance(recipe, dict) or not isinstance(ours, dict):
+            return saved
+        # how the head started does not matter any more: the file holds what came of it
+        return {**saved, "recipe": {"head_first": ours.get("head_first"), **recipe}}
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the file existed and its state is still to be restored."""
+        return self._saved is not None
 
     def begin(self, loop: Loop) -> None:
         """Restore the saved state or, without a file, write the initial one.

@@ -20,6 +20,7 @@ from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
 from visadapt.training.evaluation import Prepare, scores
+from visadapt.training.head_first import start_with_head
 from visadapt.training.history import Epoch, Fit
 from visadapt.training.log import Log
 from visadapt.training.loop import Augment, Loop
@@ -142,12 +143,22 @@ def fit(
     was_training = model.training
     with random, only_trainable(model, target, engine.processes):
         loop = Loop(logits_model, target, batches, recipe, augment, random)
+        try:
+            if recipe.head_first and not (saved is not None and saved.resumes):
+                loop.run.head_first = start_with_head(model, task, logits_model, target, batches, seed)
+                if held_out is not None and not loop.run.head_first.startswith("no "):
+                    loop.run.start = _score(logits_model, target, held_out, metric)
+                loop.begin_again()
+        except BaseException:
+            target.restore(loop.kept)
+            raise
         if saved is not None:
             saved.begin(loop)
 
         def history() -> Fit:
-            size = sum(p.numel() for p in target.parameters.values())
-            return Fit(task, tuple(loop.run.epochs), metric_name(metric), loop.run.best, loop.run.steps, size)
+            run, size = loop.run, sum(p.numel() for p in target.parameters.values())
+            name, epochs = metric_name(metric), tuple(run.epochs)
+            return Fit(task, epochs, name, run.best, run.steps, size, run.head_first, run.start)
 
         def after_step() -> None:
             advance(f"loss {loop.run.loss / loop.run.seen:.3f}")
@@ -161,7 +172,8 @@ def fit(
                     start = time.perf_counter()
                     mean_loss = loop.epoch(after_step)
                     score = None if held_out is None else _score(logits_model, target, held_out, metric)
-                    better = score is None or not loop.run.best or _better(score, history().score, metric)
+                    so_far = loop.run.start if not loop.run.best else history().score
+                    better = score is None or _better(score, so_far, metric)
                     loop.end_epoch(
                         Epoch(len(loop.run.epochs) + 1, mean_loss, score, time.perf_counter() - start), better
                     )

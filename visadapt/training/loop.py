@@ -34,6 +34,8 @@ class Run:
         at: steps taken in the current epoch.
         loss: sum of the losses of the current epoch's samples so far.
         seen: number of the current epoch's samples so far.
+        head_first: what was done about the head before the first step, in words.
+        start: validation score before the first step, if it was computed.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -42,6 +44,8 @@ class Run:
     at: int = 0
     loss: float = 0.0
     seen: int = 0
+    head_first: str = ""
+    start: float | None = None
 
 
 class Loop:
@@ -112,6 +116,10 @@ class Loop:
         # until here each process has its own running statistics for the task
         self.engine.broadcast([t for name, t in self.target.tensors.items() if name not in self.target.parameters])
         return run.loss / run.seen
+
+    def begin_again(self) -> None:
+        """Take the present state as the initial one."""
+        self.kept, self.epoch_start = self.target.snapshot(), self.random.state()
 
     def end_epoch(self, epoch: Epoch, better: bool) -> None:
         """Record an epoch, and keep the state if it is the best so far."""

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visadapt.checks import check_choice, check_count, check_fraction, check_non_negative, check_positive, is_real
+from visadapt.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+    is_real,
+)
 from visadapt.errors import VisadaptError
 from visadapt.training.target import Target
 
@@ -49,6 +57,9 @@ class Recipe:
         grad_clip: maximum norm of the whole gradient; None for no clipping.
         label_smoothing: of the cross entropy.
         patience: number of epochs without a better score after which training stops; None to train all epochs.
+        head_first: start a new head as the linear probe on features that are computed once (LP-FT, Kumar et al. 2022,
+            arXiv 2202.10054), where it is one linear layer; the result says what was done. With validation data the
+            probe counts as epoch 0: no later epoch is kept that is not better.
 
     Raises:
         VisadaptError: a value is out of range; the message names it.
@@ -71,8 +82,10 @@ class Recipe:
     grad_clip: float | None = 1.0
     label_smoothing: float = 0.0
     patience: int | None = None
+    head_first: bool = True
 
     def __post_init__(self) -> None:
+        check_flag(self.head_first, "head_first")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():
