@@ -151,7 +151,7 @@ class _Problem:
             return loss
 
         with torch.enable_grad():
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
         return weight.detach(), bias.detach()
 
     def part(self, rows: Tensor) -> _Problem:
