@@ -43,6 +43,7 @@ class Case:
 
 CASES = {
     "bottleneck": Case(v.Bottleneck(m=2), text=True),
+    "adapter-plus": Case(v.Bottleneck(m=2, scale="channel", drop_path=0.1), text=True),
     "parallel": Case(v.Parallel()),
     "parallel-low-rank": Case(v.Parallel(rank=2, dropout=0.2)),
     "parallel-of-linears": Case(v.Parallel(rank=2), images=False, text=True, options={"where": "query"}),
