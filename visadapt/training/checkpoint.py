@@ -72,7 +72,8 @@ class Checkpoint:
         if not isinstance(recipe, dict) or not isinstance(ours, dict):
             return saved
         # how the head started does not matter any more: the file holds what came of it
-        return {**saved, "recipe": {"head_first": ours.get("head_first"), **recipe}}
+        earlier = {"head_first": ours.get("head_first"), "fast": False, "compile": None}
+        return {**saved, "recipe": {**earlier, **recipe}}
 
     @property
     def resumes(self) -> bool:
@@ -117,6 +118,7 @@ class Checkpoint:
 
     def write(self, loop: Loop) -> None:
         """Write the state of a training run; an existing file is replaced atomically."""
+        loop.read()
         engine = loop.engine
         # each process has its own random state
         random = {

@@ -114,6 +114,8 @@ def fit(
         cached.check(model, task)
         if augment is not None:
             raise VisadaptError("augment= cannot change what prepare= has cached: give it to cache_prefix instead")
+        if recipe.compile is not None:
+            raise VisadaptError(f"compile={recipe.compile!r} compiles whole models, and prepare= is a cached prefix")
     target = target_of(model, task)
     objective, score_objective = Objective(loss, recipe.label_smoothing), Objective(loss)
     batches = Batches(train, recipe.batch_size, "training", objective=objective)
@@ -124,7 +126,12 @@ def fit(
     for data in filter(None, (batches, held_out)):
         if data.labels is not None and target.classes is not None:
             objective.check_labels(data.labels, target.classes, data.purpose)
-    engine = Engine(model, device, precision, accumulate)
+    if recipe.fast and precision == "fp32":
+        raise VisadaptError("precision must be 'bf16' or None with a recipe that is fast=True, got 'fp32'")
+    engine = Engine(model, device, "bf16" if recipe.fast else precision, accumulate)
+    if recipe.fast:
+        # convolutions are fastest in this format, and so are the copies of weights that autocast makes
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = {
         "recipe": recipe,
         "loss": described(loss),
@@ -137,7 +144,7 @@ def fit(
     saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, batches, held_out, **settings))
     # again: a move to another device may have made new tensors
     target = target_of(model, task)
-    logits_model = LogitsModel(model, prepare or ready, engine)
+    logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
     was_training = model.training
@@ -161,7 +168,7 @@ def fit(
             return Fit(task, epochs, name, run.best, run.steps, size, run.head_first, run.start)
 
         def after_step() -> None:
-            advance(f"loss {loop.run.loss / loop.run.seen:.3f}")
+            advance(f"loss {loop.run.loss / max(1, loop.run.seen):.3f}")
             if saved is not None and checkpoint_every is not None and loop.run.steps % checkpoint_every == 0:
                 saved.write(loop)
 

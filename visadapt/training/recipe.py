@@ -28,6 +28,8 @@ SCHEDULES = ("linear", "cosine", "step", "constant")
 
 OPTIMIZERS = ("adamw", "sgd")
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -60,6 +62,9 @@ class Recipe:
         head_first: start a new head as the linear probe on features that are computed once (LP-FT, Kumar et al. 2022,
             arXiv 2202.10054), where it is one linear layer; the result says what was done. With validation data the
             probe counts as epoch 0: no later epoch is kept that is not better.
+        fast: compute in bf16 autocast and images in the channels-last memory format, which the model keeps.
+        compile: mode of ``torch.compile`` for the training steps: ``default``, ``reduce-overhead`` (CUDA graphs) or
+            ``max-autotune``; None for no compiling.
 
     Raises:
         VisadaptError: a value is out of range; the message names it.
@@ -83,9 +88,14 @@ class Recipe:
     label_smoothing: float = 0.0
     patience: int | None = None
     head_first: bool = True
+    fast: bool = False
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         check_flag(self.head_first, "head_first")
+        check_flag(self.fast, "fast")
+        if self.compile is not None:
+            check_choice(self.compile, COMPILE_MODES, "compile mode")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():
