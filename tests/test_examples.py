@@ -80,3 +80,15 @@ def test_other_training_loops_train_a_task_and_write_its_file(tmp_path: Path, ex
     model = visadapt.inject(backbone, m=2, task="another", num_classes=2)
     assert visadapt.load(model, file) == file.stem
     assert file.stat().st_size < 2e6
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "gain"),
+    [("detection.py", ("--steps", "40"), 0.15), ("segmentation.py", ("--epochs", "1"), 0.4)],
+)
+def test_detection_and_segmentation_learn(tmp_path: Path, example: str, options: tuple[str, ...], gain: float) -> None:
+    pytest.importorskip("pycocotools")
+    text = _run(tmp_path, example, *options)
+    before, after = map(float, re.search(r"before ([\d.]+), after ([\d.]+)", text).groups())  # type: ignore[union-attr]
+    assert after > before + gain
+    assert (tmp_path / "shapes.visadapt").is_file()
