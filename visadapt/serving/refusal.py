@@ -6,9 +6,11 @@ from visadapt.errors import VisadaptError
 
 STATUS = {
     "unauthorized": 401,
+    "wrong_host": 403,
     "unknown_task": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "timeout": 408,
     "too_large": 413,
     "invalid_request": 422,
     "undecodable": 422,
