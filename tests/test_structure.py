@@ -21,6 +21,7 @@ ROOMS = (
     ("runtime",),
     ("frozen", "export", "plan", "data", "shape_check"),
     ("injection", "task_file"),
+    ("opening",),
     ("",),
     ("training",),
     ("experiments", "serving"),

@@ -21,7 +21,7 @@ from visadapt.cli.serve import serve
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
 from visadapt.cli.train import train
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, command_line
 
 
 class Commands(TyperGroup):
@@ -29,7 +29,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
                 return super().invoke(ctx)
         except (VisadaptError, OSError) as error:
