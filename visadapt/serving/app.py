@@ -55,13 +55,17 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(service: Service, *, token: str | None = None, hosts: Iterable[str] | None = None) -> App:
+def build_app(
+    service: Service, *, token: str | None = None, hosts: Iterable[str] | None = None, warm_first: bool = False
+) -> App:
     """Make the ASGI application of a service.
 
     Args:
         service: what answers.
         token: what requests must carry as ``Authorization: Bearer …``; None where none is needed.
         hosts: names that the ``Host`` header may hold; None for any.
+        warm_first: whether to accept requests only after the warm-up: one of several processes that share a port must
+            not answer that it is not ready while others are.
 
     Returns:
         An ASGI application, which starts and stops the service with its lifespan.
@@ -71,7 +75,7 @@ def build_app(service: Service, *, token: str | None = None, hosts: Iterable[str
         description="One frozen network answers for many tasks.",
         docs_url=None,  # FastAPI's page loads its scripts from a network
         redoc_url=None,
-        lifespan=lambda _: _lifespan(service),
+        lifespan=lambda _: _lifespan(service, warm_first),
     )
     _add_errors(app, service)
     _add_api(app, service)
@@ -82,9 +86,11 @@ def build_app(service: Service, *, token: str | None = None, hosts: Iterable[str
 
 
 @asynccontextmanager
-async def _lifespan(service: Service) -> AsyncIterator[None]:
-    # beside the requests: /healthz answers while it warms up
+async def _lifespan(service: Service, warm_first: bool) -> AsyncIterator[None]:
     starting = asyncio.create_task(service.start())
+    if warm_first:
+        await starting
+    # else beside the requests: /healthz answers meanwhile
     try:
         yield
     finally:

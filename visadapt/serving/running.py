@@ -161,7 +161,7 @@ def _application(options: Options) -> App:
         requests.handlers, requests.propagate = [handler], False
         requests.setLevel(logging.INFO)
     service = LocalService(options.make_server(), drain=options.drain)
-    return build_app(service, token=options.token(), hosts=options.hosts())
+    return build_app(service, token=options.token(), hosts=options.hosts(), warm_first=options.workers > 1)
 
 
 def _uvicorn(options: Options) -> dict[str, Any]:
