@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import pickle
 import re
 import struct
 import zlib
@@ -348,7 +349,10 @@ def test_what_a_server_is_not_started_with(tmp_path: Path) -> None:
             Options(("a",), **options)
 
 
-def test_every_error_is_in_the_table() -> None:
+def test_every_error_is_in_the_table_and_can_be_sent_to_another_process() -> None:
+    error = ServingError("overloaded", "many", "wait", retry_after=3)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.json(), again.retry_after, again.status) == (error.json(), 3, 503)
     assert all(400 <= status < 600 for status in STATUS.values())
     with pytest.raises(KeyError):
         ServingError("made_up", "", "")
