@@ -4,19 +4,13 @@ python docs/build/choosing.py
 """
 
 from pathlib import Path
-from statistics import mean
 
 from visadapt.experiments import read_results
-from visadapt.experiments.catalogue import FULL
 from visadapt.experiments.record import Result
+from visadapt.report.advice import against_full
 from visadapt.report.comparable import drop_superseded
 from visadapt.report.formatting import signed
-from visadapt.report.statistics import (
-    group_by,
-    interval,
-    paired_differences,
-    percent_trained,
-)
+from visadapt.report.statistics import group_by
 from visadapt.table import Table
 
 ROOT = Path(__file__).parents[2]
@@ -58,31 +52,20 @@ OUTRO = """
 """
 
 
-def verdict(low: float, high: float) -> str:
-    """Say whether an interval of differences is below, above or across 0."""
-    return "below" if high < 0 else "above" if low > 0 else "no difference seen"
-
-
 def table(results: list[Result]) -> Table:
-    """Build the table of one network: its methods that were run on all its problems, by trained parameters."""
-    contenders = group_by(results, lambda r: r.contender)
-    problems = {r.problem for r in results}
-    rows = []
-    for name, runs in sorted(contenders.items(), key=lambda item: percent_trained(item[1][0])):
-        if name != FULL and {r.problem for r in runs} == problems:
-            differences = paired_differences(runs, contenders[FULL])
-            low, high = interval(differences)
-            rows.append(
-                (
-                    name,
-                    f"{max(map(percent_trained, runs)):.2f} %",
-                    f"{runs[0].bytes / 1e6:.2f} MB",
-                    signed(mean(differences)),
-                    f"{signed(low)} to {signed(high)}",
-                    verdict(low, high),
-                    str(len(differences)),
-                )
-            )
+    """Build the table of one network."""
+    rows = [
+        (
+            comparison.name,
+            f"{comparison.percent:.2f} %",
+            f"{comparison.bytes / 1e6:.2f} MB",
+            signed(comparison.points),
+            comparison.interval,
+            comparison.verdict,
+            str(comparison.pairs),
+        )
+        for comparison in against_full(results)
+    ]
     headings = ("method", "of backbone", "file", "points", "95 % interval", "against full fine-tuning", "pairs")
     return Table(headings, rows)
 
