@@ -41,6 +41,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "tasks",
             "fold",
             "set_alpha",
+            "Bottleneck",
+            "Mona",
+            "DoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

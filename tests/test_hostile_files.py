@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import visadapt
 from tests.models import ZOO
+from tests.test_described_sizes import little_memory
 from visadapt import VisadaptError
 from visadapt.data import load_images, minilm_path
 from visadapt.data.allowlist import OPTIONS, objections
@@ -311,6 +312,27 @@ def test_an_option_given_by_hand_replaces_the_files(traps: Traps) -> None:
     traps.run("merge", file)
     given = ("--build", "checkpoint_path=", "--build", f"channels={SMALL['channels']}")
     assert "cannot be merged" in traps.run("merge", file, *given).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "expected"),
+    [
+        ("timm/vit_tiny_patch16_224", {"pretrained": False, "depth": 1024, "embed_dim": 6144}, "bytes of parameters"),
+        ("timm/resnet18", {"pretrained": False, "channels": [65536] * 4}, "bytes of parameters"),
+        ("timm/vit_tiny_patch16_224", {"pretrained": False, "num_heads": 5}, "cannot be built with num_heads=5"),
+        ("torchvision/vit_b_16", {"weights": None, "image_size": 8192, "num_classes": 65536}, "bytes of parameters"),
+        ("bundled/minilm", {"max_position_embeddings": 65536, "num_hidden_layers": 1024}, "bytes of parameters"),
+    ],
+)  # fmt: skip
+def test_a_backbone_that_a_file_makes_too_large_is_never_built(
+    traps: Traps, name: str, build: dict[str, Any], expected: str
+) -> None:
+    file = traps.says(backbone={"name": name, "build": build})
+    with little_memory():
+        (line,) = traps.run("merge", file).stderr.strip().splitlines()
+    assert name in line
+    assert expected in line
+    traps.assert_quiet()
 
 
 INPUTS = {

@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "visadapt"
 
 ROOMS = (
     ("errors",),
-    ("checks", "optional", "typed"),
+    ("limits",),
+    ("checks", "optional", "typed", "bounded_json"),
     ("table", "files"),
     ("tensor_file",),
     ("backbone",),
     ("methods",),
     ("runtime",),
-    ("frozen", "export", "plan", "data"),
+    ("frozen", "export", "plan", "data", "shape_check"),
     ("injection", "task_file"),
     ("",),
     ("training",),

@@ -341,7 +341,7 @@ CHANGES = {
     "bad norms": (lambda d, t: d.update(norms="affin"), r"no norm policy 'affin'.*did you mean 'affine'"),
     "bad head": (lambda d, t: d.update(head="newer"), r"no head policy 'newer'.*did you mean 'new'"),
     "bad width": (lambda d, t: d.update(num_classes=-3), r"num_classes must be a positive integer, got -3"),
-    "width of another head": (lambda d, t: d.update(num_classes=4), r"fc\.head\.\w+ is \(3.*expected \(4"),
+    "width of another head": (lambda d, t: d.update(num_classes=4, labels=None), r"fc\.head\.\w+ is \(3.*expected \(4"),
 }
 
 

@@ -34,6 +34,7 @@ from visadapt.runtime.registry import (
     prefix_of,
     registry_of,
 )
+from visadapt.shape_check import check_shapes, check_tensor
 from visadapt.table import Table
 from visadapt.tensor_file import Content, read_described, write_described
 from visadapt.typed import fits
@@ -148,6 +149,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     check_num_classes(description["num_classes"])
     spec = Task(name, description["norms"], description["head"], description["num_classes"])
     spec.labels = None if description["labels"] is None else tuple(description["labels"])
+    if spec.labels is not None and spec.num_classes not in (None, len(spec.labels)):
+        raise VisadaptError(f"{path} has {len(spec.labels)} labels for a head of {spec.num_classes} classes")
+    if len(set(spec.labels or ())) < len(spec.labels or ()):
+        raise VisadaptError(f"{path} has a label twice")
     spec.notes = description["notes"]
     if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
         raise VisadaptError(
@@ -171,6 +176,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = N
     placements = [
         (_method(path, entry), _sites(facts, entry["sites"], description)) for entry in description["placements"]
     ]
+    try:
+        check_shapes(facts, spec, placements, tensors)
+    except VisadaptError as error:
+        raise VisadaptError(f"{path}: {error}") from error
     with torch.random.fork_rng(devices=[]):
         # what is drawn here is overwritten: the caller's random numbers stay as they were
         plan = new_plan(facts, spec, placements)
@@ -191,9 +200,9 @@ def read(path: str | os.PathLike[str]) -> Content:
     content = read_described(Path(path), KIND, "task file")
     description = content.description
     version = description.get("format") if isinstance(description, dict) else None
-    if isinstance(version, int) and version != FORMAT:
+    if fits(version, int) and version != FORMAT:
         raise VisadaptError(f"{path} has format {version}; this version of visadapt reads {FORMAT}")
-    if not isinstance(version, int) or not _well_formed(description):
+    if not fits(version, int) or not _well_formed(description):
         raise VisadaptError(
             f"{path} is not a whole task file: its description lacks an entry or has one of another type"
         )
@@ -227,25 +236,36 @@ def contents(path: str | os.PathLike[str]) -> Table:
     return Table(("", str(path)), rows)
 
 
+_FORM: dict[str, Any] = {
+    "task": str,
+    "norms": str,
+    "head": str,
+    "num_classes": int | None,
+    "labels": list[str] | None,
+    "notes": dict[str, Any],
+    "placements": list[dict[str, Any]],
+    "traced": dict[str, list[Any]],
+    "backbone": dict[str, list[str]],
+}
+
+_PLACEMENT: dict[str, Any] = {"method": str, "options": dict[str, Any], "sites": list[str]}
+
+_TRACED: tuple[Any, ...] = (int, str, int, list[str], str)
+
+
 def _well_formed(description: dict[str, Any]) -> bool:
     """Whether a description has all entries, each of the form that its readers rely on."""
 
-    def has(entry: Any, **forms: Any) -> bool:
-        return isinstance(entry, dict) and all(k in entry and isinstance(entry[k], form) for k, form in forms.items())
-
-    def holds(entries: Any, *forms: Any) -> bool:
-        return len(entries) == len(forms) and all(isinstance(e, form) for e, form in zip(entries, forms, strict=True))
+    def has(entry: dict[str, Any], form: dict[str, Any]) -> bool:
+        return all(key in entry and fits(entry[key], hint) for key, hint in form.items())
 
     return (
-        has(description, task=str, norms=str, head=str, num_classes=int | None, labels=list | None)
-        and has(description, notes=dict, placements=list, traced=dict, backbone=dict)
-        and all(isinstance(label, str) for label in description["labels"] or ())
+        has(description, _FORM)
         and fits(description.get("also", []), list[str])
-        and all(has(p, method=str, options=dict, sites=list) for p in description["placements"])
-        and all(isinstance(site, str) for p in description["placements"] for site in p["sites"])
-        and all(isinstance(s, list) and holds(s, int, str, int, list, str) for s in description["traced"].values())
-        and all(isinstance(path, str) for s in description["traced"].values() for path in s[3])
-        and all(isinstance(pair, list) and holds(pair, str, str) for pair in description["backbone"].values())
+        and all(has(placement, _PLACEMENT) for placement in description["placements"])
+        and all(len(s) == len(_TRACED) and all(map(fits, s, _TRACED)) for s in description["traced"].values())
+        and all(s[0] > 0 and s[2] >= 0 for s in description["traced"].values())
+        and all(len(pair) == 2 for pair in description["backbone"].values())
     )
 
 
@@ -255,7 +275,7 @@ def _method(path: Any, entry: dict[str, Any]) -> Method:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
     try:
         return METHODS[entry["method"]](**options)
-    except TypeError as error:
+    except (TypeError, ArithmeticError) as error:
         raise VisadaptError(f"{path}: {entry['method']} does not take what the file says ({error})") from error
 
 
@@ -286,9 +306,11 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the task does not"
         raise VisadaptError(f"{path} {what} ({len(missing)} missing, {len(extra)} unexpected tensors)")
-    for key, own in expected.items():
-        if own.shape != tensors[key].shape:
-            raise VisadaptError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(own.shape)}")
+    try:
+        for key, own in expected.items():
+            check_tensor(key, own, tensors)
+    except VisadaptError as error:
+        raise VisadaptError(f"{path}: {error}") from error
     # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses, and
     # the kernels that torch picks for these round differently
     values = {name: tensors[name].to(own.device, copy=True) for name, own in expected.items()}

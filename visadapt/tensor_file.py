@@ -15,6 +15,7 @@ from safetensors import SafetensorError, TensorSpec, serialize_file
 from safetensors.torch import load as parse
 from torch import Tensor
 
+from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 
@@ -82,12 +83,14 @@ def read_described(path: Path, kind: str, what: str) -> Content:
     try:
         data = path.read_bytes()
         tensors = parse(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")].decode(), f"the header of {path}")
         metadata = header.get("__metadata__") or {}
         sealed: Any = metadata.get(kind)
         seal = None if sealed is None else _SEAL.search(sealed)
         text = sealed if seal is None else sealed[: seal.start()] + "}"
-        description = None if text is None else json.loads(text)
+        description = None if text is None else parse_json(text, f"the description of {path}")
+    except VisadaptError:
+        raise
     except OSError as error:
         raise VisadaptError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:

@@ -43,6 +43,7 @@ class Case:
 
 CASES = {
     "bottleneck": Case(v.Bottleneck(m=2), text=True),
+    "adapter-plus": Case(v.Bottleneck(m=2, scale="channel", drop_path=0.1), text=True),
     "parallel": Case(v.Parallel()),
     "parallel-low-rank": Case(v.Parallel(rank=2, dropout=0.2)),
     "parallel-of-linears": Case(v.Parallel(rank=2), images=False, text=True, options={"where": "query"}),
@@ -59,7 +60,9 @@ CASES = {
     "residual-sequential": Case(v.ConvAdapter(scheme="residual-sequential")),
     "ssf": Case(v.SSF(), text=True),
     "lora": Case(v.LoRA(r=2, alpha=4), text=True),
+    "dora": Case(v.DoRA(r=2, alpha=4), text=True),
     "adaptformer": Case(v.AdaptFormer(m=2), images=False, text=True),
+    "mona": Case(v.Mona(m=2)),
     "linear": Case(v.Linear(), text=True, options={"norms": "frozen"}),
     "norms": Case(v.Norms(), text=True, options={"norms": "full"}),
     "biases": Case(v.Biases(), text=True, options={"norms": "frozen"}),

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import visadapt
-from tests.models import answer
+from tests.methods.families import FAMILIES, TEXT, mixed_equals_alone
+from tests.models import answer, stir
 from visadapt import Bottleneck, Site, VisadaptError
 from visadapt.methods.layers import ACTIVATIONS
 from visadapt.runtime.registry import registry_of
@@ -74,6 +75,61 @@ def test_depthwise_mixes_neighbours_before_the_activation(layout) -> None:
     z = F.gelu(F.conv2d(z, module.depthwise.weight, module.depthwise.bias, padding=1, groups=3))
     expected = maps + F.conv2d(z, module.up.weight[:, :, None, None], module.up.bias)
     torch.testing.assert_close(module(h), expected if layout == "NCHW" else expected.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_scale_per_channel_multiplies_the_branch(layout) -> None:
+    module = adapter(layout, m=3, init_std=0.5, scale="channel")
+    plain = adapter(layout, m=3)
+    plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "scale"})
+    h = torch.randn(LAYOUTS[layout])
+    assert torch.equal(module(h), plain(h))
+    nn.init.normal_(module.scale)
+    scale = module.scale.view(1, -1, 1, 1) if layout == "NCHW" else module.scale
+    torch.testing.assert_close(module(h), h + scale * (plain(h) - h))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drop_path_drops_the_branch_of_whole_rows_in_training_only(layout) -> None:
+    module = adapter(layout, m=3, init_std=0.5, drop_path=0.25)
+    h = torch.randn(400, *LAYOUTS[layout][1:])
+    branch = module.eval()(h) - h
+    found = (module.train()(h) - h).flatten(1)
+    dropped = ~found.any(1)
+    assert 0.15 < dropped.float().mean() < 0.35
+    torch.testing.assert_close(found[~dropped], branch.flatten(1)[~dropped] / 0.75, rtol=1e-4, atol=1e-5)
+
+
+def test_options_that_came_later_are_kept_only_where_they_say_something() -> None:
+    """So that earlier versions read the files of methods that they know, and results keep their keys."""
+    assert set(Bottleneck().options()) == {"m", "activation", "init_std", "dropout", "depthwise"}
+    assert Bottleneck(scale="channel").options()["scale"] == "channel"
+    assert "drop_path" not in Bottleneck(scale="channel").options()
+
+
+def test_a_scaled_linear_bottleneck_merges() -> None:
+    model, inputs = FAMILIES["tiny/resnet"].make(), FAMILIES["tiny/resnet"].inputs(2)
+    method = Bottleneck(m=2, activation=None, scale="channel")
+    visadapt.inject(model, method, task="task", num_classes=3).eval()
+    stir(model, "task")
+    plain = visadapt.merge(model, "task")
+    torch.testing.assert_close(answer(plain, inputs), answer(model, inputs, "task"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES | TEXT)
+def test_adapter_plus_in_every_network(family) -> None:
+    plus = Bottleneck(m=2, scale="channel", drop_path=0.1)
+    net = (FAMILIES | TEXT)[family]
+    model, inputs = net.make(), net.inputs(4)
+    before = answer(model, inputs)
+    visadapt.inject(model, plus, task="same", head="frozen", norms="frozen")
+    assert torch.equal(answer(model, inputs, "same"), before)
+    sites = visadapt.tasks(model)["same"].placements[0].sites
+    widths = {site.full_name: site.channels for site in visadapt.sites(model)}
+    assert visadapt.summary(model)["same"].adapters == sum(2 * 2 * widths[s] + 2 * widths[s] + 2 for s in sites)
+    for i, task in enumerate(("one", "two")):
+        visadapt.inject(model, plus, task=task, num_classes=3 + i)
+    mixed_equals_alone(model, inputs, ("one", "two", None, "one"))
 
 
 @given(std=st.floats(1e-7, 1.0))
@@ -186,6 +242,8 @@ def test_it_prints_the_options_that_are_not_the_defaults(method, text) -> None:
         ({"init_std": "paper"}, "init_std must be None.*got 'paper'"),
         ({"dropout": 1.0}, r"dropout must be a probability.*got 1\.0"),
         ({"dropout": None}, "dropout must be a probability.*got None"),
+        ({"scale": "chanel"}, "no scale 'chanel'.*'channel'"),
+        ({"drop_path": 1.0}, r"drop_path must be a probability.*got 1\.0"),
         ({"depthwise": "3x3"}, "depthwise must be True or False, got '3x3'"),
     ],
     ids=str,

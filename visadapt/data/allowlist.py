@@ -65,16 +65,17 @@ _WORD = Kind(
 _WORD_OR_NONE = Kind(f"null or {_WORD.what}", lambda v: v is None or _WORD.holds(v))
 _CLASSES, _COUNT, _DEPTH, _SIDE = _whole(0, 65536), _whole(1, 65536), _whole(1, 1024), _whole(1, 8192)
 _RATE, _SCALE = _real(0, 1), _real(0, 100)
+_LISTS = (_SIDES, _COUNTS, _DEPTHS, _SCALES) = tuple(map(_several, (_SIDE, _COUNT, _DEPTH, _SCALE)))
 
 _TIMM: dict[str, Kind] = {
     **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), _FLAG),
     **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size"), _FLAG),
     "num_classes": _CLASSES,
     **dict.fromkeys(("in_chans", "cardinality", "base_width", "stem_width", "output_stride"), _COUNT),
-    **dict.fromkeys(("img_size", "patch_size", "window_size"), _several(_SIDE)),
-    **dict.fromkeys(("channels", "dims", "embed_dim", "num_heads"), _several(_COUNT)),
-    **dict.fromkeys(("depth", "depths", "layers"), _several(_DEPTH)),
-    **dict.fromkeys(("mlp_ratio", "init_values", "ls_init_value"), _several(_SCALE)),
+    **dict.fromkeys(("img_size", "patch_size", "window_size"), _SIDES),
+    **dict.fromkeys(("channels", "dims", "embed_dim", "num_heads"), _COUNTS),
+    **dict.fromkeys(("depth", "depths", "layers"), _DEPTHS),
+    **dict.fromkeys(("mlp_ratio", "init_values", "ls_init_value"), _SCALES),
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate"), _RATE),
     **dict.fromkeys(("pos_drop_rate", "patch_drop_rate", "head_drop_rate"), _RATE),
     "global_pool": _one_of("", "avg", "max", "avgmax", "catavgmax", "token", "map", "fast"),
@@ -91,7 +92,7 @@ _TORCHVISION: dict[str, Kind] = {
 _TRANSFORMERS: dict[str, Kind] = {
     "num_labels": _COUNT,
     "num_hidden_layers": _DEPTH,
-    **dict.fromkeys(("image_size", "patch_size"), _several(_SIDE)),
+    **dict.fromkeys(("image_size", "patch_size"), _SIDES),
     **dict.fromkeys(("num_channels", "max_position_embeddings"), _COUNT),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), _RATE),
     **dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout", "drop_path_rate"), _RATE),
@@ -107,6 +108,14 @@ OPTIONS: dict[str, dict[str, Kind]] = {
     "bundled": _TRANSFORMERS,
 }
 """Options that a file may ask for, by the place of the backbone."""
+
+SIZES = frozenset(
+    key
+    for options in OPTIONS.values()
+    for key, kind in options.items()
+    if kind in {_CLASSES, _COUNT, _DEPTH, _SIDE, _SCALE} or kind in _LISTS
+)
+"""Options that decide how large a backbone is."""
 
 _NAMES = {
     "timm": r"\w+(\.\w+)*",

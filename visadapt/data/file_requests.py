@@ -13,9 +13,11 @@ from urllib.parse import urlparse
 
 import torch
 
-from visadapt.data import tokenizer_of
-from visadapt.data.allowlist import may_name, objections
+from visadapt.data import minilm_path, tokenizer_of
+from visadapt.data.allowlist import SIZES, may_name, objections
+from visadapt.data.hub import WEIGHTLESS, resolve
 from visadapt.errors import VisadaptError
+from visadapt.limits import check_limit, limit
 from visadapt.optional import require
 
 BY_HAND = "if you trust it, give it yourself by --backbone NAME and --build KEY=VALUE"
@@ -47,10 +49,13 @@ def vetted(
         raise VisadaptError(f"{source} must not choose {', '.join(refused)}: {BY_HAND}")
     place, _, rest = name.partition("/")
     options = {**build, **given}
+    sizes = {key: value for key, value in build.items() if key in SIZES and key not in given}
     if place == "hf":
         folder = _snapshot(name, online, options.pop("revision", None))
         _check_whole(name, folder, online)
+        _check_size(source, name, sizes, folder)
         return f"hf/{folder}", {"trust_remote_code": False, "use_safetensors": True, "weights_only": True, **options}
+    _check_size(source, name, sizes, minilm_path() if name == "bundled/minilm" else None)
     if place == "timm":
         return name, _timm(name, rest, options, online)
     if place == "torchvision":
@@ -109,6 +114,32 @@ def _check_whole(name: str, folder: Path, online: bool) -> None:
     if online:
         raise VisadaptError(f"{name!r}, which a file names, must have a config.json and safetensors weights: {BY_HAND}")
     raise _absent(name, "the safetensors weights")
+
+
+def _check_size(source: str, name: str, sizes: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuse a backbone that a file makes much larger than it is by its name."""
+    if not sizes:
+        return
+    try:
+        size = _bytes(name, sizes, folder)
+        usual = _bytes(name, {}, folder) if size > limit("BACKBONE_BYTES") else 0
+    except Exception as error:  # each library has its own errors for sizes that do not fit together
+        chosen = ", ".join(f"{key}={value!r:.60}" for key, value in sizes.items())
+        raise VisadaptError(f"{name!r} cannot be built with {chosen}, as {source} asks: {error}") from error
+    if size > 1.5 * usual:
+        check_limit(size, "BACKBONE_BYTES", f"{name!r}, as {source} asks for it,")
+
+
+def _bytes(name: str, sizes: Mapping[str, Any], folder: Path | None) -> int:
+    """What a backbone takes in memory, by building it on the meta device."""
+    with torch.device("meta"):
+        if folder is None:
+            model = resolve(name, **{**WEIGHTLESS.get(name.partition("/")[0], {}), **sizes})
+        else:
+            transformers = require("transformers", repr(name), "visadapt[text]")
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **sizes)
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _timm(name: str, rest: str, options: dict[str, Any], online: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visadapt.data import bundled
+from visadapt.data.bounded import read_image
 from visadapt.data.splits import stratified
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import require
@@ -288,14 +289,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> Image:
-    pil = _pil()
-    try:
-        with pil.open(file) as image:
-            image.load()
-    # Pillow raises the last three for damaged files and for sizes that would fill the memory
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        raise VisadaptError(f"{file} is not a readable image: {error}") from error
-    return _rgb(image, file)
+    return _rgb(read_image(file), file)
 
 
 def _rgb(image: Image, where: str | Path) -> Image:

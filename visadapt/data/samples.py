@@ -19,7 +19,8 @@ class Samples:
 
     Args:
         inputs: a tensor ``(N, …)``, or a dict of such tensors by the model's argument names.
-        labels: ``(N,)``: class indices (int64) or real values (floating point); None for unlabelled samples.
+        labels: one row per sample: class indices (int64) or real values ``(N,)``, or what else a loss takes, such as
+            probabilities ``(N, C)`` or dense classes ``(N, H, W)``; None for unlabelled samples.
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -32,11 +33,9 @@ class Samples:
             raise VisadaptError(f"inputs must have one length, got {', '.join(str(n) for n in sorted(counts))}")
         if self.labels is None:
             return
-        if self.labels.ndim != 1 or not (self.labels.dtype == torch.int64 or self.labels.is_floating_point()):
-            got = f"{self.labels.dtype} of {tuple(self.labels.shape)}"
-            raise VisadaptError(f"labels must be class indices (int64) or real values, of shape (N,); got {got}")
-        if len(self.labels) not in counts:
-            raise VisadaptError(f"{len(self.labels)} labels for {counts.pop()} inputs")
+        if self.labels.ndim < 1 or len(self.labels) not in counts:
+            got = len(self.labels) if self.labels.ndim else "a single value as"
+            raise VisadaptError(f"{got} labels for {counts.pop()} inputs")
 
     def __len__(self) -> int:
         first = next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from visadapt.data import bundled
+from visadapt.data.bounded import open_gzip
 from visadapt.data.splits import stratified
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import require
@@ -269,7 +270,7 @@ class _Reader:
 
 def _open(file: Path, encoding: str) -> TextIO:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding=encoding, newline="")
+        return open_gzip(file, encoding)
     return file.open(encoding=encoding, newline="")
 
 

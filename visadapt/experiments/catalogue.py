@@ -18,6 +18,7 @@ from visadapt.methods import (
     Full,
     Linear,
     Method,
+    Mona,
     Norms,
     TopLayers,
 )
@@ -79,7 +80,7 @@ def contender(name: str, epochs: int = 3) -> Contender:
     elif isinstance(method, Norms | Biases):
         rates, recipe = _VECTORS, Recipe(epochs=epochs)
     else:
-        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter) else _LINEAR
+        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter | Mona) else _LINEAR
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # these methods train what their name says and nothing else: the top layers alone, a norm's bias but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"

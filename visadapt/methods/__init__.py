@@ -5,8 +5,10 @@ from visadapt.methods.baselines import Linear, Norms
 from visadapt.methods.bottleneck import Bottleneck
 from visadapt.methods.convadapter import ConvAdapter
 from visadapt.methods.dan import DAN
+from visadapt.methods.dora import DoRA
 from visadapt.methods.lora import LoRA
 from visadapt.methods.method import Method
+from visadapt.methods.mona import Mona
 from visadapt.methods.own_weights import Biases, Full, TopLayers
 from visadapt.methods.parallel import Parallel
 from visadapt.methods.series import Series
@@ -24,7 +26,9 @@ METHODS: dict[str, type[Method]] = {
         ConvAdapter,
         SSF,
         LoRA,
+        DoRA,
         AdaptFormer,
+        Mona,
         Linear,
         Norms,
         Biases,
@@ -43,10 +47,12 @@ __all__ = [
     "Biases",
     "Bottleneck",
     "ConvAdapter",
+    "DoRA",
     "Full",
     "Linear",
     "LoRA",
     "Method",
+    "Mona",
     "Norms",
     "Parallel",
     "Series",

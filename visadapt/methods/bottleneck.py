@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visadapt.backbone.operators import CONVS
-from visadapt.backbone.site import Site, is_sequence, rank_of
+from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, in_dtype_of, is_hooked
-from visadapt.methods.method import Method, width
+from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, drop_rows, in_dtype_of, is_hooked
+from visadapt.methods.method import Method, later, width
 from visadapt.methods.stacking import Rows, pointwise
 
 
@@ -28,16 +28,29 @@ class Bottleneck(Method):
     from the second on. With ``init_std`` both are drawn from a normal of that standard deviation, truncated at two of
     them (the paper: 1e-2), and the network starts near itself.
 
+    Adapter+ (Steitz & Roth 2024, arXiv 2406.06820, §3) is h + s ⊙ (W2·φ(W1·h + b1) + b2) behind the MLPs alone, with s
+    learned per channel and the branch dropped with probability 0.1:
+    ``inject(model, Bottleneck(m=8, init_std=1e-2, scale="channel", drop_path=0.1), where="mlp", norms="frozen")``.
+
     Args:
         m: width of the bottleneck, or a fraction of each site's channels in (0, 1).
         activation: φ: ``gelu``, ``relu``, ``silu``, ``tanh``, or None for a linear bottleneck, which merges.
         init_std: None for the exact identity; a positive float for the paper's near-identity.
         dropout: probability with which elements of φ(·) are dropped while training.
+        scale: None, or ``channel`` for a learned factor per channel on the branch, 1 at the start (d parameters more).
+        drop_path: probability with which the whole branch is dropped for a row of the batch (a sample; inside Swin's
+            attention a window) while training; what remains is scaled up accordingly.
         depthwise: puts a depthwise convolution, of size 3 along every axis of positions, before φ (series, maps and
             volumes only; on a map 10m parameters more).
 
     Raises:
         VisadaptError: an option is out of range; ``depthwise`` at a site of token sequences.
+
+    Example:
+        >>> plus = visadapt.Bottleneck(m=4, scale="channel", drop_path=0.1)
+        >>> model = visadapt.inject(backbone, plus, task="flowers", num_classes=3, norms="frozen")
+        >>> visadapt.summary(model)["flowers"].adapters  # 2dm + 2d + m at each of 8 sites
+        1632
     """
 
     m: int | float = 64
@@ -45,6 +58,8 @@ class Bottleneck(Method):
     init_std: float | None = None
     dropout: float = 0.0
     depthwise: bool = False
+    scale: str | None = later(None)
+    drop_path: float = later(0.0)
 
     def __post_init__(self) -> None:
         check_width(self.m)
@@ -52,6 +67,8 @@ class Bottleneck(Method):
         check_std(self.init_std)
         check_probability(self.dropout)
         check_flag(self.depthwise, "depthwise")
+        check_choice(self.scale, (None, "channel"), "scale")
+        check_probability(self.drop_path, "drop_path")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
         if self.depthwise and is_sequence(site.layout):
@@ -75,6 +92,8 @@ class BottleneckAdapter(nn.Module):
         conv = CONVS[rank_of(site.layout) - 1]
         self.depthwise = conv(m, m, 3, padding=1, groups=m) if method.depthwise else None
         self.up = Pointwise(m, site.channels, site.layout, std=0.0 if std is None else std)
+        self.scale = nn.Parameter(torch.ones(site.channels)) if method.scale == "channel" else None
+        self.drop_path = method.drop_path
 
     def forward(self, h: Tensor) -> Tensor:
         z = self.down(in_dtype_of(self.down.weight, h))
@@ -82,18 +101,25 @@ class BottleneckAdapter(nn.Module):
             z = as_channels_first(self.depthwise, z, self.layout)
         z = F.dropout(self.activation(z), self.dropout, self.training)
         delta: Tensor = self.up(z)
+        if self.scale is not None:
+            ones = (1,) * rank_of(self.layout) if is_channels_first(self.layout) else ()
+            delta = delta * self.scale.view(-1, *ones)
+        delta = drop_rows(delta, self.drop_path, self.training)
         # in the branch's own memory, unless a hook holds it
         return h + delta.to(h.dtype) if is_hooked(self.up) else delta.to(h.dtype).add_(h)
 
     def as_affine(self) -> tuple[Tensor, Tensor]:
-        """M = I + W2·W1 and c = W2·b1 + b2 of a linear bottleneck, for merging."""
+        """M = I + s⊙W2·W1 and c = s⊙(W2·b1 + b2) of a linear bottleneck, for merging."""
         if self.activation is not ACTIVATIONS[None]:
             raise VisadaptError("its activation is not linear (activation=None would merge)")
         if self.depthwise is not None:
             raise VisadaptError("its depthwise conv looks beyond one position")
         w1, w2 = self.down.weight.double(), self.up.weight.double()
         identity = torch.eye(len(w2), dtype=torch.double, device=w2.device)
-        return identity + w2 @ w1, w2 @ self.down.bias.double() + self.up.bias.double()  # type: ignore[union-attr]
+        delta, offset = w2 @ w1, w2 @ self.down.bias.double() + self.up.bias.double()  # type: ignore[union-attr]
+        if self.scale is not None:
+            delta, offset = self.scale.double()[:, None] * delta, self.scale.double() * offset
+        return identity + delta, offset
 
     @staticmethod
     def stacked(adapters: list[BottleneckAdapter], rows: Rows, h: Tensor) -> Tensor:
@@ -104,4 +130,9 @@ class BottleneckAdapter(nn.Module):
             convs = [cast("nn.Module", a.depthwise) for a in adapters]
             z = rows.join([as_channels_first(conv, rows.take(z, g), first.layout) for g, conv in enumerate(convs)])
         z = F.dropout(first.activation(z), first.dropout, first.training)
-        return pointwise([a.up for a in adapters], rows, z, first.layout).to(h.dtype).add_(h)
+        delta = pointwise([a.up for a in adapters], rows, z, first.layout)
+        if first.scale is not None:
+            scale = rows.gather([cast("Tensor", a.scale) for a in adapters])
+            ones = [1] * (delta.ndim - 2)
+            delta = delta * scale.view(len(scale), *((-1, *ones) if is_channels_first(first.layout) else (*ones, -1)))
+        return drop_rows(delta, first.drop_path, first.training).to(h.dtype).add_(h)

@@ -89,6 +89,14 @@ def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
     return x.to(weight.dtype)
 
 
+def drop_rows(delta: Tensor, probability: float, training: bool) -> Tensor:
+    """Stochastic depth: zero a branch for some rows of the batch while training, and scale it up for the others."""
+    if not probability or not training:
+        return delta
+    kept = F.dropout(delta.new_ones(delta.shape[0]), probability)
+    return delta * kept.view(-1, *(1,) * (delta.ndim - 1))
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook sees the output of a module: its own hooks, or one for all modules."""
     return bool(

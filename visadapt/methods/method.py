@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -100,8 +100,17 @@ class Method:
         return f"{type(self).__name__}({', '.join(told)})"
 
     def options(self) -> dict[str, Any]:
-        """Its fields by name, as a task file keeps them."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Its fields by name, as a task file keeps them; those of :func:`later` only with another value than default.
+
+        A file without them is one that earlier versions wrote, and can read.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: own[f.name] for f in fields(self) if "later" not in f.metadata or own[f.name] != f.default}
+
+
+def later(default: Any) -> Any:
+    """A field of a method that its first version did not have, with the default that makes it act as that one did."""
+    return field(default=default, metadata={"later": True})
 
 
 def width(m: int | float, channels: int) -> int:

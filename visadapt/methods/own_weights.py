@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
@@ -154,7 +155,7 @@ def own_weights(
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise VisadaptError(f"{joined(path, name)} cannot be trained: it is kept in {parameter.dtype}")
             if parameter not in values:
-                values[parameter] = nn.Parameter(parameter.detach().clone())
+                values[parameter] = nn.Parameter(_copied(parameter))
             own[name] = values[parameter]
         if own:
             parts.append((path, OwnWeights(own, root)))
@@ -164,3 +165,8 @@ def own_weights(
             "head"
         )
     return parts
+
+
+def _copied(parameter: Tensor) -> Tensor:
+    # on the meta device where that is the default, as all that is built there
+    return parameter.detach().to("meta") if torch.get_default_device().type == "meta" else parameter.detach().clone()

@@ -11,6 +11,7 @@ from visadapt.training.history import Epoch as Epoch
 from visadapt.training.history import Fit as Fit
 from visadapt.training.log import JsonLines as JsonLines
 from visadapt.training.log import TensorBoard as TensorBoard
+from visadapt.training.losses import LOSSES as LOSSES
 from visadapt.training.losses import Diverged as Diverged
 from visadapt.training.metrics import METRICS as METRICS
 from visadapt.training.recipe import SCHEDULES as SCHEDULES

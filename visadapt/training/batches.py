@@ -11,6 +11,7 @@ from torch import Tensor
 from visadapt.data.samples import Samples
 from visadapt.errors import VisadaptError
 from visadapt.training.engine import Engine
+from visadapt.training.losses import Objective
 
 
 class Batches:
@@ -26,13 +27,17 @@ class Batches:
         batch_size: samples per batch; ignored for data that is batched already.
         purpose: ``"training"``, for example; for error messages.
         labelled: whether labels are required.
+        objective: the loss that takes the labels.
 
     Raises:
         VisadaptError: the data has none of these forms, is empty, or lacks labels.
     """
 
-    def __init__(self, data: Any, batch_size: int, purpose: str, labelled: bool = True) -> None:
+    def __init__(
+        self, data: Any, batch_size: int, purpose: str, labelled: bool = True, objective: Objective | None = None
+    ) -> None:
         self.purpose = purpose
+        self.objective = objective or Objective()
         self.batch_size = batch_size
         self.labelled = labelled
         self.rank, self.processes = 0, 1
@@ -47,6 +52,8 @@ class Batches:
             self.loader = data
         elif labelled and self.samples.labels is None:
             raise VisadaptError(f"the {purpose} data has no labels")
+        elif labelled and self.samples.labels is not None:
+            self.objective.kind(self.samples.labels)
         if len(self) == 0:
             raise VisadaptError(f"the {purpose} data is empty")
 

@@ -117,7 +117,7 @@ def _device_errors(device: Any) -> Iterator[None]:
 
 
 class LogitsModel(nn.Module):
-    """A model from a raw batch to float32 logits: the module whose gradients the processes share.
+    """A model from a raw batch to float32 outputs: the module whose gradients the processes share.
 
     Args:
         model: computes the task that is active around the call.
@@ -134,26 +134,29 @@ class LogitsModel(nn.Module):
         self.__dict__["prepare"] = prepare
 
     def forward(self, inputs: Any) -> Tensor:
-        """Compute the logits, ``(N, C)``.
+        """Compute the outputs: logits ``(N, C)``, of dense tasks ``(N, C, …)``, or real values ``(N, 1)``.
 
         Raises:
-            VisadaptError: the model's output is something else.
+            VisadaptError: the model's output is not a tensor and has none that is known as such.
         """
         with self.engine.autocast():
-            return _logits(self.model, self.prepare(inputs)).float()
+            return _outputs(self.model, self.prepare(inputs)).float()
 
 
-def _logits(model: nn.Module, inputs: Any) -> Tensor:
+def _outputs(model: nn.Module, inputs: Any) -> Tensor:
     if isinstance(inputs, Resumable):
         out = inputs.resume()
     elif isinstance(inputs, Mapping):
         out = model(**inputs)
     else:
         out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    logits = getattr(out, "logits", out)
-    if isinstance(logits, tuple):
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise VisadaptError(f"logits of {type(model).__name__} must have shape (N, classes), got {got}")
-    return logits
+    # transformers' outputs have logits; torchvision's segmentation models give a dict with "out"
+    outputs = getattr(out, "logits", out)
+    if isinstance(outputs, Mapping) and "out" in outputs:
+        outputs = outputs["out"]
+    if isinstance(outputs, tuple) and outputs:
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise VisadaptError(f"{type(model).__name__} must give a tensor (N, …), logits or a dict with 'out', got {got}")
+    return outputs

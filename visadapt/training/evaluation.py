@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from visadapt.data.samples import ready
 from visadapt.training.batches import Batches
 from visadapt.training.engine import Engine, LogitsModel
-from visadapt.training.losses import Diverged, check_labels
-from visadapt.training.metrics import METRICS, check_metric
+from visadapt.training.losses import Diverged, Loss, Objective, width_of
+from visadapt.training.scoring import Metric, Scores, check_score
 from visadapt.training.target import Target, target_of
 
 Prepare = Callable[[Any], Any]
@@ -24,8 +24,9 @@ def evaluate(
     model: nn.Module,
     task: str | None,
     data: Any,
-    metrics: Sequence[str] = ("accuracy", "loss"),
+    metrics: Sequence[Metric] = ("accuracy", "loss"),
     *,
+    loss: Loss | None = None,
     prepare: Prepare | None = None,
     batch_size: int = 100,
     device: torch.device | str | None = None,
@@ -37,14 +38,16 @@ def evaluate(
         model: an injected model, or a plain one.
         task: its name; None for a plain model.
         data: inputs and labels, in any form that :func:`fit` takes.
-        metrics: names; see ``METRICS``.
+        metrics: names in ``METRICS``, objects of torchmetrics (updated batch by batch), or functions of all outputs and
+            labels of the split that return one number.
+        loss: as in :func:`fit`; what ``labels`` mean, and the metric ``loss``.
         prepare: as in :func:`fit`.
         batch_size: samples per forward pass, for data that is not batched already.
         device: None for the model's own device.
         precision: as in :func:`fit`.
 
     Returns:
-        The metrics by name.
+        The metrics by name; functions and classes by their own.
 
     Raises:
         VisadaptError: the task, metric or device does not exist; the data is empty or has no labels; a logit is not
@@ -56,16 +59,13 @@ def evaluate(
         >>> sorted(evaluate(model, "flowers", (images, labels)))
         ['accuracy', 'loss']
     """
-    batches = Batches(data, batch_size, "evaluation")
+    objective = Objective(loss)
+    batches = Batches(data, batch_size, "evaluation", objective=objective)
     target = _target(model, task)
-    for name in metrics:
-        check_metric(name, batches.labels, None if target is None else target.classes)
+    for metric in metrics:
+        check_score(metric, batches.labels, None if target is None else target.classes)
     logits_model = LogitsModel(model, prepare or ready, Engine(model, device, precision))
-    logits, labels = logits_and_labels(logits_model, target, batches)
-    assert labels is not None
-    for name in metrics:
-        check_metric(name, labels)
-    return {name: METRICS[name](logits, labels) for name in metrics}
+    return scores(logits_model, target, batches, metrics)
 
 
 def predict(
@@ -90,7 +90,7 @@ def predict(
         precision: as in :func:`fit`.
 
     Returns:
-        float32 logits ``(N, classes)`` on the CPU, in the data's order.
+        float32 logits ``(N, classes)`` on the CPU, in the data's order; of dense tasks ``(N, classes, …)``.
 
     Raises:
         VisadaptError: the task or device does not exist; the data is empty; a logit is not finite.
@@ -102,42 +102,67 @@ def predict(
     """
     batches = Batches(data, batch_size, "prediction", labelled=False)
     logits_model = LogitsModel(model, prepare or ready, Engine(model, device, precision))
-    return logits_and_labels(logits_model, _target(model, task), batches)[0]
+    target = _target(model, task)
+    parts: list[Tensor] = []
+    run_epoch(logits_model, target, batches, lambda outputs, _: parts.append(outputs))
+    return torch.cat(parts)
 
 
 def _target(model: nn.Module, task: str | None) -> Target | None:
     return None if task is None else target_of(model, task)
 
 
-def logits_and_labels(
-    logits_model: LogitsModel, target: Target | None, batches: Batches
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the logits of one epoch in float32; return them and the labels, if any, on the CPU of every process.
+def scores(
+    logits_model: LogitsModel, target: Target | None, batches: Batches, metrics: Sequence[Metric]
+) -> dict[str, float]:
+    """Compute metrics of one epoch, by name.
 
     Raises:
-        Diverged: a logit is NaN or infinite; metrics of such logits would be plausible but wrong.
+        VisadaptError: labels or outputs do not fit the loss or a metric.
+        Diverged: an output is NaN or infinite; metrics of such outputs would be plausible but wrong.
     """
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    engine = logits_model.engine
+    totals, objective, name = Scores(metrics, batches.objective), batches.objective, type(logits_model.model).__name__
+
+    def add(outputs: Tensor, labels: Tensor | None) -> None:
+        assert labels is not None
+        objective.check(outputs, labels, batches.purpose, name)
+        objective.check_labels(labels, width_of(outputs), batches.purpose)
+        totals.update(outputs, labels)
+
+    run_epoch(logits_model, target, batches, add)
+    return totals.compute()
+
+
+def run_epoch(
+    logits_model: LogitsModel, target: Target | None, batches: Batches, use: Callable[[Tensor, Tensor | None], None]
+) -> None:
+    """Compute the outputs of one epoch in eval mode.
+
+    Args:
+        logits_model: the model.
+        target: the task; None for a plain model.
+        batches: the data.
+        use: called with the float32 outputs of each batch, and its labels, if any, on the CPU of every process.
+
+    Raises:
+        Diverged: an output is NaN or infinite; ``use`` is not called from the first such batch on.
+    """
+    engine, bad, count = logits_model.engine, 0, 0
     batches.share(engine)
     was_training = logits_model.model.training
     logits_model.eval()
     try:
         with torch.no_grad(), target.context() if target else nullcontext():
             for inputs, batch_labels, rows in batches.epoch():
-                out = logits_model(engine.place(inputs))
-                logits.append(engine.gather(out)[:rows].cpu())
-                if batch_labels is not None:
-                    labels.append(engine.gather(engine.place(batch_labels))[:rows].cpu())
+                outputs = engine.gather(logits_model(engine.place(inputs)))[:rows].cpu()
+                labels = None if batch_labels is None else engine.gather(engine.place(batch_labels))[:rows].cpu()
+                # −inf is allowed: a network may rule out a class, and softmax handles it
+                bad += int((~(outputs < math.inf)).reshape(len(outputs), -1).any(-1).sum())
+                count += len(outputs)
+                if not bad:
+                    use(outputs, labels)
     finally:
         logits_model.model.train(was_training)
-    all_logits, all_labels = torch.cat(logits), torch.cat(labels) if labels else None
-    if all_labels is not None:
-        check_labels(all_labels, all_logits.shape[-1], batches.purpose)
-    # −inf is allowed: a network may rule out a class, and softmax handles it
-    bad = int((~(all_logits < math.inf)).any(-1).sum())
     if bad:
         name = target.name if target else type(logits_model.model).__name__
-        raise Diverged(f"{name} gives NaN or infinite logits for {bad} of {len(all_logits)} {batches.purpose} samples")
-    return all_logits, all_labels
+        raise Diverged(f"{name} gives NaN or infinite logits for {bad} of {count} {batches.purpose} samples")

@@ -19,16 +19,16 @@ from visadapt.frozen.cached_prefix import CachedPrefix
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
-from visadapt.training.evaluation import Prepare, logits_and_labels
+from visadapt.training.evaluation import Prepare, scores
 from visadapt.training.history import Epoch, Fit
 from visadapt.training.log import Log
 from visadapt.training.loop import Augment, Loop
-from visadapt.training.losses import check_labels
-from visadapt.training.metrics import METRICS, check_metric
+from visadapt.training.losses import Loss, Objective
 from visadapt.training.progress import bar
 from visadapt.training.recipe import Recipe
 from visadapt.training.rng import Randomness
-from visadapt.training.signature import identity
+from visadapt.training.scoring import Metric, check_score, larger_is_better, metric_name
+from visadapt.training.signature import described, identity
 from visadapt.training.target import Target, only_trainable, target_of
 
 
@@ -41,7 +41,8 @@ def fit(
     *,
     prepare: Prepare | None = None,
     augment: Augment | None = None,
-    metric: str = "accuracy",
+    loss: Loss | None = None,
+    metric: Metric = "accuracy",
     seed: int = 0,
     device: torch.device | str | None = None,
     precision: str | None = None,
@@ -65,13 +66,19 @@ def fit(
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
             argument names; an :class:`~visadapt.data.ImageSplit`; a mapping with ``labels``; or a ``DataLoader`` of
-            such batches. Labels are class indices, for cross entropy; or floats, for the squared error of one output.
+            such batches. Labels are class indices, for cross entropy; floats, for the squared error of one output; or
+            what ``loss`` says.
         validation: data in the same forms, to score each epoch.
         recipe: None for the defaults of :class:`Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.
         augment: changes a batch of training inputs before ``prepare``; called with the batch and a generator.
-        metric: score that selects the best epoch; a name in ``METRICS``.
+        loss: ``cross_entropy`` (of class indices, dense class indices ``(N, H, W)`` or soft targets), ``bce`` (several
+            labels per sample), ``mse``, or a function of outputs and labels that returns their mean loss, or one loss
+            per sample. Outputs are float32: the model's tensor, its ``logits``, or its ``out``. None chooses by the
+            labels where they leave no choice (see :class:`~visadapt.training.losses.Objective`).
+        metric: score that selects the best epoch; a name in ``METRICS``, a ``torchmetrics.Metric``, or a function of
+            all outputs and labels, of which a larger value is better unless its ``higher_is_better`` is False.
         seed: of data order, dropout and augmentation; the initial adapters and heads were drawn at ``inject``.
         device: moves the model there; None for the model's own device.
         precision: ``fp32``, or ``bf16`` for autocast; None for that of ``accelerate launch``, or ``fp32``.
@@ -79,7 +86,7 @@ def fit(
             whole batch unless norms take batch statistics.
         checkpoint: a file, written after each epoch. The same call resumes an interrupted training run from it with
             bit-identical results, and returns at once if the run was finished. A ``prepare`` that is a dataclass must
-            be equal; other functions cannot be compared.
+            be equal; other functions cannot be compared. A ``loss`` or ``metric`` must be the same function.
         checkpoint_every: number of steps after which the checkpoint is written as well.
         log: called after each epoch: :class:`JsonLines`, :class:`TensorBoard`, or any function of a :class:`Fit`.
         progress: show a progress bar on a terminal, if rich is installed.
@@ -107,16 +114,20 @@ def fit(
         if augment is not None:
             raise VisadaptError("augment= cannot change what prepare= has cached: give it to cache_prefix instead")
     target = target_of(model, task)
-    batches = Batches(train, recipe.batch_size, "training")
-    held_out = None if validation is None else Batches(validation, max(recipe.batch_size, 100), "validation")
-    check_metric(metric, batches.labels, target.classes)
+    objective, score_objective = Objective(loss, recipe.label_smoothing), Objective(loss)
+    batches = Batches(train, recipe.batch_size, "training", objective=objective)
+    held_out = None
+    if validation is not None:
+        held_out = Batches(validation, max(recipe.batch_size, 100), "validation", objective=score_objective)
+    check_score(metric, None if held_out is None else held_out.labels, target.classes)
     for data in filter(None, (batches, held_out)):
         if data.labels is not None and target.classes is not None:
-            check_labels(data.labels, target.classes, data.purpose)
+            objective.check_labels(data.labels, target.classes, data.purpose)
     engine = Engine(model, device, precision, accumulate)
     settings = {
         "recipe": recipe,
-        "metric": metric,
+        "loss": described(loss),
+        "metric": described(metric),
         "seed": seed,
         "inputs": cached.identity if cached is not None else prepare if dataclasses.is_dataclass(prepare) else None,
         "augmentation": augment is not None,
@@ -136,7 +147,7 @@ def fit(
 
         def history() -> Fit:
             size = sum(p.numel() for p in target.parameters.values())
-            return Fit(task, tuple(loop.run.epochs), metric, loop.run.best, loop.run.steps, size)
+            return Fit(task, tuple(loop.run.epochs), metric_name(metric), loop.run.best, loop.run.steps, size)
 
         def after_step() -> None:
             advance(f"loss {loop.run.loss / loop.run.seen:.3f}")
@@ -148,10 +159,12 @@ def fit(
             with bar(loop.steps, title, progress and engine.rank == 0, loop.run.steps) as advance:
                 while not loop.finished:
                     start = time.perf_counter()
-                    loss = loop.epoch(after_step)
+                    mean_loss = loop.epoch(after_step)
                     score = None if held_out is None else _score(logits_model, target, held_out, metric)
                     better = score is None or not loop.run.best or _better(score, history().score, metric)
-                    loop.end_epoch(Epoch(len(loop.run.epochs) + 1, loss, score, time.perf_counter() - start), better)
+                    loop.end_epoch(
+                        Epoch(len(loop.run.epochs) + 1, mean_loss, score, time.perf_counter() - start), better
+                    )
                     if saved is not None:
                         saved.write(loop)
                     for write_log in logs if engine.rank == 0 else ():
@@ -179,14 +192,12 @@ def _check(recipe: Any, validation: Any, checkpoint: Any, accumulate: int, check
             raise VisadaptError(f"checkpoint_every={checkpoint_every} needs checkpoint=, the file to write")
 
 
-def _score(logits_model: LogitsModel, target: Target, data: Batches, metric: str) -> float:
-    logits, labels = logits_and_labels(logits_model, target, data)
-    assert labels is not None
-    check_metric(metric, labels)
-    return METRICS[metric](logits, labels)
+def _score(logits_model: LogitsModel, target: Target, data: Batches, metric: Metric) -> float:
+    (score,) = scores(logits_model, target, data, (metric,)).values()
+    return score
 
 
-def _better(score: float, best: float | None, metric: str) -> bool:
+def _better(score: float, best: float | None, metric: Metric) -> bool:
     if best is None or math.isnan(best):
         return True
-    return score < best if metric == "loss" else score > best
+    return score > best if larger_is_better(metric) else score < best

@@ -15,7 +15,7 @@ from visadapt.data.samples import Samples
 from visadapt.training.batches import Batches
 from visadapt.training.engine import LogitsModel
 from visadapt.training.history import Epoch
-from visadapt.training.losses import Diverged, check_labels, losses
+from visadapt.training.losses import Diverged, width_of
 from visadapt.training.recipe import Recipe
 from visadapt.training.rng import Randomness
 from visadapt.training.target import Target
@@ -74,6 +74,7 @@ class Loop:
         self.epoch_start = random.state()
         # not accelerate's optimiser: it would wait for an accumulation that the caller's script may have begun
         self.optimizer, self.schedule = recipe.make_optimizer(target, self.steps)
+        self.unwrapped = logits_model
         self.logits_model = self.engine.accelerator.prepare(logits_model)
 
     @property
@@ -134,12 +135,15 @@ class Loop:
             with nullcontext() if last else accelerator.no_sync(self.logits_model):
                 part, part_labels = samples.take(slice(start, start + size))
                 assert part_labels is not None
-                logits = self.logits_model(part)
-                if self.run.steps == 0:
-                    check_labels(part_labels, logits.shape[-1], self.batches.purpose)
-                sample_losses = losses(logits, part_labels, self.recipe.label_smoothing)
+                outputs = self.logits_model(part)
+                self._check(outputs, part_labels)
                 # without the samples that only pad this process's part of the batch
-                loss = sample_losses[: max(0, rows - engine.rank * len(samples) - start)].sum() / rows
+                count = min(len(part_labels), max(0, rows - engine.rank * len(samples) - start))
+                if count:
+                    loss = self.batches.objective.losses(outputs[:count], part_labels[:count]).sum() / rows
+                else:
+                    # no loss, but DDP waits for the gradients of every process
+                    loss = outputs.flatten()[:0].sum()
                 # accelerate takes the mean over the parts, and DDP over the processes
                 accelerator.backward(loss * (engine.parts * engine.processes))
                 total += loss.detach()
@@ -153,6 +157,12 @@ class Loop:
         self.optimizer.step()
         self.schedule.step()
         return value
+
+    def _check(self, outputs: Tensor, labels: Tensor) -> None:
+        objective, purpose = self.batches.objective, self.batches.purpose
+        objective.check(outputs, labels, purpose, type(self.unwrapped.model).__name__)
+        if self.run.steps == 0:
+            objective.check_labels(labels, width_of(outputs), purpose)
 
     def diverged(self, quantity: str, value: float) -> Diverged:
         """The error for a loss or gradient that is not finite."""

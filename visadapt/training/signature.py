@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import types
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +40,52 @@ def identity(
         **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()},  # type: ignore[arg-type]
     }
     return json.loads(json.dumps(description))  # type: ignore[no-any-return]
+
+
+def described(value: Any) -> Any:
+    """Describe a loss or a metric as JSON values, so that runs with different ones differ.
+
+    A name describes itself. A module or another object is described by its class, its plain attributes and its tensors;
+    a function by its name, its bytecode and what it closes over; a ``functools.partial`` by its function and arguments.
+    Global variables that a function reads are not covered.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Tensor):
+        return _digest(raw(value.detach()))
+    if isinstance(value, list | tuple):
+        return [described(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): described(each) for key, each in value.items()}
+    if isinstance(value, functools.partial):
+        return {"function": described(value.func), "arguments": described([*value.args, value.keywords])}
+    if isinstance(value, types.MethodType):
+        return {"method": value.__name__, "of": described(value.__self__)}
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, types.FunctionType):
+        cells = [described(cell.cell_contents) for cell in value.__closure__ or ()]
+        defaults = described([value.__defaults__, value.__kwdefaults__])
+        return {"function": name, "code": _code(value.__code__), "closure": cells, "defaults": defaults}
+    if isinstance(value, type | types.BuiltinFunctionType):
+        return {"function": name}
+    return {"class": name, **_attributes(value)}
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    plain = {
+        key: each
+        for key, each in getattr(value, "__dict__", {}).items()
+        if not key.startswith("_")
+        and key != "training"
+        and (each is None or isinstance(each, str | int | float | tuple | list))
+    }
+    tensors = value.state_dict() if isinstance(value, nn.Module) else {}
+    return {"settings": json.loads(json.dumps(plain, default=str)), "tensors": described(tensors)}
+
+
+def _code(code: types.CodeType) -> str:
+    constants = [_code(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
+    return _digest(code.co_code + repr((constants, code.co_names)).encode())
 
 
 def unlike(saved: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -1,0 +1,79 @@
+"""Images and compressed files of any origin, opened with bounds on what they take in memory."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+from visadapt.errors import VisadaptError
+from visadapt.limits import check_limit, limit, variable
+from visadapt.optional import require
+
+_SMALL = 1 << 24
+"""Bytes that any compressed file may grow to."""
+
+
+def read_image(file: Path) -> Any:
+    """Read an image file with Pillow.
+
+    Args:
+        file: path of the image.
+
+    Returns:
+        The image, decoded, in its own mode.
+
+    Raises:
+        VisadaptError: it is not a readable image, or has more pixels than :data:`visadapt.limits.LIMITS` allows.
+    """
+    pil = require("PIL.Image", "loading images", "pillow")
+    if variable("IMAGE_PIXELS") in os.environ and pil.MAX_IMAGE_PIXELS is not None:
+        # Pillow has a bound of its own
+        pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, limit("IMAGE_PIXELS"))
+    try:
+        with pil.open(file) as image:
+            check_limit(image.width * image.height, "IMAGE_PIXELS", str(file))
+            image.load()
+    except VisadaptError:
+        raise
+    # Pillow raises many types of error for damaged files, by format: struct.error, KeyError, IndexError, …
+    except Exception as error:
+        raise VisadaptError(f"{file} is not a readable image: {error or type(error).__name__}") from error
+    return image
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """A gzip file that grows by no more than a factor."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, "rb")
+        self._what = str(file)
+        self._packed = max(1, file.stat().st_size)
+        self._read = 0
+
+    def _counted(self, data: bytes) -> bytes:
+        self._read += len(data)
+        if self._read > _SMALL:
+            check_limit(self._read / self._packed, "UNPACKED_RATIO", self._what)
+        return data
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._counted(super().read(_SMALL if size is None or size < 0 else min(size, _SMALL)))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._counted(super().read1(size))
+
+
+def open_gzip(file: Path, encoding: str) -> TextIO:
+    """Open a gzip file as text, line ends as they are.
+
+    Args:
+        file: path of the file.
+        encoding: of the text.
+
+    Raises:
+        VisadaptError: while it is read, if it grows by more than :data:`visadapt.limits.LIMITS` allows.
+    """
+    return TextIOWrapper(_BoundedGzip(file), encoding=encoding, newline="")
