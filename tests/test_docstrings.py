@@ -15,6 +15,7 @@ import visadapt
 import visadapt.training
 from tests.models import ZOO
 from visadapt.export.program import export
+from visadapt.serving import Server
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
@@ -39,6 +40,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "fit_decider",
             "decide",
             "tasks",
+            "open",
+            "preprocess",
+            "predict",
             "fold",
             "set_alpha",
             "Bottleneck",
@@ -48,6 +52,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},
     "export": export,
+    "Server": Server,
 }
 
 

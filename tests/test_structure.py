@@ -21,9 +21,10 @@ ROOMS = (
     ("runtime",),
     ("frozen", "export", "plan", "data", "shape_check"),
     ("injection", "task_file"),
+    ("opening",),
     ("",),
     ("training",),
-    ("experiments",),
+    ("experiments", "serving"),
     ("report",),
     ("cli",),
 )

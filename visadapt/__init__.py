@@ -27,6 +27,8 @@ from visadapt.methods import (
     Series,
     TopLayers,
 )
+from visadapt.opening import Prediction, predict, preprocess
+from visadapt.opening import open as open  # not in __all__: a star import leaves Python's own in place
 from visadapt.runtime.costs import summary
 from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
 from visadapt.runtime.mixed import split
@@ -55,6 +57,7 @@ __all__ = [
     "Mona",
     "Norms",
     "Parallel",
+    "Prediction",
     "Series",
     "Site",
     "Sites",
@@ -75,6 +78,8 @@ __all__ = [
     "merge_error",
     "named_parameters",
     "parameters",
+    "predict",
+    "preprocess",
     "remove",
     "save",
     "save_decider",

@@ -24,7 +24,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
 from visadapt.runtime import host
-from visadapt.runtime.registry import Task, check_task_name, facts_of, find_registry, registry_of
+from visadapt.runtime.registry import Source, Task, check_task_name, facts_of, find_registry, registry_of
 
 
 def inject(
@@ -128,7 +128,9 @@ def inject(
             sites = Sites(site for site in sites if not within(site.host, also))
         plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
-    commit(facts, plan)
+    registry = commit(facts, plan)
+    if isinstance(model, str):
+        registry.source = Source(model, build)
     return model if isinstance(model, nn.Module) else backbone
 
 

@@ -25,6 +25,7 @@ from visadapt.plan import commit, new_plan
 from visadapt.runtime.host import check_free
 from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
 from visadapt.runtime.registry import (
+    Registry,
     Task,
     check_hosts,
     check_task_name,
@@ -85,7 +86,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "num_classes": spec.num_classes,
         **described(spec, tensors, facts_of(backbone).modules),
         "labels": spec.labels,
-        "notes": {**spec.notes, **(notes or {})},
+        "notes": {**_backbone(registry), **spec.notes, **(notes or {})},
         "placements": [
             {
                 "method": type(placement.method).__name__,
@@ -108,6 +109,17 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         raise VisadaptError(f"the notes of task {task!r} must be JSON: {error}") from error
     write_described(Path(path), KIND, description, tensors)
     return Path(path)
+
+
+def _backbone(registry: Registry) -> dict[str, Any]:
+    """The note that names the backbone, where it was loaded by a name and options that JSON can hold."""
+    if registry.source is None:
+        return {}
+    try:
+        build = json.loads(json.dumps(registry.source.build))
+        return {"backbone": {"name": registry.source.name, "build": build}}
+    except (TypeError, ValueError):
+        return {}
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -195,11 +197,15 @@ def _twin(backbone: nn.Module) -> nn.Module:
                 # torch does not copy what is part of a graph
                 memo[id(held)] = held.detach()
     twin = plain_copy(backbone, memo)
+    held = {id(value) for module in twin.modules() for value in (module, *module.__dict__.values())}
     for module in twin.modules():
         for name, hooks in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
-                # those of the user's that listen must not hear of it
-                hooks.clear()
+                # those of the user's that listen must not hear of it; those of the model's own may make its output
+                for key in [key for key, hook in hooks.items() if not _is_bound(hook, held)]:
+                    del hooks[key]
+        # transformers sets up the hooks that collect hidden states once for each model
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
         if any(name.startswith("running_") for name in module._buffers):
             # statistics are the frozen backbone's: its norms never see their batch's
             module.training = False
@@ -208,6 +214,13 @@ def _twin(backbone: nn.Module) -> nn.Module:
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return twin
+
+
+def _is_bound(hook: Any, held: set[int]) -> bool:
+    """Whether a hook is a method of a module of the model, or of an object that one holds, as in ``FeatureHookNet``."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return isinstance(hook, MethodType) and id(hook.__self__) in held
 
 
 class _Recorder:

@@ -113,6 +113,8 @@ class Print:
     def of(tensor: Tensor) -> Print:
         """Takes it."""
         shape = tuple(tensor.shape)
+        if not tensor.numel():
+            return Print(shape, torch.zeros(shape[0], 2, dtype=torch.double), 0.0)
         wide = tensor.detach().reshape(shape[0], -1) if tensor.ndim else tensor.detach().reshape(1, 1)
         wide = torch.view_as_real(wide).flatten(1) if wide.is_complex() else wide
         wide = torch.nan_to_num(wide.double(), nan=3.0, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
@@ -142,13 +144,10 @@ def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
     assert isinstance(three, Print)
     scale = float(three.rows.abs().max()) if three.rows.numel() else 0.0
     if not grown:
-        return (
-            FREE
-            if float((two.rows - three.rows).abs().amax() if three.rows.numel() else 0) <= (two.tolerance * scale)
-            else UNKNOWN
-        )
+        apart = float((two.rows - three.rows).abs().max()) if three.rows.numel() else 0.0
+        return FREE if apart <= two.tolerance * scale else UNKNOWN
     size, more = two.shape[grown[0]], three.shape[grown[0]]
-    if grown != [axis] or size * 3 != more * 2 or size == 0:
+    if grown != [axis] or size * 3 != more * 2:
         return UNKNOWN
     repeat = size // 2
     order = [1, 0, 1]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+import visadapt
 from visadapt.checks import check_choice
-from visadapt.cli.models import with_tasks
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -67,8 +67,9 @@ def evaluate(
     metrics = metric or ["accuracy", "loss"]
     for name in metrics:
         check_choice(name, OF_CLASSES, "metric")
-    model, prepared = with_tasks([task], backbone, pairs(build, "--build"), online)
-    ((name, inputs),) = prepared.items()
+    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
+    (name,) = tasks(model)
+    inputs = visadapt.preprocess(model, name, online=online).inputs
     spec, options = tasks(model)[name], columns(text, label, header, root)
     if split is None and isinstance(inputs, TextInputs):
         options["whole"] = True

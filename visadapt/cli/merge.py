@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.cli.models import with_tasks
 from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
 from visadapt.runtime.registry import tasks
@@ -29,7 +28,8 @@ def merge(
     Writes a safetensors file with the backbone's own keys, or says why the task cannot be merged exactly.
     """
     target = check_writable(out, force)
-    model, (name,) = with_tasks([task], backbone, pairs(build, "--build"), online)
+    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
+    (name,) = tasks(model)
     plain = visadapt.merge(model, name, fold=fold)
     labels = tasks(model)[name].labels
     weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in plain.state_dict().items()}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
+import visadapt
 from visadapt.checks import check_choice
-from visadapt.cli.models import with_tasks
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -31,6 +31,8 @@ from visadapt.data import image_files
 from visadapt.data.inputs import ImageInputs, Inputs
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
+from visadapt.opening import Prediction
+from visadapt.opening.predicting import read_logits
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import predict as logits
@@ -65,7 +67,8 @@ def predict(
     check_choice(form, FORMATS, "format")
     if out is not None:
         check_writable(out, force)
-    model, prepared = with_tasks(task, backbone, pairs(build, "--build"), online)
+    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
+    prepared = {name: visadapt.preprocess(model, name, online=online).inputs for name in tasks(model)}
     seen = {isinstance(each, ImageInputs) for each in prepared.values()}
     if len(seen) > 1:
         raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
@@ -107,22 +110,20 @@ def _answers(
     rest = iter(names)
     with bar(-(-len(names) // batch), "predicting", True) as advance:
         while chunk := list(islice(rest, batch)):
-            scores_of = {
-                task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options).softmax(-1)
+            found = {
+                task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options)
                 for task, inputs in tasks_.items()
             }
+            predictions = {task: read_logits(specs[task], scores, top) for task, scores in found.items()}
             for row, name in enumerate(chunk):
-                for task, scores in scores_of.items():
-                    yield {"input": name, "task": task, "top": _top(scores[row], specs[task].labels, top)}
+                for task, predicted in predictions.items():
+                    yield {"input": name, "task": task, "top": _top(predicted[row])}
             advance(chunk[-1][:40])
 
 
-def _top(scores: Tensor, labels: tuple[str, ...] | None, top: int) -> list[dict[str, Any]]:
-    best = scores.topk(min(top, len(scores)))
-    return [
-        {"label": str(index) if labels is None else labels[index], "score": round(score, 4)}
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+def _top(prediction: Prediction) -> list[dict[str, Any]]:
+    scores = prediction.values or prediction.probabilities
+    return [{"label": name, "score": round(score, 4)} for name, score in zip(prediction.labels, scores, strict=True)]
 
 
 @contextmanager

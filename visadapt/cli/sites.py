@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import visadapt
-from visadapt.cli.models import build_backbone
 from visadapt.cli.options import Backbone, Build, Where, number, pairs
 from visadapt.cli.output import show
+from visadapt.opening.backbones import build_backbone
 
 
 def sites(backbone: Backbone, where: Where = None, build: Build = None) -> None:

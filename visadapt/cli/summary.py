@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.cli.models import build_backbone
 from visadapt.cli.options import Build, Method, MethodOption, Norms, Where, Width, number, pairs, parse_method
 from visadapt.cli.output import show
 from visadapt.data.hub import PLACES
+from visadapt.opening.backbones import build_backbone
 from visadapt.task_file import contents
 
 

@@ -10,7 +10,6 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
-from visadapt.cli.models import open_backbone
 from visadapt.cli.options import (
     Build,
     Device,
@@ -37,6 +36,7 @@ from visadapt.data import augment
 from visadapt.data.allowlist import objections
 from visadapt.data.inputs import TextInputs, described, inputs_of
 from visadapt.errors import VisadaptError
+from visadapt.opening.backbones import open_backbone
 from visadapt.training import RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
 from visadapt.training.metrics import OF_CLASSES

@@ -20,7 +20,10 @@ from visadapt.errors import VisadaptError
 from visadapt.limits import check_limit, limit
 from visadapt.optional import require
 
-BY_HAND = "if you trust it, give it yourself by --backbone NAME and --build KEY=VALUE"
+BY_HAND = (
+    "if you trust it, give it yourself by backbone= and build= (on the command line by --backbone NAME and "
+    "--build KEY=VALUE)"
+)
 # neither code nor pickles; files in subfolders are of other frameworks
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
 
@@ -87,7 +90,8 @@ def check_tokenizer(name: str) -> None:
 
 def _absent(name: str, what: str) -> VisadaptError:
     return VisadaptError(
-        f"{what} of {name!r}, which a file names, must be on this machine: --online downloads them, or {BY_HAND}"
+        f"{what} of {name!r}, which a file names, must be on this machine: online=True (--online) downloads them, or "
+        f"{BY_HAND}"
     )
 
 

@@ -263,11 +263,11 @@ def image_files(place: str | Path) -> list[Path]:
     return found
 
 
-def read_images(files: Iterable[str | Path], size: int) -> Tensor:
+def read_images(files: Iterable[str | Path | Image], size: int) -> Tensor:
     """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
     Args:
-        files: paths of the images.
+        files: paths of the images, or images of Pillow.
         size: side of the squares in pixels.
 
     Returns:
@@ -276,7 +276,15 @@ def read_images(files: Iterable[str | Path], size: int) -> Tensor:
     Raises:
         VisadaptError: a file is not a readable image, or ``files`` is empty.
     """
-    return _stack(((_read(Path(file)), 0) for file in files), size, "images").images
+    return _stack(((_opened(file), 0) for file in files), size, "images").images
+
+
+def _opened(file: str | Path | Image) -> Image:
+    if isinstance(file, str | Path):
+        return _read(Path(file))
+    if not isinstance(file, _pil().Image):
+        raise VisadaptError(f"an image must be a path or an image of Pillow, got {type(file).__name__}")
+    return _rgb(file, "image")
 
 
 def _labelled(split: Path, classes: Sequence[str]) -> Iterable[tuple[Image, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visadapt.backbone.trace import guess_input
 from visadapt.data import load_images, load_squares, load_text, normalize, read_images, renumbered, tokenizer_of
@@ -51,8 +52,17 @@ class ImageInputs:
     def __call__(self, images: Tensor) -> Tensor:
         return normalize(images, self.size, mean=self.mean, std=self.std)
 
-    def read(self, files: Iterable[str | Path]) -> Tensor:
-        """Read image files as uint8, ``(N, 3, size, size)``."""
+    @property
+    def form(self) -> tuple[str, Any]:
+        """What inputs must have in common to be collated: ``("images", size)``."""
+        return "images", self.size
+
+    def collate(self, batches: Sequence[Tensor]) -> Tensor:
+        """Join batches that were prepared one by one, ``(N, 3, size, size)``."""
+        return torch.cat(list(batches))
+
+    def read(self, files: Iterable[Any]) -> Tensor:
+        """Read image files, or images of Pillow, as uint8, ``(N, 3, size, size)``."""
         return read_images(files, self.size)
 
     def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
@@ -99,15 +109,33 @@ class TextInputs:
     def __call__(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         return trimmed(tokens)
 
-    def read(self, lines: Iterable[str]) -> dict[str, Tensor]:
-        """Tokenise texts, ``(N, L)`` each; the two texts of a pair are separated by a tab.
+    @property
+    def form(self) -> tuple[str, Any]:
+        """What inputs must have in common to be collated: ``("texts", tokenizer)``."""
+        return "texts", self.tokenizer
+
+    def collate(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Join batches that were prepared one by one, ``(N, L)`` each, padded to the longest text."""
+        tokenizer = self._tokenizer
+        fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+
+        def padded(name: str, values: Tensor) -> Tensor:
+            missing = longest - values.shape[1]
+            sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
+            return F.pad(values, sides, value=fill.get(name, 0))
+
+        return {name: torch.cat([padded(name, batch[name]) for batch in batches]) for name in batches[0]}
+
+    def read(self, lines: Iterable[Any]) -> dict[str, Tensor]:
+        """Tokenise texts, ``(N, L)`` each; a pair of texts is a tuple, or a line with a tab between the two.
 
         Raises:
             VisadaptError: a line is not a pair, and the task takes pairs.
         """
         texts: list[Any] = list(lines)
         if self.pairs:
-            texts = [tuple(line.split("\t", 1)) for line in texts]
+            texts = [line if isinstance(line, tuple) else tuple(line.split("\t", 1)) for line in texts]
             single = next((pair[0] for pair in texts if len(pair) == 1), None)
             if single is not None:
                 raise VisadaptError(f"a line must be a pair of texts separated by a tab, got {single[:60]!r}")

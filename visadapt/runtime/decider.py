@@ -19,7 +19,7 @@ from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import facts_of, registry_of
+from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.selection import bare
 from visadapt.tensor_file import read_described, write_described
 from visadapt.typed import fits
@@ -195,6 +195,23 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
             named); a task it knows is not in the model.
     """
     registry = registry_of(model)
+    decider = read_decider(model, path)
+    for name in decider.tasks:
+        registry.task(name)
+    registry.decider = decider
+    return decider
+
+
+def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
+    """Read a decider of a model's backbone, whose tasks need not be in the model yet.
+
+    Args:
+        model: the backbone, injected or not.
+        path: of the file.
+
+    Raises:
+        VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone.
+    """
     if not Path(path).is_file():
         raise VisadaptError(f"no file {path}")
     try:
@@ -214,16 +231,16 @@ def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
         raise VisadaptError(
             f"{path} was fitted on another backbone than this {type(unwrapped(model)).__name__}: {unlike}"
         )
-    names = tuple(registry.task(name).name for name in tasks)
     try:
-        decider = Decider(names, tensors["mean"], tensors["std"])
+        decider = Decider(tuple(tasks), tensors["mean"], tensors["std"])
         decider.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise VisadaptError(f"{path} is not a whole decider: {error}") from error
-    registry.decider = decider.requires_grad_(False).eval()
-    return decider
+    return decider.requires_grad_(False).eval()
 
 
 def _backbone(model: nn.Module, packed: bool = True) -> dict[str, list[str]]:
     """The fingerprint of what gives the features: the backbone without its head."""
-    return fingerprint(unwrapped(model), facts_of(model).head_modules, registry_of(model).digests, packed)
+    registry = find_registry(model)
+    known = {} if registry is None else registry.digests
+    return fingerprint(unwrapped(model), facts_of(model).head_modules, known, packed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_opaque, mapped, rebuilt
+from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, mapped, rebuilt
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows, rows_for
@@ -110,6 +110,9 @@ class Division:
                 self.join(list(values), facts, (*key, step)) for (step, _), values in zip(inner, each, strict=True)
             ]
             return rebuilt(first, joined)
+        if is_cache(first):
+            # one that was not asked for: a call with one, or with use_cache=True, is refused before it begins
+            return None
         if is_opaque(first):
             raise UnfitError(
                 f"{self.place} gave a {type(first).__name__}, which cannot be put together from several tasks'"

@@ -129,10 +129,10 @@ def _one_by_one(
     numbers = {name: number for number, name in enumerate(distinct)}
     division = Division(tuple(numbers[name] for name in tasks), type(model).__name__)
     cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
-    if cache is not None:
+    if cache is not None or kwargs.get("use_cache") is True:
         raise VisadaptError(
-            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache "
-            f"({cache[-1]}): call it without one (use_cache=False), or run one task at a time"
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
+            "call it without one (use_cache=False), or run one task at a time"
         )
     outs = []
     try:

@@ -87,6 +87,8 @@ class Task:
         notes: what else its file remembers, as JSON values.
         head_at: where its own head stands; None with a frozen head.
         also: paths of the modules of which it trains a copy beside its head.
+        inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
+        origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
     """
 
     name: str
@@ -99,11 +101,28 @@ class Task:
     notes: dict[str, Any] = field(default_factory=dict)
     head_at: Head | None = None
     also: tuple[str, ...] = ()
+    inputs: Any = field(default=None, compare=False, repr=False)
+    origin: str | None = field(default=None, compare=False)
 
     @property
     def owned(self) -> tuple[str, ...]:
         """Paths of the modules instead of which it has its own."""
         return (*(self.head_at.modules if self.head_at else ()), *self.also)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a backbone was loaded by.
+
+    Attributes:
+        name: such as ``"timm/resnet50"``.
+        build: options for its loader.
+        by_hand: whether the caller chose it, and not a file.
+    """
+
+    name: str
+    build: dict[str, Any]
+    by_hand: bool = True
 
 
 class Registry:
@@ -120,6 +139,7 @@ class Registry:
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         traced: sites that no family knows, by full name, as they were traced.
+        source: what the backbone was loaded by; None if it came as a module.
         active: the task chosen by ``activate``; None is the bare backbone.
         hidden: whether a forward with gradients was another task's, by ``using``, since then.
     """
@@ -137,6 +157,7 @@ class Registry:
         self.decider: Any = None
         self.digests: Digests = {}
         self.lean: Any = None
+        self.source: Source | None = None
 
     def current(self) -> Any:
         """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""

@@ -1,0 +1,188 @@
+"""One batch of mixed tasks: its tasks brought into memory, its samples put together, one forward, one answer each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.trace import call
+from visadapt.errors import VisadaptError
+from visadapt.runtime.decider import Decider, features
+from visadapt.runtime.mixed import split
+from visadapt.runtime.registry import AUTO
+from visadapt.runtime.selection import using
+from visadapt.serving.catalogue import Entry
+from visadapt.serving.metrics import Metrics
+from visadapt.serving.pool import Pool
+from visadapt.serving.preparing import example, prepare
+from visadapt.serving.refusal import ServingError
+from visadapt.serving.waiting import Item
+
+
+class Forward:
+    """Answers batches of items; called by the worker thread only.
+
+    Args:
+        pool: the tasks and their model.
+        metrics: counts batches.
+        device: of the model.
+        exact: whether every sample runs alone, so that its answer does not depend on what else is in the batch.
+        decider: chooses the task of items named ``"auto"``; None if there is none.
+    """
+
+    def __init__(
+        self, pool: Pool, metrics: Metrics, device: torch.device, exact: bool = False, decider: Decider | None = None
+    ) -> None:
+        self.pool, self.exact, self.decider = pool, exact, decider
+        self._metrics, self._device = metrics, device
+
+    def answer(self, items: Sequence[Item]) -> None:
+        """Give every item its answer or its error."""
+        waiting = [item for item in items if item.future.set_running_or_notify_cancel()]
+        for item in waiting:
+            self._metrics.wait.observe(time.monotonic() - item.since)
+        undecided = [item for item in waiting if item.task == AUTO]
+        for group in [[item] for item in undecided] if self.exact else filter(None, [undecided]):
+            self._decide(group)
+        ready = [item for item in waiting if not item.future.done()]
+        for part in _parts(ready, self.pool.most):
+            self._ensure(part)
+            batches: dict[Any, list[Item]] = {}
+            for item in part:
+                if item.entry is not None and not item.future.done():
+                    # of exact batches, each is a group of its own
+                    batches.setdefault(id(item) if self.exact else item.entry.inputs.form, []).append(item)
+            for batch in batches.values():
+                self._run(batch)
+
+    def _ensure(self, items: Sequence[Item]) -> None:
+        """Bring the tasks of some items into memory, and prepare the samples whose task was replaced meanwhile."""
+        names = {item.task for item in items}
+        for name in sorted(names):
+            own = [item for item in items if item.task == name]
+            try:
+                entry = self.pool.ensure(name, names)
+            except ServingError as error:
+                for item in own:
+                    item.fail(error)
+                continue
+            for item in own:
+                _fit(item, entry)
+
+    def _run(self, batch: list[Item]) -> None:
+        """Run one forward; where it fails, every item alone, so that one sample does not harm the others."""
+        try:
+            for item, logits in zip(batch, self._logits(batch), strict=True):
+                self._settle(item, logits)
+        except Exception as error:  # whatever a kernel may raise
+            if len(batch) > 1:
+                for item in batch:
+                    if not item.future.done():
+                        self._run([item])
+                return
+            message = f"the model failed on this input: {type(error).__name__}: {error}"
+            batch[0].fail(ServingError("failed", message, "check the input and the task"))
+
+    def _settle(self, item: Item, logits: Tensor) -> None:
+        # −inf is allowed: a network may rule out a class
+        if not bool((logits < math.inf).all()):
+            message = f"task {item.task!r} gives NaN or infinite logits for this input"
+            item.fail(ServingError("failed", message, "check the input, or train the task again"))
+            return
+        item.future.set_result((item.entry, logits))
+        self._metrics.latency.labels(item.task).observe(time.monotonic() - item.since)
+
+    def _logits(self, batch: Sequence[Item]) -> list[Tensor]:
+        entries = [item.entry for item in batch if item.entry is not None]
+        inputs = _moved(entries[0].inputs.collate([item.prepared for item in batch]), self._device)
+        names = [entry.name for entry in entries]
+        single = len(set(names)) == 1
+        self._metrics.batch.observe(len(batch))
+        self._metrics.tasks.observe(len(set(names)))
+        with torch.no_grad(), using(self.pool.model, names[0] if single else names):
+            logits = _logits_of(self.pool.model, inputs)
+        if single:
+            return list(logits.float().cpu())
+        parts = {name: iter(rows) for name, rows in split(self.pool.model, logits.float().cpu(), names).items()}
+        return [next(parts[name]) for name in names]
+
+    def _decide(self, items: list[Item]) -> None:
+        """Let the decider choose the task of each item, by the bare backbone's features of its input."""
+        if self.decider is None:
+            for item in items:
+                item.fail(ServingError("invalid_request", "task 'auto' needs a decider, and this server has none",
+                                       "name a task, or start the server with a decider"))  # fmt: skip
+            return
+        try:
+            # prepared as the first task's inputs are; the chosen task's own way follows
+            entry = self.pool.entry(self.decider.tasks[0])
+            batch = entry.inputs.collate([prepare(entry, item.sample) for item in items])
+            with torch.no_grad():
+                chosen = self.decider(features(self.pool.model, _moved(batch, self._device))).argmax(1).tolist()
+        except Exception as error:  # whatever a kernel may raise
+            if len(items) > 1:
+                for item in items:
+                    self._decide([item])
+                return
+            known = isinstance(error, ServingError)
+            items[0].fail(error if known else ServingError("failed", f"the decider failed: {error}", "name a task"))
+            return
+        for item, index in zip(items, chosen, strict=True):
+            item.task = self.decider.tasks[index]
+
+
+def warm_up(forward: Forward, count: int) -> int:
+    """Run batches of meaningless samples of so many tasks, so that the first request finds all facts established.
+
+    Returns:
+        The number of tasks that answered.
+    """
+    entries = [(name, state) for name, state in forward.pool.entries() if isinstance(state, Entry)][:count]
+    items = [Item(name, example(entry, seed)) for seed, (name, entry) in enumerate(entries)]
+    answered = set()
+    # what is found to be the same in batches of two sizes holds for every size
+    for size in (len(items), 2):
+        batch = [Item(item.task, item.sample) for item in items[:size]]
+        forward.answer(batch)
+        answered |= {item.task for item in batch if item.future.exception() is None}
+    return len(answered)
+
+
+def _fit(item: Item, entry: Entry) -> None:
+    """Prepare an item for this version of its task, unless it is prepared in the same way already."""
+    try:
+        if item.entry is None or item.entry.inputs != entry.inputs:
+            item.prepared = prepare(entry, item.sample)
+        item.entry = entry
+    except ServingError as error:
+        item.fail(error)
+
+
+def _parts(items: Sequence[Item], most: int) -> list[list[Item]]:
+    """Divide items so that no part has more tasks than may be in memory."""
+    parts: list[list[Item]] = []
+    names: set[str] = set()
+    for item in items:
+        if not parts or len(names | {item.task}) > most:
+            parts.append([])
+            names = set()
+        names.add(item.task)
+        parts[-1].append(item)
+    return parts
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, dict) else batch.to(device)
+
+
+def _logits_of(model: nn.Module, inputs: Any) -> Tensor:
+    out = call(model, inputs)
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise VisadaptError(f"{type(model).__name__} must give logits (N, classes), got {type(out).__name__}")
+    return logits

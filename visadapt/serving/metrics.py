@@ -1,0 +1,48 @@
+"""What a server counts, in the format of Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visadapt.optional import require
+
+SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+"""Upper ends of the bins of latencies."""
+
+
+class Metrics:
+    """Counters and histograms of one server, each server with a registry of its own.
+
+    Raises:
+        VisadaptError: prometheus_client is not installed.
+    """
+
+    def __init__(self) -> None:
+        client = require("prometheus_client", "serving", "visadapt[serve]")
+        self.registry: Any = client.CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests: Any = client.Counter("visadapt_requests", "Requests by outcome.", ["outcome"], **own)
+        self.latency: Any = client.Histogram(
+            "visadapt_latency_seconds", "Time from arrival to answer, per sample.", ["task"], buckets=SECONDS, **own
+        )
+        self.wait: Any = client.Histogram(
+            "visadapt_wait_seconds", "Time that a sample waits for its batch.", buckets=SECONDS, **own
+        )
+        self.batch: Any = client.Histogram(
+            "visadapt_batch_size", "Samples per forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **own
+        )
+        self.tasks: Any = client.Histogram(
+            "visadapt_batch_tasks", "Tasks per forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64), **own
+        )
+        self.loaded: Any = client.Gauge("visadapt_tasks_loaded", "Tasks in memory.", **own)
+        self.waiting: Any = client.Gauge("visadapt_waiting", "Samples that wait.", **own)
+        self.loads: Any = client.Counter("visadapt_loads", "Tasks loaded from their files.", **own)
+        self.evictions: Any = client.Counter("visadapt_evictions", "Tasks removed to make room for others.", **own)
+        self.restarts: Any = client.Counter("visadapt_worker_restarts", "Workers replaced after a crash.", **own)
+        self._text = client.generate_latest
+        self.content_type: str = client.CONTENT_TYPE_LATEST
+
+    def text(self) -> bytes:
+        """Return all values in Prometheus' text format."""
+        text: bytes = self._text(self.registry)
+        return text

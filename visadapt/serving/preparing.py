@@ -1,0 +1,65 @@
+"""Samples prepared as a task takes them."""
+
+from __future__ import annotations
+
+import threading
+from random import Random
+from typing import Any
+
+from visadapt.data.inputs import TextInputs
+from visadapt.errors import VisadaptError
+from visadapt.optional import require
+from visadapt.serving.catalogue import Entry
+from visadapt.serving.refusal import ServingError
+from visadapt.serving.samples import Sample
+
+_TOKENIZERS = threading.Lock()
+# a fast tokenizer of transformers must not be used by two threads at once
+
+
+def prepare(entry: Entry, sample: Sample) -> Any:
+    """Prepare a sample as a task takes it.
+
+    Returns:
+        A batch of one: a tensor ``(1, 3, size, size)``, or a dict of tensors ``(1, L)``.
+
+    Raises:
+        ServingError: the task takes inputs of another kind.
+    """
+    inputs, value = entry.inputs, sample.value
+    takes = _kind(entry)
+    given = "image" if sample.kind == "image" else "text" if isinstance(value, str) else "pair of texts"
+    # a line with a tab is a pair, as on the command line
+    if given != takes and not (takes == "pair of texts" and given == "text" and "\t" in value):
+        message = f"an input of task {entry.name!r} must be of kind {takes}, got {given}"
+        raise ServingError("wrong_input", message, f"send {_EXAMPLES[takes]}")
+    try:
+        if isinstance(inputs, TextInputs):
+            with _TOKENIZERS:
+                return inputs.read([value])
+        return inputs(inputs.read([value]))
+    except VisadaptError as error:
+        raise ServingError("undecodable", str(error), "send another input") from error
+
+
+_EXAMPLES = {
+    "image": '{"image": "<base64>"}',
+    "text": '{"text": "…"}',
+    "pair of texts": '{"text": ["…", "…"]}',
+}
+
+
+def _kind(entry: Entry) -> str:
+    if isinstance(entry.inputs, TextInputs):
+        return "pair of texts" if entry.inputs.pairs else "text"
+    return "image"
+
+
+def example(entry: Entry, seed: int) -> Sample:
+    """Make a meaningless sample of the kind that a task takes, another one for each seed."""
+    if isinstance(entry.inputs, TextInputs):
+        text = f"this is sample number {seed} of {seed + 3}"
+        return Sample("text", (text, text) if entry.inputs.pairs else text)
+    size = min(entry.inputs.size, 512)
+    image = require("PIL.Image", "an image", "pillow")
+    return Sample("image", image.frombytes("RGB", (size, size), Random(seed).randbytes(3 * size * size)))

@@ -1,0 +1,108 @@
+"""The queue of samples that wait for a batch: bounded, first come first served."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from visadapt.serving.catalogue import Entry
+from visadapt.serving.refusal import ServingError
+from visadapt.serving.samples import Sample
+
+
+@dataclass(eq=False)
+class Item:
+    """One sample that waits for its answer.
+
+    Attributes:
+        task: name of the task, or ``"auto"`` for the decider's choice.
+        sample: the decoded input.
+        entry: the version of the task that `prepared` is for; None before the decider chose.
+        prepared: a batch of one, as the backbone takes it.
+        since: time of arrival, by `time.monotonic`.
+        future: receives ``(entry, logits)``, or an error.
+    """
+
+    task: str
+    sample: Sample
+    entry: Entry | None = None
+    prepared: Any = None
+    since: float = field(default_factory=time.monotonic)
+    future: Future[Any] = field(default_factory=Future)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, if there is no answer yet."""
+        with suppress(InvalidStateError):  # answered or cancelled
+            self.future.set_exception(error)
+
+
+class WaitingQueue:
+    """Items in order of arrival, taken in batches by a worker.
+
+    Args:
+        most: items that may wait at the same time.
+        max_batch: items per batch.
+        max_wait: seconds that the oldest item waits for others to fill a batch.
+    """
+
+    def __init__(self, most: int, max_batch: int, max_wait: float) -> None:
+        self._most, self._max_batch, self._max_wait = most, max_batch, max_wait
+        self._items: deque[Item] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._pace = 0.01
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Append all items of a request, or none of them.
+
+        Raises:
+            ServingError: there is no room (``overloaded``), or no more items are taken (``stopping``).
+        """
+        with self._changed:
+            if self._closed:
+                raise ServingError("stopping", "the server is stopping", "ask another server", retry_after=5)
+            if len(self._items) + len(items) > self._most:
+                seconds = max(1.0, len(self._items) * self._pace)
+                message = f"{len(self._items)} samples are waiting, and at most {self._most} may"
+                raise ServingError("overloaded", message, "send the request again later", retry_after=seconds)
+            self._items.extend(items)
+            self._changed.notify_all()
+
+    def take(self) -> list[Item]:
+        """Wait for a batch; empty once the queue is closed and no item is left."""
+        with self._changed:
+            while not self._items and not self._closed:
+                self._changed.wait()
+            if self._items:
+                until = self._items[0].since + self._max_wait
+                while len(self._items) < self._max_batch and not self._closed:
+                    left = until - time.monotonic()
+                    if left <= 0 or not self._changed.wait(left):
+                        break
+            return [self._items.popleft() for _ in range(min(len(self._items), self._max_batch))]
+
+    def note(self, items: int, seconds: float) -> None:
+        """Note how long a batch took; the pace is a moving average, for the estimate of ``Retry-After``."""
+        self._pace += 0.1 * (seconds / max(1, items) - self._pace)
+
+    def close(self) -> None:
+        """Refuse further items; those that wait are still taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def clear(self) -> list[Item]:
+        """Remove all items that wait, and return them."""
+        with self._changed:
+            left = list(self._items)
+            self._items.clear()
+            return left
