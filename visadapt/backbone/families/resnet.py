@@ -30,8 +30,8 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         end = next((se for se in ("se", "se_module") if isinstance(module._modules.get(se), nn.Module)), last)
         # the convolution says where the channels are and how many, whatever the norm behind it is
         operator = operator_of(modules[conv], conv)
-        linear = (conv,) if isinstance(modules[norm], nn.Identity) else (conv, norm)
-        host, linear = block.inner(end), linear if end == last else ()
+        composed = (conv,) if isinstance(modules[norm], nn.Identity) else (conv, norm)
+        linear = composed if end == last else ()
         found += conv3x3(block)
-        found.append(block.site(host, "block", operator.outputs, operator.layout, module, linear))
+        found.append(block.site(block.inner(end), "block", operator.outputs, operator.layout, module, linear))
     return found
