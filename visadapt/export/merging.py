@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from visadapt.backbone.modules import plain_copy, unwrapped
+from visadapt.backbone.modules import drop_hooks, plain_copy, unwrapped
 from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
 from visadapt.export.folding import fold as fold_norms
 from visadapt.export.merge_rules import absorb
 from visadapt.runtime.registry import Registry, find_registry, registry_of
+from visadapt.runtime.root import capture_calls
 from visadapt.runtime.selection import bare, using
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
+    drop_hooks(model)
     # all but the hooks, whose handles the user may hold
     kept = _exchange(model, plain.__dict__)
     model.__dict__["_visadapt_merged"] = (type(model), kept)
@@ -170,6 +172,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     cls, kept = model.__dict__["_visadapt_merged"]
     _exchange(model, kept)
     model.__class__ = cls
+    capture_calls(model)
     return model
 
 
