@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.__main__ import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
+from tests.opening.test_hub import hub  # noqa: F401
 from visadapt import METHODS, VisadaptError
 from visadapt.data import load_images
 from visadapt.experiments import read_results
@@ -84,9 +85,11 @@ def shell() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page(page, tmp_path, monkeypatch) -> None:
+def test_the_code_of_a_page(page, tmp_path, monkeypatch, request) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))
+    if "push_to_hub" in (DOCS / page).read_text(encoding="utf-8"):
+        request.getfixturevalue("hub")
     own_photos(tmp_path / "photos")
     known = dict(METHODS)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.data.text import minilm_path
+from visadapt.data.tokenizers import minilm_path
 from visadapt.data.weights import resnet50
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import require
