@@ -84,6 +84,8 @@ def shell() -> dict[str, str]:
 
 
 @pytest.mark.slow
+# huggingface_hub's own, in its upload of large files
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page(page, tmp_path, monkeypatch, request) -> None:
     monkeypatch.chdir(tmp_path)
