@@ -19,6 +19,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.versions import Versions
+from visadapt.runtime.watch import Watch
 
 
 class Mixed(tuple[str | None, ...]):
@@ -61,6 +62,7 @@ class Task:
         notes: what else its file remembers, as JSON values.
         head_at: where its own head stands; None with a frozen head.
         also: paths of the modules of which it trains a copy beside its head.
+        drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
     """
@@ -75,6 +77,7 @@ class Task:
     notes: dict[str, Any] = field(default_factory=dict)
     head_at: Head | None = None
     also: tuple[str, ...] = ()
+    drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
 
@@ -112,6 +115,7 @@ class Registry(Choices):
         digests: of the backbone's tensors, as far as they are known.
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
+        watch: what is looked at before and after each forward.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
     """
@@ -123,6 +127,7 @@ class Registry(Choices):
         self.hosts: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
         self.versions = Versions(facts.model)
+        self.watch = Watch()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None
