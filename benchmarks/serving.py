@@ -4,9 +4,9 @@ python -m benchmarks.serving --budget 240                       # writes benchma
 python -m benchmarks.serving --budget 40 --tasks 4 --size 32 --out out.csv
 
 Each contender runs in a process of its own, so that its memory is its own. Requests name tasks by Zipf's law (the r-th
-task is asked for 1/r as often as the first) and come from the same process, one sample each. Throughput is measured with
-more requests waiting than a batch holds; latency with Poisson arrivals at half of that rate, whether or not earlier
-requests have been answered. Everything is bounded by the budget of seconds.
+task is asked for 1/r as often as the first) and come from the same process through `Server.predict`, one sample each.
+Throughput is measured with more requests waiting than a batch holds; latency with Poisson arrivals at half of that
+rate, whether or not earlier requests have been answered. The budget of seconds bounds everything.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def section(rows: list[dict[str, str]]) -> str:
     """Make the section of docs/performance.md."""
-    parts = ["## Serving", "Made by `python -m benchmarks.serving`; requests name tasks by Zipf's law, and latencies are "
-             "those at half of the contender's own throughput, with Poisson arrivals."]  # fmt: skip
+    parts = ["## Serving", "Made by `python -m benchmarks.serving`; requests name tasks by Zipf's law, and latencies "
+             "are those at half of the contender's own throughput, with Poisson arrivals."]  # fmt: skip
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = [row for row in rows if row["backbone"] == backbone]
         values = {(row["contender"], row["figure"]): float(row["value"]) for row in own}
