@@ -102,9 +102,9 @@ class Augmentation:
 def _mixed(batch: Sequence[Any], mix: Any, classes: int) -> tuple[Tensor, Tensor]:
     """Mix the samples of a batch in pairs; the last of an odd number stays as it is."""
     even = len(batch) // 2 * 2
-    images, labels = mix(batch[:even]) if even else (None, None)
-    if even == len(batch):
-        return images, labels
-    image, label = default_collate(batch[even:])
-    label = F.one_hot(label, classes).float()
-    return (image, label) if images is None else (torch.cat([images, image]), torch.cat([labels, label]))
+    parts = [mix(list(batch[:even]))] if even else []
+    if even < len(batch):
+        image, label = default_collate(list(batch[even:]))
+        parts.append((image, F.one_hot(label, classes).float()))
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
