@@ -58,7 +58,8 @@ MethodOption = Annotated[
 ]
 
 Norms = Annotated[
-    str, typer.Option(help="What the task trains of the norms: frozen, affine, or full (with statistics).")
+    str | None,
+    typer.Option(help="What the task trains of the norms: frozen, affine (the default), or full (with statistics)."),
 ]
 
 Text = Annotated[

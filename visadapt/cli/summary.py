@@ -20,7 +20,7 @@ def summary(
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
-    norms: Norms = "affine",
+    norms: Norms = None,
     where: Where = None,
     build: Build = None,
 ) -> None:

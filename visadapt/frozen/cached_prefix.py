@@ -229,7 +229,7 @@ class _Source:
     def identity(self) -> dict[str, Any]:
         """What the features are of, without the backbone's weights, as JSON values."""
         return {
-            "place": self.prefix.path,
+            "place": " ".join((*self.prefix.watched, self.prefix.path)),
             "structure": hashlib.sha256("\n".join(self.prefix.structure()).encode()).hexdigest(),
             "autocast": str(self.prefix.autocast),
             "device": self.sample.device.type,
