@@ -29,7 +29,7 @@ from visadapt.methods import (
     Series,
     TopLayers,
 )
-from visadapt.opening import Prediction, predict, preprocess
+from visadapt.opening import Prediction, predict, preprocess, push_to_hub
 from visadapt.opening import open as open  # not in __all__: a star import leaves Python's own in place
 from visadapt.runtime.costs import summary
 from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
@@ -84,6 +84,7 @@ __all__ = [
     "parameters",
     "predict",
     "preprocess",
+    "push_to_hub",
     "remove",
     "save",
     "save_decider",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -234,6 +235,27 @@ def test_predict_pictures_by_many_tasks(place: Path, tmp_path: Path) -> None:
         best = expected.topk(2)
         assert [t["label"] for t in answer["top"]] == [("one", "two", "zero")[i] for i in best.indices.tolist()]
         assert [t["score"] for t in answer["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_predict_reports_what_it_cannot_read_and_goes_on(place: Path, tmp_path: Path) -> None:
+    whole = sorted((place / "photos" / "test").rglob("*.png"))[:4]
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    names = [os.fsencode(name) for name in ("a.png", "b.png", "c\x1b[31m.png")] + [b"d\xff.png"]
+    for name, file in zip(names, whole, strict=True):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(file.read_bytes())
+    (folder / "b.png").write_bytes(whole[1].read_bytes()[:60])
+    answers = {}
+    for form in ("jsonl", "table"):
+        out = tmp_path / f"answers.{form}"
+        result = run("predict", folder, "--task", place / "photos.visadapt", "--format", form, "--out", out, code=1)
+        assert "b.png is not a readable image" in result.stderr
+        assert "d\\udcff.png is not valid text" in result.stderr
+        assert "\x1b" not in result.stderr + out.read_text()
+        answers[form] = out.read_text().splitlines()
+    inputs = [json.loads(line)["input"] for line in answers["jsonl"]]
+    assert [os.fsencode(each).rpartition(b"/")[2] for each in inputs] == [name for name in names if name != b"b.png"]
+    assert len(answers["table"]) == 5
 
 
 def test_predict_texts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
+from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -76,8 +77,7 @@ def evaluate(
         check_choice(split, SPLITS, "split")
     for name in metric or ():
         check_choice(name, METRICS, "metric")
-    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
-    (name,) = tasks(model)
+    model, name = open_one(task, backbone, pairs(build, "--build"), online)
     inputs = visadapt.preprocess(model, name, online=online).inputs
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")

@@ -18,7 +18,9 @@ Backbone = Annotated[
     str, typer.Argument(help="Backbone: timm/resnet50, torchvision/vgg16, hf/NAME or bundled/resnet50.")
 ]
 
-TaskFile = Annotated[Path, typer.Argument(help="Task file (*.visadapt).")]
+TaskFile = Annotated[
+    str, typer.Argument(help="Task file (*.visadapt), or hub:USER/REPO[/FILE][@REVISION] of the Hugging Face hub.")
+]
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -32,7 +31,7 @@ from visadapt.cli.options import (
     data_options,
     pairs,
 )
-from visadapt.cli.output import show
+from visadapt.cli.output import say, show
 from visadapt.data import image_files, read_texts
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
 from visadapt.data.tables import Format, is_table, read_table, read_text
@@ -41,6 +40,7 @@ from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.opening import Prediction
 from visadapt.opening.predicting import read_logits
+from visadapt.printable import printable, printable_json
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import predict as logits
@@ -56,7 +56,7 @@ def predict(
             help="Image files and folders; tables of texts; or files with one text per line (- for standard input)."
         ),
     ],
-    task: Annotated[list[Path], typer.Option(help="Task file; repeatable for tasks of one backbone.")],
+    task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
@@ -94,15 +94,29 @@ def predict(
         options = data_options(noted, text=text, header=header, delimiter=delimiter, encoding=encoding)
         paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
         names = _texts(inputs, options, paired)
-    answers = _answers(model, prepared, names, batch_size, top, {"device": device, "precision": precision})
+    unread = [name for name in names if not _is_text(name)]
+    for name in unread:
+        say(f"warning: the name {printable(name)} is not valid text, and is shown with escapes")
+    running = {"device": device, "precision": precision}
+    answers = _answers(model, prepared, names, batch_size, top, running, unread.append)
     with _written(out) as file:
         if form == "jsonl":
             for answer in answers:
-                print(json.dumps(answer, ensure_ascii=False), file=file, flush=file is sys.stdout)
+                print(printable_json(answer), file=file, flush=file is sys.stdout)
         else:
             rows = [(a["input"], a["task"], t["label"], f"{t['score']:.3f}") for a in answers for t in a["top"]]
             table = Table(("input", "task", "label", "score"), rows)
             show(table) if out is None else print(table, file=file)
+    if unread:
+        raise typer.Exit(1)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _images(places: Iterable[str]) -> list[str]:
@@ -150,22 +164,50 @@ def _lines(place: str, encoding: str) -> list[str]:
 
 
 def _answers(
-    model: nn.Module, tasks_: dict[str, Inputs], names: list[str], batch: int, top: int, options: dict[str, Any]
+    model: nn.Module,
+    tasks_: dict[str, Inputs],
+    names: list[str],
+    batch: int,
+    top: int,
+    options: dict[str, Any],
+    failed: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Batch by batch, so that the images of a large folder are never all in memory."""
+    """Batch by batch, so that the images of a large folder are never all in memory.
+
+    What cannot be read is reported and passed to ``failed``.
+    """
     specs = tasks(model)
     rest = iter(names)
     with bar(-(-len(names) // batch), "predicting", True) as advance:
         while chunk := list(islice(rest, batch)):
+            kept, read = _read(tasks_, chunk, failed)
+            if not kept:
+                continue
             found = {
-                task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options)
+                task: logits(model, task, read[task], prepare=inputs, batch_size=batch, **options)
                 for task, inputs in tasks_.items()
             }
             predictions = {task: read_logits(specs[task], scores, top) for task, scores in found.items()}
-            for row, name in enumerate(chunk):
+            for row, name in enumerate(kept):
                 for task, predicted in predictions.items():
                     yield {"input": name, "task": task, "top": _top(predicted[row])}
-            advance(chunk[-1][:40])
+            advance(printable(chunk[-1])[:40])
+
+
+def _read(
+    tasks_: dict[str, Inputs], chunk: list[str], failed: Callable[[str], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """The inputs of a batch for each task, and the names of those that can be read."""
+    try:
+        return chunk, {task: inputs.read(chunk) for task, inputs in tasks_.items()}
+    except VisadaptError as error:
+        if len(chunk) == 1:
+            say(f"error: {error}")
+            failed(chunk[0])
+            return [], {}
+    # one by one, to find which; then those that are left together
+    kept = [name for name in chunk if _read(tasks_, [name], failed)[0]]
+    return kept, {task: inputs.read(kept) for task, inputs in tasks_.items()} if kept else {}
 
 
 def _top(prediction: Prediction) -> list[dict[str, Any]]:
