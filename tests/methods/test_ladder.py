@@ -13,7 +13,9 @@ import visadapt
 from tests.methods.families import FAMILIES, TEXT, mixed_equals_alone
 from tests.models import answer, output, step, stir
 from visadapt import Ladder, VisadaptError
+from visadapt.methods.slot import _KEPT
 from visadapt.runtime.registry import registry_of
+from visadapt.training import Recipe, fit
 
 ALL = FAMILIES | TEXT
 
@@ -140,7 +142,7 @@ def test_no_gradient_goes_back_through_the_backbone(family) -> None:
     assert all(p.grad is not None and p.grad.any() for p in visadapt.parameters(model, "task"))
 
 
-@pytest.mark.parametrize("family", ["tiny/resnet", "timm/swin", "transformers/bert"])
+@pytest.mark.parametrize("family", ["tiny/resnet", "timm/swin", "transformers/bert", "transformers/vit", "volumes"])
 def test_saved_and_loaded(family, tmp_path) -> None:
     model, inputs = ALL[family].make(), ALL[family].inputs(2)
     visadapt.inject(model, Ladder(m=3), task="task", num_classes=3)
@@ -204,4 +206,49 @@ def test_a_cache_covers_the_whole_backbone(family) -> None:
             found = cached(cached.rows).resume()
         found = found if isinstance(found, Tensor) else found.logits
         torch.testing.assert_close(found, answer(model, inputs, tasks), rtol=1e-4, atol=1e-4)
+    cached.prefix.close()
+
+
+def test_nothing_waits_for_a_forward_that_ended() -> None:
+    model, inputs = ALL["tiny/resnet"].make(), ALL["tiny/resnet"].inputs(3)
+    visadapt.inject(model, Ladder(m=3), task="one", num_classes=3)
+    before = set(_KEPT.__dict__)
+    cached = visadapt.cache_prefix(model, "one", inputs["x"])
+    cached(cached.rows).resume()
+    answer(model, inputs, "one")
+    assert set(_KEPT.__dict__) == before
+    cached.prefix.close()
+
+
+def test_one_cache_trains_every_ladder() -> None:
+    """What a fit on another ladder's features gives is what a fit on the images gives."""
+    results = []
+    for use in (False, True):
+        model, inputs = ALL["tiny/resnet"].make(), ALL["tiny/resnet"].inputs(6)
+        for i, task in enumerate(("one", "two")):
+            torch.manual_seed(i)
+            visadapt.inject(model, Ladder(m=3), task=task, num_classes=3)
+        labels = torch.tensor([0, 1, 2, 0, 1, 2])
+        options = {"recipe": Recipe(epochs=2, batch_size=3, lr=1e-2), "seed": 0}
+        if use:
+            cached = visadapt.cache_prefix(model, "one", inputs["x"])
+            fit(model, "two", (cached.rows, labels), prepare=cached, **options)
+            cached.prefix.close()
+        else:
+            fit(model, "two", (inputs["x"], labels), **options)
+        results.append(answer(model, inputs, "two"))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_task_that_acts_below_does_not_go_on_from_a_ladders_cache() -> None:
+    model, inputs = ALL["tiny/resnet"].make(), ALL["tiny/resnet"].inputs(3)
+    visadapt.inject(model, Ladder(m=3), task="one", num_classes=3)
+    visadapt.inject(model, Ladder(m=3, every=True), task="every", num_classes=3)
+    visadapt.inject(model, m=2, task="below", num_classes=3, where="layer1", norms="frozen")
+    cached = visadapt.cache_prefix(model, "one", inputs["x"])
+    for task, place in (("every", r"layer1\.0"), ("below", r"layer1\.0\.bn2")):
+        with visadapt.using(model, task), pytest.raises(VisadaptError, match=f"task '{task}' acts at {place} already"):
+            cached(cached.rows).resume()
+        with pytest.raises(VisadaptError, match=f"task '{task}' acts at {place} already"):
+            cached.check(model, task)
     cached.prefix.close()

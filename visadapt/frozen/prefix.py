@@ -223,7 +223,8 @@ class Prefix:
         at = _Call(self._shapes, self._kept[-1])
         token = _CALL.set(at)
         try:
-            with bare(self.model), using(self.model, self.task):
+            # what watches would wait in vain for the forward to go on
+            with bare(self.model), using(self.model, None if self.watched else self.task):
                 call(self.model, inputs)
         except _EndOfPrefix:
             pass

@@ -24,6 +24,10 @@ from visadapt.methods.stacking import Rows, pointwise
 
 _TEMPERATURE = 0.1
 
+_WHERE = (
+    "the forward in which its blocks ran (gradient checkpointing has nothing to save beside a Ladder: switch it off)"
+)
+
 _POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
@@ -167,7 +171,7 @@ class SideNetwork(nn.Module):
         return h + delta.to(h.dtype)
 
     def _kept(self) -> list[Tensor]:
-        return [slot.take("a Ladder's side network", "the model's forward") for slot in self._slots]
+        return [slot.take("a Ladder's side network", _WHERE) for slot in self._slots]
 
     def _climb(self, inputs: list[Tensor], gate: Tensor | None, block: Callable[[int, Tensor], Tensor]) -> Tensor:
         """z of the last rung; ``gate`` is μ as (K − 1, 1) or (K − 1, N)."""
