@@ -79,7 +79,7 @@ def inject(
             Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
             running statistics never move) or ``full`` (statistics too, which move in train mode). By default
-            ``affine``, and ``frozen`` for a :class:`visadapt.Ladder`; for a task that exists, what it has.
+            ``affine``, and ``frozen`` for a :class:`visadapt.Ladder`.
         where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
         example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
@@ -108,10 +108,7 @@ def inject(
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
-    registry = find_registry(backbone)
-    if norms is None:
-        known = None if registry is None else registry.tasks.get(task)
-        norms = chosen.norms if known is None else known.norms
+    norms = chosen.norms if norms is None else norms
     _check_options(task, num_classes, labels, norms)
     with STRUCTURE:
         registry = _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)
