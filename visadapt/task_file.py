@@ -103,10 +103,10 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         },
         "backbone": fingerprint(backbone, spec.owned, registry.digests),
     }
-    # beside them, as earlier versions read "traced" without these
-    description["blocks"] = {
-        name: [registry.traced[name].block, registry.traced[name].stage] for name in description["traced"]
-    }
+    if description["traced"]:
+        # beside them, as earlier versions read "traced" without these
+        sites = {name: registry.traced[name] for name in description["traced"]}
+        description["blocks"] = {name: [site.block, site.stage] for name, site in sites.items()}
     try:
         json.dumps(description["notes"])
     except (TypeError, ValueError, RecursionError) as error:

@@ -248,7 +248,7 @@ class Prefix:
         """What each kept module gave."""
         if len(self._kept) == 1:
             return {self._kept[0]: features}
-        parts = features.split([size.numel() for size, _ in self._sizes], 1)
+        parts = torch.split(features, [size.numel() for size, _ in self._sizes], 1)
         whole = [
             # as it was, so that kernels round as they did
             part.reshape(len(part), *size).contiguous(memory_format=memory_format)

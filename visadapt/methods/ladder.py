@@ -28,7 +28,7 @@ _WHERE = (
     "the forward in which its blocks ran (gradient checkpointing has nothing to save beside a Ladder: switch it off)"
 )
 
-_POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_POOLS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
 @dataclass(frozen=True)
