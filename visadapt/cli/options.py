@@ -60,8 +60,11 @@ MethodOption = Annotated[
 ]
 
 Norms = Annotated[
-    str | None,
-    typer.Option(help="What the task trains of the norms: frozen, affine (the default), or full (with statistics)."),
+    str,
+    typer.Option(
+        help="What the task trains of the norms: frozen, affine, full (with statistics), or auto: affine, and frozen "
+        "for a Ladder."
+    ),
 ]
 
 Text = Annotated[
