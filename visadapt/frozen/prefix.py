@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.modules import PREFIX, joined, own_modules, unwrapped, within
+from visadapt.backbone.modules import PREFIX, ancestors, inside, joined, own_modules, unwrapped, within
 from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.backbone.tracing import is_tracing
@@ -127,8 +127,7 @@ class Prefix:
         self._kept = [modules[path] for path in (*self.watched, cut.path)]
         self._sizes: list[tuple[torch.Size, torch.memory_format]] = []
         self._paths = {path: modules[path] for path in shapes}
-        names = [path.split(".") for path in shapes]
-        self._outer = sorted({".".join(steps[:count]) for steps in names for count in range(len(steps))})
+        self._outer = sorted({outer for path in shapes for outer in ancestors(path)})
         self.spared = [modules[path] for path in shapes]
         self._shapes = {modules[path]: shape for path, shape in shapes.items()}
         for module in self.spared:
@@ -152,7 +151,7 @@ class Prefix:
             if self.model.get_submodule(path) is not module:
                 raise VisadaptError(f"{path} was replaced since the prefix was cached: make the cache again")
             for inner, own in own_modules(module).items():
-                found.update(_own_tensors(own, _below(path, inner)))
+                found.update(_own_tensors(own, joined(path, inner)))
         return found
 
     def structure(self) -> list[str]:
@@ -161,7 +160,7 @@ class Prefix:
         for path, module in self._paths.items():
             for inner, own in own_modules(module).items():
                 cls = plain_class(own)
-                found.append(f"{_below(path, inner)} {cls.__module__}.{cls.__qualname__} {own.extra_repr()}")
+                found.append(f"{joined(path, inner)} {cls.__module__}.{cls.__qualname__} {own.extra_repr()}")
         return found
 
     def _hooks(self) -> list[tuple[int, ...]]:
@@ -180,7 +179,7 @@ class Prefix:
         for path, roles in _roles(registry_of(self.model), task).items():
             if (roles == {"watch"} and path in self.watched) or (roles <= {"watch", "after"} and path == self.path):
                 continue
-            if within(path, self._paths) or any(spared == path or _holds(path, spared) for spared in self._paths):
+            if within(path, self._paths) or any(within(spared, [path]) for spared in self._paths):
                 raise VisadaptError(
                     f"{what} is of task {self.task!r} and starts behind {self.path}; task {task!r} acts at "
                     f"{path or 'the root'} already: make one with cache_prefix(model, {task!r}, …)"
@@ -290,14 +289,6 @@ class Prefix:
         self.spared = []
 
 
-def _below(path: str, inner: str) -> str:
-    return joined(path, inner) if inner else path
-
-
-def _holds(path: str, inner: str) -> bool:
-    return path == "" or inner.startswith(f"{path}.")
-
-
 def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name != "num_batches_tracked":
@@ -334,7 +325,7 @@ def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
         # a cut where nothing is watched stays where it was before there were parts that watch
         after = bool(watched) and acting.get(c.path, set()) == {"after"}
         usable = c.output is not None and counts[c.path] == 1 and c.output not in c.inputs and c.path != ""
-        if usable and (after or c.path not in acting) and not any(_inside(host, c.path) for host in acting):
+        if usable and (after or c.path not in acting) and not any(inside(host, c.path) for host in acting):
             assert c.output is not None
             cut = c.output.index
             above = [v for v in flow.values if v.index > cut]
@@ -345,10 +336,6 @@ def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
     return best
 
 
-def _inside(path: str, outer: str) -> bool:
-    return path.startswith(f"{outer}.")
-
-
 def _spared(flow: Flow, cut: Call, watched: tuple[str, ...]) -> dict[str, tuple[int, ...] | None]:
     """The modules that need not be computed when going on from ``cut``, and the shape of each one's output.
 
@@ -356,11 +343,11 @@ def _spared(flow: Flow, cut: Call, watched: tuple[str, ...]) -> dict[str, tuple[
     """
     assert cut.output is not None
     order = [c.path for c in flow.calls]
-    end = max(i for i, c in enumerate(flow.calls) if c.path.startswith(f"{cut.path}.") or c is cut)
+    end = max(i for i, c in enumerate(flow.calls) if inside(c.path, cut.path) or c is cut)
     later = set(order[end + 1 :])
     spared: dict[str, tuple[int, ...] | None] = {cut.path: None}
     for c in flow.calls[: order.index(cut.path)]:
-        outer = c.path == "" or any(_inside(path, c.path) for path in (cut.path, *watched))
+        outer = any(inside(path, c.path) for path in (cut.path, *watched))
         covered = within(c.path, spared)
         if not outer and not covered and c.path not in later and c.output is not None:
             spared[c.path] = None if c.path in watched else c.output.shape[1:]
