@@ -77,7 +77,7 @@ def train(
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
-    norms: Norms = "affine",
+    norms: Norms = "auto",
     where: Where = None,
     recipe: Annotated[str, typer.Option(help=f"Training recipe: {', '.join(RECIPES)}.")] = "houlsby",
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data; default: the recipe's.")] = None,
