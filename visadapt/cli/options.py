@@ -61,7 +61,11 @@ MethodOption = Annotated[
 ]
 
 Norms = Annotated[
-    str, typer.Option(help="What the task trains of the norms: frozen, affine, or full (with statistics).")
+    str,
+    typer.Option(
+        help="What the task trains of the norms: frozen, affine, full (with statistics), or auto: affine, and frozen "
+        "for a Ladder."
+    ),
 ]
 
 Text = Annotated[
@@ -196,7 +200,7 @@ def norm_policy(name: str) -> NormPolicy:
     Raises:
         VisadaptError: there is none of that name.
     """
-    check_choice(name, NORM_POLICIES, "norm policy")
+    check_choice(name, ("auto", *NORM_POLICIES), "norm policy")
     return cast("NormPolicy", name)
 
 

@@ -16,6 +16,7 @@ from visadapt.methods import (
     Bottleneck,
     ConvAdapter,
     Full,
+    Ladder,
     Linear,
     Method,
     Mona,
@@ -81,10 +82,10 @@ def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
     elif isinstance(method, Norms | Biases):
         rates, recipe = _VECTORS, Recipe(epochs=epochs)
     else:
-        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter | Mona) else _LINEAR
+        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter | Mona | Ladder) else _LINEAR
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # these methods train what their name says and nothing else: the top layers alone, a norm's bias but not its gain
-    norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
+    norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else method.norms
     given = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
     canonical = " ".join((_NAMES[type(method)], *given))
     return Contender(canonical, method, recipe.replace(lr=rates[1], head_first=head_first), norms, rates=rates)

@@ -4,10 +4,10 @@ from typing import Literal, Protocol, get_args
 
 from visadapt.backbone.heads import Head
 
-NormPolicy = Literal["frozen", "affine", "full"]
+NormPolicy = Literal["auto", "frozen", "affine", "full"]
 HeadPolicy = Literal["auto", "new", "copy", "frozen"]
 
-NORM_POLICIES: tuple[str, ...] = get_args(NormPolicy)
+NORM_POLICIES = ("frozen", "affine", "full")
 HEAD_POLICIES: tuple[str, ...] = get_args(HeadPolicy)
 
 
