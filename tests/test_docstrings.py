@@ -40,6 +40,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "fit_decider",
             "decide",
             "tasks",
+            "combine",
             "open",
             "preprocess",
             "predict",

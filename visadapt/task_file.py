@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -126,7 +126,13 @@ def _backbone(registry: Registry) -> dict[str, Any]:
         return {}
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    check: Literal["weights", "shapes"] = "weights",
+) -> str:
     """Load a task from a file into a model, injected or not, and activate it.
 
     Args:

@@ -34,6 +34,7 @@ from visadapt.cli.options import (
     Width,
     check_writable,
     data_options,
+    norm_policy,
     number,
     pairs,
     parse_method,
@@ -188,7 +189,7 @@ def train(
         task=name,
         labels=splits.classes or None,
         num_classes=len(splits.classes) or 1,
-        norms=norms,
+        norms=norm_policy(norms),
         where=[number(term) for term in where or ()] or None,
     )
     collate = augmentation.collate(len(splits.classes))

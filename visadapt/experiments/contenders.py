@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from visadapt.backbone.site import Where
 from visadapt.experiments.problems import Problem
 from visadapt.injection import inject
 from visadapt.methods import Method
+from visadapt.methods.policy import NormPolicy
 from visadapt.training import Recipe
 from visadapt.training.recipe import EARLIER
 
@@ -78,6 +79,6 @@ class Contender:
                 task=problem.name,
                 num_classes=len(classes),
                 labels=classes,
-                norms=self.norms,
+                norms=cast("NormPolicy", self.norms),
                 where=self.where,
             )

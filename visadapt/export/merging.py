@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from visadapt.backbone.modules import drop_hooks, plain_copy, unwrapped
+from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
 from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
 from visadapt.export.folding import fold as fold_norms
@@ -26,8 +26,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05}
 
 
 def merge(
-    model: nn.Module, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
-) -> nn.Module:
+    model: ModelT, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
+) -> ModelT:
     """A plain backbone that computes what the task does: same class, same keys, no trace of visadapt.
 
     Exact rules: what acts on weights is written into them; a kernel beside a conv or linear is added to it (a 1×1 at
@@ -80,7 +80,7 @@ def merge(
             raise VisadaptError(
                 f"merging {name!r} changed the outputs by {error:.2g} (they reach {largest:.3g}): refused"
             )
-    return _move_into(source, plain) if inplace else plain
+    return cast("ModelT", _move_into(source, plain) if inplace else plain)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def _exchange(model: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: ModelT) -> ModelT:
     """Undo an in-place merge: restore the injected model with all its tasks, bit for bit.
 
     Args:
