@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-import torch
 from torch import Tensor
 
+from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 
 _KEPT = threading.local()
@@ -19,7 +19,7 @@ class Slot:
 
     def put(self, x: Tensor) -> None:
         """Keeps a tensor."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             self.kept = x
         else:
             _KEPT.__dict__[str(id(self))] = x
@@ -34,7 +34,7 @@ class Slot:
         Raises:
             VisadaptError: nothing was put.
         """
-        if torch.compiler.is_compiling():
+        if is_tracing():
             x, self.kept = self.kept, None
         else:
             x = _KEPT.__dict__.pop(str(id(self)), None)
