@@ -47,7 +47,8 @@ problem = ImageProblem(
     size=size,
 )
 data = problem.splits
-recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs) for name, recipe in RECIPES.items()}
+# from a random head: the learning rates above were swept that way
+recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False) for name, recipe in RECIPES.items()}
 duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
     f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {duration} "

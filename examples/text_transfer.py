@@ -41,7 +41,8 @@ problem = TextProblem(
     length=args.length,
 )
 data = problem.splits
-recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs) for name, recipe in RECIPES.items()}
+# from a random head: the learning rates above were swept that way
+recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False) for name, recipe in RECIPES.items()}
 duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
     f"{args.backbone} on {args.data} ({', '.join(data.classes)}): {len(data.train):,} training texts of at most "
