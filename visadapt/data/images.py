@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.arguments import check_fields, takes
 from visadapt.data.image_file import square_pixels, to_tensor
 from visadapt.data.image_layouts import files_below
 from visadapt.data.image_sources import find
@@ -33,6 +34,7 @@ class ImageSplit:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             shape, dtype = tuple(self.images.shape), self.images.dtype
             raise VisadaptError(f"images must be uint8 of shape (N, 3, H, W), got {dtype} of shape {shape}")
@@ -66,6 +68,7 @@ class ImageSet:
     validation: ImageSplit | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for split in filter(None, (self.train, self.test, self.validation)):
             if (
                 split.labels.dtype == torch.int64
@@ -140,6 +143,7 @@ def load_images(
     return ImageSet(found.name, found.classes, **splits)
 
 
+@takes()
 def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSet:
     """Load an image data set whose images can be resized to any side without distortion.
 
@@ -149,6 +153,7 @@ def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSe
             images take less memory.
         **options: passed to `load_images`.
     """
+    check_count(size, "size")
     try:
         found = load_images(name_or_path, **options)
     except SizesDifferError:
@@ -157,6 +162,7 @@ def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSe
     return found if square else load_images(name_or_path, size=size, **options)
 
 
+@takes()
 def image_files(place: str | Path) -> list[Path]:
     """List image files: the file itself, or all image files below a folder, sorted.
 
@@ -180,6 +186,7 @@ def image_files(place: str | Path) -> list[Path]:
     return found
 
 
+@takes()
 def read_images(files: Iterable[Any], size: int) -> Tensor:
     """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
@@ -193,4 +200,5 @@ def read_images(files: Iterable[Any], size: int) -> Tensor:
     Raises:
         VisadaptError: a file is not a readable image, or ``files`` is empty.
     """
+    check_count(size, "size")
     return read_all(files, partial(square_pixels, size=size))

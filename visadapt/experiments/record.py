@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.experiments.result_check import check_result
@@ -105,6 +106,7 @@ def key_of(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@takes()
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """Read all results in a ``.json`` or ``.csv`` file, or in a folder and its subfolders.
 
@@ -130,6 +132,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     return sorted(results.values(), key=_order)
 
 
+@takes()
 def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
     """Write results as a CSV table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it.
 

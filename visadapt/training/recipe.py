@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from visadapt.arguments import check_fields
 from visadapt.checks import check_choice, check_count, check_fraction, check_non_negative, check_positive, is_real
 from visadapt.errors import VisadaptError
 from visadapt.training.target import Target
@@ -73,6 +74,7 @@ class Recipe:
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, *(name for names in _CHECKS.values() for name in names))
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():
