@@ -76,7 +76,8 @@ def check_fields(instance: Any, *own: str) -> None:
         VisadaptError: the field is named.
     """
     names = [field.name for field in dataclasses.fields(instance) if field.name not in own]
-    for name, hint in _class_hints(type(instance), tuple(names)).items():
+    cls: Any = type(instance)
+    for name, hint in _class_hints(cls, tuple(names)).items():
         check_argument(getattr(instance, name), hint, name)
 
 

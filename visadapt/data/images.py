@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
+from visadapt.checks import check_count
 from visadapt.data.image_file import square_pixels, to_tensor
 from visadapt.data.image_layouts import files_below
 from visadapt.data.image_sources import find

@@ -81,7 +81,8 @@ def renumbered(data: Set, labels: Sequence[str]) -> Set:
     Raises:
         VisadaptError: a class of the data is not one of the labels; the nearest is named.
     """
-    if not dataclasses.is_dataclass(data) or not hasattr(data, "classes"):
+    whole: Any = data
+    if not hasattr(whole, "classes") or not dataclasses.is_dataclass(whole):
         raise VisadaptError(f"data must be an ImageSet or a TextSet, got {type(data).__name__}")
     numbers = numbers_of(data.classes, labels, data.name)
     splits = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}

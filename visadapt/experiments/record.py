@@ -146,12 +146,16 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
     Raises:
         VisadaptError: the file cannot be written.
     """
+    rows = list(results)
+    other = next((row for row in rows if not isinstance(row, Result)), None)
+    if other is not None:
+        raise VisadaptError(f"results must be results of experiments, got {type(other).__name__}")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_FIELDS)
-        for result in sorted(results, key=_order):
+        for result in sorted(rows, key=_order):
             values = dataclasses.asdict(result).values()
             writer.writerow(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
     return target

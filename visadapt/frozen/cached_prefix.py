@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from visadapt.arguments import takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
@@ -104,6 +105,7 @@ class CachedPrefix:
             )
 
 
+@takes("views", "batch_size", "task")
 def cache_prefix(
     model: nn.Module,
     task: str,
