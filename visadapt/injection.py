@@ -182,6 +182,7 @@ def remove(model: nn.Module, task: str) -> nn.Module:
             host.detach(hosts[path], task)
         registry.hosts = {path: module for path, module in hosts.items() if CHILD in module._modules}
         registry.configs.pop(task, None)
+        registry.watch.look_at(unwrapped(model), registry.hosts)
     return model
 
 

@@ -164,6 +164,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
     registry.traced = {**registry.traced, **{site.full_name: site for site in plan.sites if site.traced}}
     # last, so that half a task cannot be chosen
     registry.tasks = {**registry.tasks, task.name: task}
+    registry.watch.look_at(model, registry.hosts)
     registry.introduce(task.name)
     return registry
 

@@ -65,14 +65,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{tweets.texts[i]}\t{('bad', 'so-so', 'good')[tweets.labels[i]]}" for i in range(60)]
     (folder / "tweets.tsv").write_text("\n".join(["text\tlabel", *rows]), encoding="utf-8")
     (folder / "plain.tsv").write_text("\n".join(rows), encoding="utf-8")
-    _tiny_bert(folder / "bert")
+    tiny_bert(folder / "bert")
     run("train", folder / "photos", *SEES, "--size", 32, "--m", 4, "--epochs", 2, "--out", folder / "photos.visadapt")
     run("train", folder / "tweets.tsv", "--backbone", f"hf/{folder / 'bert'}", "--length", 16, "--m", 2, "--epochs", 1,
         "--out", folder / "tweets.visadapt")  # fmt: skip
     return folder
 
 
-def _tiny_bert(folder: Path) -> None:
+def tiny_bert(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -20,6 +20,7 @@ from visadapt.cli.options import (
     Header,
     ImageColumn,
     Label,
+    Memory,
     Online,
     OtherBackbone,
     Precision,
@@ -32,7 +33,7 @@ from visadapt.cli.options import (
 from visadapt.cli.output import show
 from visadapt.cli.train import METRIC_OF, in_batches
 from visadapt.data.inputs import ImageInputs, TextInputs
-from visadapt.data.lazy_images import DAMAGED
+from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
@@ -57,6 +58,7 @@ def evaluate(
     encoding: Encoding = None,
     root: Root = None,
     damaged: Damaged = DAMAGED,
+    memory: Memory = HELD / 1e9,
     seed: Annotated[
         int, typer.Option(help="Seed of splits that the data does not define; use train's seed to get the same ones.")
     ] = 0,
@@ -94,7 +96,7 @@ def evaluate(
         online=online and not isinstance(inputs, TextInputs),
     )
     if isinstance(inputs, ImageInputs):
-        options["damaged"] = damaged
+        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
     splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
     if isinstance(inputs, TextInputs) and "inputs" in spec.notes and splits.inputs != inputs:
         takes, has = ("pairs of texts", "single texts") if inputs.pairs else ("single texts", "pairs")

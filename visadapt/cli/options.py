@@ -98,6 +98,10 @@ MultiLabel = Annotated[
     ),
 ]
 
+Memory = Annotated[
+    float, typer.Option(min=0, help="Gigabytes of images to keep in memory; a larger set is read anew in each epoch.")
+]
+
 Damaged = Annotated[
     float, typer.Option("--damaged", min=0, max=1, help="Fraction of the images that may be damaged and are skipped.")
 ]

@@ -142,9 +142,8 @@ def _column(file: Path, options: dict[str, Any], paired: bool) -> list[str]:
     bare = replace(form, header=False)
     table = read_table(file, bare)
     wanted = options.get("text")
-    groups = TEXT_COLUMNS if wanted is None else [tuple(wanted)]
-    known = {name for group in groups for name in ((group,) if isinstance(group, str) else group)}
-    if table.width == 1 + paired and not known & set(table.rows[0]):
+    usual = {name for group in TEXT_COLUMNS for name in ((group,) if isinstance(group, str) else group)}
+    if wanted is None and table.width == 1 + paired and not usual & set(table.rows[0]):
         # no header and no other column: one text per line, or one pair
         found: list[Any] = read_texts(file, tuple(range(table.width)), bare)
     else:

@@ -20,6 +20,7 @@ from visadapt.cli.options import (
     Header,
     ImageColumn,
     Label,
+    Memory,
     Method,
     MethodOption,
     MultiLabel,
@@ -40,10 +41,11 @@ from visadapt.cli.options import (
 from visadapt.cli.output import say, show
 from visadapt.data import ImageFiles, augment
 from visadapt.data.allowlist import objections
-from visadapt.data.inputs import ImageInputs, TextInputs, described, inputs_of
-from visadapt.data.lazy_images import DAMAGED
+from visadapt.data.inputs import ImageInputs, TextInputs, check_texts, described, inputs_of
+from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
 from visadapt.opening.backbones import open_backbone
+from visadapt.runtime.registry import check_task_name
 from visadapt.training import RECIPES, JsonLines, fit
 from visadapt.training import evaluate as measure
 from visadapt.training.metrics import METRICS, check_metric
@@ -102,6 +104,7 @@ def train(
     encoding: Encoding = None,
     root: Root = None,
     damaged: Damaged = DAMAGED,
+    memory: Memory = HELD / 1e9,
     online: Annotated[bool, typer.Option("--online", help="Allow downloading a data set of images.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial values, the sample order and the augmentation.")] = 0,
     device: Device = None,
@@ -128,11 +131,15 @@ def train(
     steps = RECIPES[recipe].replace(**{name: value for name, value in overrides.items() if value is not None})
     logs = () if log is None else (JsonLines(log),)
     adapter = parse_method(method, m, option)
+    name = target.stem if task is None else task
+    check_task_name(name)
     loading = pairs(build, "--build")
     model = open_backbone(backbone, loading)
     inputs = inputs_of(model, backbone, size, length)
     if flips_and_shifts and isinstance(inputs, TextInputs):
         raise VisadaptError(f"--augment applies to images only, and {backbone} takes texts")
+    if isinstance(inputs, TextInputs):
+        check_texts(model, inputs)
     table = data_options(
         text=text,
         image=image,
@@ -145,7 +152,7 @@ def train(
     )
     options = {**table, **data_options(root=root, online=online)}
     if isinstance(inputs, ImageInputs):
-        options["damaged"] = damaged
+        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
     splits = inputs.load(data, seed=seed, **options)
     for remark in splits.remarks:
         say(remark)
@@ -154,7 +161,6 @@ def train(
     if splits.problem_type == "single_label_classification" and len(present := splits.train.labels.unique()) < 2:
         one = splits.classes[int(present)]
         raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
-    name = target.stem if task is None else task
     torch.manual_seed(seed)
     visadapt.inject(
         model,

@@ -70,6 +70,29 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
     )
 
 
+def check_texts(model: nn.Module, inputs: TextInputs) -> None:
+    """Check that a tokenizer gives what a model takes.
+
+    Raises:
+        VisadaptError: it has more tokens than the model, or does not end texts with the token that the model needs.
+    """
+    config: Any = getattr(model, "config", None)
+    tokens = inputs.read(["a\tb"])["input_ids"][0].tolist()
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int) and max(len(inputs.tokens), *tokens) > size:
+        raise VisadaptError(
+            f"the tokenizer of {inputs.tokenizer} has {len(inputs.tokens)} tokens, and the model only {size}: save the "
+            "tokenizer that the model was trained with into its folder"
+        )
+    end = getattr(config, "eos_token_id", None)
+    # models of this form read their answer at the end-of-text token
+    if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) and tokens.count(end) != 1:
+        raise VisadaptError(
+            f"the tokenizer of {inputs.tokenizer} must end each text with token {end}, which the model needs, got "
+            f"{tokens.count(end)} of it"
+        )
+
+
 def described(inputs: Inputs) -> dict[str, Any]:
     """Describe inputs as JSON values, for the notes of a task file."""
     kind = next(kind for kind, form in _KINDS.items() if isinstance(inputs, form))

@@ -18,7 +18,7 @@ from visadapt.errors import VisadaptError, option
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HELD = 1 << 30
+HELD = 10**9
 """Bytes of images that are kept in memory; larger sets are read again in every epoch."""
 
 DAMAGED = 0.05

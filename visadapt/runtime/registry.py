@@ -19,6 +19,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.versions import Versions
+from visadapt.runtime.watch import Watch
 
 
 class Mixed(tuple[str | None, ...]):
@@ -112,6 +113,7 @@ class Registry(Choices):
         digests: of the backbone's tensors, as far as they are known.
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
+        watch: what is looked at before and after each forward.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
     """
@@ -123,6 +125,7 @@ class Registry(Choices):
         self.hosts: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
         self.versions = Versions(facts.model)
+        self.watch = Watch()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None

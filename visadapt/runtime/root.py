@@ -1,4 +1,4 @@
-"""The call of a whole model: which task is meant is captured where it begins, and checked where it ends."""
+"""The call of a whole model: what is meant is captured where it begins, and what moved is put back where it ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from visadapt.backbone.modules import CHILD, OURS, REGISTRY
+from visadapt.backbone.tracing import is_tracing
 from visadapt.runtime.registry import Parts, Registry
 
 
 def capture_calls(model: nn.Module) -> None:
-    """Let each call of a model be for the tasks that are meant where it begins.
+    """Let each call of a model be for the tasks that are meant where it begins, and leave the backbone as it was.
 
     What is chosen during a call, here or in another thread, is for later ones. A call during which its task is removed
     is an error.
@@ -32,7 +33,9 @@ def _enter(model: nn.Module, args: Any) -> None:
     if registry is not None:
         if model.__dict__.get("_is_replica"):
             registry = model.__dict__[REGISTRY] = _held(model, registry)
-        registry.begin(sys._getframe(1))
+        block = registry.begin(sys._getframe(1))
+        if not is_tracing():
+            registry.watch.before(model, registry.hosts, block.below is not None and block.below.captured)
 
 
 def _leave(model: nn.Module, args: Any, out: Any) -> None:
@@ -41,7 +44,11 @@ def _leave(model: nn.Module, args: Any, out: Any) -> None:
     registry: Registry | None = model.__dict__.get(REGISTRY)
     if registry is not None:
         block = registry.finish(sys._getframe(1))
-        if block is not None and out is not None:
+        if block is None:
+            return
+        if not is_tracing():
+            registry.watch.after()
+        if out is not None:
             registry.check(block)
 
 
