@@ -211,7 +211,7 @@ def test_a_wrong_argument_is_an_error_that_names_it_and_changes_nothing(context:
     before, shape, state = snapshot(context.model), anatomy(context.model), context.state()
     failures = []
     for argument, value in wrong(name):
-        if any((name, argument) == entry[:2] and (value is entry[2] or repr(value) == repr(entry[2])) for entry in MEANT):
+        if any((name, argument, repr(value)) == (*entry[:2], repr(entry[2])) for entry in MEANT):
             continue
         call = f"{name}({argument}={value!r:.60})"
         try:

@@ -31,8 +31,9 @@ def check_width(m: Any, what: str = "m") -> None:
 
 def is_real(value: Any) -> bool:
     """Whether a value is a finite number, not a bool or a string."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < _LARGEST and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def check_count(value: Any, what: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
-from visadapt.checks import check_count
+from visadapt.checks import check_count, check_non_negative
 from visadapt.data.image_file import square_pixels, to_tensor
 from visadapt.data.image_layouts import files_below
 from visadapt.data.image_sources import find
@@ -92,6 +92,7 @@ class ImageSet:
         return self.train.subset(left), self.train.subset(chosen)
 
 
+@takes()
 def load_images(
     data: Any,
     *,
@@ -135,6 +136,7 @@ def load_images(
         VisadaptError: there is no such data set or folder, its layout is not as above, its images differ in size and
             ``size`` is not given, too many are damaged, or a required library is missing.
     """
+    check_non_negative(damaged, "damaged")
     if size is not None and size < 1:
         raise VisadaptError(f"size must be at least 1 pixel, got {size}")
     found = find(data, root=root, download=download, classes=classes, online=online, **columns)

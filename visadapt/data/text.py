@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visadapt.arguments import check_fields
+from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
 from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, check_form, held_out
@@ -106,6 +106,7 @@ class TextSet:
         check_fields(self)
 
 
+@takes()
 def load_text(
     name_or_path: str | Path,
     *,

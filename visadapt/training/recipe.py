@@ -74,7 +74,7 @@ class Recipe:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, *(name for names in _CHECKS.values() for name in names))
+        check_fields(self, "betas", *(name for names in _CHECKS.values() for name in names))
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():
@@ -82,7 +82,7 @@ class Recipe:
                 value = getattr(self, name)
                 if value is not None or name not in _OPTIONAL:
                     check(value, name)
-        if len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
             raise VisadaptError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {self.milestones!r}")
