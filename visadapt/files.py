@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from visadapt.errors import VisadaptError
+
+_ABANDONED = 3600.0
+"""Age in seconds at which a partial file that is not being written was left by a process that died."""
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Open a temporary file that replaces ``target`` when the block ends, and is deleted if it ends in an error.
+
+    The new file has the permissions of the one that it replaces. Partial files of the same target that processes left
+    behind when they died are deleted.
 
     Args:
         target: the file to create or replace.
@@ -22,23 +31,32 @@ def replacing(target: Path) -> Iterator[Path]:
         The path of an empty file in the same folder.
 
     Raises:
-        VisadaptError: the folder cannot be written to.
+        VisadaptError: the folder cannot be written to, or the disk is full; the target is as it was.
     """
+    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
     try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(descriptor)
+        # with the permissions of an ordinary new file
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
-    partial = Path(name)
     try:
         yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
+        with suppress(FileNotFoundError):
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, target)
+        _sweep(target)
     except OSError as error:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sweep(target: Path) -> None:
+    """Delete partial files of a target that have not been written to for long."""
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.partial")
+    with suppress(OSError):
+        for entry in os.scandir(target.parent):
+            if name.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED:
+                os.unlink(entry.path)

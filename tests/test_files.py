@@ -1,0 +1,103 @@
+"""Files are replaced whole or not at all, keep their permissions, and leave nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+
+import visadapt
+from tests.models import ZOO
+from visadapt import VisadaptError
+from visadapt.files import replacing
+
+
+def write(target: Path, text: str = "new") -> None:
+    with replacing(target) as partial:
+        partial.write_text(text)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o640, 0o664])
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path, permissions: int) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    target.chmod(permissions)
+    write(target)
+    assert (target.read_text(), mode(target)) == ("new", permissions)
+
+
+def test_a_new_file_has_those_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write(tmp_path / "file")
+    assert mode(tmp_path / "file") == mode(tmp_path / "other")
+
+
+def test_the_umask_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "umask")
+    write(tmp_path / "file")
+
+
+def test_partial_files_of_dead_writers_are_swept(tmp_path: Path) -> None:
+    old, fresh, other = (tmp_path / f".file.{digit * 16}.partial" for digit in "abc")
+    other = other.with_name(".file.bak")
+    for path in (old, fresh, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, ".file.bak", "file"])
+
+
+@pytest.mark.parametrize("where", ["open", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, where, full)
+        with pytest.raises(VisadaptError, match=r"cannot write .*file: No space left on device"):
+            write(target)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_descriptors_a_task_is_saved_not_at_all(tmp_path: Path) -> None:
+    model = visadapt.inject(ZOO["tiny/resnet"].make(), m=2, task="a")
+    path = visadapt.save(model, "a", tmp_path / "a.visadapt")
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        for call in (lambda: visadapt.save(model, "a", path), lambda: visadapt.load(model, path, task="b")):
+            with pytest.raises(VisadaptError, match="Too many open files"):
+                call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.visadapt"]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as partial:
+            partial.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
