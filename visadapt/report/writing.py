@@ -15,13 +15,13 @@ from visadapt.report.style import Look
 
 
 @takes()
-def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str = "Results") -> list[Path]:
+def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str | None = None) -> list[Path]:
     """Write ``OUT.md``, ``OUT.html`` and the figures ``OUT/….svg``; the same results give the same bytes.
 
     Args:
         results: a folder or file of results.
         out: path of the pages without a suffix, such as ``docs/results``.
-        title: title of both pages.
+        title: title of both pages; by default it names the networks and counts problems and results.
 
     Returns:
         The paths of the written files, the pages first.
