@@ -120,7 +120,7 @@ def check_argument(value: Any, hint: Any, name: str) -> None:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; integers are numbers, booleans are not, strings are no sequences."""
+    """Whether a value is of an annotated type; integers are numbers, booleans are not, and strings are not sequences."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, TypeVar | str):
         return True
