@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "Mona",
             "DoRA",
             "CoLoRA",
+            "Ladder",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

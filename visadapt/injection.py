@@ -39,7 +39,7 @@ def inject(
     labels: Sequence[str] | None = None,
     head: str | Sequence[str] = "auto",
     train_also: str | Sequence[str] = (),
-    norms: str = "affine",
+    norms: str = "auto",
     where: Where | None = None,
     example: Any = None,
     **build: Any,
@@ -78,7 +78,8 @@ def inject(
             an embedding. They are saved with the task, and mixed batches run each sample through its own task's.
             Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
-            running statistics never move) or ``full`` (statistics too, which move in train mode).
+            running statistics never move) or ``full`` (statistics too, which move in train mode). ``auto``
+            is ``affine``, and ``frozen`` for a :class:`visadapt.Ladder`.
         where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
         example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
@@ -107,6 +108,7 @@ def inject(
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
+    norms = chosen.norms if norms == "auto" else norms
     _check_options(task, num_classes, labels, norms)
     with STRUCTURE:
         registry = _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)

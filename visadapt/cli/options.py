@@ -60,7 +60,11 @@ MethodOption = Annotated[
 ]
 
 Norms = Annotated[
-    str, typer.Option(help="What the task trains of the norms: frozen, affine, or full (with statistics).")
+    str,
+    typer.Option(
+        help="What the task trains of the norms: frozen, affine, full (with statistics), or auto: affine, and frozen "
+        "for a Ladder."
+    ),
 ]
 
 Text = Annotated[

@@ -21,7 +21,7 @@ def summary(
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
-    norms: Norms = "affine",
+    norms: Norms = "auto",
     where: Where = None,
     build: Build = None,
 ) -> None:

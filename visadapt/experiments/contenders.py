@@ -17,6 +17,7 @@ from visadapt.injection import inject
 from visadapt.methods import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.training import Recipe
+from visadapt.training.recipe import EARLIER
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Contender:
 
     def described(self) -> dict[str, Any]:
         """Return everything that its results depend on, as JSON values."""
+        recipe = dataclasses.asdict(self.recipe)
+        # results from before a recipe had an option keep their keys
+        recipe = {name: value for name, value in recipe.items() if name not in EARLIER or value != EARLIER[name]}
         return {
             "method": type(self.method).__name__,
             "options": self.method.options(),
             "norms": self.norms,
             "where": None if self.where is None else str(self.where),
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": recipe,
         }
 
     def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
