@@ -48,7 +48,10 @@ problem = ImageProblem(
 )
 data = problem.splits
 # from a random head: the learning rates above were swept that way
-recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False) for name, recipe in RECIPES.items()}
+recipes = {
+    name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False)
+    for name, recipe in RECIPES.items()
+}
 duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
     f"{args.backbone} on {args.data}: {len(data.train):,} training images at {size} px, {duration} "

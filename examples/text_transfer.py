@@ -42,7 +42,10 @@ problem = TextProblem(
 )
 data = problem.splits
 # from a random head: the learning rates above were swept that way
-recipes = {name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False) for name, recipe in RECIPES.items()}
+recipes = {
+    name: recipe if name == "Linear" else recipe.replace(epochs=epochs, head_first=False)
+    for name, recipe in RECIPES.items()
+}
 duration = f"{epochs} epoch{'s' * (epochs > 1)}"
 caption = (
     f"{args.backbone} on {args.data} ({', '.join(data.classes)}): {len(data.train):,} training texts of at most "

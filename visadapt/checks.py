@@ -7,18 +7,21 @@ from typing import Any
 
 from visadapt.errors import VisadaptError, nearest
 
+_LARGEST = 2**63
+"""What tensors count with."""
+
 
 def check_num_classes(num_classes: object) -> None:
     """Refuse anything but a positive integer or None."""
     if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes < _LARGEST
     ):
         raise VisadaptError(f"num_classes must be a positive integer, got {num_classes!r}")
 
 
 def check_width(m: Any, what: str = "m") -> None:
     """Refuse widths that are neither a positive integer nor a fraction."""
-    whole = isinstance(m, int) and not isinstance(m, bool) and m >= 1
+    whole = isinstance(m, int) and not isinstance(m, bool) and 1 <= m < _LARGEST
     fraction = isinstance(m, float) and math.isfinite(m) and 0 < m < 1
     if not whole and not fraction:
         raise VisadaptError(
@@ -28,12 +31,14 @@ def check_width(m: Any, what: str = "m") -> None:
 
 def is_real(value: Any) -> bool:
     """Whether a value is a finite number, not a bool or a string."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def check_count(value: Any, what: str) -> None:
     """Refuse anything but a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
         raise VisadaptError(f"{what} must be a positive integer, got {value!r}")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint
 from visadapt.backbone.modules import unwrapped
@@ -44,6 +45,7 @@ FORMAT = 1
 KIND = "visadapt"
 
 
+@takes()
 def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> Path:
     """Write a task to a file, atomically: its own tensors and nothing of the backbone.
 
@@ -126,6 +128,7 @@ def _backbone(registry: Registry) -> dict[str, Any]:
         return {}
 
 
+@takes()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError, nearest
 
 # next to this module in an installed wheel, at the top in a checkout
@@ -29,6 +30,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(line.split("  ", 1)[1] for line in lines))
 
 
+@takes()
 def path(name: str) -> Path:
     """Return the path of a bundled file.
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.arguments import check_fields, takes
+from visadapt.checks import check_count, check_non_negative
 from visadapt.data.image_file import square_pixels, to_tensor
 from visadapt.data.image_layouts import files_below
 from visadapt.data.image_sources import find
@@ -33,6 +35,7 @@ class ImageSplit:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             shape, dtype = tuple(self.images.shape), self.images.dtype
             raise VisadaptError(f"images must be uint8 of shape (N, 3, H, W), got {dtype} of shape {shape}")
@@ -66,6 +69,7 @@ class ImageSet:
     validation: ImageSplit | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for split in filter(None, (self.train, self.test, self.validation)):
             if (
                 split.labels.dtype == torch.int64
@@ -88,6 +92,7 @@ class ImageSet:
         return self.train.subset(left), self.train.subset(chosen)
 
 
+@takes()
 def load_images(
     data: Any,
     *,
@@ -131,6 +136,7 @@ def load_images(
         VisadaptError: there is no such data set or folder, its layout is not as above, its images differ in size and
             ``size`` is not given, too many are damaged, or a required library is missing.
     """
+    check_non_negative(damaged, "damaged")
     if size is not None and size < 1:
         raise VisadaptError(f"size must be at least 1 pixel, got {size}")
     found = find(data, root=root, download=download, classes=classes, online=online, **columns)
@@ -140,6 +146,7 @@ def load_images(
     return ImageSet(found.name, found.classes, **splits)
 
 
+@takes()
 def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSet:
     """Load an image data set whose images can be resized to any side without distortion.
 
@@ -149,6 +156,7 @@ def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSe
             images take less memory.
         **options: passed to `load_images`.
     """
+    check_count(size, "size")
     try:
         found = load_images(name_or_path, **options)
     except SizesDifferError:
@@ -157,6 +165,7 @@ def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSe
     return found if square else load_images(name_or_path, size=size, **options)
 
 
+@takes()
 def image_files(place: str | Path) -> list[Path]:
     """List image files: the file itself, or all image files below a folder, sorted.
 
@@ -180,6 +189,7 @@ def image_files(place: str | Path) -> list[Path]:
     return found
 
 
+@takes()
 def read_images(files: Iterable[Any], size: int) -> Tensor:
     """Read images, resize the shorter side to ``size`` pixels and crop the centre square.
 
@@ -193,4 +203,5 @@ def read_images(files: Iterable[Any], size: int) -> Tensor:
     Raises:
         VisadaptError: a file is not a readable image, or ``files`` is empty.
     """
+    check_count(size, "size")
     return read_all(files, partial(square_pixels, size=size))

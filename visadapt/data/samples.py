@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.arguments import check_fields, takes
+from visadapt.checks import check_count
 from visadapt.data.transforms import normalize
 from visadapt.errors import VisadaptError
 
@@ -27,6 +29,7 @@ class Samples:
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         parts = self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]
         counts = {len(part) for part in parts}
         if len(counts) != 1:
@@ -64,6 +67,7 @@ def ready(inputs: Any) -> Any:
     return inputs
 
 
+@takes()
 def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cut off the columns of tokenised texts in which every text has padding."""
     mask = inputs["attention_mask"]
@@ -74,6 +78,7 @@ def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v[:, first:last] if v.shape[:2] == mask.shape else v for k, v in inputs.items()}
 
 
+@takes()
 def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
     """Tokenise texts.
 
@@ -85,6 +90,7 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
     Raises:
         VisadaptError: the split is empty.
     """
+    check_count(max_length, "max_length")
     if not len(split):
         raise VisadaptError("texts to tokenise must not be empty")
     if tokenizer.pad_token is None:

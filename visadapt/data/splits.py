@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError, nearest
 
 Set = TypeVar("Set", bound=Any)
@@ -67,6 +68,7 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     return left.nonzero().flatten(), chosen.sort().values
 
 
+@takes()
 def renumbered(data: Set, labels: Sequence[str]) -> Set:
     """Renumber a data set's classes as a task numbers its labels.
 
@@ -79,6 +81,9 @@ def renumbered(data: Set, labels: Sequence[str]) -> Set:
     Raises:
         VisadaptError: a class of the data is not one of the labels; the nearest is named.
     """
+    whole: Any = data
+    if not hasattr(whole, "classes") or not dataclasses.is_dataclass(whole):
+        raise VisadaptError(f"data must be an ImageSet or a TextSet, got {type(data).__name__}")
     numbers = numbers_of(data.classes, labels, data.name)
     splits = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     moved = {

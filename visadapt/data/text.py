@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
 from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, check_form, held_out
@@ -71,6 +72,7 @@ class TextSplit:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_form(self.labels, len(self.texts))
 
     def __len__(self) -> int:
@@ -100,7 +102,11 @@ class TextSet:
     validation: TextSplit
     test: TextSplit
 
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+
+@takes()
 def load_text(
     name_or_path: str | Path,
     *,

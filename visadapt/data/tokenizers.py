@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
 
@@ -31,6 +32,7 @@ def minilm_path() -> Path:
     return folder
 
 
+@takes()
 def tokenizer_of(backbone: str, **options: Any) -> Any:
     """Load the tokenizer of a backbone of transformers.
 

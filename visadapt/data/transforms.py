@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visadapt.arguments import takes
+from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,6 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@takes()
 def normalize(
     images: Tensor,
     size: int | None = None,
@@ -38,6 +41,8 @@ def normalize(
     Raises:
         VisadaptError: the images are not a uint8 batch of three channels.
     """
+    if size is not None:
+        check_count(size, "size")
     _check(images)
     if images.dtype != torch.uint8:
         raise VisadaptError(f"images must be uint8, got {images.dtype}")
@@ -48,6 +53,7 @@ def normalize(
     return x.sub_(centre).div_(x.new_tensor(std).view(-1, 1, 1))
 
 
+@takes()
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, crop_padding: int = 4) -> Tensor:
     """Shift every image by a random crop of its zero-padded copy, and mirror half of them.
 

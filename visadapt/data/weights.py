@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.data import bundled
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
@@ -42,6 +43,7 @@ def resnet50() -> nn.Module:
     return net.eval()
 
 
+@takes()
 def dequantise(file: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file whose int8 tensors ``KEY`` have an fp32 scale per output channel in ``KEY_scale``.
 

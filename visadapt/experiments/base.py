@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from visadapt.arguments import check_argument, check_fields, takes
+from visadapt.checks import check_count
+from visadapt.errors import VisadaptError
 from visadapt.experiments.executors import get_engine
 from visadapt.experiments.record import Record, Result
 from visadapt.experiments.run import Lookup, Run
@@ -23,6 +27,11 @@ class Experiment(ABC):
 
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            check_numbers(getattr(self, field.name), field.name)
+
     @abstractmethod
     def runs(self, lookup: Lookup) -> Sequence[Run]:
         """Return all runs that are known to be wanted given the results so far, whether finished or not.
@@ -35,6 +44,18 @@ class Experiment(ABC):
         """
 
 
+def check_numbers(value: Any, name: str) -> None:
+    """Refuse negative seeds, and other numbers that are not positive; problems, contenders and seeds must be given."""
+    if name in ("problems", "contenders", "seeds") and not value:
+        raise VisadaptError(f"{name} must have at least one entry")
+    for each in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(each, int | float) and not isinstance(each, bool):
+            check_argument(each, float, name)
+            if each < 0 or (each == 0 and name != "seeds"):
+                raise VisadaptError(f"{name} must be {'at least 0' if name == 'seeds' else 'positive'}, got {each!r}")
+
+
+@takes()
 def run_experiment(
     experiment: Experiment,
     results_folder: str | os.PathLike[str],
@@ -65,6 +86,7 @@ def run_experiment(
     Raises:
         VisadaptError: the engine is unknown, the folder holds files that are not results, or a training run failed.
     """
+    check_count(processes, "processes")
     workspace = Workspace(Path(results_folder), device, progress)
     execute = get_engine(engine)
     record = Record(results_folder)

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments.contenders import Contender
 from visadapt.methods import (
@@ -54,6 +55,7 @@ def is_adapter(name: str) -> bool:
     return not name.startswith(_BASELINES)
 
 
+@takes()
 def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
     """Build a contender of the catalogue; its recipe has the second of its learning rates.
 

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from visadapt.arguments import check_fields
 from visadapt.backbone.site import Where
+from visadapt.checks import check_choice, check_positive
 from visadapt.experiments.problems import Problem
 from visadapt.injection import inject
 from visadapt.methods import Method
-from visadapt.methods.policy import NormPolicy
+from visadapt.methods.policy import NORM_POLICIES, NormPolicy
 from visadapt.training import Recipe
 from visadapt.training.recipe import EARLIER
 
@@ -37,6 +39,12 @@ class Contender:
     norms: str = "affine"
     where: Where | None = None
     rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "where")
+        check_choice(self.norms, NORM_POLICIES, "norms")
+        for rate in self.rates:
+            check_positive(rate, "a rate of rates")
 
     def with_recipe(self, **changes: Any) -> Contender:
         """Return a copy with some fields of its recipe changed."""

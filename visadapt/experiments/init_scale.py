@@ -39,6 +39,7 @@ class InitScale(Experiment):
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.who.method, Bottleneck):
             raise VisadaptError(f"the method of init_scale's contender must be a Bottleneck, got {self.who.method}")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments.images import ImageProblem
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.texts import TextProblem
 
 
+@takes()
 def problem(network: str, data: str, **options: Any) -> Problem:
     """Build the problem of adapting a backbone to a data set.
 

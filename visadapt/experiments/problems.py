@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import check_fields
+from visadapt.checks import check_count
 from visadapt.data.inputs import Splits
 from visadapt.experiments.digest import digest
 from visadapt.experiments.networks import network, short_name
@@ -44,6 +46,13 @@ class Problem(ABC):
     options: tuple[tuple[str, Any], ...] = ()
 
     modality: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int):
+                check_count(value, field.name)
 
     @property
     def metric(self) -> str:

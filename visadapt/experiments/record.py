@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.experiments.result_check import check_result
@@ -105,6 +106,7 @@ def key_of(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@takes()
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """Read all results in a ``.json`` or ``.csv`` file, or in a folder and its subfolders.
 
@@ -130,6 +132,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     return sorted(results.values(), key=_order)
 
 
+@takes()
 def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
     """Write results as a CSV table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it.
 
@@ -143,12 +146,16 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
     Raises:
         VisadaptError: the file cannot be written.
     """
+    rows = list(results)
+    other = next((row for row in rows if not isinstance(row, Result)), None)
+    if other is not None:
+        raise VisadaptError(f"results must be results of experiments, got {type(other).__name__}")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_FIELDS)
-        for result in sorted(results, key=_order):
+        for result in sorted(rows, key=_order):
             values = dataclasses.asdict(result).values()
             writer.writerow(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
     return target

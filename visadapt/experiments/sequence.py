@@ -53,6 +53,7 @@ class Sequence(Experiment):
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         networks = {f"{p.network} {dict(p.options)}" for p in self.problems}
         if len(networks) != 1:
             raise VisadaptError(f"the problems of a sequence must have one network, got {sorted(networks)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from visadapt.arguments import takes
 from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
 from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
@@ -25,6 +26,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05}
 """Largest error, relative to the largest output, that a merge may show on its probe, by the lowest precision in it."""
 
 
+@takes()
 def merge(
     model: ModelT, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
 ) -> ModelT:
@@ -84,6 +86,7 @@ def merge(
 
 
 @torch.no_grad()
+@takes()
 def merge_error(model: nn.Module, merged: nn.Module, task: str, probe: Any = None) -> tuple[float, float]:
     """The largest absolute difference between a task's outputs and a merged model's, and the largest output.
 

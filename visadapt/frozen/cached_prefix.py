@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from visadapt.arguments import takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import last_name, parent, unwrapped
 from visadapt.backbone.trace import call
@@ -108,6 +109,7 @@ class CachedPrefix:
             )
 
 
+@takes("views", "batch_size", "task")
 def cache_prefix(
     model: nn.Module,
     task: str,

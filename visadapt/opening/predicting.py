@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.checks import check_count, is_real
 from visadapt.errors import VisadaptError
@@ -54,6 +55,7 @@ class Prediction:
         return self.probabilities[0] if self.probabilities else None
 
 
+@takes()
 def predict(
     model: nn.Module,
     inputs: Any,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs, described, from_description, inputs_of
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import registry_of
@@ -56,6 +57,7 @@ def listed(raw: Any) -> list[Any]:
     return list(raw)
 
 
+@takes()
 def preprocess(
     model: nn.Module, task: str | None = None, *, backbone: str | None = None, online: bool = False
 ) -> Preprocess:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from visadapt.arguments import takes
 from visadapt.checks import is_real
 from visadapt.errors import VisadaptError
 from visadapt.opening.card import model_card
@@ -18,6 +19,7 @@ from visadapt.runtime.registry import registry_of
 from visadapt.task_file import save
 
 
+@takes()
 def push_to_hub(
     model: nn.Module,
     task: str | Sequence[str],

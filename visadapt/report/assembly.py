@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
 from visadapt.report.ablation import ablation
@@ -42,6 +43,7 @@ class Report:
     made_with: tuple[str, ...]
 
 
+@takes()
 def build(results: Sequence[Result], title: str | None = None) -> Report:
     """Build a report of all experiments that have results.
 

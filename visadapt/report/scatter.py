@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visadapt.arguments import takes
 from visadapt.experiments.catalogue import is_adapter
 from visadapt.experiments.record import Result
 from visadapt.files import replacing
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@takes()
 def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "") -> Path:
     """Write a figure of score by trained parameters, heads included, as a fraction of the backbone's.
 

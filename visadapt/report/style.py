@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from visadapt.arguments import check_fields
+from visadapt.checks import check_choice
+from visadapt.errors import VisadaptError
 from visadapt.optional import require
 
 if TYPE_CHECKING:
@@ -50,6 +53,12 @@ class Look:
 
     theme: str = "light"
     width: float = 7.2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_choice(self.theme, _PAPER, "theme")
+        if not 1 <= self.width <= 100:
+            raise VisadaptError(f"width must be from 1 to 100 inches, got {self.width!r}")
 
     @property
     def narrow(self) -> bool:

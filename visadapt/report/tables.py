@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
+from visadapt.arguments import takes
 from visadapt.experiments.record import Result
 from visadapt.report.formatting import mean_and_std
 from visadapt.report.statistics import group_by, percent_trained
 from visadapt.table import Table
 
 
+@takes()
 def table(results: Sequence[Result], title: str = "") -> Table:
     """Build a table of scores (mean and standard deviation over seeds), parameters, seconds and file sizes.
 
@@ -39,6 +41,7 @@ def table(results: Sequence[Result], title: str = "") -> Table:
     return Table(headings, rows, title)
 
 
+@takes()
 def sweep_table(results: Sequence[Result], title: str = "") -> Table:
     """Build a table of validation scores in % at each learning rate, with the best marked by ``*``.
 

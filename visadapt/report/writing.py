@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from visadapt.arguments import takes
 from visadapt.experiments.record import read_results
 from visadapt.files import replacing
 from visadapt.report.assembly import build
@@ -13,6 +14,7 @@ from visadapt.report.markdown_page import markdown
 from visadapt.report.style import Look
 
 
+@takes()
 def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str | None = None) -> list[Path]:
     """Write ``OUT.md``, ``OUT.html`` and the figures ``OUT/….svg``; the same results give the same bytes.
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
+from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.twins import bare_twin
@@ -129,6 +131,7 @@ def _hear(module: nn.Module, args: Any) -> None:
         heard.append(args[0])
 
 
+@takes()
 def fit_decider(
     model: nn.Module, samples: Mapping[str, Iterable[Any]], *, weight_decay: float = 1e-3, steps: int = 100
 ) -> Decider:
@@ -154,6 +157,8 @@ def fit_decider(
         >>> decider.tasks
         ('dark', 'bright')
     """
+    check_non_negative(weight_decay, "weight_decay")
+    check_count(steps, "steps")
     registry = registry_of(model)
     names = tuple(registry.task(name).name for name in samples)
     if len(names) < 2:
@@ -206,6 +211,7 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
     return decider.choose(model, inputs)
 
 
+@takes()
 def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the model's decider to a safetensors file, atomically.
 
@@ -220,6 +226,7 @@ def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+@takes()
 def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     """Load a decider into an injected model.
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.batch import Key
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
@@ -182,6 +183,7 @@ def _looks(part: nn.Module) -> list[Any]:
     return found
 
 
+@takes()
 def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict[str | None, Tensor]:
     """Split the logits of a mixed batch by task, each cut to the width of its own head.
 

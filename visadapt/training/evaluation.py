@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
+from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.training.batches import Batches
 from visadapt.training.engine import Engine, LogitsModel
@@ -20,6 +22,7 @@ from visadapt.training.target import Target, target_of
 Prepare = Callable[[Any], Any]
 
 
+@takes()
 def evaluate(
     model: nn.Module,
     task: str | None,
@@ -60,6 +63,7 @@ def evaluate(
         ['accuracy', 'loss']
     """
     objective = Objective(loss)
+    check_count(batch_size, "batch_size")
     batches = Batches(data, batch_size, "evaluation", objective=objective)
     target = _target(model, task)
     for metric in metrics:
@@ -68,6 +72,7 @@ def evaluate(
     return scores(logits_model, target, batches, metrics)
 
 
+@takes()
 def predict(
     model: nn.Module,
     task: str | None,
@@ -100,6 +105,7 @@ def predict(
         >>> predict(model, "flowers", torch.randn(5, 3, 16, 16)).shape
         torch.Size([5, 3])
     """
+    check_count(batch_size, "batch_size")
     batches = Batches(data, batch_size, "prediction", labelled=False)
     logits_model = LogitsModel(model, prepare or ready, Engine(model, device, precision))
     target = _target(model, task)

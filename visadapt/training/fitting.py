@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visadapt.arguments import takes
 from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
@@ -34,6 +35,7 @@ from visadapt.training.signature import described, identity
 from visadapt.training.target import Target, only_trainable, target_of
 
 
+@takes("task", "recipe", "accumulate", "checkpoint_every", "loss", "metric")
 @one_at_a_time
 def fit(
     model: nn.Module,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.optional import require
@@ -27,6 +28,7 @@ class JsonLines:
         VisadaptError: the folder does not exist.
     """
 
+    @takes()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():

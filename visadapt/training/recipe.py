@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from visadapt.arguments import check_fields
 from visadapt.checks import (
     check_choice,
     check_count,
@@ -99,6 +100,8 @@ class Recipe:
         check_flag(self.fast, "fast")
         if self.compile is not None:
             check_choice(self.compile, COMPILE_MODES, "compile mode")
+        numbers = (name for names in _CHECKS.values() for name in names)
+        check_fields(self, "betas", "compile", "head_first", "fast", *numbers)
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():
@@ -106,7 +109,7 @@ class Recipe:
                 value = getattr(self, name)
                 if value is not None or name not in _OPTIONAL:
                     check(value, name)
-        if len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
             raise VisadaptError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {self.milestones!r}")

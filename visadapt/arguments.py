@@ -1,0 +1,192 @@
+"""Arguments compared with annotations: a wrong type is one error that names the argument."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+import types
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from visadapt.errors import VisadaptError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MISSING = object()
+
+
+def takes(*own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function refuse arguments of another type than it is annotated with, before it does anything.
+
+    Args:
+        *own: parameters that the function checks itself.
+
+    Returns:
+        A decorator. The function keeps its name, signature and documentation.
+
+    Example:
+        >>> from visadapt.arguments import takes
+        >>> @takes()
+        ... def double(number: float) -> float:
+        ...     return 2 * number
+        >>> double(2)
+        4
+        >>> double("2")
+        Traceback (most recent call last):
+            ...
+        visadapt.errors.VisadaptError: number must be a number, got '2'
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        hints: dict[str, Any] = {}
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not hints:
+                hints.update(_hints(function, [name for name in signature.parameters if name not in own]))
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
+            for name, value in bound.arguments.items():
+                kind = signature.parameters[name].kind
+                if name in hints and kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+                    check_argument(value, hints[name], name)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def check_fields(instance: Any, *own: str) -> None:
+    """Refuse a dataclass of which a field has another type than it is annotated with.
+
+    Args:
+        instance: of a dataclass, as its ``__post_init__`` sees it.
+        *own: fields that the class checks itself.
+
+    Raises:
+        VisadaptError: the field is named.
+    """
+    names = [field.name for field in dataclasses.fields(instance) if field.name not in own]
+    cls: Any = type(instance)
+    for name, hint in _class_hints(cls, tuple(names)).items():
+        check_argument(getattr(instance, name), hint, name)
+
+
+@functools.cache
+def _class_hints(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__annotations__" in base.__dict__:
+            found.update(_hints(base, [name for name in names if name in base.__annotations__]))
+    return found
+
+
+def _hints(owner: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Annotations as objects; those that only a type checker can resolve are left out."""
+    space = getattr(owner, "__globals__", None) or vars(inspect.getmodule(owner))
+    found = {}
+    for name in names:
+        hint = owner.__annotations__.get(name, Any)
+        try:
+            found[name] = eval(hint, space) if isinstance(hint, str) else hint
+        except (NameError, TypeError):
+            continue
+    return found
+
+
+def check_argument(value: Any, hint: Any, name: str) -> None:
+    """Refuse a value of another type than an annotation says, and numbers that are not finite.
+
+    Raises:
+        VisadaptError: the argument is named.
+    """
+    if not matches(value, hint):
+        plain = isinstance(value, str | int | float | complex | bytes | None)
+        shown = f"{value!r:.80}" if plain else type(value).__name__
+        raise VisadaptError(f"{name} must be {_words(hint)}, got {shown}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise VisadaptError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise VisadaptError(f"{name} must be a number below 2**63, got {value!r:.80}")
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: integers are numbers, booleans are not, strings are not sequences."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__ or Any
+    if hint is Any or isinstance(hint, str):
+        return True
+    if origin is Literal:
+        # which of them there are is said by the function, with the nearest one
+        return type(value) in set(map(type, inner))
+    if origin in (Union, types.UnionType):
+        return any(matches(value, one) for one in inner)
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is tuple:
+        # lists are as good
+        if not isinstance(value, tuple | list):
+            return False
+        each = inner[:1] * len(value) if len(inner) == 2 and inner[1] is ... else inner
+        return len(each) == len(value) and all(map(matches, value, each))
+    if origin is not None and issubclass(origin, Mapping):
+        whole = isinstance(value, origin)
+        return whole and all(matches(k, inner[0]) and matches(v, inner[1]) for k, v in value.items())
+    if origin is not None and issubclass(origin, AbstractSequence):
+        whole = isinstance(value, origin if origin is list else AbstractSequence) and not isinstance(value, str | bytes)
+        return whole and all(matches(one, inner[0]) for one in value)
+    if origin is not None:
+        text = isinstance(value, str | bytes | Mapping) and origin is not Callable and origin is not type
+        return isinstance(value, origin) and not text if origin is Iterable else isinstance(value, origin)
+    if isinstance(value, bool):
+        return hint is bool or hint is object
+    if hint is int:
+        return isinstance(value, numbers.Integral)
+    if hint is float:
+        return isinstance(value, numbers.Real)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+_NAMES: dict[Any, str] = {
+    str: "a string", int: "an integer", float: "a number", bool: "True or False", None: "None", type(None): "None",
+}  # fmt: skip
+
+
+def _words(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        words = list(dict.fromkeys(map(_words, inner)))
+        if "an integer" in words and "a number" in words:
+            words.remove("an integer")
+        return " or ".join(words)
+    if hint in _NAMES:
+        return _NAMES[hint]
+    if origin is Literal:
+        return " or ".join(dict.fromkeys(_words(type(value)) for value in inner))
+    if origin is not None:
+        if origin.__name__ == "PathLike":
+            return "a path"
+        if origin.__name__ == "Callable":
+            return "a function"
+        items = [one for one in inner if one is not ...]
+        of = f" of {', '.join(map(_plural, items))}" if items else ""
+        return f"a {origin.__name__.lower()}{of}"
+    module = getattr(hint, "__module__", "")
+    name = getattr(hint, "__name__", str(hint))
+    if module.startswith("torch.nn.modules"):
+        return f"a torch.nn.{name}"
+    return f"a {name}"
+
+
+def _plural(hint: Any) -> str:
+    return {str: "strings", int: "integers", float: "numbers", Any: "anything"}.get(hint, _words(hint))
