@@ -22,9 +22,11 @@ from visadapt import (
     Biases,
     Bottleneck,
     ConvAdapter,
+    DoRA,
     Full,
     Linear,
     LoRA,
+    Mona,
     Norms,
     Parallel,
     Series,
@@ -88,6 +90,7 @@ MERGEABLE = {
     "diagonal dan": DAN(diagonal=True),
     "dan of 6 bits": DAN(bits=6, alpha=0.5),
     "lora": LoRA(r=2, alpha=3),
+    "dora": DoRA(r=2),
     "ssf": SSF(),
     "linear": Linear(),
     "norms": Norms(),
@@ -435,6 +438,7 @@ REFUSED = {
         {},
         r"the bottleneck at layer1\.0\.bn2 .*its depthwise conv looks beyond one position",
     ),
+    "convolutions inside": ("tiny/resnet", Mona(m=2), {}, r"the mona at layer1\.0\.bn2 cannot be merged: "),
     "a nonlinearity beside": (
         "transformers/bert",
         AdaptFormer(m=2),
@@ -617,7 +621,7 @@ def test_a_rule_that_is_wrong_is_found_out_by_the_probe(tiny, monkeypatch) -> No
     monkeypatch.setattr(BottleneckAdapter, "as_affine", lambda self: (right(self)[0] * 1.05, right(self)[1]))
     prepared(tiny, LINEAR)
     before = snapshot(tiny)
-    with pytest.raises(VisadaptError, match=r"merging 'task' changed the outputs by .*refused"):
+    with pytest.raises(VisadaptError, match=r"changed what goes into the head by .* of what the task .*refused"):
         visadapt.merge(tiny, "task", inplace=True)
     assert same(tiny.state_dict(), before)
 

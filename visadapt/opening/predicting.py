@@ -17,7 +17,7 @@ from visadapt.checks import check_count, is_real
 from visadapt.errors import VisadaptError
 from visadapt.opening.preparing import listed, preprocess, same_inputs
 from visadapt.runtime.decider import decide
-from visadapt.runtime.mixed import split
+from visadapt.runtime.logits import split
 from visadapt.runtime.registry import AUTO, Task, registry_of
 from visadapt.runtime.selection import using
 

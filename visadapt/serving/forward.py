@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
 from visadapt.runtime.decider import Decider, features
-from visadapt.runtime.mixed import split
+from visadapt.runtime.logits import split
 from visadapt.runtime.registry import AUTO
 from visadapt.runtime.selection import using
 from visadapt.serving.catalogue import Entry
