@@ -335,11 +335,9 @@ def test_what_is_computed_again_in_backward_is_the_same_task(tiny, image, reentr
         for one, other in zip(found(), expected, strict=True):
             torch.testing.assert_close(one, other)
     visadapt.activate(tiny, "b")
-    with pytest.raises(visadapt.VisadaptError, match=r"computed again in backward.*backward\(\) inside"):
-        gradients(tiny, inside=False)
-    with torch.no_grad(), visadapt.using(visadapt.activate(tiny, "b"), "a"):
-        tiny(image)
-    tiny(image).sum().backward()
+    for one, other in zip(gradients(tiny, inside=False), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(p.grad is None for p in visadapt.parameters(tiny, "b"))
 
 
 @members("transformers/bert")

@@ -48,6 +48,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "Bottleneck",
             "Mona",
             "DoRA",
+            "CoLoRA",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

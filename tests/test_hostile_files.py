@@ -557,7 +557,25 @@ RESULT = Result("k0", "compare", "image", "net", "data", "who", 0, "test", "accu
 
 @pytest.mark.parametrize(
     "changed",
-    [{"score": "1"}, {"seed": True}, {"facts": "x"}, {"machine": {"a": 1}}, {"experiment": ["x"]}, {"__class__": "x"}],
+    [
+        {"score": "1"},
+        {"score": float("nan")},
+        {"seed": True},
+        {"seed": -1},
+        {"backbone": 0},
+        {"lr": float("inf")},
+        {"facts": "x"},
+        {"facts": {"a": "\x1b[2J"}},
+        {"experiment": "transfer"},
+        {"experiment": "ablation", "facts": {"first": "0", "last": 1, "norms": "kept"}},
+        {"machine": {"a": 1}},
+        {"machine": {"\x9b31m": "x"}},
+        {"contender": "a\nb"},
+        {"problem": "\u202egnp.x"},
+        {"network": "x" * 2000},
+        {"experiment": ["x"]},
+        {"__class__": "x"},
+    ],
 )
 def test_results_are_typed(traps: Traps, changed: dict[str, Any]) -> None:
     folder = traps.folder / "results"
@@ -571,6 +589,24 @@ def test_results_are_typed(traps: Traps, changed: dict[str, Any]) -> None:
         assert f"error: {evil} is not a result of an experiment" in result.stderr
     assert not (traps.folder / "page.md").exists()
     traps.assert_quiet()
+
+
+def test_names_of_results_are_no_markup_on_pages(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)> [a](javascript:x) $\\frac$ |"
+    rows = [
+        dataclasses.replace(
+            RESULT, key=f"k{i}", contender=f"{name} {i % 2}", problem=name, seed=i // 2, trained=1 + i % 2
+        )
+        for i in range(4)
+    ]
+    for row in rows:
+        write(row, tmp_path / "results")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "results"), "--out", str(tmp_path / "page")])
+    assert result.exit_code == 0, result.output
+    page, text = ((tmp_path / f"page{suffix}").read_text() for suffix in (".html", ".md"))
+    assert "<img src=x" not in page + text
+    assert "&lt;img src=x" in page
+    assert "](javascript:" not in text.replace("\\](javascript:", "")
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "", ".evil"])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "visadapt"
 ROOMS = (
     ("errors",),
     ("limits",),
-    ("checks", "optional", "typed", "bounded_json"),
+    ("checks", "optional", "typed", "bounded_json", "printable"),
     ("table", "files"),
     ("tensor_file",),
     ("backbone",),

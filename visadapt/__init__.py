@@ -15,6 +15,7 @@ from visadapt.methods import (
     AdaptFormer,
     Biases,
     Bottleneck,
+    CoLoRA,
     ConvAdapter,
     DoRA,
     Full,
@@ -27,7 +28,7 @@ from visadapt.methods import (
     Series,
     TopLayers,
 )
-from visadapt.opening import Prediction, predict, preprocess
+from visadapt.opening import Prediction, predict, preprocess, push_to_hub
 from visadapt.opening import open as open  # not in __all__: a star import leaves Python's own in place
 from visadapt.runtime.costs import summary
 from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
@@ -48,6 +49,7 @@ __all__ = [
     "AdaptFormer",
     "Biases",
     "Bottleneck",
+    "CoLoRA",
     "ConvAdapter",
     "DoRA",
     "Full",
@@ -80,6 +82,7 @@ __all__ = [
     "parameters",
     "predict",
     "preprocess",
+    "push_to_hub",
     "remove",
     "save",
     "save_decider",

@@ -1,9 +1,13 @@
-"""The error that visadapt raises, and its hint at the nearest right name."""
+"""The error that visadapt raises, its hint at the nearest right name, and how it spells an option."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
+
+_COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 
 
 class VisadaptError(ValueError):
@@ -31,3 +35,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return ""
     shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
     return f"; there is: {shown}"
+
+
+def option(name: str) -> str:
+    """Spell an option as the caller gives it: ``text=`` to a function, ``--text`` on the command line."""
+    return f"--{name.replace('_', '-')}" if _COMMAND_LINE.get() else f"{name}="
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Let messages spell options as the command line does."""
+    token = _COMMAND_LINE.set(True)
+    try:
+        yield
+    finally:
+        _COMMAND_LINE.reset(token)

@@ -15,6 +15,7 @@ from visadapt.backbone.heads import Head, head_at, modules_at
 from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped, within
 from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
+from visadapt.backbone.structure import STRUCTURE
 from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width
 from visadapt.data.hub import resolve
@@ -24,7 +25,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
 from visadapt.runtime import host
-from visadapt.runtime.registry import Source, Task, check_task_name, facts_of, find_registry, registry_of
+from visadapt.runtime.registry import Registry, Source, Task, check_task_name, facts_of, find_registry, registry_of
 
 
 def inject(
@@ -107,6 +108,26 @@ def inject(
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
     _check_options(task, num_classes, labels, norms)
+    with STRUCTURE:
+        registry = _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)
+        if isinstance(model, str):
+            registry.source = Source(model, build)
+    return model if isinstance(model, nn.Module) else backbone
+
+
+def _inject(
+    backbone: nn.Module,
+    chosen: Method,
+    budget: float | None,
+    task: str,
+    num_classes: int | None,
+    labels: Sequence[str] | None,
+    head: str | Sequence[str],
+    train_also: str | Sequence[str],
+    norms: str,
+    where: Where | None,
+    example: Any,
+) -> Registry:
     registry = find_registry(backbone)
     facts = facts_of(backbone)
     if registry is None:
@@ -128,10 +149,7 @@ def inject(
             sites = Sites(site for site in sites if not within(site.host, also))
         plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
-    registry = commit(facts, plan)
-    if isinstance(model, str):
-        registry.source = Source(model, build)
-    return model if isinstance(model, nn.Module) else backbone
+    return commit(facts, plan)
 
 
 def remove(model: nn.Module, task: str) -> nn.Module:
@@ -154,16 +172,17 @@ def remove(model: nn.Module, task: str) -> nn.Module:
         ['birds']
     """
     registry = registry_of(model)
-    gone = registry.task(task)
-    for path in gone.hosts:
-        module = registry.hosts[path]
-        host.detach(module, task)
-        if CHILD not in module._modules:
-            del registry.hosts[path]
-    del registry.tasks[task]
-    registry.configs.pop(task, None)
-    if registry.active == task or (isinstance(registry.active, tuple) and task in registry.active):
-        registry.active = None
+    with STRUCTURE:
+        gone = registry.task(task)
+        # first, so that whoever misses its parts finds out why
+        registry.tasks = {name: other for name, other in registry.tasks.items() if name != task}
+        registry.withdraw(task)
+        hosts = registry.hosts
+        for path in gone.hosts:
+            host.detach(hosts[path], task)
+        registry.hosts = {path: module for path, module in hosts.items() if CHILD in module._modules}
+        registry.configs.pop(task, None)
+        registry.watch.look_at(unwrapped(model), registry.hosts)
     return model
 
 
@@ -188,16 +207,17 @@ def eject(model: nn.Module) -> nn.Module:
     """
     registry = registry_of(model)
     backbone = unwrapped(model)
-    for name in list(registry.tasks):
-        remove(backbone, name)
-    for module in own_modules(backbone).values():
-        # what replaced a host may have taken its children over
-        module._modules.pop(CHILD, None)
-        unfreeze(module)
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(name in registry.trained)
-        parameter.grad = None
-    del backbone.__dict__["_visadapt"]
+    with STRUCTURE:
+        for name in list(registry.tasks):
+            remove(backbone, name)
+        for module in own_modules(backbone).values():
+            # what replaced a host may have taken its children over
+            module._modules.pop(CHILD, None)
+            unfreeze(module)
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name in registry.trained)
+            parameter.grad = None
+        del backbone.__dict__["_visadapt"]
     return model
 
 

@@ -14,12 +14,14 @@ from torch import nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import within
 from visadapt.backbone.site import Sites
+from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
 from visadapt.runtime import hf_config, host
 from visadapt.runtime.copies import build_head, own_copy, own_module
 from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
+from visadapt.runtime.root import capture_calls
 
 
 @dataclass
@@ -128,6 +130,11 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
 
 def commit(facts: Facts, plan: Plan) -> Registry:
     """Does what a plan says. Nothing here can fail for a reason of the user's."""
+    with STRUCTURE:
+        return _committed(facts, plan)
+
+
+def _committed(facts: Facts, plan: Plan) -> Registry:
     model = facts.model
     registry = find_registry(model)
     if registry is None:
@@ -140,9 +147,9 @@ def commit(facts: Facts, plan: Plan) -> Registry:
             host.unfuse(module, registry)
         if hf_config.is_labelled(model):
             hf_config.label(model)
+        capture_calls(model)
         model.__dict__["_visadapt"] = registry
     task = plan.task
-    registry.tasks[task.name] = task
     if task.head != "frozen" and hf_config.is_labelled(model):
         registry.configs[task.name] = hf_config.task_config(model, task)
     for path, name, part in plan.parts:
@@ -151,11 +158,14 @@ def commit(facts: Facts, plan: Plan) -> Registry:
         host.attach(module, registry, path, task.name, name, part)
         if registry.lean is not None:
             registry.lean.apply(part)
-        registry.hosts[path] = module
-        if path not in task.hosts:
-            task.hosts.append(path)
-    registry.traced.update({site.full_name: site for site in plan.sites if site.traced})
-    registry.active = task.name
+    paths = dict.fromkeys(path for path, _, _ in plan.parts)
+    registry.hosts = {**registry.hosts, **{path: facts.modules[path] for path in paths}}
+    task.hosts = list(dict.fromkeys((*task.hosts, *paths)))
+    registry.traced = {**registry.traced, **{site.full_name: site for site in plan.sites if site.traced}}
+    # last, so that half a task cannot be chosen
+    registry.tasks = {**registry.tasks, task.name: task}
+    registry.watch.look_at(model, registry.hosts)
+    registry.introduce(task.name)
     return registry
 
 

@@ -321,6 +321,7 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     try:
         for key, own in expected.items():
             check_tensor(key, own, tensors)
+        _check_dtypes(expected, tensors)
     except VisadaptError as error:
         raise VisadaptError(f"{path}: {error}") from error
     # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses, and
@@ -333,3 +334,12 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
         own_values._metadata = state._metadata  # type: ignore[attr-defined]
         part.load_state_dict(own_values, assign=True)
         part.requires_grad_(True)
+
+
+def _check_dtypes(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a mixture of dtypes: a task is kept in one, or in those that its parts have."""
+    first: dict[torch.dtype, str] = {}
+    for name, own in expected.items():
+        other = first.setdefault(own.dtype, name)
+        if tensors[name].dtype != tensors[other].dtype:
+            raise VisadaptError(f"{name} is {tensors[name].dtype} and {other} is {tensors[other].dtype}")

@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from visadapt.errors import VisadaptError
+
 T = TypeVar("T")
 
 
@@ -47,3 +49,13 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
+
+
+def check_integer(value: Any, most: int, what: str, unit: str) -> None:
+    """Refuse anything but an integer from 1 to ``most``.
+
+    Raises:
+        VisadaptError: the message names the bounds and the unit.
+    """
+    if not fits(value, int) or not 1 <= value <= most:
+        raise VisadaptError(f"{what} must be an integer from 1 to {most} ({unit}), got {value!r}")

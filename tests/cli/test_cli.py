@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -64,14 +65,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{tweets.texts[i]}\t{('bad', 'so-so', 'good')[tweets.labels[i]]}" for i in range(60)]
     (folder / "tweets.tsv").write_text("\n".join(["text\tlabel", *rows]), encoding="utf-8")
     (folder / "plain.tsv").write_text("\n".join(rows), encoding="utf-8")
-    _tiny_bert(folder / "bert")
+    tiny_bert(folder / "bert")
     run("train", folder / "photos", *SEES, "--size", 32, "--m", 4, "--epochs", 2, "--out", folder / "photos.visadapt")
     run("train", folder / "tweets.tsv", "--backbone", f"hf/{folder / 'bert'}", "--length", 16, "--m", 2, "--epochs", 1,
         "--out", folder / "tweets.visadapt")  # fmt: skip
     return folder
 
 
-def _tiny_bert(folder: Path) -> None:
+def tiny_bert(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -236,6 +237,27 @@ def test_predict_pictures_by_many_tasks(place: Path, tmp_path: Path) -> None:
         assert [t["score"] for t in answer["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def test_predict_reports_what_it_cannot_read_and_goes_on(place: Path, tmp_path: Path) -> None:
+    whole = sorted((place / "photos" / "test").rglob("*.png"))[:4]
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    names = [os.fsencode(name) for name in ("a.png", "b.png", "c\x1b[31m.png")] + [b"d\xff.png"]
+    for name, file in zip(names, whole, strict=True):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(file.read_bytes())
+    (folder / "b.png").write_bytes(whole[1].read_bytes()[:60])
+    answers = {}
+    for form in ("jsonl", "table"):
+        out = tmp_path / f"answers.{form}"
+        result = run("predict", folder, "--task", place / "photos.visadapt", "--format", form, "--out", out, code=1)
+        assert "b.png is not a readable image" in result.stderr
+        assert "d\\udcff.png is not valid text" in result.stderr
+        assert "\x1b" not in result.stderr + out.read_text()
+        answers[form] = out.read_text().splitlines()
+    inputs = [json.loads(line)["input"] for line in answers["jsonl"]]
+    assert [os.fsencode(each).rpartition(b"/")[2] for each in inputs] == [name for name in names if name != b"b.png"]
+    assert len(answers["table"]) == 5
+
+
 def test_predict_texts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines.txt").write_text("what a day\n\nwhat a mess\n", encoding="utf-8")
     task = ("--task", place / "tweets.visadapt", *reads(place))
@@ -358,11 +380,11 @@ WRONG = {
         1,
         "no image data set or folder 'mnst'; did you mean 'mnist'",
     ),
-    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "must have a folder 'train'"),
+    "folder that is not laid out": ("train {place} SEES --out {tmp}/o.visadapt", 1, "did you mean {place}/photos?"),
     "texts for a backbone that sees": (
         "train {place}/tweets.tsv SEES --out {tmp}/o.visadapt",
         1,
-        "no image data set or folder",
+        "has the columns 'text', 'label': choose the column of file names with --image",
     ),
     "length of pictures": (
         "train {place}/photos SEES --length 8 --out {tmp}/o.visadapt",
@@ -481,7 +503,7 @@ WRONG = {
     "metric of real values": (
         "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",
         1,
-        "no metric 'pearson'; there is: accuracy",
+        "pearson needs real-valued labels, got class labels",
     ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),

@@ -175,12 +175,20 @@ def test_folder_faults(folder: Path, tmp_path: Path) -> None:
         load_images(folder)
     (folder / "val" / "doge").rmdir()
     (folder / "val" / "dog" / "broken.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(VisadaptError, match=r"broken\.png is not a readable image"):
+    with pytest.warns(UserWarning, match=r"skipping 1 of 5 images: .*broken\.png is not a readable image"):
+        assert len(load_images(folder).test) == 4
+    for name in ("one", "two"):
+        (folder / "train" / "dog" / f"{name}.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(
+        VisadaptError, match=r"train: 2 of 8 images cannot be read, and at most 5% may be skipped: .*one"
+    ):
         load_images(folder)
 
 
 def test_folder_without_splits(tmp_path: Path) -> None:
-    with pytest.raises(VisadaptError, match="must have a folder 'train' and a folder 'test' or 'val'"):
+    with pytest.raises(
+        VisadaptError, match=r"must hold labelled images, got no images; the layouts are: CLASS/image\.jpg"
+    ):
         load_images(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
@@ -280,9 +288,9 @@ def test_every_torchvision_set_exists_and_takes_its_options() -> None:
     import inspect
 
     datasets = pytest.importorskip("torchvision.datasets")
-    from visadapt.data import images
+    from visadapt.data import image_sources
 
-    for name, options in images._TORCHVISION.items():
+    for name, options in image_sources._TORCHVISION.items():
         signature = inspect.signature(getattr(datasets, name))
         for option in options:
             signature.bind(root=".", download=False, **option)

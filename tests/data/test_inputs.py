@@ -18,7 +18,7 @@ def test_a_backbone_says_its_size_and_its_statistics() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     found = inputs_of(model, "timm/vit_tiny_patch16_224")
     # ViT's weights want 0.5, not ImageNet's statistics
-    assert found == ImageInputs(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert found == ImageInputs(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic", "center")
     assert inputs_of(model, "timm/vit_tiny_patch16_224", size=32).size == 32
 
 
@@ -64,7 +64,7 @@ def test_pictures_read_singly_are_those_of_a_set(tmp_path: Path) -> None:
 
 
 def test_columns_are_of_texts(tmp_path: Path) -> None:
-    with pytest.raises(VisadaptError, match="mnist: label and text apply to texts only"):
+    with pytest.raises(VisadaptError, match="text= applies to texts only, and these are images"):
         ImageInputs(16).load("mnist", text=["a"], label="b")
 
 

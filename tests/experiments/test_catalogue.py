@@ -50,7 +50,7 @@ def test_an_alias_gives_the_contender_of_the_canonical_name(alias, name) -> None
 
 # default widths are too large for such narrow layers, and warn
 @pytest.mark.filterwarnings("ignore:.*choose a smaller m:UserWarning")
-@pytest.mark.parametrize("name", sorted(set(_METHODS) - {"adaptformer"}))
+@pytest.mark.parametrize("name", sorted(set(_METHODS) - {"adaptformer", "colora"}))
 def test_every_method_for_convolutions_can_be_injected(name) -> None:
     problem = small()
     model = contender(name).put(problem, 0)

@@ -38,6 +38,8 @@ class Case:
             and "vgg" in member.name
         ):
             return False  # a VGG has no branches
+        if isinstance(self.method, v.CoLoRA):
+            return member.name == "timm/resnet26t"  # the one with bottleneck blocks that are not grouped
         return self.text if member.text else self.images
 
 
@@ -61,6 +63,7 @@ CASES = {
     "ssf": Case(v.SSF(), text=True),
     "lora": Case(v.LoRA(r=2, alpha=4), text=True),
     "dora": Case(v.DoRA(r=2, alpha=4), text=True),
+    "colora": Case(v.CoLoRA(r=3), images=False),
     "adaptformer": Case(v.AdaptFormer(m=2), images=False, text=True),
     "mona": Case(v.Mona(m=2)),
     "linear": Case(v.Linear(), text=True, options={"norms": "frozen"}),

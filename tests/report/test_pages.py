@@ -129,7 +129,7 @@ def test_names_in_results_are_escaped() -> None:
     assert "&lt;b&gt;: score in %" in text
 
 
-GOLDEN = """# Results <of> tests
+GOLDEN = """# Results &lt;of&gt; tests
 ## Claims
 | claim | source | case | verdict | measured |
 ## Which layers' adapters matter

@@ -29,6 +29,9 @@ FORWARDS = "_visadapt_forwards"
 REGISTRY = "_visadapt"
 """Attribute of an injected model that holds its registry."""
 
+OURS = "_visadapt_hook"
+"""Attribute of a hook of visadapt's."""
+
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -59,12 +62,21 @@ def release_forward(module: nn.Module) -> None:
             del module.__dict__[FORWARDS]
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take away the hooks of visadapt's."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, OURS, False)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
 def unfreeze(module: nn.Module) -> None:
     """Give a module without parts its own class back."""
     module.__dict__.pop(LEAN, None)
     module.__dict__.pop(PREFIX, None)
     module.__dict__.pop(UNFUSED, None)
     release_forward(module)
+    drop_hooks(module)
     if made_by(type(module)):
         module.__class__ = stripped(type(module))
 

@@ -127,6 +127,18 @@ def without(cls: ModuleClass, *makers: Maker) -> ModuleClass:
     return rebuilt(cls, left)
 
 
+def founded(cls: ModuleClass, make: Maker) -> ModuleClass:
+    """The class with the one that ``make`` makes below all others of visadapt's."""
+
+    def change(own: ModuleClass) -> ModuleClass:
+        root, makers = getattr(own, _RECIPE, (own, ()))
+        for each in (make, *makers):
+            root = each(root)
+        return cast("ModuleClass", root)
+
+    return rebuilt(cls, change)
+
+
 def stripped(cls: ModuleClass) -> ModuleClass:
     """The class without anything of visadapt."""
     return rebuilt(cls, lambda own: getattr(own, _RECIPE, (own,))[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -15,32 +14,34 @@ from visadapt.cli.evaluate import evaluate
 from visadapt.cli.experiment import experiment
 from visadapt.cli.export import export
 from visadapt.cli.merge import merge
+from visadapt.cli.output import say
 from visadapt.cli.predict import predict
+from visadapt.cli.push import push
 from visadapt.cli.report import report
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
 from visadapt.cli.train import train
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, command_line
 
 
 class Commands(TyperGroup):
-    """Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted."""
+    """All subcommands. Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
                 return super().invoke(ctx)
         except (VisadaptError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            print("interrupted: no file was left half-written", file=sys.stderr)
+            say("interrupted: no file was left half-written")
             raise typer.Exit(130) from error
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}")
 
 
 app = typer.Typer(
@@ -66,7 +67,10 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Adapt one frozen pretrained network to many tasks with small residual adapters, one file per task."""
+    """Adapt one frozen pretrained network to many tasks with small residual adapters, one file per task.
+
+    Exit codes: 0 success; 1 error, in one line on standard error; 2 wrong usage; 130 interrupted.
+    """
 
 
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
@@ -84,6 +88,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     merge: ("flowers.visadapt --out flowers.safetensors",),
     export: ("flowers.visadapt --out flowers.onnx", "tweets.visadapt --out tweets.pt2"),
+    push: ("flowers.visadapt me/flowers --metric accuracy=0.93",),
     experiment: (
         "tradeoff --problem bundled/minilm:tweets --problem bundled/minilm:movies --train 1000 --results results",
         "compare --problem bundled/resnet50:cifar10 --contender 'bottleneck m=8' --contender 'full fine-tuning' "

@@ -9,28 +9,36 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
+from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
     BatchSize,
     Build,
+    Damaged,
+    Delimiter,
     Device,
+    Encoding,
     Header,
+    ImageColumn,
     Label,
+    Memory,
     Online,
     OtherBackbone,
     Precision,
     Root,
     TaskFile,
     Text,
-    columns,
+    data_options,
     pairs,
 )
 from visadapt.cli.output import show
-from visadapt.data.inputs import TextInputs
+from visadapt.cli.train import METRIC_OF, in_batches
+from visadapt.data.inputs import ImageInputs, TextInputs
+from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import evaluate as measure
-from visadapt.training.metrics import OF_CLASSES
+from visadapt.training.metrics import METRICS
 
 SPLITS = ("train", "validation", "test")
 
@@ -38,14 +46,19 @@ SPLITS = ("train", "validation", "test")
 def evaluate(
     task: TaskFile,
     data: Annotated[str, typer.Argument(help="Labelled data, as for train.")],
-    metric: Annotated[list[str] | None, typer.Option(help=f"Metric: {', '.join(OF_CLASSES)}; repeatable.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help=f"Metric: {', '.join(METRICS)}; repeatable.")] = None,
     split: Annotated[
         str | None, typer.Option(help=f"Split: {', '.join(SPLITS)}; default: test, or all rows of a single file.")
     ] = None,
     text: Text = None,
+    image: ImageColumn = None,
     label: Label = None,
     header: Header = True,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     root: Root = None,
+    damaged: Damaged = DAMAGED,
+    memory: Memory = HELD / 1e9,
     seed: Annotated[
         int, typer.Option(help="Seed of splits that the data does not define; use train's seed to get the same ones.")
     ] = 0,
@@ -59,28 +72,48 @@ def evaluate(
 ) -> None:
     """Evaluate a task on labelled data.
 
-    Classes are matched to the task's labels by name. A single file of texts is used whole; to use only the rows that
-    train held out, give --split test and train's --seed.
+    Classes are matched to the task's labels by name. Data without a test split is used whole; to use only the samples
+    that train held out, give --split test and train's --seed. A table is read as train read its own.
     """
     if split is not None:
         check_choice(split, SPLITS, "split")
-    metrics = metric or ["accuracy", "loss"]
-    for name in metrics:
-        check_choice(name, OF_CLASSES, "metric")
-    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
-    (name,) = tasks(model)
+    for name in metric or ():
+        check_choice(name, METRICS, "metric")
+    model, name = open_one(task, backbone, pairs(build, "--build"), online)
     inputs = visadapt.preprocess(model, name, online=online).inputs
-    spec, options = tasks(model)[name], columns(text, label, header, root)
-    if split is None and isinstance(inputs, TextInputs):
-        options["whole"] = True
-    splits = inputs.load(data, seed=seed, labels=spec.labels, **options)
+    spec = tasks(model)[name]
+    problem = spec.notes.get("problem_type", "single_label_classification")
+    metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
+    options = data_options(
+        spec.notes.get("table"),
+        text=text,
+        image=image,
+        label=label,
+        header=header,
+        delimiter=delimiter,
+        encoding=encoding,
+        root=root,
+        online=online and not isinstance(inputs, TextInputs),
+    )
+    if isinstance(inputs, ImageInputs):
+        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
+    splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
     if isinstance(inputs, TextInputs) and "inputs" in spec.notes and splits.inputs != inputs:
         takes, has = ("pairs of texts", "single texts") if inputs.pairs else ("single texts", "pairs")
         raise VisadaptError(f"task {name!r} takes {takes}, but {data} has {has}: choose the columns with --text")
     samples = getattr(splits, split or "test")
+    if split is not None and samples is None:
+        raise VisadaptError(f"{data} has no {split} samples")
     part = split or ("all" if splits.train is None else "test")
     scores = measure(
-        model, name, samples, metrics, prepare=inputs, batch_size=batch_size, device=device, precision=precision
+        model,
+        name,
+        in_batches(samples, batch_size),
+        metrics,
+        prepare=inputs,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
     )
     if as_json:
         print(json.dumps({"task": name, "data": data, "split": part, "samples": len(samples), **scores}))

@@ -8,6 +8,7 @@ import torch
 import typer
 
 import visadapt
+from visadapt.cli.one_task import open_one
 from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
 from visadapt.data.inputs import ImageInputs
@@ -34,8 +35,7 @@ def export(
     target = check_writable(out, force)
     if target.suffix not in FORMATS:
         raise VisadaptError(f"--out must end in {' or '.join(FORMATS)}, got {target}")
-    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
-    (name,) = tasks(model)
+    model, name = open_one(task, backbone, pairs(build, "--build"), online)
     inputs = visadapt.preprocess(model, name, online=online).inputs
     example = inputs(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)) if isinstance(inputs, ImageInputs) else None
     labels = tasks(model)[name].labels

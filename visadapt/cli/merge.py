@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import visadapt
+from visadapt.cli.one_task import open_one
 from visadapt.cli.options import Build, Force, Online, OtherBackbone, Out, TaskFile, check_writable, pairs
 from visadapt.cli.output import say
 from visadapt.runtime.registry import tasks
@@ -28,8 +29,7 @@ def merge(
     Writes a safetensors file with the backbone's own keys, or says why the task cannot be merged exactly.
     """
     target = check_writable(out, force)
-    model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
-    (name,) = tasks(model)
+    model, name = open_one(task, backbone, pairs(build, "--build"), online)
     plain = visadapt.merge(model, name, fold=fold)
     labels = tasks(model)[name].labels
     weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in plain.state_dict().items()}

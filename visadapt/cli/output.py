@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from visadapt.optional import require
+from visadapt.printable import printable
 
 
 def show(table: Any) -> None:
@@ -17,5 +18,5 @@ def show(table: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to standard error, apart from the command's output."""
-    print(text, file=sys.stderr)
+    """Print to standard error, apart from the command's output, with control characters escaped."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -18,21 +18,29 @@ from visadapt.checks import check_choice
 from visadapt.cli.options import (
     BatchSize,
     Build,
+    Delimiter,
     Device,
+    Encoding,
     Force,
+    Header,
     Online,
     OtherBackbone,
     Precision,
+    Text,
     check_writable,
+    data_options,
     pairs,
 )
-from visadapt.cli.output import show
-from visadapt.data import image_files
-from visadapt.data.inputs import ImageInputs, Inputs
+from visadapt.cli.output import say, show
+from visadapt.data import image_files, read_texts
+from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
+from visadapt.data.tables import Format, is_table, read_table, read_text
+from visadapt.data.text import TEXT_COLUMNS
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.opening import Prediction
 from visadapt.opening.predicting import read_logits
+from visadapt.printable import printable, printable_json
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import predict as logits
@@ -44,14 +52,20 @@ FORMATS = ("jsonl", "table")
 def predict(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Image files and folders, or text files with one text per line (- for standard input)."),
+        typer.Argument(
+            help="Image files and folders; tables of texts; or files with one text per line (- for standard input)."
+        ),
     ],
-    task: Annotated[list[Path], typer.Option(help="Task file; repeatable for tasks of one backbone.")],
+    task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write to this file instead of standard output.")
     ] = None,
+    text: Text = None,
+    header: Header = True,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     batch_size: BatchSize = 100,
     device: Device = None,
     precision: Precision = None,
@@ -60,9 +74,10 @@ def predict(
     online: Online = False,
     force: Force = False,
 ) -> None:
-    """Predict the class of each image or line of text.
+    """Predict the class of each image or text.
 
-    Several tasks of one backbone can predict at once; the backbone is in memory only once.
+    Of a table (.tsv, .csv), the text column is taken: that of --text, or the one that the task was trained on. Several
+    tasks of one backbone can predict at once; the backbone is in memory only once.
     """
     check_choice(form, FORMATS, "format")
     if out is not None:
@@ -72,53 +87,126 @@ def predict(
     seen = {isinstance(each, ImageInputs) for each in prepared.values()}
     if len(seen) > 1:
         raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
-    names = _images(inputs) if seen.pop() else _lines(inputs)
-    answers = _answers(model, prepared, names, batch_size, top, {"device": device, "precision": precision})
+    if seen.pop():
+        names = _images(inputs)
+    else:
+        noted = tasks(model)[next(iter(prepared))].notes.get("table")
+        options = data_options(noted, text=text, header=header, delimiter=delimiter, encoding=encoding)
+        paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
+        names = _texts(inputs, options, paired)
+    unread = [name for name in names if not _is_text(name)]
+    for name in unread:
+        say(f"warning: the name {printable(name)} is not valid text, and is shown with escapes")
+    running = {"device": device, "precision": precision}
+    answers = _answers(model, prepared, names, batch_size, top, running, unread.append)
     with _written(out) as file:
         if form == "jsonl":
             for answer in answers:
-                print(json.dumps(answer, ensure_ascii=False), file=file, flush=file is sys.stdout)
+                print(printable_json(answer), file=file, flush=file is sys.stdout)
         else:
             rows = [(a["input"], a["task"], t["label"], f"{t['score']:.3f}") for a in answers for t in a["top"]]
             table = Table(("input", "task", "label", "score"), rows)
             show(table) if out is None else print(table, file=file)
+    if unread:
+        raise typer.Exit(1)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _images(places: Iterable[str]) -> list[str]:
     return [str(file) for place in places for file in image_files(place)]
 
 
-def _lines(places: Iterable[str]) -> list[str]:
-    lines: list[str] = []
+def _texts(places: Iterable[str], options: dict[str, Any], paired: bool) -> list[str]:
+    """The texts of tables and of files with one text per line; the two texts of a pair are separated by a tab."""
+    texts: list[str] = []
     for place in places:
-        try:
-            text = sys.stdin.read() if place == "-" else Path(place).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise VisadaptError(f"cannot read {place} as a text file: {error}") from error
-        # split as training files are: a form feed or a U+2028 is part of a text
-        lines += [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
-    if not lines:
+        path = Path(place)
+        if place != "-" and is_table(path) and not path.name.lower().endswith(".txt"):
+            texts += _column(path, options, paired)
+        else:
+            texts += _lines(place, options.get("encoding", "utf-8-sig"))
+    if not texts:
         raise VisadaptError("the input has no text to predict on")
-    return lines
+    return texts
+
+
+def _column(file: Path, options: dict[str, Any], paired: bool) -> list[str]:
+    form = Format(**{name: options[name] for name in ("header", "delimiter", "encoding") if name in options})
+    bare = replace(form, header=False)
+    table = read_table(file, bare)
+    wanted = options.get("text")
+    usual = {name for group in TEXT_COLUMNS for name in ((group,) if isinstance(group, str) else group)}
+    if wanted is None and table.width == 1 + paired and not usual & set(table.rows[0]):
+        # no header and no other column: one text per line, or one pair
+        found: list[Any] = read_texts(file, tuple(range(table.width)), bare)
+    else:
+        found = read_texts(file, wanted, form)
+    if isinstance(found[0], tuple) != paired:
+        takes = "pairs of texts" if paired else "single texts"
+        raise VisadaptError(f"the task takes {takes}: choose the columns of {file} with --text")
+    return [text if isinstance(text, str) else "\t".join(part.replace("\t", " ") for part in text) for text in found]
+
+
+def _lines(place: str, encoding: str) -> list[str]:
+    if place != "-" and not Path(place).is_file():
+        raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
+    text = sys.stdin.read() if place == "-" else read_text(Path(place), encoding)
+    # split as training files are: a form feed or a U+2028 is part of a text
+    return [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
 
 
 def _answers(
-    model: nn.Module, tasks_: dict[str, Inputs], names: list[str], batch: int, top: int, options: dict[str, Any]
+    model: nn.Module,
+    tasks_: dict[str, Inputs],
+    names: list[str],
+    batch: int,
+    top: int,
+    options: dict[str, Any],
+    failed: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Batch by batch, so that the images of a large folder are never all in memory."""
+    """Batch by batch, so that the images of a large folder are never all in memory.
+
+    What cannot be read is reported and passed to ``failed``.
+    """
     specs = tasks(model)
     rest = iter(names)
     with bar(-(-len(names) // batch), "predicting", True) as advance:
         while chunk := list(islice(rest, batch)):
+            kept, read = _read(tasks_, chunk, failed)
+            if not kept:
+                continue
             found = {
-                task: logits(model, task, inputs.read(chunk), prepare=inputs, batch_size=batch, **options)
+                task: logits(model, task, read[task], prepare=inputs, batch_size=batch, **options)
                 for task, inputs in tasks_.items()
             }
             predictions = {task: read_logits(specs[task], scores, top) for task, scores in found.items()}
-            for row, name in enumerate(chunk):
+            for row, name in enumerate(kept):
                 for task, predicted in predictions.items():
                     yield {"input": name, "task": task, "top": _top(predicted[row])}
-            advance(chunk[-1][:40])
+            advance(printable(chunk[-1])[:40])
+
+
+def _read(
+    tasks_: dict[str, Inputs], chunk: list[str], failed: Callable[[str], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """The inputs of a batch for each task, and the names of those that can be read."""
+    try:
+        return chunk, {task: inputs.read(chunk) for task, inputs in tasks_.items()}
+    except VisadaptError as error:
+        if len(chunk) == 1:
+            say(f"error: {error}")
+            failed(chunk[0])
+            return [], {}
+    # one by one, to find which; then those that are left together
+    kept = [name for name in chunk if _read(tasks_, [name], failed)[0]]
+    return kept, {task: inputs.read(kept) for task, inputs in tasks_.items()} if kept else {}
 
 
 def _top(prediction: Prediction) -> list[dict[str, Any]]:

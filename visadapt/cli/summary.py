@@ -12,11 +12,12 @@ from visadapt.cli.options import Build, Method, MethodOption, Norms, Where, Widt
 from visadapt.cli.output import show
 from visadapt.data.hub import PLACES
 from visadapt.opening.backbones import build_backbone
+from visadapt.opening.repository import located
 from visadapt.task_file import contents
 
 
 def summary(
-    target: Annotated[str, typer.Argument(help="Task file, or name of a backbone.")],
+    target: Annotated[str, typer.Argument(help="Task file, hub:USER/REPO, or name of a backbone.")],
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
@@ -29,7 +30,8 @@ def summary(
     For a task file, its contents; for a backbone, what the method would train.
     """
     if target.partition("/")[0] not in PLACES or Path(target).is_file():
-        show(contents(target))
+        for file in located(target):
+            show(contents(file.path))
         return
     model = build_backbone(target, pairs(build, "--build"))
     terms = [number(term) for term in where or ()]

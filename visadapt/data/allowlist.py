@@ -27,14 +27,14 @@ class Kind:
     holds: Callable[[Any], bool]
 
 
-def _whole(low: int, high: int) -> Kind:
+def whole(low: int, high: int) -> Kind:
     return Kind(
         f"an integer from {low} to {high}",
         lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
     )
 
 
-def _real(low: float, high: float) -> Kind:
+def real(low: float, high: float) -> Kind:
     def holds(value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and math.isfinite(value) and low <= value <= high
@@ -57,19 +57,19 @@ def _one_of(*choices: str) -> Kind:
     return Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str) and v in choices)
 
 
-_FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 _WORD = Kind(
     "a word of letters, digits, '.', '_' and '-'",
     lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", v) is not None,
 )
 _WORD_OR_NONE = Kind(f"null or {_WORD.what}", lambda v: v is None or _WORD.holds(v))
-_CLASSES, _COUNT, _DEPTH, _SIDE = _whole(0, 65536), _whole(1, 65536), _whole(1, 1024), _whole(1, 8192)
-_RATE, _SCALE = _real(0, 1), _real(0, 100)
-_LISTS = (_SIDES, _COUNTS, _DEPTHS, _SCALES) = tuple(map(_several, (_SIDE, _COUNT, _DEPTH, _SCALE)))
+_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, 1024), whole(1, 8192)
+_RATE, _SCALE = real(0, 1), real(0, 100)
+_LISTS = (_SIDES, _COUNTS, _DEPTHS, _SCALES) = tuple(map(_several, (SIDE, _COUNT, _DEPTH, _SCALE)))
 
 _TIMM: dict[str, Kind] = {
-    **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), _FLAG),
-    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size"), _FLAG),
+    **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), FLAG),
+    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad", "strict_img_size"), FLAG),
     "num_classes": _CLASSES,
     **dict.fromkeys(("in_chans", "cardinality", "base_width", "stem_width", "output_stride"), _COUNT),
     **dict.fromkeys(("img_size", "patch_size", "window_size"), _SIDES),
@@ -82,9 +82,9 @@ _TIMM: dict[str, Kind] = {
 }
 _TORCHVISION: dict[str, Kind] = {
     "weights": _WORD_OR_NONE,
-    **dict.fromkeys(("aux_logits", "transform_input", "init_weights", "progress", "zero_init_residual"), _FLAG),
+    **dict.fromkeys(("aux_logits", "transform_input", "init_weights", "progress", "zero_init_residual"), FLAG),
     "num_classes": _COUNT,
-    "image_size": _SIDE,
+    "image_size": SIDE,
     **dict.fromkeys(("groups", "width_per_group"), _COUNT),
     **dict.fromkeys(("dropout", "attention_dropout", "stochastic_depth_prob"), _RATE),
     "width_mult": _SCALE,
@@ -99,7 +99,7 @@ _TRANSFORMERS: dict[str, Kind] = {
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification"),
     "attn_implementation": _one_of("eager", "sdpa"),
     **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "bfloat16", "float16")),
-    "ignore_mismatched_sizes": _FLAG,
+    "ignore_mismatched_sizes": FLAG,
 }
 OPTIONS: dict[str, dict[str, Kind]] = {
     "timm": _TIMM,
@@ -113,7 +113,7 @@ SIZES = frozenset(
     key
     for options in OPTIONS.values()
     for key, kind in options.items()
-    if kind in {_CLASSES, _COUNT, _DEPTH, _SIDE, _SCALE} or kind in _LISTS
+    if kind in {_CLASSES, _COUNT, _DEPTH, SIDE, _SCALE} or kind in _LISTS
 )
 """Options that decide how large a backbone is."""
 

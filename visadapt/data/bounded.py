@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from visadapt.errors import VisadaptError
 from visadapt.limits import check_limit, limit, variable
@@ -16,11 +15,12 @@ _SMALL = 1 << 24
 """Bytes that any compressed file may grow to."""
 
 
-def read_image(file: Path) -> Any:
+def open_image(file: Path | str | IO[bytes], name: str) -> Any:
     """Read an image file with Pillow.
 
     Args:
-        file: path of the image.
+        file: path of the image, or its content.
+        name: for messages.
 
     Returns:
         The image, decoded, in its own mode.
@@ -34,13 +34,13 @@ def read_image(file: Path) -> Any:
         pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, limit("IMAGE_PIXELS"))
     try:
         with pil.open(file) as image:
-            check_limit(image.width * image.height, "IMAGE_PIXELS", str(file))
+            check_limit(image.width * image.height, "IMAGE_PIXELS", name)
             image.load()
     except VisadaptError:
         raise
     # Pillow raises many types of error for damaged files, by format: struct.error, KeyError, IndexError, …
     except Exception as error:
-        raise VisadaptError(f"{file} is not a readable image: {error or type(error).__name__}") from error
+        raise VisadaptError(f"{name} is not a readable image: {error or type(error).__name__}") from error
     return image
 
 
@@ -66,14 +66,14 @@ class _BoundedGzip(gzip.GzipFile):
         return self._counted(super().read1(size))
 
 
-def open_gzip(file: Path, encoding: str) -> TextIO:
-    """Open a gzip file as text, line ends as they are.
+def read_gzip(file: Path) -> bytes:
+    """Unpack a gzip file into memory.
 
     Args:
         file: path of the file.
-        encoding: of the text.
 
     Raises:
-        VisadaptError: while it is read, if it grows by more than :data:`visadapt.limits.LIMITS` allows.
+        VisadaptError: it grows by more than :data:`visadapt.limits.LIMITS` allows.
     """
-    return TextIOWrapper(_BoundedGzip(file), encoding=encoding, newline="")
+    with _BoundedGzip(file) as unpacked:
+        return b"".join(iter(unpacked.read, b""))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from visadapt.data.text import minilm_path
+from visadapt.data.pretrained import pretrained
+from visadapt.data.tokenizers import minilm_path
 from visadapt.data.weights import resnet50
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import require
@@ -73,33 +74,36 @@ def _torchvision(name: str, **build: Any) -> nn.Module:
     models = require("torchvision.models", f"'torchvision/{name}'", "torchvision")
     if name not in models.list_models():
         raise VisadaptError(f"no torchvision model {name!r}{nearest(name, models.list_models())}")
-    model: nn.Module = models.get_model(name, **{"weights": "DEFAULT", **build})
+    options = {"weights": "DEFAULT", **build}
+    model: nn.Module = models.get_model(name, **options)
+    if options["weights"] is not None and (published := _preprocessing(models, name, options["weights"])):
+        model.pretrained_cfg = published  # type: ignore[assignment]
     return model
 
 
-def _transformers(name: str, **build: Any) -> nn.Module:
-    transformers = require("transformers", f"'hf/{name}'", "visadapt[text]")
-    with _quiet(transformers.utils.logging):
-        model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(name, **build)
-    return model
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Keep transformers from warning that a new head is new, which is what it is for, and from drawing bars."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+def _preprocessing(models: Any, name: str, weights: Any) -> dict[str, Any] | None:
+    """What the publisher of torchvision's weights did to images, in timm's words."""
+    known = models.get_model_weights(name)
+    entry = known[weights.rpartition(".")[2]] if isinstance(weights, str) else weights
+    preset = entry.transforms()
+    if not all(hasattr(preset, each) for each in ("crop_size", "resize_size", "mean", "std", "interpolation")):
+        return None
+    (crop,), (resize,) = preset.crop_size, preset.resize_size
+    crop_pct = crop / resize
+    if math.floor(crop / crop_pct) != resize:
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": (3, crop, crop),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "interpolation": preset.interpolation.value,
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+    }
 
 
 def _minilm(**build: Any) -> nn.Module:
-    return _transformers(str(minilm_path()), **build)
+    return pretrained(str(minilm_path()), **build)
 
 
 def _bundled(name: str, **build: Any) -> nn.Module:
@@ -115,6 +119,6 @@ WEIGHTLESS: dict[str, dict[str, Any]] = {"timm": {"pretrained": False}, "torchvi
 PLACES: dict[str, Callable[..., nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,
-    "hf": _transformers,
+    "hf": pretrained,
     "bundled": _bundled,
 }

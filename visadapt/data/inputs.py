@@ -3,197 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visadapt.backbone.trace import guess_input
-from visadapt.data import load_images, load_squares, load_text, normalize, read_images, renumbered, tokenizer_of
 from visadapt.data.file_requests import check_tokenizer, tokenizer
-from visadapt.data.samples import Samples, tokenised, trimmed
-from visadapt.data.text import TextSplit
-from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from visadapt.data.image_inputs import ImageInputs as ImageInputs
+from visadapt.data.processors import ProcessorInputs, processor_of
+from visadapt.data.splits import Splits as Splits
+from visadapt.data.text_inputs import TextInputs as TextInputs
 from visadapt.errors import VisadaptError
-from visadapt.typed import fits, from_json
-
-LARGEST, LONGEST = 8192, 131072
-"""Upper bounds of the image side in pixels and of a text in tokens, so that no file can exhaust the memory."""
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """Images for a vision backbone; calling it with a uint8 batch returns the normalised batch that the backbone takes.
-
-    Args:
-        size: side of the square images in pixels.
-        mean: mean per channel, in units of 1.
-        std: standard deviation per channel, in units of 1.
-    """
-
-    size: int
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        _check_whole(self.size, LARGEST, "size", "pixels")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if not fits(values, tuple[float, ...]) or len(values) != 3 or not all(map(math.isfinite, values)):
-                raise VisadaptError(f"{name} must be three finite numbers, got {values!r}")
-        if min(self.std) <= 0:
-            raise VisadaptError(f"std must be three positive numbers, got {self.std!r}")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return normalize(images, self.size, mean=self.mean, std=self.std)
-
-    @property
-    def form(self) -> tuple[str, Any]:
-        """What inputs must have in common to be collated: ``("images", size)``."""
-        return "images", self.size
-
-    def collate(self, batches: Sequence[Tensor]) -> Tensor:
-        """Join batches that were prepared one by one, ``(N, 3, size, size)``."""
-        return torch.cat(list(batches))
-
-    def read(self, files: Iterable[Any]) -> Tensor:
-        """Read image files, or images of Pillow, as uint8, ``(N, 3, size, size)``."""
-        return read_images(files, self.size)
-
-    def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
-        """Load a data set; 10 % of its training images become the validation split.
-
-        Args:
-            name: as :func:`visadapt.data.load_images` takes it.
-            labels: class names in the task's order; None for those of the data.
-            seed: seed of the validation split.
-            **options: passed to :func:`visadapt.data.load_images`.
-
-        Raises:
-            VisadaptError: an option applies to texts only.
-        """
-        if columns := sorted(options.keys() & {"text", "label", "header"}):
-            raise VisadaptError(f"{name}: {' and '.join(columns)} apply to texts only, and these are images")
-        # images of a folder are resized as `read` does; small images of a named data set stay small
-        load = load_images if Path(name).is_dir() else load_squares
-        found = load(name, size=self.size, classes=labels, **options)
-        found = found if labels is None else renumbered(found, labels)
-        train, validation = found.holdout(max(1, len(found.train) // 10), seed)
-        return Splits(found.classes, train, validation, found.test, self)
-
-
-@dataclass(frozen=True)
-class TextInputs:
-    """Texts for a language backbone; calling it with a batch of tokens cuts off columns that are all padding.
-
-    Args:
-        tokenizer: ``"bundled/minilm"`` or ``"hf/<name or folder>"``, as the backbone is named.
-        length: maximum number of tokens; longer texts are truncated.
-        pairs: whether a sample is a pair of texts.
-        loader: loads the tokenizer by its name; not part of the description.
-    """
-
-    tokenizer: str
-    length: int = 128
-    pairs: bool = False
-    loader: Callable[[str], Any] = field(default=tokenizer_of, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_whole(self.length, LONGEST, "length", "tokens")
-
-    def __call__(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        return trimmed(tokens)
-
-    @property
-    def form(self) -> tuple[str, Any]:
-        """What inputs must have in common to be collated: ``("texts", tokenizer)``."""
-        return "texts", self.tokenizer
-
-    def collate(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Join batches that were prepared one by one, ``(N, L)`` each, padded to the longest text."""
-        tokenizer = self._tokenizer
-        fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        longest = max(batch["input_ids"].shape[1] for batch in batches)
-
-        def padded(name: str, values: Tensor) -> Tensor:
-            missing = longest - values.shape[1]
-            sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
-            return F.pad(values, sides, value=fill.get(name, 0))
-
-        return {name: torch.cat([padded(name, batch[name]) for batch in batches]) for name in batches[0]}
-
-    def read(self, lines: Iterable[Any]) -> dict[str, Tensor]:
-        """Tokenise texts, ``(N, L)`` each; a pair of texts is a tuple, or a line with a tab between the two.
-
-        Raises:
-            VisadaptError: a line is not a pair, and the task takes pairs.
-        """
-        texts: list[Any] = list(lines)
-        if self.pairs:
-            texts = [line if isinstance(line, tuple) else tuple(line.split("\t", 1)) for line in texts]
-            single = next((pair[0] for pair in texts if len(pair) == 1), None)
-            if single is not None:
-                raise VisadaptError(f"a line must be a pair of texts separated by a tab, got {single[:60]!r}")
-        made = self._tokens(TextSplit(texts, torch.zeros(len(texts), dtype=torch.int64))).inputs
-        assert isinstance(made, dict)
-        return made
-
-    def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
-        """Load a data set.
-
-        Args:
-            name: as :func:`visadapt.data.load_text` takes it.
-            labels: class names in the task's order; None for those of the data.
-            seed: seed of splits that the data set does not define.
-            **options: passed to :func:`visadapt.data.load_text`.
-        """
-        found = load_text(name, seed=seed, classes=labels, **options)
-        found = found if labels is None else renumbered(found, labels)
-        splits = (found.train, found.validation, found.test)
-        train, validation, test = (self._tokens(split) if len(split) else None for split in splits)
-        inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
-        return Splits(found.classes, train, validation, test, inputs)
-
-    def _tokens(self, split: TextSplit) -> Samples:
-        return tokenised(self._tokenizer, split, self.length)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return self.loader(self.tokenizer)
-
-
-def _check_whole(value: Any, most: int, what: str, unit: str) -> None:
-    if not fits(value, int) or not 1 <= value <= most:
-        raise VisadaptError(f"{what} must be an integer from 1 to {most} ({unit}), got {value!r}")
-
+from visadapt.optional import require
+from visadapt.typed import from_json
 
 Inputs = ImageInputs | TextInputs
 
-_KINDS: dict[str, type[ImageInputs] | type[TextInputs]] = {"images": ImageInputs, "texts": TextInputs}
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A data set prepared for a backbone.
-
-    Args:
-        classes: names of the labels.
-        train: training samples; None if a file was not split.
-        validation: validation samples; None if a file was not split.
-        test: test samples.
-        inputs: prepare batches, and read single samples.
-    """
-
-    classes: tuple[str, ...]
-    train: Any
-    validation: Any
-    test: Any
-    inputs: Inputs
+_KINDS: dict[str, type[ImageInputs] | type[TextInputs]] = {
+    "processor": ProcessorInputs,
+    "images": ImageInputs,
+    "texts": TextInputs,
+}
 
 
 def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int | None = None) -> Inputs:
@@ -217,12 +49,48 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
     example = guess_input(model)
     if not isinstance(example, Tensor) or example.ndim != 4:
         raise VisadaptError(f"{name} must take images or texts, got a backbone of another kind")
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        processor = processor_of(name)
+        if processor is not None:
+            return ProcessorInputs.of(processor, name, size)
     published = getattr(model, "pretrained_cfg", None) or {}
-    return ImageInputs(
-        example.shape[-1] if size is None else size,
-        tuple(published.get("mean", IMAGENET_MEAN)),
-        tuple(published.get("std", IMAGENET_STD)),
+    side = example.shape[-1] if size is None else size
+    if not published:
+        return ImageInputs(side)
+    config = require("timm.data", "the preprocessing of the backbone", "timm").resolve_data_config(
+        pretrained_cfg=published
     )
+    return ImageInputs(
+        side,
+        tuple(map(float, config["mean"])),
+        tuple(map(float, config["std"])),
+        float(config["crop_pct"]),
+        config["interpolation"],
+        config["crop_mode"],
+    )
+
+
+def check_texts(model: nn.Module, inputs: TextInputs) -> None:
+    """Check that a tokenizer gives what a model takes.
+
+    Raises:
+        VisadaptError: it has more tokens than the model, or does not end texts with the token that the model needs.
+    """
+    config: Any = getattr(model, "config", None)
+    tokens = inputs.read(["a\tb"])["input_ids"][0].tolist()
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int) and max(len(inputs.tokens), *tokens) > size:
+        raise VisadaptError(
+            f"the tokenizer of {inputs.tokenizer} has {len(inputs.tokens)} tokens, and the model only {size}: save the "
+            "tokenizer that the model was trained with into its folder"
+        )
+    end = getattr(config, "eos_token_id", None)
+    # models of this form read their answer at the end-of-text token
+    if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) and tokens.count(end) != 1:
+        raise VisadaptError(
+            f"the tokenizer of {inputs.tokenizer} must end each text with token {end}, which the model needs, got "
+            f"{tokens.count(end)} of it"
+        )
 
 
 def described(inputs: Inputs) -> dict[str, Any]:

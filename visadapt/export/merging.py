@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from visadapt.backbone.modules import plain_copy, unwrapped
+from visadapt.backbone.modules import drop_hooks, plain_copy, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.export.comparing import differences
 from visadapt.export.folding import fold as fold_norms
 from visadapt.export.merge_rules import absorb
 from visadapt.export.weights import tolerance
 from visadapt.runtime.registry import Registry, find_registry, registry_of
+from visadapt.runtime.root import capture_calls
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def merge_error(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
 
 
 def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
+    drop_hooks(model)
     # all but the hooks, whose handles the user may hold
     kept = _exchange(model, plain.__dict__)
     model.__dict__["_visadapt_merged"] = (type(model), kept)
@@ -164,6 +166,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     cls, kept = model.__dict__["_visadapt_merged"]
     _exchange(model, kept)
     model.__class__ = cls
+    capture_calls(model)
     return model
 
 

@@ -15,10 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visadapt.backbone.batchnorm import folded, is_watched
 from visadapt.backbone.modules import LEAN
 from visadapt.backbone.subclass import cached, subclass
+from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.frozen.checksums import Checksums
 from visadapt.frozen.functions import version
-from visadapt.runtime.registry import AUTO, Registry, parts_of
+from visadapt.runtime.choice import AUTO
+from visadapt.runtime.registry import Registry, parts_of
 from visadapt.runtime.roles import role
 
 FOLDED = "_visadapt_folded"
@@ -44,7 +46,7 @@ class Pair:
         changes what would be folded, if a hook would see it, or for a single sample: making sure that the weights are
         what was folded takes as long as a ResNet's norms take for one.
         """
-        if torch.compiler.is_compiling():
+        if is_tracing():
             # the compiler fuses a norm with what is around it, and decides by itself what to keep
             return None
         run = _RUN.get()
@@ -59,7 +61,7 @@ class Pair:
 
     def end(self, x: Tensor) -> bool:
         """Whether the norm has nothing left to do for this input."""
-        if torch.compiler.is_compiling() or getattr(x, FOLDED, None) != (self, version(x)):
+        if is_tracing() or getattr(x, FOLDED, None) != (self, version(x)):
             return False
         delattr(x, FOLDED)
         run = _RUN.get()
@@ -152,7 +154,7 @@ def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
     """A whole model during whose forward convs may do the work of their norms."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_capturing():
+        if is_tracing() or torch._C._get_tracing_state() is not None or _is_capturing():
             return plain.forward(self, *args, **kwargs)
         run = _Run(self.__dict__[LEAN])
         token = _RUN.set(run)

@@ -13,6 +13,7 @@ from visadapt.backbone.batchnorm import carried, is_foldable
 from visadapt.backbone.modules import LEAN
 from visadapt.backbone.operators import CONV_FORWARDS, CONVS, Conv
 from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
+from visadapt.backbone.tracing import is_tracing
 from visadapt.frozen.folds import FOLDED, Pair, lean_root
 from visadapt.frozen.functions import (
     Activation,
@@ -57,7 +58,7 @@ class Lean:
 
 def _remembers(x: Tensor) -> bool:
     """Whether autograd (and not a compiler, which is lean by itself) records what happens to ``x``."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.requires_grad and torch.is_grad_enabled() and not is_tracing()
 
 
 @cached
@@ -228,7 +229,7 @@ def _keep(module: nn.Module, x: Tensor) -> torch.dtype | None:
 
 def _learns(weight: Tensor) -> bool:
     """Whether autograd (and not a compiler) looks for this parameter's gradient."""
-    return weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return weight.requires_grad and torch.is_grad_enabled() and not is_tracing()
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:

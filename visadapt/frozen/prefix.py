@@ -15,10 +15,12 @@ from visadapt.backbone.dataflow import Call, Flow
 from visadapt.backbone.modules import PREFIX, joined, own_modules, unwrapped, within
 from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
+from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.frozen.checksums import Checksums
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.host import dress, undress
-from visadapt.runtime.registry import AUTO, registry_of
+from visadapt.runtime.registry import registry_of
 from visadapt.runtime.selection import bare, using
 
 
@@ -56,7 +58,7 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
     """A subclass that computes nothing in a forward which starts behind it, and its own forward in every other."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return plain.forward(self, *args, **kwargs)
         at = _CALL.get()
         if at is None or self not in at.shapes:

@@ -3,6 +3,7 @@
 from visadapt.methods.adaptformer import AdaptFormer
 from visadapt.methods.baselines import Linear, Norms
 from visadapt.methods.bottleneck import Bottleneck
+from visadapt.methods.colora import CoLoRA
 from visadapt.methods.convadapter import ConvAdapter
 from visadapt.methods.dan import DAN
 from visadapt.methods.dora import DoRA
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
         SSF,
         LoRA,
         DoRA,
+        CoLoRA,
         AdaptFormer,
         Mona,
         Linear,
@@ -46,6 +48,7 @@ __all__ = [
     "AdaptFormer",
     "Biases",
     "Bottleneck",
+    "CoLoRA",
     "ConvAdapter",
     "DoRA",
     "Full",

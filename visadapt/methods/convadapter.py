@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import CONVS, Operator, as_kernel, convolve, operator_of
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
+from visadapt.backbone.tracing import is_tracing
 from visadapt.checks import check_choice, check_count
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import as_channels_first, in_dtype_of
@@ -216,14 +217,14 @@ class Slot:
 
     def put(self, x: Tensor) -> None:
         """Keeps a tensor."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             self.kept = x
         else:
             _KEPT.__dict__[str(id(self))] = x
 
     def take(self) -> Tensor:
         """Gives it back and keeps it no longer."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             x, self.kept = self.kept, None
         else:
             x = _KEPT.__dict__.pop(str(id(self)), None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visadapt.backbone.site import is_channels_first
+from visadapt.backbone.tracing import is_tracing
 
 
 class Rows:
@@ -74,7 +75,7 @@ _KEPT: dict[tuple[tuple[int, ...], int, torch.device], Rows] = {}
 
 def rows_for(number: tuple[int, ...], repeat: int, device: torch.device) -> Rows:
     """The :class:`Rows` of a pattern: the dozens of hosts of one forward share it, and so do later batches."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return Rows(number, repeat, device)
     key = (number, repeat, device)
     found = _KEPT.get(key)

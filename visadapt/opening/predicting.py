@@ -16,9 +16,10 @@ from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.checks import check_count, is_real
 from visadapt.errors import VisadaptError
 from visadapt.opening.preparing import listed, preprocess, same_inputs
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import decide
 from visadapt.runtime.logits import split
-from visadapt.runtime.registry import AUTO, Task, registry_of
+from visadapt.runtime.registry import Task, registry_of
 from visadapt.runtime.selection import using
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from visadapt.printable import markdown_text
 from visadapt.report.assembly import Report
 from visadapt.report.section import Claim, Section
 from visadapt.table import Table
@@ -18,20 +19,20 @@ def markdown(report: Report, figures: str) -> str:
         The page.
     """
     claims = [claim for section in report.sections for claim in section.claims]
-    parts = [f"# {report.title}"]
+    parts = [f"# {markdown_text(report.title)}"]
     if claims:
         parts += ["## Claims", _claims(claims)]
     parts += [_section(section, figures) for section in report.sections]
     if report.made_with:
-        parts += ["## Environments", "\n".join(f"* {line}" for line in report.made_with)]
+        parts += ["## Environments", "\n".join(f"* {markdown_text(line)}" for line in report.made_with)]
     return "\n\n".join(parts) + "\n"
 
 
 def _section(section: Section, figures: str) -> str:
-    parts = [f"## {section.title}", section.finding, section.reading]
-    parts += [f"![{drawing.alt}]({figures}/{drawing.name}.svg)" for drawing in section.drawings]
+    parts = [f"## {markdown_text(section.title)}", *map(markdown_text, (section.finding, section.reading))]
+    parts += [f"![{markdown_text(drawing.alt)}]({figures}/{drawing.name}.svg)" for drawing in section.drawings]
     for table in section.tables:
-        parts += [f"**{table.title}**", table.markdown()]
+        parts += [f"**{markdown_text(table.title)}**", table.markdown()]
     return "\n\n".join(parts)
 
 

@@ -137,6 +137,8 @@ class Look:
             "savefig.facecolor": self.paper,
             "svg.hashsalt": "visadapt",
             "text.color": self.ink,
+            # names may have dollar signs
+            "text.parse_math": False,
             "xtick.color": self.ink,
             "xtick.labelsize": 8.5,
             "ytick.color": self.ink,

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
+from visadapt.errors import VisadaptError
 
 
 def _never_trains(module: nn.Module) -> bool:
@@ -23,8 +25,60 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 
 @cached
 def frozen_class(plain: ModuleClass) -> ModuleClass:
-    """A subclass that is always in eval mode, whatever ``.train()`` a parent calls: its statistics stand still."""
-    return subclass(plain, frozen_class, training=property(_never_trains, _set_training))
+    """A subclass that is always in eval mode, whatever ``.train()`` a parent calls: its statistics stand still.
+
+    What is done to the statistics of all norms of a model (``update_bn``, Lightning's weight averaging: they are reset,
+    then collected again) passes by these. A BatchNorm without statistics uses its batch's in every mode: nothing of it
+    moves.
+    """
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        own = self.__dict__.get("_buffers", {}).get(name)
+        if own is None or value is own or not {_LOADING, "_is_replica"}.isdisjoint(self.__dict__):
+            plain.__setattr__(self, name, value)
+        elif not _is_reset(own, name, value):
+            raise VisadaptError(
+                f"{name} of a {plain.__name__} belongs to a frozen backbone, which tasks share: it cannot be set. "
+                "visadapt.eject the tasks first, or load it by load_state_dict"
+            )
+
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.__dict__[_LOADING] = True
+        try:
+            plain._load_from_state_dict(self, *args, **kwargs)
+        finally:
+            del self.__dict__[_LOADING]
+
+    members: dict[str, Any] = {
+        "training": property(_never_trains, _set_training),
+        "__setattr__": set_attribute,
+        "_load_from_state_dict": load,
+    }
+    if issubclass(plain, _NormBase):
+        members |= {"reset_running_stats": _reset_nothing, "num_batches_tracked": property(_count)}
+    return subclass(plain, frozen_class, **members)
+
+
+_LOADING = "_visadapt_loading"
+
+
+def _reset_nothing(norm: nn.Module) -> None:
+    """Leave frozen statistics as they are."""
+
+
+def _count(norm: nn.Module) -> Any:
+    # a copy: whoever resets it by ``*=`` does not reach the backbone's
+    if "num_batches_tracked" not in norm._buffers:
+        raise AttributeError("num_batches_tracked")
+    own = norm._buffers["num_batches_tracked"]
+    return None if own is None else own.clone()
+
+
+def _is_reset(own: Tensor, name: str, value: Any) -> bool:
+    """Whether a value is what a norm's statistics are before any batch: zeros, and ones for the variance."""
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        return False
+    return value.is_meta or bool((value == (1 if name == "running_var" else 0)).all())
 
 
 def _like(other: Tensor) -> Callable[[Tensor], Tensor]:

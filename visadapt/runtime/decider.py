@@ -63,6 +63,10 @@ class Decider(nn.Module):
             VisadaptError: a task that the decider knows is no longer in the model.
         """
         found = features(model, inputs)
+        if found.ndim != 2 or found.shape[1] != len(self.mean):
+            raise VisadaptError(
+                f"the decider takes features (N, {len(self.mean)}), and these inputs have {tuple(found.shape)}"
+            )
         names = [self.tasks[i] for i in self.to(found.device)(found).argmax(1).tolist()]
         for name in set(names):
             registry_of(model).task(name)
@@ -232,11 +236,45 @@ def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
             f"{path} was fitted on another backbone than this {type(unwrapped(model)).__name__}: {unlike}"
         )
     try:
-        decider = Decider(tuple(tasks), tensors["mean"], tensors["std"])
+        names = tuple(tasks)
+        _check(names, tensors, _width(model))
+        decider = Decider(names, tensors["mean"], tensors["std"])
         decider.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except VisadaptError as error:
         raise VisadaptError(f"{path} is not a whole decider: {error}") from error
     return decider.requires_grad_(False).eval()
+
+
+def _check(tasks: tuple[str, ...], tensors: Mapping[str, Tensor], width: int | None) -> None:
+    """Refuse tensors that are not a decider's between these tasks, on features of this width (None: unknown)."""
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        raise VisadaptError(f"it must choose between two tasks or more, got {', '.join(tasks)}")
+    wide = tensors["mean"].numel() if "mean" in tensors else 0
+    shapes = {"mean": (wide,), "std": (wide,), "linear.weight": (len(tasks), wide), "linear.bias": (len(tasks),)}
+    for name in (*shapes, *tensors):
+        if name not in tensors or name not in shapes:
+            raise VisadaptError(f"it {'lacks' if name in shapes else 'has an unknown'} {name}")
+        tensor = tensors[name]
+        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != tensors["mean"].dtype:
+            raise VisadaptError(f"{name} is {tensor.dtype}, expected torch.float32")
+        if tensor.shape != shapes[name]:
+            raise VisadaptError(f"{name} is {tuple(tensor.shape)}, expected {shapes[name]}")
+        if not tensor.isfinite().all():
+            raise VisadaptError(f"{name} has a value that is not finite")
+    if wide != (wide if width is None else width) or wide == 0:
+        raise VisadaptError(f"it takes features of width {wide}, and this model's are of width {width}")
+    if tensors["std"].min() <= 0:
+        raise VisadaptError("std must be positive")
+
+
+def _width(model: nn.Module) -> int | None:
+    """Width of the features that :func:`features` gives; None if the head's first layer does not say."""
+    backbone, head = unwrapped(model), facts_of(model).head
+    if head is None:
+        raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")
+    first = backbone.get_submodule(head.modules[0])
+    found = first.in_features if isinstance(first, nn.Linear) else getattr(first, "in_channels", None)
+    return found if isinstance(found, int) else None
 
 
 def _backbone(model: nn.Module, packed: bool = True) -> dict[str, list[str]]:

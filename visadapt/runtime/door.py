@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import is_cache, leaves
 from visadapt.backbone.heads import width_of
-from visadapt.backbone.modules import REGISTRY
+from visadapt.backbone.modules import CHILD, REGISTRY
 from visadapt.backbone.rows import RowFacts
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
+from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.division import Division, UnfitError
-from visadapt.runtime.registry import AUTO, Mixed, Parts, Registry, meant
+from visadapt.runtime.registry import Mixed, Parts, Registry
 from visadapt.runtime.weights import changes
 
 
@@ -34,7 +35,7 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         tasks = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
         return enter(self, registry, tasks, args, kwargs)
@@ -71,11 +72,11 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     classes = None if head is None else width_of(registry.facts.modules[head.final])
     facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
     if len(distinct) == 1:
-        with meant(registry, distinct[0]):
+        with registry.within(distinct[0]):
             return model.forward(*args, **kwargs)
     if not _divided_within(registry, facts, distinct):
         try:
-            with meant(registry, Mixed.of(tasks, facts)):
+            with registry.within(Mixed.of(tasks, facts)):
                 return model.forward(*args, **kwargs)
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)
@@ -95,15 +96,16 @@ def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | N
 
 def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
     """Whether tasks differ at one module, and its rows are not known where they do."""
-    parts = _parts_at(registry, path)
-    if facts.knows(path) and not registry.hosts[path]._forward_pre_hooks:
+    parts, module = _parts_at(registry, path), registry.hosts.get(path)
+    if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
         return False
     owners = [name for name in distinct if name is not None and changes(parts, name)]
     if facts.knows(path):
         # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
         return bool(owners)
     if path in facts.hosts:
-        return len({name if name in parts._modules else None for name in distinct}) > 1
+        held = parts._modules
+        return len({name if name in held else None for name in distinct}) > 1
     # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
     # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
@@ -112,9 +114,10 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
 
 
 def _parts_at(registry: Registry, path: str) -> Parts:
-    parts = registry.hosts[path]._modules["visadapt"]
-    assert isinstance(parts, Parts)
-    return parts
+    module = registry.hosts.get(path)
+    parts = None if module is None else module._modules.get(CHILD)
+    # a module may lose its last part to a removal in another thread
+    return parts if isinstance(parts, Parts) else Parts()
 
 
 def _one_by_one(
@@ -138,7 +141,7 @@ def _one_by_one(
     try:
         for number, name in enumerate(distinct):
             own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
-            with meant(registry, name):
+            with registry.within(name):
                 outs.append(model.forward(*own_args, **own_kwargs))
         return division.join(outs, facts.outputs)
     except UnfitError as error:

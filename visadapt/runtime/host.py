@@ -26,11 +26,12 @@ from visadapt.backbone.subclass import (
     without,
 )
 from visadapt.errors import VisadaptError
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.containers import container_members, listing_class, lists_children
 from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
-from visadapt.runtime.registry import AUTO, Parts, Registry
+from visadapt.runtime.registry import Parts, Registry
 from visadapt.runtime.roles import role, run
 from visadapt.runtime.weights import owned_members
 
@@ -56,9 +57,12 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         task = parts._registry.acting()
         if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)
-        if task is None or task not in parts:
+        own = None if task is None else parts._modules.get(task)
+        if own is None:
+            if task is not None:
+                parts._registry.check_current()
             return plain.forward(self, *args, **kwargs)
-        return run(self, plain, cast("nn.ModuleDict", parts[task]), args, kwargs)
+        return run(self, plain, cast("nn.ModuleDict", own), args, kwargs)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
@@ -140,7 +144,7 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
         parts = Parts()
         parts._registry, parts._path = registry, path
         given = host.__dict__.pop("forward", None)
-        host.add_module(CHILD, parts)
+        _put_child(host, CHILD, parts)
         host.__class__ = rebuilt(type(host), hosting_class)
         kept = host.__dict__.get(FORWARDS, ())
         if lists_children(plain_class(host)):
@@ -152,15 +156,24 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
         module.__dict__["_is_hf_initialized"] = True
     parts = cast("Parts", host._modules[CHILD])
     if task not in parts:
-        parts[task] = nn.ModuleDict().train(part.training)
+        _put_child(parts, task, nn.ModuleDict().train(part.training))
     parts.training = part.training
     own = cast("nn.ModuleDict", parts[task])
-    own[name] = part
     if role(part) == "weights":
-        if getattr(part, "replaces", False):
-            # what changes weights changes the task's own
-            own._modules.update({key: own._modules.pop(key) for key in [k for k in own._modules if k != name]})
         _answer_for(host, part)
+    # what changes weights changes the task's own
+    _put_child(own, name, part, first=getattr(part, "replaces", False))
+
+
+def _put_child(module: nn.Module, name: str, child: nn.Module, first: bool = False) -> None:
+    """Give a module a child by a new dict of children: a forward in another thread may be reading the old one."""
+    old = module.__dict__["_modules"]
+    module.__dict__["_modules"] = type(old)({name: child} | old if first else old | {name: child})
+
+
+def _drop_child(module: nn.Module, name: str) -> None:
+    old = module.__dict__["_modules"]
+    module.__dict__["_modules"] = type(old)({key: child for key, child in old.items() if key != name})
 
 
 def _answer_for(host: nn.Module, part: nn.Module) -> None:
@@ -176,9 +189,9 @@ def _answer_for(host: nn.Module, part: nn.Module) -> None:
 def detach(host: nn.Module, task: str) -> None:
     """Takes all parts of ``task`` away; a host left without any is what it was before the first."""
     parts = cast("Parts", host._modules[CHILD])
-    del parts[task]
-    if not parts:
-        del host._modules[CHILD]
+    _drop_child(parts, task)
+    if not parts._modules:
+        _drop_child(host, CHILD)
         undress(host, hosting_class, given_class, listing_class)
         release_forward(host)
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from visadapt.backbone.batch import Key
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
+from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
-from visadapt.runtime.registry import Mixed, Parts, meant
+from visadapt.runtime.registry import Mixed, Parts
 from visadapt.runtime.roles import around, core, role, run
 
 NONE = nn.ModuleDict()
@@ -39,9 +40,10 @@ class Groups:
 
     def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...]) -> None:
         # tasks without parts here are one group, with the bare backbone
-        here = {task: task if task is not None and task in parts._modules else None for task in tasks}
+        held = parts._modules
+        here = {task: task if task is not None and task in held else None for task in tasks}
         names = {name: number for number, name in enumerate(dict.fromkeys(here.values()))}
-        self.parts = [NONE if name is None else cast("nn.ModuleDict", parts._modules[name]) for name in names]
+        self.parts = [NONE if name is None else cast("nn.ModuleDict", held[name]) for name in names]
         if len(names) == 1:
             return
         self.division = Division(tuple([names[here[task]] for task in tasks]), parts._path or type(host).__name__)
@@ -63,7 +65,7 @@ class Groups:
                 raise UnfitError(f"it is not known which rows belong to which sample at {place}")
             return known
         known = self._registry.facts.batches.hosts.get(path)
-        if not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
+        if not (is_tracing() or torch._C._current_graph_task_id() != -1):
             raise outside(place)
         if known is None or not known.known:
             raise VisadaptError(
@@ -87,7 +89,7 @@ class Groups:
             # what runs within sees the rows of one group only, and so their tasks only
             tasks = [self._tasks[i] for i in self.division.samples[group]]
             mixed = len(set(tasks)) > 1
-            with meant(self._registry, self._own(tasks) if mixed else tasks[0]):
+            with self._registry.within(self._own(tasks) if mixed else tasks[0]):
                 outs.append(function(parts, own_args, own_kwargs))
         return self.division.join(outs, self.outputs)
 
@@ -105,7 +107,7 @@ def outside(place: str) -> VisadaptError:
 
 def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any, args: Any, kwargs: Any) -> Any:
     """A host's forward for a batch of mixed tasks; see the module."""
-    if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not torch.compiler.is_compiling():
+    if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
         return enter(host, parts._registry, tasks, args, kwargs)
     if isinstance(tasks, str):
         raise outside(parts._path)

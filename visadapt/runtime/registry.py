@@ -1,15 +1,12 @@
-"""What a model knows of its tasks, and which of them is meant at this moment in this thread."""
+"""What a model knows of its tasks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
@@ -17,17 +14,12 @@ from visadapt.backbone.fingerprint import Digests
 from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
 from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
+from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.versions import Versions
-
-AUTO = "auto"
-"""In a task's place: let the decider choose for each sample."""
-
-_USING: ContextVar[dict[int, Any] | None] = ContextVar("visadapt_using", default=None)
-
-_TRACED: list[tuple[int, Any]] = []
-"""The same within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
+from visadapt.runtime.watch import Watch
 
 
 class Mixed(tuple[str | None, ...]):
@@ -45,23 +37,6 @@ class Mixed(tuple[str | None, ...]):
         mixed = Mixed(tasks)
         mixed.rows = rows
         return mixed
-
-
-@contextmanager
-def meant(registry: Registry, task: Any) -> Iterator[None]:
-    """Within it a task is the one that is meant, in this thread."""
-    if torch.compiler.is_dynamo_compiling():
-        _TRACED.append((id(registry), task))
-        try:
-            yield
-        finally:
-            _TRACED.pop()
-        return
-    token = _USING.set({**(_USING.get() or {}), id(registry): task})
-    try:
-        yield
-    finally:
-        _USING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -125,12 +100,12 @@ class Source:
     by_hand: bool = True
 
 
-class Registry:
+class Registry(Choices):
     """The tasks of one injected model, shared by all its hosts (and copied with it by ``deepcopy``).
 
     Attributes:
         tasks: by name.
-        hosts: every module that holds parts, by its path in the model.
+        hosts: every module that holds parts, by its path in the model. Like ``tasks`` it is replaced, never changed.
         facts: of the backbone, as they were when they were last established.
         trained: names of the backbone's parameters that required a gradient before the first inject.
         versions: which of the backbone's parameters changed since the registry was made, at the first inject.
@@ -138,54 +113,25 @@ class Registry:
         digests: of the backbone's tensors, as far as they are known.
         lean: how lean :func:`visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
+        watch: what is looked at before and after each forward.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
-        active: the task chosen by ``activate``; None is the bare backbone.
-        hidden: whether a forward with gradients was another task's, by ``using``, since then.
     """
 
     def __init__(self, facts: Facts) -> None:
+        super().__init__()
         self.facts = facts
         self.tasks: dict[str, Task] = {}
         self.hosts: dict[str, nn.Module] = {}
         self.trained: frozenset[str] = frozenset()
         self.versions = Versions(facts.model)
-        self.active: Any = None
-        self.hidden = False
+        self.watch = Watch()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None
         self.digests: Digests = {}
         self.lean: Any = None
         self.source: Source | None = None
-
-    def current(self) -> Any:
-        """The task meant here and now: the innermost ``using`` of this thread, else what ``activate`` chose."""
-        if torch.compiler.is_dynamo_compiling() and _TRACED:
-            return next((tasks for key, tasks in reversed(_TRACED) if key == id(self)), self.active)
-        using = _USING.get()
-        if using is not None and id(self) in using:
-            return using[id(self)]
-        return self.active
-
-    def acting(self) -> Any:
-        """The same for a forward that happens now.
-
-        Raises:
-            VisadaptError: it happens within backward, out of sight of the ``using`` of the forward that it repeats.
-        """
-        task = self.current()
-        if torch.compiler.is_compiling():
-            return task
-        if id(self) in (_USING.get() or ()):
-            self.hidden = self.hidden or (torch.is_grad_enabled() and task != self.active)
-        elif self.hidden and torch._C._current_graph_task_id() != -1:
-            raise VisadaptError(
-                "a part of the model is computed again in backward (gradient checkpointing), which does not see the "
-                "using() of its forward: call backward() inside that block, or choose by activate() (on a GPU always: "
-                "backward is another thread's there); what only evaluates belongs under torch.no_grad()"
-            )
-        return task
 
     def task(self, name: Any) -> Task:
         """The task of that name.
@@ -200,10 +146,11 @@ class Registry:
 
     def parts(self, name: str) -> dict[str, nn.ModuleDict]:
         """A task's parts by host path, in the order they were put in."""
-        return {
-            path: cast("nn.ModuleDict", cast("Parts", self.hosts[path]._modules[CHILD])[name])
-            for path in self.task(name).hosts
-        }
+        with STRUCTURE:
+            return {
+                path: cast("nn.ModuleDict", cast("Parts", self.hosts[path]._modules[CHILD])[name])
+                for path in self.task(name).hosts
+            }
 
 
 def find_registry(model: Any) -> Registry | None:
@@ -293,6 +240,12 @@ class Parts(nn.ModuleDict):
 
     _registry: Registry
     _path: str = ""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        # a replica runs in another thread, for the task that is meant where it was made
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["_registry"] = self._registry.held()
+        return cast("nn.Module", replica)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ from torch import nn
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
+from visadapt.runtime.blocks import generator_of
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.door import door_class
 from visadapt.runtime.host import dress
-from visadapt.runtime.registry import AUTO, Registry, find_registry, meant, registry_of
+from visadapt.runtime.registry import Registry, find_registry, registry_of
 
 
 def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Module:
@@ -37,7 +40,7 @@ def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Mo
         torch.Size([2, 3])
     """
     registry = registry_of(model)
-    registry.active, registry.hidden = _checked(model, registry, task), False
+    registry.choose(_checked(model, registry, task))
     return model
 
 
@@ -48,8 +51,9 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
     padded with −inf; :func:`visadapt.split` takes the logits apart again.
 
-    Gradient checkpointing runs parts of the forward again in backward, which has to be inside the block too; on a GPU,
-    where backward is another thread's, choose by :func:`activate`.
+    A forward is for the task that is chosen where it begins, and so is what gradient checkpointing computes of it again
+    in backward, wherever that is. A block in a generator counts while the generator runs. A thread that is started in
+    the block has to choose for itself.
 
     Args:
         model: an injected model.
@@ -73,7 +77,7 @@ def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator
         {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
     """
     registry = registry_of(model)
-    with meant(registry, _checked(model, registry, task)):
+    with registry.only(_checked(model, registry, task), generator_of(sys._getframe(1))):
         yield model
 
 
@@ -105,7 +109,7 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
     Raises:
         VisadaptError: the model was never injected.
     """
-    name: str | tuple[str | None, ...] | None = registry_of(model).current()
+    name: str | tuple[str | None, ...] | None = registry_of(model).in_use()
     return name
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.subclass import plain_class
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.division import UnfitError
-from visadapt.runtime.registry import AUTO, Parts
+from visadapt.runtime.registry import Parts
 from visadapt.runtime.roles import role
 
 
@@ -72,7 +73,7 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
         # the decider has not yet chosen for any batch
         task = (None, *parts)
     if not isinstance(task, tuple):
-        return own if task is None or task not in parts else _changed(parts, task, name, own)
+        return own if task is None else _changed(parts, task, name, own)
     # samples of other tasks than these have the backbone's
     tasks = {each if each is not None and changes(parts, each) else None for each in task}
     if len(tasks) == 1:
@@ -85,12 +86,16 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
 
 def changes(parts: Parts, task: str) -> bool:
     """Whether a task has weights of its own at a host."""
-    return task in parts and any(role(part) == "weights" for part in cast("nn.ModuleDict", parts[task]).values())
+    own = parts._modules.get(task)
+    return own is not None and any(role(part) == "weights" for part in cast("nn.ModuleDict", own).values())
 
 
 def _changed(parts: Parts, task: str, name: str, own: Any) -> Any:
     value = own
-    for part in cast("nn.ModuleDict", parts[task]).values():
+    held = parts._modules.get(task)
+    if held is None:
+        parts._registry.check_current()
+    for part in () if held is None else cast("nn.ModuleDict", held).values():
         if role(part) == "weights":
             value = part({name: value}).get(name, value)
     # a task's fp32 weights beside a half-precision backbone

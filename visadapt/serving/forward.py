@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import Decider, features
 from visadapt.runtime.logits import split
-from visadapt.runtime.registry import AUTO
 from visadapt.runtime.selection import using
 from visadapt.serving.catalogue import Entry
 from visadapt.serving.metrics import Metrics

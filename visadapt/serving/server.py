@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.checks import check_count, check_non_negative
+from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import read_decider
-from visadapt.runtime.registry import AUTO
 from visadapt.serving.backbones import Backbone
 from visadapt.serving.catalogue import Catalogue, Entry, model_digest
 from visadapt.serving.forward import Forward, warm_up

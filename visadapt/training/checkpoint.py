@@ -14,12 +14,12 @@ from visadapt.errors import VisadaptError
 from visadapt.tensor_file import read_described, write_described
 from visadapt.training.history import Epoch
 from visadapt.training.loop import Loop, Run
+from visadapt.training.saved_state import SCHEDULE, SavedState
 from visadapt.training.signature import unlike
 from visadapt.typed import fits, from_json
 
 FORMAT = 1
 KIND = "visadapt_training"
-_SCHEDULE: dict[str, Any] = {"last_epoch": int, "_step_count": int, "_last_lr": list[float]}
 
 
 class Checkpoint:
@@ -40,7 +40,7 @@ class Checkpoint:
             raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the checkpoint {self.path.name} to")
         self._saved = self._read() if self.path.exists() else None
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self) -> SavedState:
         content = read_described(self.path, KIND, "checkpoint of a training run")
         # cloned: a file's tensors may be unaligned, and torch's kernels for unaligned memory round differently
         notes, tensors = content.description, {key: tensor.clone() for key, tensor in content.tensors.items()}
@@ -52,17 +52,19 @@ class Checkpoint:
             # typed, and no more than is listed here: what is in a file must not choose attributes
             epochs = [from_json(Epoch, epoch) for epoch in notes["run"]["epochs"]]
             run = from_json(Run, {**notes["run"], "epochs": epochs})
-            schedule = {key: notes["schedule"][key] for key in _SCHEDULE}
-            for key, hint in _SCHEDULE.items():
+            schedule = {key: notes["schedule"][key] for key in SCHEDULE}
+            for key, hint in SCHEDULE.items():
                 if not fits(schedule[key], hint):
                     raise TypeError(f"{key} must be {hint}, got {schedule[key]!r:.60}")
-            notes = {"identity": dict(notes["identity"]), "run": run, "schedule": schedule}
+            identity = notes["identity"]
+            if not isinstance(identity, dict):
+                raise TypeError(f"identity must be an object, got {identity!r:.60}")
         except (KeyError, TypeError, ValueError) as error:
             raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
-        changes = unlike(notes["identity"], self.identity)
+        changes = unlike(identity, self.identity)
         if changes:
             raise VisadaptError(f"{self.path} is the checkpoint of another training run: {changes}")
-        return notes, tensors
+        return SavedState(run, schedule, tensors)
 
     def begin(self, loop: Loop) -> None:
         """Restore the saved state or, without a file, write the initial one.
@@ -73,31 +75,31 @@ class Checkpoint:
         if self._saved is None:
             self.write(loop)
             return
-        notes, tensors = self._saved
-        self._saved = None
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
-
-        if len(notes["schedule"]["_last_lr"]) != len(loop.optimizer.param_groups):
-            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: it has other learning rates")
-        loop.run = notes["run"]
-        loop.target.restore(part("now"))
-        loop.kept = part("kept")
+        saved, self._saved = self._saved, None
+        # whole, before anything is restored
+        try:
+            saved.check(loop)
+        except VisadaptError as error:
+            raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
+        loop.run = saved.run
+        loop.target.restore(saved.part("now"))
+        loop.kept = saved.part("kept")
         state = loop.optimizer.state_dict()
         parameters = [p for group in loop.optimizer.param_groups for p in group["params"]]
-        for key, value in part("optimiser").items():
+        for key, value in saved.part("optimiser").items():
             index, slot = key.split(".")
             # in the parameter's memory format
             tensor = value if value.ndim == 0 else torch.empty_like(parameters[int(index)]).copy_(value)
             state["state"].setdefault(int(index), {})[slot] = tensor
-        for group, rate in zip(state["param_groups"], notes["schedule"]["_last_lr"], strict=True):
+        for group, rate in zip(state["param_groups"], saved.schedule["_last_lr"], strict=True):
             group["lr"] = rate
         loop.optimizer.load_state_dict(state)
-        loop.schedule.load_state_dict({**loop.schedule.state_dict(), **notes["schedule"]})
+        loop.schedule.load_state_dict({**loop.schedule.state_dict(), **saved.schedule})
         # cloned: torch crashes on a generator state that is a row of a larger tensor
         rank = loop.engine.rank
-        loop.epoch_start, now = ({k: v[rank].clone() for k, v in part(name).items()} for name in ("began", "here"))
+        loop.epoch_start, now = (
+            {k: v[rank].clone() for k, v in saved.part(name).items()} for name in ("began", "here")
+        )
         loop.random.restore(now)
 
     def write(self, loop: Loop) -> None:

@@ -16,6 +16,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.runtime.registry import find_registry
 from visadapt.tensor_file import raw
 from visadapt.training.batches import Batches
+from visadapt.typed import fits
 
 
 def identity(
@@ -96,7 +97,10 @@ def unlike(saved: dict[str, Any], expected: dict[str, Any]) -> str:
         if theirs == ours:
             continue
         if name == "backbone":
-            words.append(f"another backbone: {differences(theirs or {}, ours, values=True)}")
+            known: dict[str, list[str]] = {}
+            if isinstance(theirs, dict) and fits(theirs, dict[str, list[str]]):
+                known = {group: pair for group, pair in theirs.items() if len(pair) == 2}
+            words.append(f"another backbone: {differences(known, ours, values=True)}")
         elif isinstance(theirs, dict) and isinstance(ours, dict):
             pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
             words += [f"{name}: {k} was {then}, is {now}" for k, then, now in pairs if then != now]

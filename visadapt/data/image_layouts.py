@@ -1,0 +1,321 @@
+"""Find labelled images: folders of classes, with or without splits, and tables of file names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visadapt.data.image_file import SUFFIXES, is_image
+from visadapt.data.lazy_images import ImageFiles
+from visadapt.data.splits import numbers_of, relabelled
+from visadapt.data.tables import Column, Format, Table, is_table, read_table
+from visadapt.data.targets import Targets, held_out
+from visadapt.errors import VisadaptError, nearest, option
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of the folders and of the values of a column ``split``, in lower case."""
+
+LAYOUTS = (
+    "CLASS/image.jpg, or train/CLASS/image.jpg with test/ and val/ beside train/, "
+    "or a table with the columns 'file' and 'label'"
+)
+"""The layouts that are understood, for messages."""
+
+_FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath")
+
+# not images, and no one means them to be
+_OTHER = frozenset((
+    ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz",
+    ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv", ".txt", ".xml", ".yaml", ".yml",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Labelled images, before they are read.
+
+    Args:
+        name: of the data set.
+        classes: names of the labels; empty for real values.
+        splits: the images of ``train``, ``validation`` and ``test``.
+        remarks: what the library decided, for the user to know.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, ImageFiles]
+    remarks: tuple[str, ...] = ()
+
+    def renumbered(self, labels: Sequence[str]) -> Found:
+        """Number the classes as a task numbers its labels.
+
+        Raises:
+            VisadaptError: a class is not one of the task's labels.
+        """
+        numbers = numbers_of(self.classes, labels, self.name)
+        splits = {
+            split: replace(files, labels=relabelled(files.labels, numbers, len(labels)))
+            for split, files in self.splits.items()
+        }
+        return replace(self, classes=tuple(labels), splits=splits)
+
+    def completed(self, seed: int, *, whole: bool = False, validation: bool = True) -> Found:
+        """Return the data with the splits that it lacks.
+
+        Args:
+            seed: of the splits that are made.
+            whole: whether all images are to be tested: no split is made.
+            validation: whether a validation split is made.
+
+        Raises:
+            VisadaptError: there are too few images to split.
+        """
+        splits, remarks = dict(self.splits), list(self.remarks)
+        if whole:
+            last = next(split for split in ("test", "validation", "train") if split in splits)
+            return replace(self, splits={**{k: v for k, v in splits.items() if k != last}, "test": splits[last]})
+        if "train" not in splits:
+            raise VisadaptError(f"{self.name} has no training images; the layouts are: {LAYOUTS}")
+        if "test" not in splits and "validation" in splits:
+            splits["test"] = splits.pop("validation")
+        for split, share in (("test", 5), ("validation", 10)):
+            if split in splits or (split == "validation" and not validation):
+                continue
+            whole_train = splits["train"]
+            if len(whole_train) < 4:
+                raise VisadaptError(
+                    f"{whole_train.name} must have at least 4 images to hold out some for {split}, "
+                    f"got {len(whole_train)}"
+                )
+            rest, chosen = held_out(whole_train.labels, max(1, len(whole_train) // share), seed)
+            splits["train"], splits[split] = whole_train.subset(rest), whole_train.subset(chosen)
+            if "test" not in self.splits:
+                remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} images held out for {split}")
+        return replace(self, splits=splits, remarks=tuple(remarks))
+
+
+@dataclass(frozen=True)
+class ImageColumns:
+    """How a table names images and their labels.
+
+    Args:
+        image: column of the file names; None looks for the usual names.
+        label: column of the labels.
+        root: folder of the images; None for that of the table.
+        form: how the table is written.
+        targets: what its labels are.
+    """
+
+    image: Column | None = None
+    label: Column = "label"
+    root: Path | None = None
+    form: Format = field(default_factory=Format)
+    targets: Targets = field(default_factory=Targets)
+
+
+def find_images(path: Path, classes: Sequence[str] | None, columns: ImageColumns) -> Found:
+    """Find the labelled images of a folder or table.
+
+    Args:
+        path: a folder or a table.
+        classes: names of the labels in their order, if the training images need not have all; None to take their own.
+        columns: of a table.
+
+    Raises:
+        VisadaptError: the layout is not one of those that are understood, which are listed.
+    """
+    if path.is_file():
+        if not is_table(path):
+            raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
+        return _table(path, classes, columns)
+    tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
+    splits = _split_folders(path)
+    if splits:
+        return _folders(path, splits, classes)
+    if any(files_below(folder) for folder in _class_folders(path)) and not (
+        len(tables) == 1 and len(_class_folders(path)) == 1
+    ):
+        return _folders(path, {"train": path}, classes)
+    if len(tables) == 1:
+        return _table(tables[0], classes, columns)
+    if tables:
+        raise VisadaptError(f"{path} has several tables: give one of {', '.join(file.name for file in tables)}")
+    loose = len(_images_in(path))
+    got = f"{loose} images without labels" if loose else "no images"
+    raise VisadaptError(f"{path} must hold labelled images, got {got}; the layouts are: {LAYOUTS}")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List the image files below a folder, sorted; hidden files and folders are left out.
+
+    A file without the suffix of an image is one if its content is.
+    """
+    return _sorted_out(sorted(p for p in folder.rglob("*") if not _is_hidden(p, folder)))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return _sorted_out(_visible(folder))
+
+
+def _sorted_out(paths: Sequence[Path]) -> list[Path]:
+    images, others = [], []
+    for file in paths:
+        suffix = file.suffix.lower()
+        if suffix in _OTHER or not file.is_file():
+            continue
+        if suffix in SUFFIXES or is_image(file):
+            images.append(file)
+        else:
+            others.append(file)
+    if others:
+        warnings.warn(f"skipping {len(others)} files that are not images, such as {others[0]}", stacklevel=4)
+    return images
+
+
+def _is_hidden(path: Path, below: Path) -> bool:
+    # .ipynb_checkpoints, ._photo.jpg and __MACOSX belong to other programs
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in path.relative_to(below).parts)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not _is_hidden(path, folder))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """The folders of the splits; empty if those names are classes, whose images lie in them directly."""
+    splits: dict[str, Path] = {}
+    named = {
+        folder: split
+        for folder in _class_folders(path)
+        for split, names in SPLITS.items()
+        if folder.name.lower() in names
+    }
+    if not named or (len(named) == 1 and "train" not in named.values() and len(_class_folders(path)) > 1):
+        return {}
+    direct = [folder for folder in named if not _class_folders(folder) and _images_in(folder)]
+    if direct and len(_class_folders(path)) > len(named):
+        return {}  # classes that happen to have such names, beside others
+    if direct:
+        raise VisadaptError(f"{direct[0]} must have one folder per class, got images; the layouts are: {LAYOUTS}")
+    for folder, split in named.items():
+        if split in splits:
+            raise VisadaptError(f"{path} has two folders for {split}, {splits[split].name!r} and {folder.name!r}")
+        splits[split] = folder
+    return splits
+
+
+def _folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -> Found:
+    """Folders of classes; ``known`` are the classes of the task."""
+    first = splits.get("train") or next(iter(splits.values()))
+    names = {split: [p.name for p in _class_folders(folder)] for split, folder in splits.items()}
+    own = next(split for split, folder in splits.items() if folder == first)
+    if not names[own]:
+        raise VisadaptError(f"{first} must have one folder per class, got none; the layouts are: {LAYOUTS}")
+    files = {(split, name): files_below(splits[split] / name) for split in splits for name in names[split]}
+    empty = next((name for name in names[own] if not files[own, name]), None)
+    if inner_split := next((name for name in names[own] if _split_folders(first / name)), None):
+        raise VisadaptError(f"{first} is not laid out as {LAYOUTS}: did you mean {first / inner_split}?")
+    if empty is not None and known is None:
+        raise VisadaptError(f"{first / empty} must have at least one image, got none; the layouts are: {LAYOUTS}")
+    inner = _class_folders(first / names[own][0]) if len(splits) == len(names[own]) == 1 else []
+    if len(inner) > 1:
+        raise VisadaptError(
+            f"{first} has one class, {names[own][0]!r}, with {len(inner)} folders in it: did you mean "
+            f"{first / names[own][0]}?"
+        )
+    classes = list(known or names[own])
+    lacks = "is not a class of the task" if known is not None else f"is not in {first.name!r}"
+    parts = {}
+    for split, folder in splits.items():
+        for name in names[split]:
+            if name not in classes and (files[split, name] or known is None):
+                raise VisadaptError(f"{folder}: class {name!r} {lacks}{nearest(name, classes)}")
+        items = [(file, classes.index(name)) for name in classes for file in files.get((split, name), [])]
+        if not items:
+            raise VisadaptError(f"{folder} must have at least one image, got none")
+        labels = torch.tensor([label for _, label in items])
+        parts[split] = ImageFiles([file for file, _ in items], labels, name=str(folder))
+    used = set(splits.values())
+    if path not in used:
+        others = [folder for folder in _class_folders(path) if folder not in used and files_below(folder)]
+        if others:
+            warnings.warn(f"{path}: the images in {others[0].name!r} are in none of the splits and are not used",
+                          stacklevel=3)  # fmt: skip
+    if loose := [file for folder in {path, *used} for file in _images_in(folder)]:
+        warnings.warn(f"{path}: {len(loose)} images outside the class folders are not used, such as {loose[0]}",
+                      stacklevel=3)  # fmt: skip
+    return Found(path.name, tuple(classes), parts)
+
+
+def _table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> Found:
+    table = read_table(file, columns.form)
+    place = table.column(_file_column(table, columns.image))
+    labels = table.cells(table.column(_label_column(table, columns.label)))
+    root = columns.root or file.parent
+    files = [root / cell for cell in table.cells(place)]
+    absent = [path for path in files if not path.is_file()]
+    if absent:
+        siblings = [p.name for p in absent[0].parent.iterdir()] if absent[0].parent.is_dir() else []
+        raise VisadaptError(
+            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {absent[0]}"
+            f"{nearest(absent[0].name, siblings)} ({option('root')} is the folder that the names start from)"
+        )
+    if columns.targets.separator is None and (
+        empty := [n for n, y in zip(table.numbers, labels, strict=True) if not y]
+    ):
+        raise VisadaptError(f"{file}, row {empty[0]}: the label is empty")
+    members = _members(table)
+    columns.targets.check_plausible(labels, str(file))
+    own = [i for i in range(len(files)) if members[i] == "train"] or range(len(files))
+    classes = tuple(known) if known is not None else columns.targets.names(labels[i] for i in own)
+    parts: dict[str, ImageFiles] = {}
+    for split in SPLITS:
+        rows = [i for i, member in enumerate(members) if member == split]
+        if rows:
+            numbers = [table.numbers[i] for i in rows]
+            encoded = columns.targets.encode([labels[i] for i in rows], classes, str(file), numbers)
+            parts[split] = ImageFiles([files[i] for i in rows], encoded, name=str(file))
+    return Found(file.stem, classes, parts)
+
+
+def _file_column(table: Table, wanted: Column | None) -> Column:
+    if wanted is not None:
+        return wanted
+    usual = next((name for name in _FILE_COLUMNS if table.names is not None and name in table.names), None)
+    if usual is None:
+        raise VisadaptError(
+            f"{table.file} has {table.described()}: choose the column of file names with {option('image')}"
+        )
+    return usual
+
+
+def _label_column(table: Table, wanted: Column) -> Column:
+    if wanted == "label" and (table.names is None or "label" not in table.names):
+        raise VisadaptError(f"{table.file} has {table.described()}: choose the label column with {option('label')}")
+    return wanted
+
+
+def _members(table: Table) -> list[str]:
+    """The split of each row: as a column ``split`` has it, or all training images."""
+    if table.names is None or "split" not in table.names:
+        return ["train"] * len(table.rows)
+    known: dict[str, Any] = {name: split for split, names in SPLITS.items() for name in names}
+    members = []
+    for number, cell in zip(table.numbers, table.cells(table.column("split")), strict=True):
+        if cell.lower() not in known:
+            raise VisadaptError(f"{table.file}, row {number}: no split {cell!r}{nearest(cell, known)}")
+        members.append(known[cell.lower()])
+    return members

@@ -1,0 +1,186 @@
+"""Tables of text files: their rows and columns, read without guessing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from visadapt.data.bounded import read_gzip
+from visadapt.errors import VisadaptError, nearest, option
+
+Column = str | int
+
+SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
+"""Suffixes of tables, in lower case."""
+
+_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the files are written.
+
+    Args:
+        header: whether the first row holds the column names; otherwise columns are numbered.
+        delimiter: column separator; None for a comma in ``.csv`` files and a tab in others.
+        encoding: of the characters; a byte order mark of UTF-16 is obeyed.
+    """
+
+    header: bool = True
+    delimiter: str | None = None
+    encoding: str = "utf-8-sig"
+
+    def __post_init__(self) -> None:
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise VisadaptError(f"{option('delimiter')} must be one character, got {self.delimiter!r}")
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise VisadaptError(f"{option('encoding')} must be an encoding of Python, got {self.encoding!r}") from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file.
+
+    Args:
+        file: where they were read.
+        names: of the columns; None without a header.
+        rows: cells as written.
+        numbers: of each row in the file, from 1.
+    """
+
+    file: Path
+    names: tuple[str, ...] | None
+    rows: list[list[str]]
+    numbers: list[int]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return len(self.rows[0]) if self.names is None else len(self.names)
+
+    def column(self, wanted: Column) -> int:
+        """Find a column by its name, or by its number from 0.
+
+        Raises:
+            VisadaptError: there is no such column.
+        """
+        if isinstance(wanted, str):
+            if self.names is not None and wanted in self.names:
+                if self.names.count(wanted) > 1:
+                    raise VisadaptError(f"{self.file} has several columns {wanted!r}: choose one by its number from 0")
+                return self.names.index(wanted)
+            if not re.fullmatch(r"\d{1,6}", wanted):
+                if self.names is None:
+                    raise VisadaptError(f"column {wanted!r} must be a number, since {self.file} has no header")
+                raise VisadaptError(f"no column {wanted!r} in {self.file}{nearest(wanted, self.names)}")
+        number = int(wanted)
+        if number < 0:
+            raise VisadaptError(f"a column number must be at least 0, got {number}")
+        if number >= self.width:
+            raise VisadaptError(
+                f"{self.file}, row {self.numbers[0]}: expected {number + 1} columns, got {self.width} "
+                f"(columns are numbered from 0)"
+            )
+        return number
+
+    def described(self) -> str:
+        """Describe the columns, for messages."""
+        if self.names is None:
+            return f"{self.width} columns without names"
+        return f"the columns {', '.join(map(repr, self.names))}"
+
+    def cells(self, column: int) -> list[str]:
+        """The cells of a column, without spaces around them."""
+        return [row[column].strip() for row in self.rows]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file name is that of a table."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def read_table(file: Path, form: Format) -> Table:
+    """Read a table.
+
+    In a file whose quotation marks all open and close a cell, as pandas and spreadsheets write them, they are quotes;
+    in other tab-separated files, such as GLUE's, they are ordinary characters.
+
+    Args:
+        file: ``.csv`` or ``.tsv``, perhaps with ``.gz``.
+        form: how it is written.
+
+    Raises:
+        VisadaptError: the file cannot be read or decoded, has no rows, or has rows of different lengths.
+    """
+    lines = read_text(file, form.encoding)
+    comma = file.name.lower().removesuffix(".gz").endswith(".csv")
+    delimiter = form.delimiter or ("," if comma else "\t")
+    rows = _parsed(lines, delimiter, file, quoted_only=comma)
+    numbered = [(number, row) for number, row in enumerate(rows, start=1) if row]
+    names = tuple(name.strip() for name in numbered.pop(0)[1]) if form.header and numbered else None
+    if not numbered:
+        raise VisadaptError(f"{file} has no rows")
+    width = len(names) if names is not None else len(numbered[0][1])
+    for number, row in numbered:
+        if len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
+            hint = "" if len(row) < width else f" ({delimiter!r} in a cell must be inside quotation marks)"
+            raise VisadaptError(f"{file}, row {number}: expected {width} columns, got {len(row)}{hint}")
+    return Table(file, names, [row[:width] for _, row in numbered], [number for number, _ in numbered])
+
+
+def read_text(file: Path, encoding: str) -> str:
+    """Read and decode a file, perhaps compressed.
+
+    Raises:
+        VisadaptError: the file cannot be read, or a byte is not of the encoding; its place is named.
+    """
+    try:
+        content = read_gzip(file) if file.suffix.lower() == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise VisadaptError(f"cannot read {file} as {encoding} text: {error}") from error
+    if encoding in ("utf-8", "utf-8-sig"):
+        encoding = next((marked for mark, marked in _MARKS.items() if content.startswith(mark)), encoding)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        # a codec that skips a byte order mark counts from behind it
+        offset = error.start + len(content) - len(error.object)
+        row = content.count(b"\n", 0, offset) + 1
+        raise VisadaptError(
+            f"cannot read {file} as {encoding} text: byte 0x{content[offset]:02x} at offset {offset}, in row {row} "
+            f"({error.reason}); give the file's encoding with {option('encoding')}, such as latin-1"
+        ) from error
+    except (UnicodeError, LookupError) as error:
+        raise VisadaptError(f"cannot read {file} as {encoding} text: {error}") from error
+
+
+def _parsed(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:
+    if delimiter == " ":  # a label, then a text that may contain spaces
+        return [line.rstrip("\r").split(" ", 1) for line in text.split("\n") if line]
+    longest = csv.field_size_limit(sys.maxsize)
+    try:
+        return _strictly_quoted(text, delimiter, file, quoted_only)
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _strictly_quoted(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:
+    rows: list[list[str]] = []
+    try:
+        rows.extend(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        if quoted_only or len({len(row) for row in rows if row}) <= 1:
+            return rows
+    except csv.Error as error:
+        if quoted_only:
+            row = len(rows) + 1
+            raise VisadaptError(
+                f"{file}, row {row}: {error}; a cell with a quotation mark must be quoted, with the mark doubled"
+            ) from error
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE))

@@ -1,0 +1,153 @@
+"""Labels as tables write them: class names, several per sample, or real values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visadapt.data.splits import stratified
+from visadapt.errors import VisadaptError, nearest, option
+
+_MANY = 20
+"""Number of different labels from which the library asks whether they are classes."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the labels of a table are.
+
+    Args:
+        regression: whether they are real values; otherwise they are names of classes.
+        separator: between the labels of one cell, if a sample may have any number of them; None for one label per cell.
+    """
+
+    regression: bool = False
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise VisadaptError(f"{option('multi_label')} must be the text between two labels, such as ';', got ''")
+        if self.regression and self.separator is not None:
+            raise VisadaptError(f"give {option('regression')} or {option('multi_label')}, not both")
+
+    @property
+    def problem_type(self) -> str:
+        """What the labels are, as transformers names it."""
+        if self.regression:
+            return "regression"
+        return "single_label_classification" if self.separator is None else "multi_label_classification"
+
+    def names(self, cells: Iterable[str]) -> tuple[str, ...]:
+        """Return the class names in cells: in numeric order if all are integers, alphabetically otherwise."""
+        return () if self.regression else tuple(ordered(name for cell in cells for name in self.split(cell)))
+
+    def split(self, cell: str) -> list[str]:
+        """Return the labels of one cell."""
+        if self.separator is None:
+            return [cell]
+        return [part.strip() for part in cell.split(self.separator) if part.strip()]
+
+    def encode(self, cells: Sequence[str], classes: Sequence[str], where: str, numbers: Sequence[int] = ()) -> Tensor:
+        """Convert cells to numbers.
+
+        Args:
+            cells: the labels as written.
+            classes: names in the order of the outputs.
+            where: for messages.
+            numbers: row of each cell in its file, for messages.
+
+        Returns:
+            Class indices, int64 ``(N,)``; real values, float32 ``(N,)``; or bool ``(N, C)``, True for every label that
+            applies.
+
+        Raises:
+            VisadaptError: a cell is not a number, or not one of the classes.
+        """
+        if self.regression:
+            values = [_real(cell) for cell in cells]
+            if None in values:
+                wrong = values.index(None)
+                row = f", row {numbers[wrong]}" if numbers else ""
+                raise VisadaptError(f"{where}{row}: the label must be a finite number, got {cells[wrong]!r}")
+            return torch.tensor(values, dtype=torch.float32)
+        codes = {name: index for index, name in enumerate(classes)}
+        for name in (name for cell in cells for name in self.split(cell)):
+            if name not in codes:
+                raise VisadaptError(f"{where} has label {name!r}, which is not a class{nearest(name, codes)}")
+        if self.separator is None:
+            return torch.tensor([codes[cell] for cell in cells], dtype=torch.int64)
+        hot = torch.zeros(len(cells), len(codes), dtype=torch.bool)
+        for index, cell in enumerate(cells):
+            hot[index][[codes[name] for name in self.split(cell)]] = True
+        return hot
+
+    def check_plausible(self, cells: Sequence[str], where: str) -> None:
+        """Refuse labels that are probably not classes, because nearly every sample has a label of its own.
+
+        Raises:
+            VisadaptError: they are real values, or names that do not repeat.
+        """
+        if self.regression or self.separator is not None:
+            return
+        different = len(set(cells))
+        if different < _MANY or different <= len(cells) // 2:
+            return
+        if all(_real(cell) is not None for cell in set(cells)):
+            raise VisadaptError(
+                f"{where} has {different} different numbers as labels, such as {cells[0]}: give {option('regression')} "
+                "to train on real values"
+            )
+        raise VisadaptError(
+            f"{where} has {different} different labels for {len(cells)} samples, such as {cells[0][:40]!r}: choose the "
+            f"label column with {option('label')}, or give {option('multi_label')} for several labels per cell"
+        )
+
+
+def ordered(labels: Iterable[str]) -> list[str]:
+    """Sort distinct labels: as numbers if all are integers, alphabetically otherwise."""
+    distinct = set(labels)
+    return sorted(distinct, key=int) if all(re.fullmatch(r"-?\d+", y) for y in distinct) else sorted(distinct)
+
+
+def check_form(labels: Tensor, count: int) -> None:
+    """Refuse labels that have none of the forms of :meth:`Targets.encode`.
+
+    Raises:
+        VisadaptError: the message names the forms.
+    """
+    dims = 2 if labels.dtype == torch.bool else 1
+    known = labels.dtype in (torch.int64, torch.bool) or labels.is_floating_point()
+    if not known or labels.ndim != dims or len(labels) != count:
+        shape, dtype = tuple(labels.shape), labels.dtype
+        raise VisadaptError(
+            f"labels must be int64 of shape ({count},), got {dtype} of {shape}; or real values of that shape, or bool "
+            f"of ({count}, classes) for several labels per sample"
+        )
+
+
+def held_out(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose ``n`` samples at random: with the class proportions of the whole if the labels are classes.
+
+    Args:
+        labels: of any of the forms of :meth:`Targets.encode`.
+        n: how many to choose, between 1 and ``N - 1``.
+        seed: the same seed chooses the same samples.
+
+    Returns:
+        The remaining and the chosen indices, each in ascending order.
+    """
+    # as one class, samples are chosen regardless of their labels
+    return stratified(labels if labels.dtype == torch.int64 else torch.zeros(len(labels), dtype=torch.int64), n, seed)
+
+
+def _real(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

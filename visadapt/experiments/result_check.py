@@ -1,0 +1,81 @@
+"""Results of files: numbers in range, names of one printable line, and the facts that each experiment has."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from visadapt.errors import VisadaptError
+from visadapt.printable import printable
+from visadapt.typed import fits
+
+LONGEST = 1000
+"""Characters of a name or another text."""
+
+_LEAST = {"seed": 0, "trained": 0, "head": 0, "backbone": 1, "seconds": 0, "bytes": 0, "lr": 0, "epochs": 0}
+
+FACTS: dict[str, dict[str, Any]] = {
+    "ablation": {"first": int | None, "last": int | None, "norms": str, "layers": int, "majority": float},
+    "decathlon": {"problems": list[str], "seeds": int, "total": float},
+    "init_scale": {"std": float},
+    "modality": {"where": str, "k": int, "layers": int},
+    "sequence": {"position": int, "after": str, "total": float, "outputs": str},
+    "tradeoff": {"m": int | float, "n": int},
+    "transfer": {"source": str | None},
+}
+"""Type of each fact by experiment; others are not read."""
+
+_OPTIONAL: dict[str, set[str]] = {
+    **{name: set(FACTS[name]) for name in ("decathlon", "modality", "tradeoff")},
+    "ablation": {"layers", "majority"},
+}
+
+_COORDINATED = {"decathlon": "total", "modality": "where"}
+"""A fact with which all others of its experiment come, but for the number of seeds, which came later."""
+
+
+def check_result(result: Any) -> None:
+    """Refuse a result with a value that no experiment writes.
+
+    Args:
+        result: a :class:`~visadapt.experiments.Result` whose fields have their types.
+
+    Raises:
+        VisadaptError: the field is named.
+    """
+    for name, value in _texts(dataclasses.asdict(result), ""):
+        if printable(value) != value or len(value) > LONGEST:
+            raise VisadaptError(f"{name} must be one line of printable text, got {printable(value):.60}")
+    for name, least in _LEAST.items():
+        value = getattr(result, name)
+        if not math.isfinite(value) or value < least:
+            raise VisadaptError(f"{name} must be a number that is at least {least}, got {value!r}")
+    if not math.isfinite(result.score):
+        raise VisadaptError(f"score must be a finite number, got {result.score!r}")
+    expected = FACTS.get(result.experiment, {})
+    optional = _OPTIONAL.get(result.experiment, set())
+    if _COORDINATED.get(result.experiment) in result.facts or result.metric == result.experiment:
+        optional = {"seeds"}
+    for name, hint in expected.items():
+        if name not in result.facts:
+            if name not in optional:
+                raise VisadaptError(f"facts must have {name!r}")
+            continue
+        value = result.facts[name]
+        if not fits(value, hint) or (isinstance(value, float) and not math.isfinite(value)):
+            raise VisadaptError(f"fact {name!r} must be {getattr(hint, '__name__', hint)}, got {value!r:.60}")
+
+
+def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """All texts in JSON values, with the names of their fields."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key, f"a name in {name}" if name else "a field")
+            yield from _texts(inner, f"{name}.{printable(key)}" if name else printable(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, name)

@@ -1,0 +1,375 @@
+"""Which task is meant: chosen by ``activate`` or ``using``, captured where a forward begins, found again in backward.
+
+``using`` opens a block of the running context (thread or async task). Three things that contexts do not do are done
+here. A generator shares the context of its caller, so a block opened in one counts only while the generator runs,
+whichever thread runs it. A thread starts with an empty context: one that was started inside a block has to choose for
+itself. And what gradient checkpointing computes again in backward, in whatever thread and block, belongs to the forward
+that it repeats: autograd numbers its nodes in the order of their creation, and a log says which task was meant from
+which number on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from visadapt.errors import VisadaptError
+from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
+from visadapt.runtime.node_log import Log, Logs, now
+
+AUTO = "auto"
+"""In a task's place: let the decider choose for each sample."""
+
+_NUMBERS = itertools.count()
+
+_TRACED: list[tuple[int, Any]] = []
+"""What is meant within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
+
+
+class Choices:
+    """The choices of tasks for one model. A copy of it (by ``deepcopy`` or pickle) starts with ``active`` only.
+
+    Attributes:
+        tasks: the model's tasks by name. The dict is replaced, never changed, when a task comes or goes.
+        lock: held by whoever adds or removes tasks, or copies the model.
+    """
+
+    tasks: dict[str, Any]
+
+    def __init__(self) -> None:
+        self._default = Block(None)
+        self._start()
+
+    def _start(self) -> None:
+        self.lock = threading.RLock()
+        self._number = next(_NUMBERS)
+        self._held: Block | None = None
+        # blocks of generators, whichever context they were opened in
+        self._streams: tuple[Block, ...] = ()
+        self._open: dict[int, Block] = {}
+        self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._local = threading.local()
+        self._logs = Logs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @property
+    def active(self) -> Any:
+        """What threads without a choice of their own mean."""
+        return self._default.tasks
+
+    def current(self) -> Any:
+        """The task meant here and now: that of the innermost block, else what ``activate`` chose.
+
+        Raises:
+            VisadaptError: it cannot be known whose block it is.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced()
+        return self._meant().tasks
+
+    def acting(self) -> Any:
+        """The task of a forward that happens here and now.
+
+        Raises:
+            VisadaptError: as :meth:`current`; or it repeats a forward in backward, and it cannot be known which.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced()
+        return self._acting().tasks
+
+    def check_current(self) -> None:
+        """Refuse a task that was removed since it was chosen.
+
+        Called where the task that is meant has no part in a module. What happens within a forward of the whole model is
+        checked at its end.
+
+        Raises:
+            VisadaptError: it was removed.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            tasks = self._traced()
+            if isinstance(tasks, str) and tasks != AUTO and tasks not in self.tasks:
+                raise _removed(tasks)
+        elif not (block := self._meant()).captured:
+            self.check(block)
+
+    def check(self, block: Block) -> None:
+        """Refuse a choice of tasks that are no longer the model's.
+
+        Raises:
+            VisadaptError: one was removed.
+        """
+        for name, task in block.taken:
+            if task is None or self.tasks.get(name) is not task:
+                raise _removed(name)
+
+    def in_use(self) -> Any:
+        """The task meant here and now, checked.
+
+        Raises:
+            VisadaptError: as :meth:`current`; or it was removed.
+        """
+        self._drop_stale()
+        block = self._meant()
+        self.check(block)
+        return block.tasks
+
+    def choose(self, tasks: Any) -> None:
+        """Choose for all threads without a block."""
+        self._drop_stale()
+        self._relying.add(threading.current_thread())
+        self._default = Block(tasks, self._taken(tasks))
+        self._note_choice()
+
+    def introduce(self, task: str) -> None:
+        """Choose a new task for this thread, and for all others if none of them relies on another."""
+        block = Block(task, self._taken(task))
+        here = threading.current_thread()
+        self._relying.add(here)
+        if any(thread is not here and thread.is_alive() for thread in list(self._relying)):
+            self._local.introduced = block
+        else:
+            self._default = block
+        self._note_choice()
+
+    def withdraw(self, task: str) -> None:
+        """Choose the bare backbone instead of a task that was removed."""
+        introduced: Block | None = getattr(self._local, "introduced", None)
+        if introduced is not None and introduced.tasks == task:
+            self._local.introduced = None
+        tasks = self.active
+        if tasks == task or (isinstance(tasks, tuple) and task in tasks):
+            self._default = Block(None)
+            self._note_choice()
+
+    @contextlib.contextmanager
+    def only(self, tasks: Any, owner: FrameType | None = None) -> Iterator[None]:
+        """Have these tasks meant by what runs within, as the user says.
+
+        Args:
+            tasks: a name, None, or one per sample.
+            owner: the frame of the generator in which that is, if it is in one.
+        """
+        self._drop_stale()
+        block = Block(tasks, self._taken(tasks), self._top(), owner, graph=torch._C._current_graph_task_id())
+        block.waiting = elsewhere(self._streams)
+        block.opener, block.threads = threading.current_thread(), tuple(threading.enumerate())
+        if owner is None:
+            self._open[block.number] = block
+            self._set(block)
+        else:
+            with self.lock:
+                self._streams = (*self._streams, block)
+        self._note(tasks)
+        try:
+            yield
+        finally:
+            self._end(block)
+
+    @contextlib.contextmanager
+    def within(self, tasks: Any) -> Iterator[None]:
+        """Have these tasks meant by a part of a forward, which ends where it began."""
+        if torch.compiler.is_dynamo_compiling():
+            _TRACED.append((self._number, tasks))
+            try:
+                yield
+            finally:
+                _TRACED.pop()
+            return
+        graph, below = torch._C._current_graph_task_id(), self._top()
+        # the tasks are some of those of the forward, which are checked at its end
+        self._set(Block(tasks, (), below, captured=True, graph=graph))
+        if graph == -1:
+            self._note(tasks)
+        try:
+            yield
+        finally:
+            self._set(below)
+            if graph == -1:
+                self._note_choice()
+
+    def begin(self, call: FrameType) -> Block:
+        """Capture what is meant, where a forward of the whole model begins.
+
+        Args:
+            call: the frame of its call.
+
+        Raises:
+            VisadaptError: as :meth:`acting`; or the task was removed.
+        """
+        self._drop_stale()
+        chosen, graph = self._acting(noted=False), torch._C._current_graph_task_id()
+        self.check(chosen)
+        if graph == -1:
+            self._log().add(chosen.tasks)
+        block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
+        self._set(block)
+        return block
+
+    def finish(self, caller: FrameType) -> Block | None:
+        """Let go of what was captured, where the forward ends.
+
+        Args:
+            caller: the frame of its call, or the one around that if it raised an exception.
+
+        Returns:
+            What was captured; None if the forward did not even begin.
+        """
+        block = self._top()
+        if block is None or block.owner is None or caller not in (block.owner, block.owner.f_back):
+            return None
+        if block.graph == -1:
+            self._log().seen = now()
+        self._set(block.below)
+        return block
+
+    def _drop_stale(self) -> None:
+        """Forget what was captured by a forward that was interrupted and so never came to its end."""
+        block = top = self._top()
+        while block is not None and block.captured and block.owner is not None and block.owner not in set(frames()):
+            block = block.below
+        if block is not top:
+            self._set(block)
+
+    def held(self) -> Choices:
+        """The same model's choices where what is meant here and now is meant for ever: those of a replica of it."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = {**self.__dict__, "_held": self._meant()}
+        return twin
+
+    def _taken(self, tasks: Any) -> tuple[tuple[str, Any], ...]:
+        names = dict.fromkeys(tasks) if isinstance(tasks, tuple) else (tasks,)
+        known = self.tasks
+        return tuple((name, known.get(name)) for name in names if name is not None and name != AUTO)
+
+    def _traced(self) -> Any:
+        """The same while dynamo makes a graph."""
+        if self._held is not None:
+            return self._held.tasks
+        for number, tasks in reversed(_TRACED):
+            if number == self._number:
+                return tasks
+        if self._streams:
+            raise VisadaptError(
+                "a compiled model cannot tell which of several generators runs it, and one is inside using(): call the "
+                "model without torch.compile, or within a using() of a plain function"
+            )
+        blocks = BLOCKS.get()
+        block = None if blocks is None else blocks.get(self._number)
+        return self._default.tasks if block is None else block.tasks
+
+    def _acting(self, noted: bool = True) -> Block:
+        block, graph = self._top(), torch._C._current_graph_task_id()
+        if block is not None and block.captured and block.graph == graph and not self._streams:
+            return block
+        if self._held is not None:
+            return self._held
+        if graph != -1:
+            if block is not None and block.graph == graph:
+                return block
+            tasks = self._logs.repeated(graph)
+            return Block(tasks, self._taken(tasks), graph=graph)
+        meant = self._meant()
+        if noted and not meant.captured:
+            # a module called by itself: when its nodes end is not seen
+            self._note(meant.tasks).bounded = False
+        return meant
+
+    def _top(self) -> Block | None:
+        blocks = BLOCKS.get()
+        return None if blocks is None else blocks.get(self._number)
+
+    def _set(self, block: Block | None) -> None:
+        blocks = {key: value for key, value in (BLOCKS.get() or {}).items() if key != self._number}
+        if block is not None:
+            blocks[self._number] = block
+        BLOCKS.set(blocks or None)
+
+    def _end(self, block: Block) -> None:
+        self._open.pop(block.number, None)
+        if block.owner is not None:
+            with self.lock:
+                self._streams = tuple(other for other in self._streams if other is not block)
+        top = self._top()
+        while top is not None and top is not block and top.captured:
+            # left by a forward that was interrupted
+            top = top.below
+        if top is block:
+            # not closed: an async task that was made within goes on with it
+            top = block.below
+        else:
+            block.closed = True
+        while top is not None and top.closed:
+            top = top.below
+        self._set(top)
+        self._note_choice()
+
+    def _meant(self) -> Block:
+        """The block of what is meant here and now."""
+        block = self._top()
+        while block is not None and block.closed:
+            # left before a block inside it was
+            block = block.below
+        if self._streams:
+            block = innermost(block, self._streams, self._default.tasks)
+        if block is not None:
+            return block
+        if self._held is not None:
+            return self._held
+        return self._without_choice()
+
+    def _without_choice(self) -> Block:
+        default, here = self._default, threading.current_thread()
+        introduced: Block | None = getattr(self._local, "introduced", None)
+        if introduced is not None and introduced.number > default.number:
+            return introduced
+        self._relying.add(here)
+        for block in list(self._open.values()):
+            other = block.number > default.number and block.tasks != default.tasks
+            if other and here not in block.threads and is_held_by(block.opener, here):
+                raise VisadaptError(
+                    f"this thread was started inside using(model, {shown(block.tasks)}) of another thread, and chose "
+                    "no task itself: call using() in the thread that runs the model, too"
+                )
+        return default
+
+    def _note(self, tasks: Any) -> Log:
+        """Write to this thread's log that these tasks are meant from here on."""
+        log = self._log()
+        if torch._C._current_graph_task_id() == -1:
+            log.seen = now()
+            log.add(tasks)
+        return log
+
+    def _note_choice(self) -> None:
+        if self._logs.here() is not None:
+            self._note(self._meant_or_none())
+
+    def _log(self) -> Log:
+        return self._logs.here() or self._logs.begun(self._meant_or_none())
+
+    def _meant_or_none(self) -> Any:
+        try:
+            return self._meant().tasks
+        except VisadaptError:
+            return None
+
+
+_NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "lock")
+
+
+def _removed(name: str) -> VisadaptError:
+    return VisadaptError(f"task {name!r} was removed while it was in use")

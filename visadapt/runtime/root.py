@@ -1,0 +1,65 @@
+"""The call of a whole model: what is meant is captured where it begins, and what moved is put back where it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from visadapt.backbone.modules import CHILD, OURS, REGISTRY
+from visadapt.backbone.tracing import is_tracing
+from visadapt.runtime.registry import Parts, Registry
+
+
+def capture_calls(model: nn.Module) -> None:
+    """Let each call of a model be for the tasks that are meant where it begins, and leave the backbone as it was.
+
+    What is chosen during a call, here or in another thread, is for later ones. A call during which its task is removed
+    is an error.
+
+    Args:
+        model: an injected model. It gets two hooks, which ``unfreeze`` takes away.
+    """
+    model.register_forward_pre_hook(_enter, prepend=True)
+    model.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return
+    registry: Registry | None = model.__dict__.get(REGISTRY)
+    if registry is not None:
+        if model.__dict__.get("_is_replica"):
+            registry = model.__dict__[REGISTRY] = _held(model, registry)
+        block = registry.begin(sys._getframe(1))
+        if not is_tracing():
+            registry.watch.before(model, registry.hosts, block.below is not None and block.below.captured)
+
+
+def _leave(model: nn.Module, args: Any, out: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return
+    registry: Registry | None = model.__dict__.get(REGISTRY)
+    if registry is not None:
+        block = registry.finish(sys._getframe(1))
+        if block is None:
+            return
+        if not is_tracing():
+            registry.watch.after()
+        if out is not None:
+            registry.check(block)
+
+
+def _held(replica: nn.Module, registry: Registry) -> Registry:
+    """The choices of a replica of DataParallel, which its parts have kept since it was made."""
+    for path in registry.hosts:
+        parts = replica.get_submodule(path)._modules.get(CHILD)
+        if isinstance(parts, Parts):
+            return parts._registry
+    return registry
+
+
+for _hook in (_enter, _leave):
+    _hook.__dict__[OURS] = True

@@ -1,0 +1,163 @@
+"""What moves in a frozen backbone is found out, forward by forward, and put back."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.backbone.modules import own_modules
+from visadapt.backbone.subclass import founded, made_by
+from visadapt.errors import VisadaptError
+from visadapt.runtime.classes import frozen_class
+
+
+@dataclass
+class Kept:
+    """A buffer of the backbone as it has to stay.
+
+    Attributes:
+        module: whose it is.
+        name: of the buffer.
+        tensor: the buffer itself.
+        version: torch's count of its changes in place.
+        values: a copy.
+    """
+
+    module: nn.Module
+    name: str
+    tensor: Tensor | None = None
+    version: int | None = None
+    values: Tensor | None = None
+
+    def holds(self) -> bool:
+        """Whether the buffer is as it was kept."""
+        now = self.module._buffers.get(self.name)
+        return now is self.tensor and _version(now) == self.version
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Keep the buffer as it is now."""
+        self.tensor = self.module._buffers.get(self.name)
+        self.version = _version(self.tensor)
+        self.values = None if self.tensor is None else self.tensor.detach().clone()
+
+    def put_back(self) -> None:
+        """Give the module the buffer as it was kept.
+
+        One that was changed in place is replaced: a graph of autograd's may need the changed one.
+        """
+        same = _version(self.tensor) == self.version or self.values is None
+        self.module._buffers[self.name] = self.tensor if same else self.values
+        self.keep()
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    # tensors made in inference mode count no changes
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+class Watch:
+    """What is looked at before and after each forward of the whole model.
+
+    Norms and other layers that are known to move in train mode never train (see
+    :func:`visadapt.runtime.classes.frozen_class`). Any other buffer may be moved by its module, or by one around it.
+    """
+
+    def __init__(self) -> None:
+        self._start([])
+
+    def _start(self, buffers: list[Kept]) -> None:
+        self.buffers = buffers
+        # the modules that have to stay where they are, those that never train and hosts: children, name, module
+        self._children: list[dict[str, nn.Module | None]] = []
+        self._names: list[str] = []
+        self._modules: list[nn.Module] = []
+        self._lock = threading.Lock()
+        # how deep each thread is in forwards of the model
+        self._running: weakref.WeakKeyDictionary[threading.Thread, int] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> list[Kept]:
+        return self.buffers
+
+    def __setstate__(self, buffers: list[Kept]) -> None:
+        # a copy looks at its modules from the first forward on
+        self._start(buffers)
+
+    def look_at(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
+        """Look at a model from now on, as it is now."""
+        modules = own_modules(model)
+        still = {module for module in modules.values() if frozen_class in made_by(type(module))} | set(hosts.values())
+        found = [
+            (parent._modules, name, child)
+            for parent in modules.values()
+            for name, child in parent._modules.items()
+            if child is not None and child in still
+        ]
+        known = {(id(kept.module), kept.name) for kept in self.buffers}
+        buffers = [
+            Kept(module, name)
+            for module in modules.values()
+            if frozen_class not in made_by(type(module))
+            for name in module._buffers
+            if (id(module), name) not in known
+        ]
+        with self._lock:
+            self.buffers = [*self.buffers, *buffers]
+            self._children, self._names, self._modules = [[row[i] for row in found] for i in range(3)]  # type: ignore[assignment]
+
+    def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> None:
+        """Look before a forward.
+
+        Args:
+            model: the model.
+            hosts: its modules with parts, by path.
+            nested: whether the forward is within another.
+
+        Raises:
+            VisadaptError: another module stands where a host or a frozen module was.
+        """
+        # in C, as a model may have hundreds of these
+        if list(map(dict.get, self._children, self._names)) != self._modules:
+            self._check_replaced(model, hosts)
+        if self.buffers:
+            here = threading.current_thread()
+            with self._lock:
+                self._running[here] = self._running.get(here, 0) + 1 if nested else 1
+                alone = not nested and len(self._running) == 1
+                for kept in self.buffers if alone else ():
+                    if not kept.holds():
+                        # moved to a device, loaded or changed by the user since
+                        kept.keep()
+
+    def after(self) -> None:
+        """Put back what a forward moved, and keep its module from training."""
+        if self.buffers:
+            here = threading.current_thread()
+            with self._lock:
+                depth = self._running.pop(here, 1) - 1
+                if depth > 0:
+                    self._running[here] = depth
+                for kept in self.buffers:
+                    if not kept.holds():
+                        kept.put_back()
+                        if frozen_class not in made_by(type(kept.module)):
+                            kept.module.__class__ = founded(type(kept.module), frozen_class)
+
+    def _check_replaced(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
+        modules = own_modules(model)
+        there = set(modules.values())
+        for children, name, old in zip(self._children, self._names, self._modules, strict=True):
+            if old not in there:
+                new = children.get(name)
+                path = next((path for path, module in modules.items() if module is new), type(old).__name__)
+                raise VisadaptError(
+                    f"{path} was replaced after the inject, by a {type(new).__name__}: what the tasks have there would "
+                    "not act, and its statistics would move. Replace first (SyncBatchNorm.convert_sync_batchnorm, "
+                    "say), then inject; or eject and inject again"
+                )
+        # each has a place elsewhere now, inside of another module
+        self.look_at(model, hosts)
