@@ -21,6 +21,7 @@ from visadapt import (
     AdaptFormer,
     Biases,
     Bottleneck,
+    CoLoRA,
     ConvAdapter,
     DoRA,
     Full,
@@ -700,6 +701,20 @@ def test_a_copy_of_what_was_merged_in_place_unmerges_by_itself(tiny, image) -> N
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in tiny.parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:.*more than the .* of what it adapts")
+def test_colora_merges_without_its_branch() -> None:
+    build = {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "num_classes": 4}
+    model = enliven(timm.create_model("convnext_atto", **build)).double().eval()
+    prepared(model, CoLoRA(branch=False))
+    prepared(model, CoLoRA(), task="branch")
+    inputs = {"x": torch.randn(2, 3, 64, 64, dtype=torch.float64)}
+    for probe in (None, False):
+        merged = visadapt.merge(model, "task", probe=probe)
+        assert error(answer(merged, inputs), answer(model, inputs, "task")) <= 1e-10
+        with pytest.raises(VisadaptError, match="cannot be merged: its filter depends on its input"):
+            visadapt.merge(model, "branch", probe=probe)
+
+
 def test_every_method_has_a_case_here() -> None:
     covered = {type(m) for m in MERGEABLE.values()} | {type(row[1]) for row in REFUSED.values()}
-    assert covered == {type(case.method) for case in CASES.values()}
+    assert covered | {CoLoRA} == {type(case.method) for case in CASES.values()}

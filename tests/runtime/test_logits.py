@@ -52,7 +52,7 @@ def test_each_tasks_rows_are_as_wide_as_its_head(build):
     x = inputs(5)
     for seed, (task, width) in enumerate({"a": 12, "b": 3}.items()):
         where = "conv" if isinstance(model, Segmenter | Dense) else None
-        visadapt.inject(model, visadapt.LoRA(r=2), task=task, num_classes=width, where=where, example=x)
+        visadapt.inject(model, m=2, task=task, num_classes=width, where=where, example=x)
         stir(model, task, seed)
 
     def logits(x):
@@ -75,7 +75,7 @@ def test_each_tasks_rows_are_as_wide_as_its_head(build):
             with pytest.raises(VisadaptError, match="say so by axis="):
                 visadapt.split(model, mixed.softmax(axis), NAMES)
         with pytest.raises(VisadaptError, match=r"no axis of logits of shape .* is 12 wide"):
-            visadapt.split(model, mixed.narrow(axis, 0, 5)[:, :5, ..., :5], NAMES)
+            visadapt.split(model, mixed[(slice(None), *[slice(5)] * (mixed.ndim - 1))], NAMES)
         for wrong in (0, 7, "1"):
             with pytest.raises(VisadaptError, match="axis must be one of 1 to"):
                 visadapt.split(model, mixed, NAMES, axis=wrong)

@@ -319,7 +319,8 @@ def _check_padding(host: nn.Module, delta: Tensor, what: str) -> None:
         first, last = -(-(padding // 2) // dilation), -(-(padding - padding // 2) // dilation)
         inside.append(slice(first, max(size - last, first)))
     beyond = delta.detach().clone()
-    beyond[(slice(None), slice(None), *inside)] = 0
+    index: tuple[slice, ...] = (slice(None), slice(None), *inside)
+    beyond[index] = 0
     if beyond.any():
         raise VisadaptError(
             f"the {what} cannot be merged: its host pads with its input (padding_mode={mode!r}) and it pads with zeros"

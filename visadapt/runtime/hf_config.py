@@ -60,7 +60,8 @@ def _mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -
         config = copy.deepcopy(own)
         config.num_labels = key[0]
         if problem == UNDECIDED:
-            config.__class__ = _undecided(type(config))
+            plain: Any = type(config)
+            config.__class__ = _undecided(plain)
         else:
             config.problem_type = problem
         registry.configs[key] = config
@@ -98,7 +99,7 @@ def _forget_open(registry: Registry) -> None:
 
 
 @cache
-def _undecided(plain: type) -> type:
+def _undecided(plain: Any) -> type:
     """A config's class that refuses to say which loss to compute."""
 
     def refuse(self: Any) -> Any:
