@@ -153,7 +153,6 @@ def main() -> None:
         python = args.adapters_python if job.module == "encoder_step" and args.adapters_python else sys.executable
         rows = [row for row in rows if row["job"] != job.name] + run(job, python, args.device)
         write(out, rows)
-    chart(rows, out.with_suffix(".svg"))
     print(table(rows))
 
 

@@ -77,6 +77,12 @@ def image() -> torch.Tensor:
     return ZOO["tiny/resnet"].inputs()["x"]
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that tests of the core run on: ``VISADAPT_TEST_DEVICE``, by default the CPU."""
+    return torch.device(os.environ.get("VISADAPT_TEST_DEVICE", "cpu"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

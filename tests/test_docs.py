@@ -1,14 +1,22 @@
 """Generated pages say what the code says; the code on the others is run as a reader would, in an empty folder."""
 
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.__main__ import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
-from visadapt import METHODS
+from tests.opening.test_hub import hub  # noqa: F401
+from visadapt import METHODS, VisadaptError
+from visadapt.data import load_images
 from visadapt.experiments import read_results
 from visadapt.report.assembly import build
 from visadapt.report.markdown_page import markdown
@@ -16,7 +24,7 @@ from visadapt.report.markdown_page import markdown
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ["methods", "performance"])
+@pytest.mark.parametrize("name", ["choosing", "methods", "performance"])
 def test_a_page_is_current(name) -> None:
     spec = importlib.util.spec_from_file_location(f"{name}_page", DOCS / "build" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
@@ -41,14 +49,85 @@ def test_the_page_of_results_is_current() -> None:
     assert {path.stem for path in (DOCS / "results").glob("*.svg")} == drawings
 
 
-@pytest.mark.parametrize("page", ["add-a-method.md"])
-def test_the_code_of_a_page(page, tmp_path, monkeypatch, capsys) -> None:
+BLOCK = re.compile(r"```(python|sh|text)\n(.*?)```", re.DOTALL)
+
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if re.search(r"```(?:python|sh)\n", path.read_text("utf-8")))
+
+ENTRY = [sys.executable, "-c", "from visadapt.cli import main; main()"]
+
+
+def run_page(page: str) -> None:
+    """Run the blocks of a page in order; ``text`` with a VisadaptError is what the block before it raises."""
+    space: dict[str, object] = {"__name__": "page"}
+    blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+    following = [*(code if language == "text" else "" for language, code in blocks[1:]), ""]
+    for (language, code), after in zip(blocks, following, strict=True):
+        if language == "sh":
+            subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, env=shell())
+        elif language == "python" and after.startswith("VisadaptError: "):
+            with pytest.raises(VisadaptError) as error:
+                exec(compile(code, page, "exec"), space)
+            said, expected = (" ".join(text.split()) for text in (f"VisadaptError: {error.value}", after))
+            assert said == expected
+        elif language == "python":
+            exec(compile(code, page, "exec"), space)
+
+
+def shell() -> dict[str, str]:
+    """Return the environment of a page's commands: this checkout's ``visadapt`` first on the path, and no download."""
+    folder = Path("bin").absolute()
+    folder.mkdir(exist_ok=True)
+    (folder / "visadapt").write_text("#!/bin/sh\n" + shlex.join(ENTRY) + ' "$@"\n')
+    (folder / "visadapt").chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(DOCS.parent), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+# huggingface_hub's own, in its upload of large files
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page(page, tmp_path, monkeypatch, request) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))
+    if "push_to_hub" in (DOCS / page).read_text(encoding="utf-8"):
+        request.getfixturevalue("hub")
+    own_photos(tmp_path / "photos")
+    known = dict(METHODS)
+    try:
+        run_page(page)
+    finally:
+        METHODS.clear()
+        METHODS.update(known)
+
+
+def own_photos(folder: Path) -> None:
+    """Write a flat folder of classes as a camera and a browser leave it: EXIF, several modes, one damaged file."""
+    images = load_images("cifar10")
+    for label, name in ((3, "cats"), (5, "dogs"), (8, "ships")):
+        (folder / name).mkdir(parents=True)
+        rows = (images.train.labels == label).nonzero().flatten()[:24].tolist()
+        for number, row in enumerate(rows):
+            image = Image.fromarray(images.train.images[row].permute(1, 2, 0).numpy())
+            if number % 5 == 1:
+                exif = Image.Exif()
+                exif[0x0112] = 6  # lies on its side
+                image.rotate(90, expand=True).save(folder / name / f"{number}.jpg", exif=exif, quality=95)
+            elif number % 5 == 2:
+                image.convert("L").save(folder / name / f"{number}.png")
+            elif number % 5 == 3:
+                image.convert("RGBA").save(folder / name / f"{number}.webp")
+            else:
+                image.save(folder / name / f"{number}.JPG", format="JPEG", quality=95)
+    (folder / "dogs" / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(40))
+    (folder / ".DS_Store").write_bytes(bytes(8))
+
+
+def test_the_page_on_methods_prints_what_it_says(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     known = dict(METHODS)
-    space = {"__name__": "page"}
     try:
-        for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
-            exec(compile(block, page, "exec"), space)
+        run_page("add-a-method.md")
     finally:
         METHODS.clear()
         METHODS.update(known)

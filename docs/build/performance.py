@@ -1,4 +1,4 @@
-"""Write docs/performance.md from the measurements of ``python -m benchmarks``.
+"""Write docs/performance.md and its figure from the measurements of ``python -m benchmarks``.
 
 python docs/build/performance.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.__main__ import RESULTS, formatted, missed, read, table, with_goals
+from benchmarks.__main__ import RESULTS, chart, formatted, missed, read, table, with_goals
 from visadapt.table import Table
 
 TARGET = Path(__file__).parent.parent / "performance.md"
@@ -34,7 +34,7 @@ def section(path: Path) -> str:
     title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
     parts = [
         title,
-        f"![figures as fractions of their goals](../benchmarks/results/{path.stem}.svg)",
+        f"![figures as fractions of their goals](performance/{path.stem}.svg)",
         table(rows).markdown(),
     ]
     reasons: dict[str, list[str]] = {}
@@ -62,4 +62,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    for path in RESULTS.glob("performance-*.csv"):
+        chart(read(path), TARGET.with_suffix("") / f"{path.stem}.svg")
     TARGET.write_text(page())

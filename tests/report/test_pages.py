@@ -84,18 +84,17 @@ def test_the_page_loads_nothing_from_elsewhere(written: Path, html: Reader) -> N
     assert "@import" not in text
 
 
-def test_every_figure_has_an_alternative_text_and_four_variants(html: Reader) -> None:
-    images, sources = html.of("img"), html.of("source")
+def test_every_figure_is_there_once_with_an_alternative_text_and_both_themes(html: Reader) -> None:
+    images = html.of("img")
     assert len(images) == len(html.of("figure")) == 5
+    assert not html.of("source")
     assert all(len(image["alt"]) > 40 for image in images)
-    assert len(sources) == 3 * len(images)
-    assert {source["media"] for source in sources} == {
-        "(max-width: 560px) and (prefers-color-scheme: dark)",
-        "(max-width: 560px)",
-        "(prefers-color-scheme: dark)",
-    }
     svg = base64.b64decode(images[0]["src"].partition(",")[2])
     assert svg.startswith(b"<?xml")
+    dark = re.search(rb"<style>@media \(prefers-color-scheme: dark\) \{(.*?)\}</style>", svg, re.DOTALL)
+    assert dark
+    replaced = dict(re.findall(rb'fill: (#\w+)"\] \{ fill: (#\w+) !important', dark.group(1)))
+    assert replaced[Look().paper.encode()] == Look("dark").paper.encode()
     assert b"http" not in re.sub(
         rb'xmlns(:\w+)?="[^"]+"|<metadata>.*?</metadata>|<!DOCTYPE[^>]+>', b"", svg, flags=re.DOTALL
     )
@@ -111,6 +110,7 @@ def test_links_within_the_page_have_targets(html: Reader) -> None:
 def test_scrollable_regions_can_be_reached_by_keyboard(html: Reader) -> None:
     regions = [attributes for attributes in html.of("div") if attributes.get("class") == "scroll"]
     assert len(regions) == len(html.of("table")) == len(html.of("caption"))
+    regions += html.of("figure")
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in regions)
 
 
@@ -182,6 +182,16 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_a_report_has_a_title_of_its_own_and_opens_with_the_method_to_take() -> None:
+    report = build(list(fake_results.compare()))
+    assert re.fullmatch(r"Adapters on [\w, ]+: \d+ problems, [\d,]+ results", report.title)
+    text = page(report)
+    assert text.index("Which method should I take?") < text.index("<h2>Claims")
+    assert report.advice is not None
+    networks = {r.network for r in fake_results.compare()}
+    assert {row[0] for row in report.advice.rows} == networks
+
+
 def test_nothing_is_written_for_too_few_results(tmp_path: Path) -> None:
     write_csv([fake_results.result("tradeoff", "resnet50", "cifar10", "norms only", 0, 0)], tmp_path / "results.csv")
     with pytest.raises(VisadaptError, match="1 results are too few"):
@@ -248,7 +258,7 @@ onload = () => {{
   document.title = JSON.stringify({{
     overflow: root.scrollWidth - root.clientWidth,
     blind: images.filter(i => !i.complete || !i.naturalWidth).length,
-    narrow: images.every(i => i.naturalWidth < 500),
+    legible: images.every(i => i.clientWidth >= 500),
     images: images.length,
   }});
 }};
@@ -273,7 +283,7 @@ def test_a_browser_renders_the_page_for_a_phone(written: Path, browser: list[str
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title, shown[-500:]
-    assert title.group(1) == '{"overflow":0,"blind":0,"narrow":true,"images":5}'
+    assert title.group(1) == '{"overflow":0,"blind":0,"legible":true,"images":5}'
 
 
 @pytest.mark.slow

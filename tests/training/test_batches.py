@@ -126,6 +126,8 @@ def test_only_columns_of_padding_are_trimmed() -> None:
 class _Tokenizer:
     """Maps words to their lengths, with the interface of transformers' tokenizers."""
 
+    pad_token = "[PAD]"
+
     def __call__(self, *columns: list[str], max_length: int, **options: Any) -> dict[str, torch.Tensor]:
         assert options == {"padding": True, "truncation": True, "return_tensors": "pt"}
         rows = [[len(w) for side in row for w in side.split()][:max_length] for row in zip(*columns, strict=True)]

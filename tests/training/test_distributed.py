@@ -23,7 +23,7 @@ from visadapt.training import JsonLines, Recipe, evaluate, fit, predict
 from visadapt.training.engine import Engine
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe(epochs=2, lr=1e-2, head_lr=3e-2, batch_size=32)
+RECIPE = Recipe(epochs=2, lr=1e-2, head_lr=3e-2, batch_size=32, head_first=False)
 
 
 def injected(seed: int = 0, norms: str = "affine") -> nn.Module:

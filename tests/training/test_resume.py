@@ -27,7 +27,7 @@ from visadapt.data.inputs import ImageInputs
 from visadapt.training import Fit, Recipe, fit
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe(epochs=3, lr=1e-2, head_lr=3e-2, batch_size=32)
+RECIPE = Recipe(epochs=3, lr=1e-2, head_lr=3e-2, batch_size=32, head_first=False)
 
 
 class Killed(Exception):  # noqa: N818

@@ -16,7 +16,7 @@ from torch import nn
 from visadapt.backbone.axes import channel_axis
 from visadapt.backbone.dataflow import Call, Flow, Join, Value
 from visadapt.backbone.families.convs import is_depthwise
-from visadapt.backbone.modules import is_matrix, own_modules, within
+from visadapt.backbone.modules import is_matrix, joined, last_name, own_modules, parent, within
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -107,7 +107,7 @@ class _Reader:
             chosen: list[End] = []
             for call in self.flow.calls:
                 path, value = call.path, call.output
-                row, _, name = path.rpartition(".")
+                row, name = parent(path), last_name(path)
                 if value is None or value.index not in passed or value in call.inputs or not name:
                     continue
                 if row and not isinstance(self.modules[row], _CONTAINERS):
@@ -126,11 +126,8 @@ class _Reader:
         """Whether a container's layers form a row themselves, so that they are the blocks."""
         if not isinstance(self.modules[path], nn.Sequential):
             return False
-        outs = [
-            self.calls[f"{path}.{name}"][0].output
-            for name in self.modules[path]._modules
-            if f"{path}.{name}" in self.calls
-        ]
+        layers = [joined(path, name) for name in self.modules[path]._modules]
+        outs = [self.calls[layer][0].output for layer in layers if layer in self.calls]
         return sum(out is not None and out.index in passed for out in outs) > 3
 
     def matrices(self, paths: Iterable[str]) -> int:
@@ -262,8 +259,8 @@ class _Reader:
         used = [v for v in self.flow.values if v is last or last.comes_from(v)]
         after: dict[int, int] = {}
         for value in used:
-            for parent in value.parents:
-                after[parent] = max(after.get(parent, 0), value.index)
+            for before in value.parents:
+                after[before] = max(after.get(before, 0), value.index)
         reach = 0  # the last value that an earlier one flows into
         passed = set()
         for value in used:

@@ -16,7 +16,7 @@ from torch import nn
 from visadapt.backbone import traced
 from visadapt.backbone.families import convnext, densenet, mbconv, resnet, transformer, vgg, vit
 from visadapt.backbone.heads import Head
-from visadapt.backbone.modules import is_matrix, own_modules
+from visadapt.backbone.modules import inside, is_matrix, own_modules, within
 from visadapt.backbone.site import Site, Sites
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
@@ -70,15 +70,12 @@ def _sorted(found: list[Site]) -> Sites:
 
 def covers(found: list[Site], modules: dict[str, nn.Module], head: Head | None) -> bool:
     """Whether the blocks with sites are all the repeated blocks of a model; a hybrid has others."""
-    inside = tuple({site.block for site in found} | set(head.modules if head else ()))
-    starts = tuple(f"{path}." for path in inside)
+    known = {site.block for site in found} | set(head.modules if head else ()) - {""}
     seen: set[type[nn.Module]] = set()
     for path, module in modules.items():
-        if path in inside or path.startswith(starts) or isinstance(module, nn.Sequential | nn.ModuleList):
+        if within(path, known) or isinstance(module, nn.Sequential | nn.ModuleList):
             continue
-        if sum(map(is_matrix, own_modules(module).values())) < 2 or any(
-            start.startswith(f"{path}.") for start in starts
-        ):
+        if sum(map(is_matrix, own_modules(module).values())) < 2 or any(inside(block, path) for block in known):
             continue
         if not path:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -43,9 +43,20 @@ def is_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
+def inside(path: str, root: str) -> bool:
+    """Whether a path is below another one, and not that one itself."""
+    return path != root and path.startswith(f"{root}." if root else "")
+
+
+def ancestors(path: str) -> list[str]:
+    """Paths of the modules that a module or tensor is in, from the root ``""`` to the innermost."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(len(names))]
+
+
 def within(path: str, roots: Iterable[str]) -> bool:
     """Whether a path is one of ``roots`` or below it."""
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
+    return any(path == root or inside(path, root) for root in roots)
 
 
 def is_stateful(module: nn.Module) -> bool:
@@ -94,8 +105,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def joined(path: str, name: str) -> str:
-    """``path.name``, or the name alone at the root."""
-    return f"{path}.{name}" if path else name
+    """``path.name``, or the one of them that is not empty: the root has no name."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def parent(path: str) -> str:
+    """Path of the module that holds a module, or the parameter or buffer, of this path."""
+    return path.rpartition(".")[0]
+
+
+def last_name(path: str) -> str:
+    """Name of a module, parameter or buffer in the module that holds it."""
+    return path.rpartition(".")[2]
+
+
+def below(modules: Mapping[str, nn.Module], path: str) -> dict[str, nn.Module]:
+    """The modules that are inside the one at ``path``, by their path in the model."""
+    return {name: module for name, module in modules.items() if inside(name, path)}
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -121,7 +147,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         found[path] = module
         for name, child in module._modules.items():
             if child is not None and name != CHILD:
-                visit(child, f"{path}.{name}" if path else name)
+                visit(child, joined(path, name))
 
     visit(model, "")
     return found

@@ -12,9 +12,10 @@ from torch import nn
 from visadapt.backbone.branches import End, ends
 from visadapt.backbone.dataflow import Flow, Value
 from visadapt.backbone.families.attention import projections
+from visadapt.backbone.families.block import Block
 from visadapt.backbone.families.convs import conv3x3, is_batchnorm
 from visadapt.backbone.heads import Head, head_of_flow
-from visadapt.backbone.modules import is_matrix, own_modules, parameter_count, within
+from visadapt.backbone.modules import is_matrix, last_name, own_modules, parameter_count, parent, within
 from visadapt.backbone.operators import is_operator
 from visadapt.backbone.site import Site, layout_named
 from visadapt.backbone.trace import trace_flow, unknown_axis
@@ -53,7 +54,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
                 end.value.shape[end.axis],
                 layout,
                 depth,
-                stage=end.block.rpartition(".")[0],
+                stage=parent(end.block),
                 block=end.block,
                 adapts=sum(parameter_count(modules[path]) for path in end.branch),
                 linear=_linear(end.value, flow, modules),
@@ -65,8 +66,8 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     called = flow.calls_of()
     for block, depth in depths.items():
         own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
-        sites += conv3x3(own, depth, block.rpartition(".")[0], block, traced=True)
-        sites += projections(own, depth, block.rpartition(".")[0], block, traced=True)
+        inside = Block(block, depth, own, traced=True)
+        sites += conv3x3(inside) + projections(inside)
     return sites
 
 
@@ -103,4 +104,4 @@ def kind_of(end: End, modules: dict[str, nn.Module], alone: bool) -> str:
 
 
 def _named(path: str, words: re.Pattern[str], modules: dict[str, nn.Module]) -> bool:
-    return bool(words.search(path.rpartition(".")[2]) or words.search(type(modules[path]).__name__))
+    return bool(words.search(last_name(path)) or words.search(type(modules[path]).__name__))

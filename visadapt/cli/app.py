@@ -18,6 +18,7 @@ from visadapt.cli.output import say
 from visadapt.cli.predict import predict
 from visadapt.cli.push import push
 from visadapt.cli.report import report
+from visadapt.cli.serve import serve
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
 from visadapt.cli.train import train
@@ -86,6 +87,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "rose.jpg holiday/ --task flowers.visadapt --task places.visadapt",
         "- --task tweets.visadapt --format table < lines.txt",
     ),
+    serve: ("tasks/ --max-tasks 64", "tasks/ --host 0.0.0.0 --port 80 --token-file token --workers 2"),
     merge: ("flowers.visadapt --out flowers.safetensors",),
     export: ("flowers.visadapt --out flowers.onnx", "tweets.visadapt --out tweets.pt2"),
     push: ("flowers.visadapt me/flowers --metric accuracy=0.93",),

@@ -15,7 +15,9 @@ from visadapt.report import write
 def report(
     results: Annotated[Path, typer.Argument(help="Folder that experiment wrote to, or a .csv file of results.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output path without a suffix, such as docs/results.")],
-    title: Annotated[str, typer.Option(help="Title of both pages.")] = "Results",
+    title: Annotated[
+        str | None, typer.Option(help="Title of both pages; by default it names networks and counts.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write figures, tables and pages of experiment results.

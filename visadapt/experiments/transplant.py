@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.modules import joined, unwrapped
+from visadapt.backbone.modules import joined, unwrapped, within
 from visadapt.backbone.where import sites
 from visadapt.errors import VisadaptError
 from visadapt.experiments.contenders import Contender
@@ -72,7 +72,7 @@ def host_depths(model: nn.Module, task: str) -> dict[str, int]:
     all_sites = sites(unwrapped(model))
     for path in registry_of(model).task(task).hosts:
         for site in all_sites:
-            if path == site.host or (site.block and f"{path}.".startswith(f"{site.block}.")):
+            if path == site.host or (site.block and within(path, [site.block])):
                 depths[path] = site.depth
                 break
     return depths

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from visadapt.backbone.fingerprint import fingerprint
-from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.modules import last_name, parent, unwrapped
 from visadapt.backbone.trace import call
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -242,7 +242,7 @@ class _Source:
         """Digests of the backbone, block by block, and of those buffers of the prefix that no state dict holds."""
         buffers = hashlib.sha256()
         for name, tensor in self.prefix.tensors().items():
-            if name.rpartition(".")[2] in _module(self.prefix.model, name)._non_persistent_buffers_set:
+            if last_name(name) in _module(self.prefix.model, name)._non_persistent_buffers_set:
                 buffers.update(name.encode())
                 buffers.update(raw(tensor))
         # without what the registry knows of them: it does not see everything that is written through .data
@@ -305,7 +305,7 @@ def _shapes(batch: Any) -> list[list[int]]:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+    return model.get_submodule(parent(name))
 
 
 def _count(inputs: Any) -> int:

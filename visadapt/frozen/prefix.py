@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.dataflow import Call, Flow
-from visadapt.backbone.modules import PREFIX, joined, own_modules, unwrapped, within
+from visadapt.backbone.modules import PREFIX, ancestors, inside, joined, own_modules, unwrapped, within
 from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.backbone.tracing import is_tracing
@@ -113,8 +113,7 @@ class Prefix:
         shapes = _spared(flow, cut)
         modules = own_modules(self.model)
         self._paths = {path: modules[path] for path in shapes}
-        names = [path.split(".") for path in shapes]
-        self._outer = sorted({".".join(steps[:count]) for steps in names for count in range(len(steps))})
+        self._outer = sorted({outer for path in shapes for outer in ancestors(path)})
         self.spared = [modules[path] for path in shapes]
         self._shapes = {modules[path]: shape for path, shape in shapes.items()}
         for module in self.spared:
@@ -138,7 +137,7 @@ class Prefix:
             if self.model.get_submodule(path) is not module:
                 raise VisadaptError(f"{path} was replaced since the prefix was cached: make the cache again")
             for inner, own in own_modules(module).items():
-                found.update(_own_tensors(own, _below(path, inner)))
+                found.update(_own_tensors(own, joined(path, inner)))
         return found
 
     def structure(self) -> list[str]:
@@ -147,7 +146,7 @@ class Prefix:
         for path, module in self._paths.items():
             for inner, own in own_modules(module).items():
                 cls = plain_class(own)
-                found.append(f"{_below(path, inner)} {cls.__module__}.{cls.__qualname__} {own.extra_repr()}")
+                found.append(f"{joined(path, inner)} {cls.__module__}.{cls.__qualname__} {own.extra_repr()}")
         return found
 
     def _hooks(self) -> list[tuple[int, ...]]:
@@ -164,7 +163,7 @@ class Prefix:
             VisadaptError: its first such host is named.
         """
         for path in registry_of(self.model).task(task).hosts:
-            if within(path, self._paths) or any(spared == path or _holds(path, spared) for spared in self._paths):
+            if within(path, self._paths) or any(within(spared, [path]) for spared in self._paths):
                 raise VisadaptError(
                     f"{what} is of task {self.task!r} and starts behind {self.path}; task {task!r} acts at "
                     f"{path or 'the root'} already: make one with cache_prefix(model, {task!r}, …)"
@@ -251,14 +250,6 @@ class Prefix:
         self.spared = []
 
 
-def _below(path: str, inner: str) -> str:
-    return joined(path, inner) if inner else path
-
-
-def _holds(path: str, inner: str) -> bool:
-    return path == "" or inner.startswith(f"{path}.")
-
-
 def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name != "num_batches_tracked":
@@ -286,7 +277,7 @@ def _cut(flow: Flow, hosts: set[str]) -> Call | None:
             break
         if c.output is None or counts[c.path] > 1 or c.output in c.inputs:
             continue
-        if c.path == "" or any(_holds(c.path, host) for host in hosts):
+        if c.path == "" or any(inside(host, c.path) for host in hosts):
             continue
         cut = c.output.index
         above = [v for v in flow.values if v.index > cut]
@@ -299,11 +290,11 @@ def _spared(flow: Flow, cut: Call) -> dict[str, tuple[int, ...] | None]:
     """The modules that need not be computed when going on from ``cut``, and the shape of each one's output."""
     assert cut.output is not None
     order = [c.path for c in flow.calls]
-    end = max(i for i, c in enumerate(flow.calls) if c.path.startswith(f"{cut.path}.") or c is cut)
+    end = max(i for i, c in enumerate(flow.calls) if inside(c.path, cut.path) or c is cut)
     later = set(order[end + 1 :])
     spared: dict[str, tuple[int, ...] | None] = {cut.path: None}
     for c in flow.calls[: order.index(cut.path)]:
-        outer = c.path == "" or cut.path.startswith(f"{c.path}.")
+        outer = inside(cut.path, c.path)
         covered = within(c.path, spared)
         if not outer and not covered and c.path not in later and c.output is not None:
             spared[c.path] = c.output.shape[1:]

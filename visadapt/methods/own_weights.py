@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import joined, own_parameters, within
+from visadapt.backbone.modules import inside, joined, own_parameters, within
 from visadapt.backbone.site import Site
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -86,7 +86,7 @@ class TopLayers(Method):
         paths = dict.fromkeys(site.block for site in sites if site.depth in depths[-self.n :])
         for path in paths:
             # a block may be one activation (in VGG, behind the conv that is a block of its own), or lie in another
-            if any(path.startswith(f"{other}.") for other in paths) or not own_parameters(backbone.modules[path]):
+            if any(inside(path, other) for other in paths) or not own_parameters(backbone.modules[path]):
                 continue
             yield from own_weights(backbone, task, path, lambda path, name: path not in backbone.norms)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import Head
+from visadapt.backbone.modules import inside
 from visadapt.backbone.operators import is_operator, operator_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, is_real
@@ -65,7 +66,7 @@ def _before_head(backbone: Facts, head: Head | None) -> tuple[str, nn.Module]:
     if head is None:
         raise VisadaptError(f"align=True: no head found in {backbone.name}, before which to align")
     # a task's own head stands instead of the whole module, so the alignment comes before that, not inside
-    path = next((p for p in head.modules if head.final.startswith(f"{p}.")), head.final)
+    path = next((p for p in head.modules if inside(head.final, p)), head.final)
     first = next(m for m in backbone.modules[path].modules() if is_operator(m))
     operator = operator_of(first, path)
     return path, Alignment(operator.inputs, operator.layout)

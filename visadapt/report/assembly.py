@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
 from visadapt.report.ablation import ablation
+from visadapt.report.advice import advice
 from visadapt.report.comparable import drop_superseded
 from visadapt.report.compare import compare
 from visadapt.report.decathlon import decathlon
+from visadapt.report.formatting import join_words, pluralize
 from visadapt.report.init_scale import init_scale
 from visadapt.report.modality import modality
 from visadapt.report.section import Section
@@ -18,6 +20,7 @@ from visadapt.report.sequence import sequence
 from visadapt.report.statistics import group_by
 from visadapt.report.tradeoff import tradeoff
 from visadapt.report.transfer import transfer
+from visadapt.table import Table
 
 SECTIONS = (compare, tradeoff, ablation, init_scale, sequence, transfer, modality, decathlon)
 
@@ -28,21 +31,23 @@ class Report:
 
     Args:
         title: title of the page.
+        advice: which method to take on which network, if methods were compared with full fine-tuning.
         sections: one section per experiment.
         made_with: one line per environment (device, versions, commit) with its number of results.
     """
 
     title: str
+    advice: Table | None
     sections: tuple[Section, ...]
     made_with: tuple[str, ...]
 
 
-def build(results: Sequence[Result], title: str = "Results") -> Report:
+def build(results: Sequence[Result], title: str | None = None) -> Report:
     """Build a report of all experiments that have results.
 
     Args:
         results: results, as :func:`visadapt.experiments.read_results` returns them.
-        title: title of the page.
+        title: title of the page; None names the networks and counts problems and results.
 
     Returns:
         The report, with one section per experiment.
@@ -57,4 +62,10 @@ def build(results: Sequence[Result], title: str = "Results") -> Report:
         raise VisadaptError(f"{len(results)} results are too few for a report: run an experiment to its end first")
     machines = group_by(results, lambda r: ", ".join(f"{key} {value}" for key, value in sorted(r.machine.items())))
     made_with = tuple(f"{len(group):,} results: {machine}" for machine, group in machines.items() if machine)
-    return Report(title, sections, made_with)
+    return Report(title or _title(results), advice(results), sections, made_with)
+
+
+def _title(results: Sequence[Result]) -> str:
+    networks = sorted({r.network for r in results})
+    problems = pluralize(len({r.problem for r in results}), "problem")
+    return f"Adapters on {join_words(networks)}: {problems}, {len(results):,} results"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import mean
+from collections.abc import Mapping, Sequence
+from math import inf
+from statistics import mean, quantiles
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.catalogue import FULL, is_adapter
@@ -79,23 +80,46 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
     def draw(look: Look) -> Figure:
         title = f"{network}: points above or below full fine-tuning, per problem and mean"
         figure, (axes,) = look.panels(1, 0.7 + 0.27 * len(names), title)
-        for row, name in enumerate(names):
+        marks = {name: _per_problem(problems, name) for name in names}
+        edge = _edge([value for values in marks.values() for value in values])
+        for row, (name, values) in enumerate(marks.items()):
             style = {key: look.series(0 if is_adapter(name) else 1)[key] for key in ("color", "marker")}
-            shared = [runs for runs in problems if name in runs and FULL in runs]
-            per_problem = [mean_score(runs[name]) - mean_score(runs[FULL]) for runs in shared]
-            axes.plot(per_problem, [row] * len(per_problem), markersize=3.5, alpha=0.6, **{**style, "linestyle": ""})
-            axes.plot(gaps[name], row, markersize=8, **style)
+            inside = [value for value in values if value >= edge]
+            axes.plot(inside, [row] * len(inside), markersize=3.5, alpha=0.6, **{**style, "linestyle": ""})
+            axes.plot(max(gaps[name], edge), row, markersize=8, **{**style, **_off_scale(gaps[name], edge)})
+            if outside := [signed(value) for value in values if value < edge]:
+                axes.annotate(join_words(outside), (edge, row), (6, 5), textcoords="offset points", fontsize=6.5)
         axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %{partial.get(name, '')}" for name in names])
         axes.axvline(0, color=look.ink, linewidth=0.8)
         axes.grid(axis="x")
         axes.margins(y=0.06)
-        axes.set_xlabel("points relative to full fine-tuning")
+        off_scale = " (off the scale: as numbers)" if edge > -inf else ""
+        axes.set_xlabel(f"points relative to full fine-tuning{off_scale}")
         return figure
 
     values = "; ".join(f"{name} {signed(gaps[name])}{partial.get(name, '')}" for name in reversed(names))
     problem_count = pluralize(len(problems), "problem")
     alt = f"Dot plot for {network}, points relative to full fine-tuning, mean over {problem_count}: {values}."
     return Drawing(file_name("compare", network), alt, draw)
+
+
+def _per_problem(problems: Sequence[Mapping[str, Sequence[Result]]], name: str) -> list[float]:
+    """Return the points of a contender relative to full fine-tuning, on each problem that both were run on."""
+    shared = [runs for runs in problems if name in runs and FULL in runs]
+    return [mean_score(runs[name]) - mean_score(runs[FULL]) for runs in shared]
+
+
+def _edge(values: Sequence[float]) -> float:
+    """Return the left end of the scale: three interquartile ranges below the lower quartile, or −∞ if none is below."""
+    if len(values) < 2:
+        return -inf
+    lower, _, upper = quantiles(values, n=4)
+    edge = lower - 3 * (upper - lower)
+    return edge if min(values) < edge else -inf
+
+
+def _off_scale(value: float, edge: float) -> dict[str, str]:
+    return {"marker": "<"} if value < edge else {}
 
 
 def _table(network: str, results: Sequence[Result]) -> Table:

@@ -7,12 +7,10 @@ from html import escape
 
 from visadapt.report.assembly import Report
 from visadapt.report.section import Claim, Section
-from visadapt.report.style import Drawing, Look
+from visadapt.report.style import Drawing, Look, for_both_themes
 from visadapt.table import Table
 
-_PHONE = "(max-width: 560px)"
-
-_DARK = "(prefers-color-scheme: dark)"
+ADVICE = "Which method should I take?"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2530; --quiet: #56606d; --line: #d4d9e0; --card: #f6f7f9;
@@ -34,7 +32,7 @@ nav a { display: inline-block; padding: 0.35rem 0; }
 .finding { font-size: 1.08rem; font-weight: 600; margin: 0.5rem 0; }
 .reading, footer { color: var(--quiet); font-size: 0.92rem; }
 figure { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; height: auto; }
+figure img { display: block; width: 100%; min-width: 36rem; height: auto; }
 .scroll { overflow-x: auto; margin: 0.5rem 0 1.2rem; }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
@@ -57,9 +55,12 @@ summary { cursor: pointer; padding: 0.5rem 0; }
 def page(report: Report) -> str:
     """Render a report as one HTML page, with figures and style included."""
     claims = [claim for section in report.sections for claim in section.claims]
-    links = [("claims", "Claims")] * bool(claims) + [(section.name, section.title) for section in report.sections]
+    links = [("advice", ADVICE)] * (report.advice is not None) + [("claims", "Claims")] * bool(claims)
+    links += [(section.name, section.title) for section in report.sections]
     entries = "".join(f"<li><a href='#{anchor}'>{escape(title)}</a></li>" for anchor, title in links)
     parts = [f"<h1>{escape(report.title)}</h1>", f"<nav aria-label='Sections'><ul>{entries}</ul></nav>"]
+    if report.advice is not None:
+        parts.append(f"<section id='advice'><h2>{ADVICE}</h2>{_table(report.advice)}</section>")
     if claims:
         parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(claims)}</section>")
     parts += [_section(section) for section in report.sections]
@@ -85,23 +86,13 @@ def _section(section: Section) -> str:
 
 
 def _figure(drawing: Drawing) -> str:
-    """Render four variants; the browser chooses by theme and width."""
-    narrow = 3.7
-
-    def source(look: Look, media: str) -> str:
-        return f"<source media='{media}' srcset='{_data(drawing, look)}'>"
-
+    """Render a figure once, for both themes; on a narrow screen it scrolls."""
+    image = base64.b64encode(for_both_themes(drawing.render(Look()))).decode()
+    alt = escape(drawing.alt)
     return (
-        "<figure><picture>"
-        + source(Look("dark", narrow), f"{_PHONE} and {_DARK}")
-        + source(Look("light", narrow), _PHONE)
-        + source(Look("dark"), _DARK)
-        + f"<img src='{_data(drawing, Look())}' alt=\"{escape(drawing.alt)}\"></picture></figure>"
+        f'<figure class="scroll" tabindex="0" aria-label="{escape(drawing.name)}">'
+        f'<img src="data:image/svg+xml;base64,{image}" alt="{alt}"></figure>'
     )
-
-
-def _data(drawing: Drawing, look: Look) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(drawing.render(look)).decode()}"
 
 
 def _table(table: Table) -> str:

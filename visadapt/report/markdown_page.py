@@ -20,6 +20,8 @@ def markdown(report: Report, figures: str) -> str:
     """
     claims = [claim for section in report.sections for claim in section.claims]
     parts = [f"# {markdown_text(report.title)}"]
+    if report.advice is not None:
+        parts += ["## Which method should I take?", f"{report.advice.title}.", report.advice.markdown()]
     if claims:
         parts += ["## Claims", _claims(claims)]
     parts += [_section(section, figures) for section in report.sections]

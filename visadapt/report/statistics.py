@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from statistics import mean, stdev
+from statistics import mean, quantiles, stdev
 from typing import TypeVar
 
 from visadapt.experiments.catalogue import FULL
@@ -50,3 +51,26 @@ def gaps_to_full(results: Sequence[Result]) -> dict[str, float]:
             for name, runs in contenders.items():
                 gaps.setdefault(name, []).append(mean_score(runs) - mean_score(contenders[FULL]))
     return {name: mean(values) for name, values in gaps.items()}
+
+
+def paired_differences(results: Sequence[Result], others: Sequence[Result]) -> list[float]:
+    """Return the points by which results are above others on the same network, problem and seed."""
+    pairs = group_by(others, lambda r: (r.network, r.problem, r.seed))
+    return [
+        100 * (result.score - pairs[key][0].score)
+        for result in results
+        if (key := (result.network, result.problem, result.seed)) in pairs
+    ]
+
+
+def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a mean: percentiles of means of resampled differences, always the same.
+
+    Args:
+        differences: at least two values, such as those of :func:`paired_differences`.
+        draws: number of resamples.
+    """
+    rng = random.Random(0)
+    means = [mean(rng.choices(differences, k=len(differences))) for _ in range(draws)]
+    cuts = quantiles(means, n=40)
+    return cuts[0], cuts[-1]

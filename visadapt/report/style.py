@@ -32,6 +32,8 @@ _LOSS = {"light": "#b35806", "dark": "#f28e4b"}
 
 _GAIN = {"light": "#2166ac", "dark": "#56b4e9"}
 
+_PAINTED = ("fill", "stroke")
+
 MARKERS = ("o", "s", "D", "^", "v", "P")
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
@@ -144,6 +146,22 @@ class Look:
             "ytick.color": self.ink,
             "ytick.labelsize": 8.5,
         }
+
+
+def for_both_themes(svg: bytes) -> bytes:
+    """Add a style sheet to an SVG of the light theme that replaces its colours where the reader's theme is dark.
+
+    Colours between those of the palette, as in heat maps, stay as they are.
+    """
+    pairs = [*zip(_COLOURS["light"], _COLOURS["dark"], strict=True)]
+    pairs += [(colours["light"], colours["dark"]) for colours in (_PAPER, _INK, _FAINT)]
+    rules = "".join(
+        f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}' for light, dark in pairs for part in _PAINTED
+    )
+    start, tag, rest = svg.partition(b"<svg ")
+    attributes, end, body = rest.partition(b">")
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {rules} }}</style>"
+    return start + tag + attributes + end + style.encode() + body
 
 
 def _matplotlib(module: str) -> Any:

@@ -13,13 +13,13 @@ from visadapt.report.markdown_page import markdown
 from visadapt.report.style import Look
 
 
-def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str = "Results") -> list[Path]:
+def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: str | None = None) -> list[Path]:
     """Write ``OUT.md``, ``OUT.html`` and the figures ``OUT/….svg``; the same results give the same bytes.
 
     Args:
         results: a folder or file of results.
         out: path of the pages without a suffix, such as ``docs/results``.
-        title: title of both pages.
+        title: title of both pages; by default it names the networks and counts problems and results.
 
     Returns:
         The paths of the written files, the pages first.

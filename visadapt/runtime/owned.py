@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.fingerprint import backbone_tensors
 from visadapt.backbone.heads import Final, Head, is_final
-from visadapt.backbone.modules import within
+from visadapt.backbone.modules import ancestors, last_name, parent, within
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import Registry, Task
 from visadapt.typed import fits
@@ -98,8 +98,8 @@ def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
     """
     paths: dict[str, None] = {}
     for name in tensors:
-        words = name.split(".")
-        hosts = [".".join(words[:i]) for i, word in enumerate(words) if word == "head" and 0 < i < len(words) - 1]
+        # what the name ends in is a tensor of the head, not a head
+        hosts = [parent(path) for path in ancestors(name) if last_name(path) == "head" and parent(path)]
         paths |= dict.fromkeys([host for host in hosts if host in modules][-1:])
     finals = [path for path in paths if is_final(modules[path])]
     inside = [path for path, module in modules.items() if within(path, tuple(paths)) and is_final(module)]
@@ -139,9 +139,5 @@ def check_nothing_else_trained(model: nn.Module, registry: Registry, task: str) 
 
 def _outermost(name: str, closed: Iterable[str]) -> str:
     """The largest module around a parameter in which no parameter is frozen."""
-    words = name.split(".")[:-1]
-    for i in range(1, len(words)):
-        path = ".".join(words[:i])
-        if not any(within(other, [path]) for other in closed):
-            return path
-    return ".".join(words)
+    around = ancestors(name)[1:]
+    return next((path for path in around if not any(within(other, [path]) for other in closed)), parent(name))

@@ -62,6 +62,7 @@ class Task:
         notes: what else its file remembers, as JSON values.
         head_at: where its own head stands; None with a frozen head.
         also: paths of the modules of which it trains a copy beside its head.
+        drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
     """
@@ -76,6 +77,7 @@ class Task:
     notes: dict[str, Any] = field(default_factory=dict)
     head_at: Head | None = None
     also: tuple[str, ...] = ()
+    drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from visadapt.data.inputs import Inputs
 from visadapt.errors import VisadaptError, nearest
+from visadapt.methods import METHODS
 from visadapt.runtime.registry import check_task_name
 from visadapt.serving.refusal import ServingError
 from visadapt.task_file import KIND, read
@@ -209,8 +210,10 @@ def _stems(folder: Path) -> list[str]:
 
 
 def _method(entry: dict[str, Any]) -> str:
-    options = ", ".join(f"{key}={value!r}" for key, value in entry["options"].items())
-    return f"{entry['method']}({options})"
+    name, options = entry["method"], entry["options"]
+    if name not in METHODS:
+        raise VisadaptError(f"no method {name!r}{nearest(name, METHODS)}")
+    return str(METHODS[name].of(options))
 
 
 def _stamp(path: Path) -> Stamp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from visadapt.optional import require
@@ -34,8 +35,8 @@ class Metrics:
         self.tasks: Any = client.Histogram(
             "visadapt_batch_tasks", "Tasks per forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64), **own
         )
-        self.loaded: Any = client.Gauge("visadapt_tasks_loaded", "Tasks in memory.", **own)
-        self.waiting: Any = client.Gauge("visadapt_waiting", "Samples that wait.", **own)
+        self.loaded: Any = client.Gauge("visadapt_tasks_loaded", "Tasks in memory.", multiprocess_mode="livesum", **own)
+        self.waiting: Any = client.Gauge("visadapt_waiting", "Samples that wait.", multiprocess_mode="livesum", **own)
         self.loads: Any = client.Counter("visadapt_loads", "Tasks loaded from their files.", **own)
         self.evictions: Any = client.Counter("visadapt_evictions", "Tasks removed to make room for others.", **own)
         self.restarts: Any = client.Counter("visadapt_worker_restarts", "Workers replaced after a crash.", **own)
@@ -44,5 +45,10 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all values in Prometheus' text format."""
-        text: bytes = self._text(self.registry)
+        registry = self.registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            # the sum over all processes of the server, whichever of them is asked
+            registry = type(registry)()
+            require("prometheus_client.multiprocess", "serving", "visadapt[serve]").MultiProcessCollector(registry)
+        text: bytes = self._text(registry)
         return text

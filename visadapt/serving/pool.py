@@ -101,9 +101,11 @@ class FilePool:
         self._metrics.loaded.set(len(self._loaded))
 
     def _make_room(self, keep: set[str]) -> None:
-        for name in [name for name in self._loaded if isinstance(self._catalogue.state(name), ServingError)]:
-            # its file was removed or broken since it was last asked for
-            self._remove(name)
+        others = [name for name in self._loaded if name not in keep]
+        for name in others:
+            if isinstance(self._catalogue.state(name), ServingError):
+                # its file was removed or broken since it was last asked for
+                self._remove(name)
         while len(self._loaded) >= self.most:
             self._remove(next(name for name in self._loaded if name not in keep))
             self._metrics.evictions.inc()

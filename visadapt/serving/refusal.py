@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from visadapt.errors import VisadaptError
 
 STATUS = {
     "unauthorized": 401,
+    "wrong_host": 403,
     "unknown_task": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "timeout": 408,
     "too_large": 413,
     "invalid_request": 422,
     "undecodable": 422,
@@ -39,6 +43,14 @@ class ServingError(VisadaptError):
         self.remedy = remedy
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickle rebuilds the error from: other processes send it with its remedy."""
+        return _rebuilt, (self.name, str(self), self.remedy, self.retry_after)
+
     def json(self) -> dict[str, object]:
         """Return the body of the HTTP response."""
         return {"error": {"name": self.name, "message": str(self), "remedy": self.remedy}}
+
+
+def _rebuilt(name: str, message: str, remedy: str, retry_after: float | None) -> ServingError:
+    return ServingError(name, message, remedy, retry_after=retry_after)

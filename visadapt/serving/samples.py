@@ -94,6 +94,9 @@ def _image(data: bytes, limits: Limits) -> Sample:
             image.load()
     except ServingError:
         raise
+    except (_pil().DecompressionBombError, _pil().DecompressionBombWarning) as error:
+        # Pillow's own bound, checked before ours
+        raise _too_large("an image", f"{limits.pixels:,} pixels", "scale the image down") from error
     except Exception as error:  # each of Pillow's formats has its own errors for damaged files
         unknown = type(error).__name__ == "UnidentifiedImageError"
         reason = "its format is unknown" if unknown else str(error) or type(error).__name__

@@ -121,7 +121,6 @@ class Server:
         self._queue = WaitingQueue(self.limits.queue, max_batch, max_wait)
         self._worker = Worker(self._queue, self._forward, self.metrics)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="visadapt-decode")
-        self.metrics.waiting.set_function(self._queue.__len__)
         self.ready = False
 
     def start(self) -> Server:

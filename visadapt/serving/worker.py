@@ -47,6 +47,7 @@ class Worker:
         try:
             while batch := self._queue.take():
                 self._batch = batch
+                self._metrics.waiting.set(len(self._queue))
                 start = time.monotonic()
                 self._forward.answer(batch)
                 self._queue.note(len(batch), time.monotonic() - start)

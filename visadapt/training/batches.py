@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from visadapt.data.samples import Samples
 from visadapt.errors import VisadaptError
@@ -40,7 +41,7 @@ class Batches:
         self.objective = objective or Objective()
         self.batch_size = batch_size
         self.labelled = labelled
-        self.rank, self.processes = 0, 1
+        self.rank, self.processes, self.pinned = 0, 1, False
         self.samples = _samples(data, purpose)
         self.loader: Iterable[Any] | None = None
         if self.samples is None:
@@ -82,6 +83,7 @@ class Batches:
             VisadaptError: the data is an iterable that cannot be shared.
         """
         self.rank, self.processes = engine.rank, engine.processes
+        self.pinned = engine.device.type == "cuda"
         if self.samples is not None or self.processes == 1:
             return
         if not isinstance(self.loader, torch.utils.data.DataLoader):
@@ -104,7 +106,11 @@ class Batches:
         for rows in torch.split(order, self.batch_size):
             size = -(-len(rows) // self.processes)
             share = torch.arange(self.rank * size, (self.rank + 1) * size) % len(rows)
-            yield Batch(*self.samples.take(rows[share]), len(rows))
+            inputs, labels = self.samples.take(rows[share])
+            if self.pinned:
+                # copies from pinned memory do not wait for the device; a DataLoader has an option for it
+                inputs, labels = tree_map_only(Tensor, _pin, (inputs, labels))
+            yield Batch(inputs, labels, len(rows))
 
     def _loaded(self) -> Iterator[Batch]:
         loader: Any = self.loader
@@ -134,6 +140,10 @@ class Batch(NamedTuple):
     inputs: Any
     labels: Tensor | None
     rows: int
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def _samples(data: Any, purpose: str) -> Samples | None:

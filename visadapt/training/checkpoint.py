@@ -61,10 +61,24 @@ class Checkpoint:
                 raise TypeError(f"identity must be an object, got {identity!r:.60}")
         except (KeyError, TypeError, ValueError) as error:
             raise VisadaptError(f"{self.path} is not a whole checkpoint of a training run: {error}") from error
-        changes = unlike(identity, self.identity)
+        changes = unlike(self._completed(identity), self.identity)
         if changes:
             raise VisadaptError(f"{self.path} is the checkpoint of another training run: {changes}")
         return SavedState(run, schedule, tensors)
+
+    def _completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The identity in a file, with what earlier versions did not write because they had no choice."""
+        recipe, ours = saved.get("recipe"), self.identity.get("recipe")
+        if not isinstance(recipe, dict) or not isinstance(ours, dict):
+            return saved
+        # how the head started does not matter any more: the file holds what came of it
+        earlier = {"head_first": ours.get("head_first"), "fast": False, "compile": None}
+        return {**saved, "recipe": {**earlier, **recipe}}
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the file existed and its state is still to be restored."""
+        return self._saved is not None
 
     def begin(self, loop: Loop) -> None:
         """Restore the saved state or, without a file, write the initial one.
@@ -104,6 +118,7 @@ class Checkpoint:
 
     def write(self, loop: Loop) -> None:
         """Write the state of a training run; an existing file is replaced atomically."""
+        loop.read()
         engine = loop.engine
         # each process has its own random state
         random = {

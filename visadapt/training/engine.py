@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
-from visadapt.frozen.cached_prefix import Resumable
+from visadapt.frozen.cached_prefix import CachedPrefix, Resumable
 from visadapt.optional import require
 
 PRECISIONS = ("fp32", "bf16")
@@ -123,13 +123,25 @@ class LogitsModel(nn.Module):
         model: computes the task that is active around the call.
         prepare: converts a batch of inputs on the device to the model's input.
         engine: the device and the precision.
+        channels_last: whether images enter the model in that memory format.
+        compile: mode of ``torch.compile`` in training; None for no compiling.
     """
 
     prepare: Callable[[Any], Any]
+    compiled: Callable[..., Any] | None
 
-    def __init__(self, model: nn.Module, prepare: Callable[[Any], Any], engine: Engine) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prepare: Callable[[Any], Any],
+        engine: Engine,
+        channels_last: bool = False,
+        compile: str | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.engine = model, engine
+        self.model, self.engine, self.channels_last = model, engine, channels_last
+        # not registered, or its parameters would be there twice
+        self.__dict__["compiled"] = None if compile is None else torch.compile(model, mode=compile)
         # past nn.Module's registration: a transform may be a module, but it is not part of the model
         self.__dict__["prepare"] = prepare
 
@@ -140,10 +152,18 @@ class LogitsModel(nn.Module):
             VisadaptError: the model's output is not a tensor and has none that is known as such.
         """
         with self.engine.autocast():
-            return _outputs(self.model, self.prepare(inputs)).float()
+            ready = self.prepare(inputs)
+            if self.channels_last and isinstance(ready, Tensor) and ready.ndim == 4:
+                ready = ready.contiguous(memory_format=torch.channels_last)
+            model = self.model if self.compiled is None or not self.training else self.compiled
+            return _outputs(model, ready).float()
+
+    def place(self, inputs: Any) -> Any:
+        """Move a batch of inputs to the device; rows of a cached prefix stay where they are looked up."""
+        return inputs if isinstance(self.prepare, CachedPrefix) else self.engine.place(inputs)
 
 
-def _outputs(model: nn.Module, inputs: Any) -> Tensor:
+def _outputs(model: Callable[..., Any], inputs: Any) -> Tensor:
     if isinstance(inputs, Resumable):
         out = inputs.resume()
     elif isinstance(inputs, Mapping):

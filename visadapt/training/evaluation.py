@@ -154,7 +154,7 @@ def run_epoch(
     try:
         with torch.no_grad(), target.context() if target else nullcontext():
             for inputs, batch_labels, rows in batches.epoch():
-                outputs = engine.gather(logits_model(engine.place(inputs)))[:rows].cpu()
+                outputs = engine.gather(logits_model(logits_model.place(inputs)))[:rows].cpu()
                 labels = None if batch_labels is None else engine.gather(engine.place(batch_labels))[:rows].cpu()
                 # −inf is allowed: a network may rule out a class, and softmax handles it
                 bad += int((~(outputs < math.inf)).reshape(len(outputs), -1).any(-1).sum())

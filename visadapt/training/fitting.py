@@ -20,6 +20,7 @@ from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
 from visadapt.training.evaluation import Prepare, scores
+from visadapt.training.head_first import start_with_head
 from visadapt.training.history import Epoch, Fit
 from visadapt.training.log import Log
 from visadapt.training.loop import Augment, Loop
@@ -113,6 +114,8 @@ def fit(
         cached.check(model, task)
         if augment is not None:
             raise VisadaptError("augment= cannot change what prepare= has cached: give it to cache_prefix instead")
+        if recipe.compile is not None:
+            raise VisadaptError(f"compile={recipe.compile!r} compiles whole models, and prepare= is a cached prefix")
     target = target_of(model, task)
     objective, score_objective = Objective(loss, recipe.label_smoothing), Objective(loss)
     batches = Batches(train, recipe.batch_size, "training", objective=objective)
@@ -123,7 +126,12 @@ def fit(
     for data in filter(None, (batches, held_out)):
         if data.labels is not None and target.classes is not None:
             objective.check_labels(data.labels, target.classes, data.purpose)
-    engine = Engine(model, device, precision, accumulate)
+    if recipe.fast and precision == "fp32":
+        raise VisadaptError("precision must be 'bf16' or None with a recipe that is fast=True, got 'fp32'")
+    engine = Engine(model, device, "bf16" if recipe.fast else precision, accumulate)
+    if recipe.fast:
+        # convolutions are fastest in this format, and so are the copies of weights that autocast makes
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = {
         "recipe": recipe,
         "loss": described(loss),
@@ -136,21 +144,31 @@ def fit(
     saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, batches, held_out, **settings))
     # again: a move to another device may have made new tensors
     target = target_of(model, task)
-    logits_model = LogitsModel(model, prepare or ready, engine)
+    logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
     was_training = model.training
     with random, only_trainable(model, target, engine.processes):
         loop = Loop(logits_model, target, batches, recipe, augment, random)
+        try:
+            if recipe.head_first and not (saved is not None and saved.resumes):
+                loop.run.head_first = start_with_head(model, task, logits_model, target, batches, seed)
+                if held_out is not None and not loop.run.head_first.startswith("no "):
+                    loop.run.start = _score(logits_model, target, held_out, metric)
+                loop.begin_again()
+        except BaseException:
+            target.restore(loop.kept)
+            raise
         if saved is not None:
             saved.begin(loop)
 
         def history() -> Fit:
-            size = sum(p.numel() for p in target.parameters.values())
-            return Fit(task, tuple(loop.run.epochs), metric_name(metric), loop.run.best, loop.run.steps, size)
+            run, size = loop.run, sum(p.numel() for p in target.parameters.values())
+            name, epochs = metric_name(metric), tuple(run.epochs)
+            return Fit(task, epochs, name, run.best, run.steps, size, run.head_first, run.start)
 
         def after_step() -> None:
-            advance(f"loss {loop.run.loss / loop.run.seen:.3f}")
+            advance(f"loss {loop.run.loss / max(1, loop.run.seen):.3f}")
             if saved is not None and checkpoint_every is not None and loop.run.steps % checkpoint_every == 0:
                 saved.write(loop)
 
@@ -161,7 +179,8 @@ def fit(
                     start = time.perf_counter()
                     mean_loss = loop.epoch(after_step)
                     score = None if held_out is None else _score(logits_model, target, held_out, metric)
-                    better = score is None or not loop.run.best or _better(score, history().score, metric)
+                    so_far = loop.run.start if not loop.run.best else history().score
+                    better = score is None or _better(score, so_far, metric)
                     loop.end_epoch(
                         Epoch(len(loop.run.epochs) + 1, mean_loss, score, time.perf_counter() - start), better
                     )

@@ -32,9 +32,13 @@ class Fit:
         task: the trained task; None for a plain module.
         epochs: all epochs, in order.
         metric: name of the score.
-        best: number of the epoch whose state was kept: the best by score, or the last without validation data.
+        best: number of the epoch whose state was kept: the best by score, or the last without validation data; 0 if no
+            epoch scored better than the linear probe that the head started as.
         steps: number of optimiser steps.
         parameters: number of trained parameters.
+        head_first: whether the head started as a linear probe, or why not, in words; empty if the recipe does not want
+            it.
+        start: validation score of that linear probe.
     """
 
     task: str | None
@@ -43,11 +47,13 @@ class Fit:
     best: int
     steps: int
     parameters: int
+    head_first: str = ""
+    start: float | None = None
 
     @property
     def score(self) -> float | None:
         """Validation score of the kept state."""
-        return self.epochs[self.best - 1].score
+        return self.start if self.best == 0 else self.epochs[self.best - 1].score
 
     @property
     def seconds(self) -> float:
@@ -55,8 +61,9 @@ class Fit:
         return sum(epoch.seconds for epoch in self.epochs)
 
     def table(self) -> Table:
-        """One row per epoch; the kept one is starred."""
-        rows = [
+        """One row per epoch, after that of the linear probe if it was scored; the kept one is starred."""
+        rows = [] if self.start is None else [(f"0{' *' if self.best == 0 else ''}", "–", f"{self.start:.4f}", "–")]
+        rows += [
             (
                 f"{epoch.number}{' *' if epoch.number == self.best else ''}",
                 f"{epoch.loss:.4f}",
@@ -66,6 +73,7 @@ class Fit:
             for epoch in self.epochs
         ]
         title = f"{self.task or 'the whole network'}: {self.parameters:,} parameters trained"
+        title += f"; head first: {self.head_first}" if self.head_first else ""
         return Table(("epoch", "loss", self.metric, "seconds"), rows, title)
 
     def __str__(self) -> str:

@@ -22,6 +22,9 @@ from visadapt.training.target import Target
 
 Augment = Callable[[Any, torch.Generator], Any]
 
+READ_EVERY = 32
+"""Steps whose losses and gradient norms are read from an accelerator together: each reading waits for it."""
+
 
 @dataclass
 class Run:
@@ -34,6 +37,8 @@ class Run:
         at: steps taken in the current epoch.
         loss: sum of the losses of the current epoch's samples so far.
         seen: number of the current epoch's samples so far.
+        head_first: what was done about the head before the first step, in words.
+        start: validation score before the first step, if it was computed.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -42,6 +47,8 @@ class Run:
     at: int = 0
     loss: float = 0.0
     seen: int = 0
+    head_first: str = ""
+    start: float | None = None
 
 
 class Loop:
@@ -74,6 +81,9 @@ class Loop:
         self.epoch_start = random.state()
         # not accelerate's optimiser: it would wait for an accumulation that the caller's script may have begun
         self.optimizer, self.schedule = recipe.make_optimizer(target, self.steps)
+        # on a CPU nothing waits, and a run that diverged need not go on
+        self.read_every = 1 if self.engine.device.type == "cpu" else READ_EVERY
+        self._unread: list[tuple[Tensor, Tensor, int]] = []
         self.unwrapped = logits_model
         self.logits_model = self.engine.accelerator.prepare(logits_model)
 
@@ -106,12 +116,19 @@ class Loop:
         with self.target.context():
             for inputs, labels, rows in batches:
                 assert labels is not None
-                run.loss += self.step(inputs, labels, rows) * rows
-                run.seen, run.at, run.steps = run.seen + rows, run.at + 1, run.steps + 1
+                self._unread.append((*self.step(inputs, labels, rows), rows))
+                run.at, run.steps = run.at + 1, run.steps + 1
+                if len(self._unread) >= self.read_every:
+                    self.read()
                 after_step()
+        self.read()
         # until here each process has its own running statistics for the task
         self.engine.broadcast([t for name, t in self.target.tensors.items() if name not in self.target.parameters])
         return run.loss / run.seen
+
+    def begin_again(self) -> None:
+        """Take the present state as the initial one."""
+        self.kept, self.epoch_start = self.target.snapshot(), self.random.state()
 
     def end_epoch(self, epoch: Epoch, better: bool) -> None:
         """Record an epoch, and keep the state if it is the best so far."""
@@ -120,10 +137,29 @@ class Loop:
         if better:
             self.run.best, self.kept = epoch.number, self.target.snapshot()
 
-    def step(self, inputs: Any, labels: Tensor, rows: int) -> float:
-        """Take one optimiser step and return the mean loss of the whole batch before it."""
+    def read(self) -> None:
+        """Read the losses and gradient norms of the latest steps, and add the losses to the epoch's.
+
+        Raises:
+            Diverged: one of them is not finite; the first such step is named. Later steps were taken in vain, and no
+                checkpoint was written since.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = torch.stack([value.float() for loss, norm, _ in unread for value in (loss, norm)]).tolist()
+        first = self.run.steps - len(unread) + 1
+        for i, (_, _, rows) in enumerate(unread):
+            for quantity, value in (("loss", values[2 * i]), ("gradient", values[2 * i + 1])):
+                if not math.isfinite(value):
+                    raise self.diverged(quantity, value, first + i)
+            self.run.loss += values[2 * i] * rows
+            self.run.seen += rows
+
+    def step(self, inputs: Any, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Take one optimiser step; return the mean loss of the whole batch and the gradient's norm, on the device."""
         engine, accelerator = self.engine, self.engine.accelerator
-        inputs, labels = engine.place(inputs), engine.place(labels)
+        inputs, labels = self.unwrapped.place(inputs), engine.place(labels)
         if self.augment is not None:
             inputs = self.augment(inputs, self.random.noise)
         samples = Samples(inputs, labels)
@@ -147,16 +183,11 @@ class Loop:
                 # accelerate takes the mean over the parts, and DDP over the processes
                 accelerator.backward(loss * (engine.parts * engine.processes))
                 total += loss.detach()
-        value: float = accelerator.reduce(total, "sum").item()
-        if not math.isfinite(value):
-            raise self.diverged("loss", value)
         limit = math.inf if self.recipe.grad_clip is None else self.recipe.grad_clip
-        norm: float = accelerator.clip_grad_norm_(self.target.parameters.values(), limit).item()
-        if not math.isfinite(norm):
-            raise self.diverged("gradient", norm)
+        norm: Tensor = accelerator.clip_grad_norm_(self.target.parameters.values(), limit)
         self.optimizer.step()
         self.schedule.step()
-        return value
+        return accelerator.reduce(total, "sum"), norm
 
     def _check(self, outputs: Tensor, labels: Tensor) -> None:
         objective, purpose = self.batches.objective, self.batches.purpose
@@ -164,9 +195,9 @@ class Loop:
         if self.run.steps == 0:
             objective.check_labels(labels, width_of(outputs), purpose)
 
-    def diverged(self, quantity: str, value: float) -> Diverged:
+    def diverged(self, quantity: str, value: float, step: int) -> Diverged:
         """The error for a loss or gradient that is not finite."""
         return Diverged(
-            f"the {quantity} became {value} at step {self.run.steps + 1} of {self.steps}; the last good state is kept. "
+            f"the {quantity} became {value} at step {step} of {self.steps}; the last good state is kept. "
             f"Try a smaller lr than {self.recipe.lr:g}, or check that all inputs are finite"
         )

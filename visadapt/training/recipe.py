@@ -12,13 +12,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visadapt.checks import check_choice, check_count, check_fraction, check_non_negative, check_positive, is_real
+from visadapt.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+    is_real,
+)
 from visadapt.errors import VisadaptError
 from visadapt.training.target import Target
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
 
 OPTIMIZERS = ("adamw", "sgd")
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,12 @@ class Recipe:
         grad_clip: maximum norm of the whole gradient; None for no clipping.
         label_smoothing: of the cross entropy.
         patience: number of epochs without a better score after which training stops; None to train all epochs.
+        head_first: start a new head as the linear probe on features that are computed once (LP-FT, Kumar et al. 2022,
+            arXiv 2202.10054), where it is one linear layer; the result says what was done. With validation data the
+            probe counts as epoch 0: no later epoch is kept that is not better.
+        fast: compute in bf16 autocast and images in the channels-last memory format, which the model keeps.
+        compile: mode of ``torch.compile`` for the training steps: ``default``, ``reduce-overhead`` (CUDA graphs) or
+            ``max-autotune``; None for no compiling.
 
     Raises:
         VisadaptError: a value is out of range; the message names it.
@@ -71,8 +87,15 @@ class Recipe:
     grad_clip: float | None = 1.0
     label_smoothing: float = 0.0
     patience: int | None = None
+    head_first: bool = True
+    fast: bool = False
+    compile: str | None = None
 
     def __post_init__(self) -> None:
+        check_flag(self.head_first, "head_first")
+        check_flag(self.fast, "fast")
+        if self.compile is not None:
+            check_choice(self.compile, COMPILE_MODES, "compile mode")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for check, names in _CHECKS.items():

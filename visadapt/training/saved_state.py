@@ -67,7 +67,8 @@ class SavedState:
         done = len(run.epochs)
         if [epoch.number for epoch in run.epochs] != list(range(1, done + 1)) or done > loop.recipe.epochs:
             raise VisadaptError(f"its epochs must be numbered from 1 to {loop.recipe.epochs} at most")
-        if not (0 < run.best <= done or run.best == done == 0):
+        # no epoch is the best before the first, and where the head's start was scored and stayed the best
+        if not (0 < run.best <= done or (run.best == 0 and (done == 0 or run.start is not None))):
             raise VisadaptError(f"its best epoch must be one of the {done} finished, got {run.best}")
         # a loader may yield fewer batches than it says
         exact = loop.batches.samples is None or run.steps == done * per_epoch + run.at

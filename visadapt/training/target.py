@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.modules import joined
+from visadapt.backbone.modules import inside, joined
 from visadapt.backbone.norms import is_norm
 from visadapt.errors import VisadaptError
 from visadapt.runtime.parameters_of import named_parameters
@@ -117,7 +117,7 @@ def _plain(model: nn.Module) -> Target:
         parameters=parameters,
         tensors=dict(model.state_dict(keep_vars=True)),
         norms={joined(path, name) for path, m in model.named_modules() if _is_norm(m) for name in m._parameters},
-        head={name for name in parameters if head and any(name.startswith(f"{path}.") for path in head.modules)},
+        head={name for name in parameters if head and any(inside(name, path) for path in head.modules)},
         adapters=set(),
         classes=head.classes(facts.modules) if head else None,
         context=nullcontext,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.families.block import Block
+from visadapt.backbone.modules import last_name
 from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
@@ -17,19 +18,11 @@ _KINDS = {
 _NAMES = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
-def projections(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
-    """The linears (or convolutions) of a block that give query, value, or these and the key at once.
-
-    Args:
-        modules: the block's modules by their path in the model.
-        depth: number of the block.
-        stage: the group of blocks it is in.
-        block: its path.
-        traced: whether the block was found by a run.
-    """
+def projections(block: Block) -> list[Site]:
+    """Return the linears (or convolutions) of a block that make query, value, or these and the key at once."""
     found = []
-    for path, module in modules.items():
-        kind = _NAMES.get(path.rpartition(".")[2])
+    for path, module in block.modules.items():
+        kind = _NAMES.get(last_name(path))
         if kind is None:
             continue
         weight = module._parameters.get("weight")
@@ -41,6 +34,5 @@ def projections(modules: dict[str, nn.Module], depth: int, stage: str, block: st
             channels, layout = int(weight.shape[0 if isinstance(module, nn.Linear) else 1]), "NLC"
         else:
             continue
-        size = parameter_count(module)
-        found.append(Site(path, kind, channels, layout, depth, stage, block, size, (path,), traced=traced))
+        found.append(block.site(path, kind, channels, layout, module, (path,)))
     return found

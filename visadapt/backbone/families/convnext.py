@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
+from visadapt.backbone.families.block import blocks
 from visadapt.backbone.families.convs import conv3x3
-from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.site import Site, layout_named
 
 
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     """``block``: the end of each block's one branch, after the LayerScale if there is one."""
     found: list[Site] = []
-    depth = 0
-    for path, block in modules.items():
-        end = _timm(block) or _torchvision(block)
-        if end is None:
-            continue
-        host, channels, layout, last = end
-        stage = path.rpartition(".")[0]
-        linear = (f"{path}.{last}",) if last else ()
-        size = parameter_count(block)
-        found.append(Site(f"{path}.{host}", "block", channels, layout, depth, stage, path, size, linear))
-        inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
-        found += conv3x3(inside, depth, stage, path)
-        depth += 1
+    for block, module, (host, channels, layout, last) in blocks(modules, lambda m: _timm(m) or _torchvision(m)):
+        linear = (block.inner(last),) if last else ()
+        found += [block.site(block.inner(host), "block", channels, layout, module, linear), *conv3x3(block)]
     return found
 
 

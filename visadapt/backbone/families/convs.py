@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.families.block import Block
+from visadapt.backbone.modules import joined, last_name, own_modules, parent
 from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
@@ -34,34 +37,20 @@ def is_conv3x3(module: nn.Module) -> bool:
     return isinstance(module, CONVS) and (set(module.kernel_size) == {3} or module.kernel_size == (1, 3, 3))
 
 
-def conv3x3(modules: dict[str, nn.Module], depth: int, stage: str, block: str, traced: bool = False) -> list[Site]:
-    """``conv3x3``: the 3×3 convs of a block, grouped ones too but no depthwise ones, without its shortcut and SE.
-
-    Args:
-        modules: the block's modules by their path in the model.
-        depth: number of the block.
-        stage: the group of blocks it is in.
-        block: its path.
-        traced: whether the block was found by a run.
-    """
+def conv3x3(block: Block) -> list[Site]:
+    """Return the 3×3 convs of a block, grouped ones too but no depthwise ones, without its shortcut and SE."""
     found = []
-    for path, module in modules.items():
-        inner = path.removeprefix(block).removeprefix(".").split(".")
-        if not is_conv3x3(module) or is_depthwise(module):
-            continue
-        if any(name in _ASIDE for name in inner):
-            continue
-        size = parameter_count(module)
-        norm = _norm_after(path, modules)
-        operator = operator_of(module, path)
-        found.append(
-            Site(path, "conv3x3", operator.outputs, operator.layout, depth, stage, block, size, (path,), norm, traced)
-        )
+    for path, module in block.modules.items():
+        inner = path.removeprefix(block.path).split(".")
+        if is_conv3x3(module) and not is_depthwise(module) and not any(name in _ASIDE for name in inner):
+            operator = operator_of(module, path)
+            norm = _norm_after(path, block.modules)
+            found.append(block.site(path, "conv3x3", operator.outputs, operator.layout, module, (path,), norm))
     return found
 
 
-def _norm_after(path: str, modules: dict[str, nn.Module]) -> str:
-    """The BatchNorm of a conv, by the two names there are for it: ``bn2`` of ``conv2``, ``bn`` of ``conv``."""
-    at, dot, name = path.rpartition(".")
-    norm = f"{at}{dot}{name.replace('conv', 'bn')}"
+def _norm_after(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Path of the BatchNorm of a conv, by the two names there are for it: ``bn2`` of ``conv2``, ``bn`` of ``conv``."""
+    name = last_name(path)
+    norm = joined(parent(path), name.replace("conv", "bn"))
     return norm if name.startswith("conv") and norm in modules and is_batchnorm(modules[norm]) else ""

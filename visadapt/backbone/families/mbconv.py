@@ -6,8 +6,9 @@ from typing import cast
 
 from torch import nn
 
+from visadapt.backbone.families.block import blocks
 from visadapt.backbone.families.convs import conv3x3, is_batchnorm, is_depthwise
-from visadapt.backbone.modules import own_modules, parameter_count
+from visadapt.backbone.modules import own_modules
 from visadapt.backbone.site import Site
 
 _TIMM = (
@@ -20,27 +21,18 @@ _TIMM = (
 
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     """``block``: after the branch's last norm, also in blocks without a shortcut if others of their kind have one."""
-    ends: dict[str, tuple[str, str]] = {}
-    for path, block in modules.items():
-        end = _timm(block) or _torchvision(block)
-        if end is not None:
-            ends[path] = end
-    skipping = {type(modules[path]) for path in ends if _has_skip(modules[path]) and _dense(modules[path]) > 1}
+    skipping = {type(m) for m in modules.values() if _end(m) and _has_skip(m) and _dense(m) > 1}
     found: list[Site] = []
-    depth = 0
-    for path, (conv, norm) in ends.items():
-        block = modules[path]
-        if type(block) not in skipping:
-            continue
-        channels = cast("nn.Conv2d", block.get_submodule(conv)).out_channels
-        stage = path.rpartition(".")[0]
-        linear = (f"{path}.{conv}", f"{path}.{norm}") if is_batchnorm(block.get_submodule(norm)) else ()
-        size = parameter_count(block)
-        found.append(Site(f"{path}.{norm}", "block", channels, "NCHW", depth, stage, path, size, linear))
-        inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
-        found += conv3x3(inside, depth, stage, path)
-        depth += 1
+    for block, module, ends in blocks(modules, lambda m: _end(m) if type(m) in skipping else None):
+        conv, norm = map(block.inner, ends)
+        channels = cast("nn.Conv2d", modules[conv]).out_channels
+        linear = (conv, norm) if is_batchnorm(modules[norm]) else ()
+        found += [block.site(norm, "block", channels, "NCHW", module, linear), *conv3x3(block)]
     return found
+
+
+def _end(block: nn.Module) -> tuple[str, str] | None:
+    return _timm(block) or _torchvision(block)
 
 
 def _has_skip(block: nn.Module) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from visadapt.backbone.families.block import blocks
 from visadapt.backbone.families.convs import conv3x3
-from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.operators import CONVS, operator_of
 from visadapt.backbone.site import Site
 
@@ -24,22 +24,14 @@ def last_norm(block: nn.Module) -> str | None:
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     """``block``: after the branch's last norm and SE, before drop-path and the add; ``conv3x3``: its 3×3 convs."""
     found: list[Site] = []
-    depth = 0
-    for path, block in modules.items():
-        last = last_norm(block)
-        if last is None:
-            continue
-        conv = last.replace("bn", "conv")
-        at = f"{path}." if path else ""
-        stage = path.rpartition(".")[0]
+    for block, module, last in blocks(modules, last_norm):
+        conv, norm = block.inner(last.replace("bn", "conv")), block.inner(last)
         # squeeze-and-excitation rescales the branch after its last norm: the adapter comes after both
-        end = next((se for se in ("se", "se_module") if isinstance(block._modules.get(se), nn.Module)), last)
+        end = next((se for se in ("se", "se_module") if isinstance(module._modules.get(se), nn.Module)), last)
         # the convolution says where the channels are and how many, whatever the norm behind it is
-        operator = operator_of(modules[f"{at}{conv}"], f"{at}{conv}")
-        size = parameter_count(block)
-        found += conv3x3({p: m for p, m in modules.items() if p.startswith(at)}, depth, stage, path)
-        linear = (f"{at}{conv}", *(() if isinstance(modules[f"{at}{last}"], nn.Identity) else (f"{at}{last}",)))
-        linear = linear if end == last else ()
-        found.append(Site(f"{at}{end}", "block", operator.outputs, operator.layout, depth, stage, path, size, linear))
-        depth += 1
+        operator = operator_of(modules[conv], conv)
+        composed = (conv,) if isinstance(modules[norm], nn.Identity) else (conv, norm)
+        linear = composed if end == last else ()
+        found += conv3x3(block)
+        found.append(block.site(block.inner(end), "block", operator.outputs, operator.layout, module, linear))
     return found

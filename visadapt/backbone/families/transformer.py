@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from visadapt.backbone.families.attention import projections
-from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.families.block import blocks
 from visadapt.backbone.site import Site
 
 
@@ -15,22 +15,13 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     ``query`` and ``value``: the projections of these names.
     """
     found: list[Site] = []
-    depth = 0
-    for path, layer in modules.items():
-        ends = _bert(layer) or _distilbert(layer)
-        if not ends:
-            continue
-        stage = path.rpartition(".")[0]
+    for block, layer, ends in blocks(modules, lambda m: _bert(m) or _distilbert(m)):
         for kind, (end, projection, adapted) in ends.items():
             channels = getattr(layer.get_submodule(projection), "out_features", None)
-            size = parameter_count(layer.get_submodule(adapted))
             if channels is not None:
-                at = f"{path}." if path else ""
-                linear = (f"{at}{projection}",)
-                found.append(Site(f"{at}{end}", kind, channels, "NLC", depth, stage, path, size, linear))
-        inner = {p: m for p, m in modules.items() if p.startswith(f"{path}." if path else "")}
-        found += projections(inner, depth, stage, path)
-        depth += 1
+                host, linear = block.inner(end), (block.inner(projection),)
+                found.append(block.site(host, kind, channels, "NLC", layer.get_submodule(adapted), linear))
+        found += projections(block)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.modules import joined, parameter_count
 from visadapt.backbone.site import Site
 
 
@@ -17,13 +17,13 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         conv, depth, stage = None, 0, 1
         layers = list(features.named_children())
         for i, (name, layer) in enumerate(layers):
-            host = f"{path}.{name}" if path else name
+            host = joined(path, name)
             if isinstance(layer, nn.Conv2d):
                 conv = layer
                 if layer.kernel_size == (3, 3):
                     size = parameter_count(layer)
                     following, after = layers[i + 1]
-                    norm = f"{host.rpartition('.')[0]}.{following}" if isinstance(after, nn.BatchNorm2d) else ""
+                    norm = joined(path, following) if isinstance(after, nn.BatchNorm2d) else ""
                     found.append(
                         Site(
                             host,

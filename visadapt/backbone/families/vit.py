@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from visadapt.backbone.families.attention import projections
-from visadapt.backbone.modules import parameter_count
+from visadapt.backbone.families.block import blocks
 from visadapt.backbone.site import Site
 
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -16,23 +18,19 @@ _LINEAR_ATTENTION = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "a
 def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     """``attention`` and ``mlp``: after the LayerScale if there is one, before drop-path and the add."""
     found: list[Site] = []
-    depth = 0
-    for path, block in modules.items():
-        width = _width(model, block)
-        ends = _timm(block) or _torchvision(block)
-        if not ends or not width:
-            continue
-        stage = path.rpartition(".")[0]
-        for kind, (end, adapted, linear) in ends.items():
-            size = parameter_count(block.get_submodule(adapted))
-            last = (f"{path}.{linear}",) if linear else ()
-            found.append(Site(f"{path}.{end}", kind, width, "NLC", depth, stage, path, size, last))
+    for block, module, ends in blocks(modules, partial(_ends, model)):
+        width = _width(model, module)
+        for kind, (end, adapted, last) in ends.items():
+            linear = (block.inner(last),) if last else ()
+            found.append(block.site(block.inner(end), kind, width, "NLC", module.get_submodule(adapted), linear))
         # with separate query and value biases, BEiT and EVA use the projection's weight without calling it
-        if getattr(block._modules.get("attn"), "q_bias", None) is None:
-            inside = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
-            found += projections(inside, depth, stage, path)
-        depth += 1
+        if getattr(module._modules.get("attn"), "q_bias", None) is None:
+            found += projections(block)
     return found
+
+
+def _ends(model: nn.Module, block: nn.Module) -> dict[str, tuple[str, str, str]]:
+    return (_timm(block) or _torchvision(block)) if _width(model, block) else {}
 
 
 def _width(model: nn.Module, block: nn.Module) -> int:

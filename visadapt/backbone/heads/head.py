@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from visadapt.backbone.modules import CHILD, own_parameters
+from visadapt.backbone.modules import CHILD, joined, own_parameters
 from visadapt.backbone.subclass import plain_class
 
 
@@ -96,5 +96,5 @@ def last_layer(path: str, modules: Mapping[str, nn.Module]) -> str | None:
     if plain_class(module).forward is nn.Sequential.forward:
         for name, child in reversed(module._modules.items()):
             if child is not None and name != CHILD and own_parameters(child):
-                return last_layer(f"{path}.{name}" if path else name, modules)
+                return last_layer(joined(path, name), modules)
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer
-from visadapt.backbone.modules import own_parameters, within
+from visadapt.backbone.modules import joined, own_parameters, parent, within
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError, nearest
 
@@ -49,18 +49,17 @@ def _called(modules: Mapping[str, nn.Module], path: str, option: str) -> list[st
     module = modules[path]
     if not own_parameters(module):
         raise VisadaptError(f"{option}: {path} ({type(module).__name__}) has no parameters")
-    parent = modules[path.rpartition(".")[0]]
-    if isinstance(parent, nn.MultiheadAttention):
+    holder = modules[parent(path)]
+    if isinstance(holder, nn.MultiheadAttention):
         raise VisadaptError(
-            f"{option}: {path} is never called, its {type(parent).__name__} reads its weights; name "
-            f"{path.rpartition('.')[0]}"
+            f"{option}: {path} is never called, its {type(holder).__name__} reads its weights; name {parent(path)}"
         )
     if plain_class(module).forward is not nn.Module.forward:
         return [path]
     inside = [name for name, child in module._modules.items() if child is not None and own_parameters(child)]
     if not inside:
         raise VisadaptError(f"{option}: {path} ({type(module).__name__}) is never called")
-    return [inner for name in inside for inner in _called(modules, f"{path}.{name}", option)]
+    return [inner for name in inside for inner in _called(modules, joined(path, name), option)]
 
 
 def head_at(modules: Mapping[str, nn.Module], given: Any, known: Head | None, trace: Callable[[], Head | None]) -> Head:

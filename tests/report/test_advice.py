@@ -1,0 +1,69 @@
+"""The method to take: paired differences, their intervals, and the rule that picks one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.report import fake_results
+from visadapt.experiments.record import Result
+from visadapt.report.advice import advice, against_full
+from visadapt.report.statistics import interval
+
+SEEDS = range(3)
+PROBLEMS = ("a", "b", "c")
+
+
+def runs(name: str, points: float, trained: int, spread: float = 0.0) -> list[Result]:
+    """Make test results that are ``points`` above 50 %, with a spread over seeds."""
+    return [
+        dataclasses.replace(
+            fake_results.result("compare", "resnet50", problem, name, seed, 0),
+            score=0.5 + (points + spread * (seed - 1)) / 100,
+            trained=trained,
+        )
+        for problem in PROBLEMS
+        for seed in SEEDS
+    ]
+
+
+FULL = runs("full fine-tuning", 0, 1000)
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_agreement() -> None:
+    wide, narrow = interval([-3.0, 0.0, 3.0]), interval([0.9, 1.0, 1.1])
+    assert wide[0] < 0 < wide[1]
+    assert 0.9 <= narrow[0] < 1 < narrow[1] <= 1.1
+    assert interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_differences_are_paired_by_problem_and_seed() -> None:
+    noisy = [dataclasses.replace(r, score=r.score + 0.1 * r.seed) for r in (*FULL, *runs("lora r=8", 1, 10))]
+    (comparison,) = against_full(noisy)
+    assert comparison.points == pytest.approx(1)
+    assert comparison.low == pytest.approx(comparison.high)
+    assert comparison.pairs == 9
+
+
+@pytest.mark.parametrize(
+    ("contenders", "taken", "verdict"),
+    [
+        ({"lora r=8": (-1, 10, 0), "bottleneck m=8": (2, 20, 0), "series": (4, 90, 0)}, "bottleneck m=8", "above"),
+        ({"lora r=8": (-3, 10, 0), "bottleneck m=8": (0.1, 20, 4)}, "bottleneck m=8", "no difference seen"),
+        ({"lora r=8": (-3, 10, 0), "bottleneck m=8": (-5, 20, 0)}, "lora r=8", "below"),
+    ],
+)
+def test_the_smallest_that_is_not_below_is_taken(contenders, taken, verdict) -> None:
+    results = [*FULL, *(r for name, values in contenders.items() for r in runs(name, *values))]
+    assert {c.name: c.verdict for c in against_full(results)}[taken] == verdict
+    table = advice(results)
+    assert table is not None
+    assert [row[:2] for row in table.rows] == [("resnet50", taken)]
+
+
+def test_a_method_without_all_problems_is_not_compared() -> None:
+    partial = [r for r in runs("lora r=8", 5, 10) if r.problem != "c"]
+    assert against_full([*FULL, *partial]) == []
+    assert advice([*FULL, *partial]) is None
+    assert advice(runs("lora r=8", 5, 10)) is None

@@ -1,0 +1,67 @@
+"""Replicas behind Ray Serve on a local cluster: right answers, and a task stays where it is in memory."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+pytest.importorskip("ray.serve")
+import httpx
+
+from tests.serving.conftest import CLASSES, alone, png
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path) -> None:
+    import ray
+    from ray import serve
+
+    from visadapt.serving.cluster import application
+    from visadapt.serving.running import Options
+
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    root = str(Path(__file__).parents[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+                 runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}})  # fmt: skip
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        options = Options((str(folder),), server={"exact": True, "max_tasks": 2}, workers=2, port=port)
+        serve.run(application(options, ray_actor_options={"num_cpus": 1}), name="visadapt", route_prefix="/")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+
+            def predict(task: object, *images: bytes) -> httpx.Response:
+                inputs = [{"image": base64.b64encode(data).decode()} for data in images]
+                return client.post("/v1/predict", json={"task": task, "inputs": inputs, "top": 5})
+
+            names = [*CLASSES, *CLASSES]
+            answer = predict(names, *(png(seed) for seed in range(8)))
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["task"] == names
+            for seed, (name, scores) in enumerate(zip(names, answer.json()["predictions"], strict=True)):
+                expected = alone(folder / f"{name}.visadapt", png(seed)).softmax(-1).sort(descending=True).values
+                assert [score["score"] for score in scores] == expected.tolist()
+            # two replicas with two tasks each: four tasks, none of which has to move any more
+            for _ in range(5):
+                for name in CLASSES:
+                    assert predict(name, png()).status_code == 200
+            assert client.get("/v1/tasks/birds").json()["classes"] == 5
+            wrong = predict("bird", png())
+            assert (wrong.status_code, wrong.json()["error"]["name"]) == (404, "unknown_task")
+            assert predict("birds", b"no image").status_code == 422
+            assert client.get("/v1/tasks/bird").status_code == 404
+            assert client.get("/readyz").status_code == 200
+            (folder / "birds.visadapt").unlink()
+            assert predict("birds", png()).status_code == 404
+    finally:
+        serve.shutdown()
+        ray.shutdown()

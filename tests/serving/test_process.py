@@ -1,0 +1,143 @@
+"""``visadapt serve`` as a process: it starts, answers, drains on SIGTERM, and replaces a worker that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+pytest.importorskip("typer")
+import httpx
+from typer.testing import CliRunner
+
+from tests.serving.conftest import png
+from visadapt.cli.app import app
+
+TOKEN = "a-token-of-more-than-16"
+IMAGE = [("image", ("a.png", png()))]
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    command = [sys.executable, "-c", "from visadapt.cli import main; main()", "serve", *map(str, arguments)]
+    process = subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.fullmatch(r"listening at (http://\S+)\n", line)
+        assert found, line + process.stderr.read()
+        with httpx.Client(base_url=found.group(1), timeout=60) as client:
+            until = time.monotonic() + 120
+            # processes listen before they have loaded the backbone: the first request waits
+            while client.get("/readyz").status_code != 200 and time.monotonic() < until:
+                time.sleep(0.1)
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def test_sigterm_drains(folder: Path) -> None:
+    with serving(folder, "--max-wait-ms", 1500, "--log-requests") as (process, client):
+        answers: list[httpx.Response] = []
+
+        def ask(task: str) -> None:
+            answers.append(httpx.post(f"{client.base_url}/v1/predict", data={"task": task}, files=IMAGE, timeout=60))
+
+        threads = [threading.Thread(target=ask, args=(task,)) for task in ("flowers", "birds", "cars")]
+        for thread in threads:
+            thread.start()
+        # all three wait for their batch to fill
+        time.sleep(0.7)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert sorted(answer.json()["task"][0] for answer in answers) == ["birds", "cars", "flowers"]
+        assert process.wait(60) == -signal.SIGTERM or process.returncode == 0
+        assert process.stdout is not None
+        lines = [json.loads(line) for line in process.stdout]
+        assert sum(line["path"] == "/v1/predict" and line["status"] == 200 for line in lines) == 3
+
+
+def again(client: httpx.Client) -> Any:
+    """The digest in an answer, by a new connection; None as long as there is none."""
+    try:
+        url = f"{client.base_url}/v1/predict"
+        answer = httpx.post(url, data={"task": "flowers"}, files=IMAGE, headers=client.headers, timeout=60)
+    except httpx.TransportError:
+        return None
+    return answer.json().get("digest")
+
+
+@pytest.mark.slow
+def test_several_processes_share_a_port_and_one_that_dies_is_replaced(folder: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    options = ("--host", "0.0.0.0", "--token-file", token, "--workers", 2)
+    with serving(folder, *options) as (process, client):
+        assert client.get("/v1/tasks").status_code == 401
+        client.headers["authorization"] = f"Bearer {TOKEN}"
+
+        first = again(client)
+        assert first is not None
+        assert "visadapt_requests_total" in client.get("/metrics").text
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(int(pid), signal.SIGKILL)
+        until = time.monotonic() + 120
+        while (answer := again(client)) is None and time.monotonic() < until:
+            time.sleep(0.2)
+        assert answer == first
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "error: no file or folder nowhere"),
+        ((".",), "there is no task file: name the backbone with"),
+        ((".", "--host", "0.0.0.0"), "can be reached from other machines"),
+        ((".", "--token-file", "none"), "cannot read the token"),
+        ((".", "--engine", "rey"), "no engine 'rey'; did you mean 'ray'?"),
+    ],
+)
+def test_what_it_is_not_started_with(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_port_in_use(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = CliRunner().invoke(app, ["serve", str(folder), "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 1
+    assert "cannot listen at http://127.0.0.1:" in result.stderr
+    assert "in use" in result.stderr

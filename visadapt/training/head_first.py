@@ -1,0 +1,205 @@
+"""A new head starts as the linear probe, on features that are computed once (LP-FT, Kumar et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.backbone.modules import unwrapped
+from visadapt.runtime.drawn import bits_of
+from visadapt.runtime.registry import registry_of
+from visadapt.training.batches import Batches
+from visadapt.training.engine import LogitsModel
+from visadapt.training.evaluation import run_epoch
+from visadapt.training.losses import Objective, width_of
+from visadapt.training.target import Target
+
+LIMIT = 1 << 28
+"""Numbers that the features may have, 2 GiB in double precision."""
+
+PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""L2 penalties on standardised features to choose from, strongest first, on a fifth of the samples."""
+
+
+class Unsuited(Exception):  # noqa: N818  a reason, not an error
+    """Why a head cannot start as a linear probe."""
+
+
+def start_with_head(
+    model: nn.Module, task: str | None, logits_model: LogitsModel, target: Target, batches: Batches, seed: int
+) -> str:
+    """Fit the head of a task to the features that the model computes now, in eval mode, without augmentation.
+
+    Multinomial logistic regression, or whatever else the loss makes of a linear model, with an L2 penalty that is
+    chosen on a fifth of the samples (Kumar et al. 2022, arXiv 2202.10054, §3.4). Done only for a head that is new,
+    untouched since ``inject``, one linear layer, and the last thing that the model computes.
+
+    Args:
+        model: the model.
+        task: its task; None for a plain model.
+        logits_model: the same model as training runs it.
+        target: what training may change.
+        batches: the training data.
+        seed: of the samples that the penalty is chosen on.
+
+    Returns:
+        What was done, in words, or why nothing was.
+    """
+    try:
+        head = _new_head(model, task)
+        features, labels = _features(head, logits_model, target, batches)
+        loss = _fit(head, features, labels, batches.objective, seed)
+    except Unsuited as reason:
+        return f"no linear probe: {reason}"
+    logits_model.engine.broadcast([p.data for p in head.parameters()])
+    return f"linear probe, loss {loss:.4f}"
+
+
+def _new_head(model: nn.Module, task: str | None) -> nn.Linear:
+    if task is None:
+        raise Unsuited("whether the head of a plain model is new is not known")
+    registry = registry_of(model)
+    spec = registry.task(task)
+    if spec.head != "new" or spec.head_at is None:
+        raise Unsuited("the head is not new")
+    parts = {path: own["head"] for path, own in registry.parts(task).items() if "head" in own}
+    finals = spec.head_at.finals
+    path = next((p for p in parts if finals and (finals[0].path == p or finals[0].path.startswith(f"{p}."))), None)
+    if len(parts) != 1 or len(finals) != 1 or path is None:
+        raise Unsuited("the head is not one layer")
+    layer = parts[path].get_submodule(finals[0].path.removeprefix(path).removeprefix("."))
+    others = {id(p) for p in parts[path].parameters()} - {id(p) for p in layer.parameters()}
+    if not isinstance(layer, nn.Linear) or others:
+        raise Unsuited("the head is not one linear layer")
+    if not all(p.requires_grad for p in layer.parameters()):
+        raise Unsuited("the head does not require a gradient")
+    if spec.drawn is None or spec.drawn != bits_of(parts.values()):
+        raise Unsuited("the head was changed since inject")
+    return layer
+
+
+def _features(head: nn.Linear, logits_model: LogitsModel, target: Target, batches: Batches) -> tuple[Tensor, Tensor]:
+    """What enters the head, ``(N, D)``, for all samples, with their labels, on the CPU."""
+    seen: list[Tensor] = []
+    features: list[Tensor] = []
+    all_labels: list[Tensor] = []
+    name, objective, engine = type(unwrapped(logits_model.model)).__name__, batches.objective, logits_model.engine
+
+    def use(outputs: Tensor, labels: Tensor | None) -> None:
+        assert labels is not None
+        objective.check(outputs, labels, batches.purpose, name)
+        objective.check_labels(labels, width_of(outputs), batches.purpose)
+        if len(seen) != 1 or seen[0].ndim != 2:
+            raise Unsuited("its input is not one vector per sample")
+        (part,) = seen
+        seen.clear()
+        part = engine.gather(part)[: len(labels)]
+        if len(part) != len(labels):
+            raise Unsuited("its input is not one vector per sample")
+        if not features:
+            with torch.autocast(part.device.type, enabled=False):
+                expected = F.linear(part.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+            scale = float(outputs.abs().max())
+            if outputs.shape != expected.shape or float((expected.cpu() - outputs).abs().max()) > 0.05 * scale:
+                raise Unsuited("the outputs are not those of the head")
+        features.append(part.float().cpu())
+        all_labels.append(labels)
+        count = sum(map(len, features)) if batches.samples is None else len(batches.samples)
+        if count * part.shape[1] > LIMIT:
+            raise Unsuited(f"the features of {count:,} samples take more than {LIMIT * 8 / 1e9:.1f} GB")
+
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        run_epoch(logits_model, target, batches, use)
+    finally:
+        handle.remove()
+    return torch.cat(features), torch.cat(all_labels)
+
+
+@dataclass
+class _Problem:
+    """A linear model on standardised features in double precision, on the device of the head."""
+
+    features: Tensor
+    labels: Tensor
+    objective: Objective
+    bias: bool
+
+    def loss(self, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.objective.losses(F.linear(self.features, weight, bias if self.bias else None), self.labels).mean()
+
+    def solve(self, penalty: float, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Minimise the mean loss and half the penalty times the squared weights, over the number of features."""
+        weight, bias = (t.clone().requires_grad_(True) for t in start)
+        optimizer = torch.optim.LBFGS(
+            [weight, bias] if self.bias else [weight],
+            max_iter=100,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = self.loss(weight, bias) + penalty / 2 * weight.square().sum() / weight.shape[1]
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return weight.detach(), bias.detach()
+
+    def part(self, rows: Tensor) -> _Problem:
+        return _Problem(self.features[rows], self.labels[rows], self.objective, self.bias)
+
+
+@torch.no_grad()
+def _fit(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective, seed: int) -> float:
+    device = head.weight.device
+    # the caller's own loss may hold tensors of the usual dtype
+    exact = device.type != "mps" and not callable(objective.loss)
+    dtype = torch.float64 if exact else torch.float32
+    x = features.to(device, dtype)
+    has_bias = head.bias is not None
+    mean = x.mean(0) if has_bias else torch.zeros_like(x[0])
+    spread = (x - mean).square().mean(0).sqrt()
+    spread = torch.where(spread > 1e-6 * spread.max(), spread, torch.ones_like(spread))
+    whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
+    zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
+    start = float(whole.loss(*zero))
+    penalty = _choose(whole, zero, seed)
+    weight, bias = whole.solve(penalty, zero)
+    loss = float(whole.loss(weight, bias))
+    if not math.isfinite(loss) or loss > start:
+        raise Unsuited(f"the loss on the features became {loss:.4g}, from {start:.4g}")
+    head.weight.copy_(weight / spread)
+    if has_bias:
+        head.bias.copy_(bias - (weight / spread) @ mean)
+    return loss
+
+
+def _choose(whole: _Problem, zero: tuple[Tensor, Tensor], seed: int) -> float:
+    """The penalty with the smallest loss on a fifth of the samples; 10 for fewer than twenty samples.
+
+    Weaker ones are tried until two in a row are worse than the best.
+    """
+    count = len(whole.labels)
+    if count < 20:
+        return 10.0
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(whole.labels.device)
+    held_out, rest = whole.part(order[: count // 5]), whole.part(order[count // 5 :])
+    best, chosen, worse, solution = math.inf, PENALTIES[0], 0, zero
+    for penalty in PENALTIES:
+        solution = rest.solve(penalty, solution)
+        loss = float(held_out.loss(*solution))
+        worse = 0 if loss < best else worse + 1
+        if loss < best:
+            best, chosen = loss, penalty
+        if worse == 2:
+            break
+    return chosen
