@@ -40,6 +40,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "fit_decider",
             "decide",
             "tasks",
+            "combine",
             "open",
             "preprocess",
             "predict",
@@ -49,6 +50,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "Mona",
             "DoRA",
             "CoLoRA",
+            "Ladder",
         )
     },
     **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},

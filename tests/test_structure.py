@@ -20,7 +20,7 @@ ROOMS = (
     ("methods",),
     ("runtime",),
     ("frozen", "export", "plan", "data", "shape_check"),
-    ("injection", "task_file"),
+    ("combining", "injection", "task_file"),
     ("opening",),
     ("",),
     ("training",),

@@ -2,6 +2,7 @@
 
 from visadapt.backbone.site import Site, Sites
 from visadapt.backbone.where import sites
+from visadapt.combining import combine
 from visadapt.errors import VisadaptError
 from visadapt.export.folding import fold
 from visadapt.export.merging import merge, merge_error, unmerge
@@ -19,6 +20,7 @@ from visadapt.methods import (
     ConvAdapter,
     DoRA,
     Full,
+    Ladder,
     Linear,
     LoRA,
     Method,
@@ -53,6 +55,7 @@ __all__ = [
     "ConvAdapter",
     "DoRA",
     "Full",
+    "Ladder",
     "Linear",
     "LoRA",
     "Method",
@@ -68,6 +71,7 @@ __all__ = [
     "activate",
     "active",
     "cache_prefix",
+    "combine",
     "decide",
     "eject",
     "fit_decider",

@@ -6,13 +6,13 @@ import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import Head, head_at, modules_at
-from visadapt.backbone.modules import CHILD, own_modules, unfreeze, unwrapped, within
+from visadapt.backbone.modules import CHILD, ModelT, own_modules, unfreeze, unwrapped, within
 from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.structure import STRUCTURE
@@ -22,24 +22,49 @@ from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS, Bottleneck
 from visadapt.methods.method import Method
-from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES
+from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES, HeadPolicy, NormPolicy
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
 from visadapt.runtime import host
 from visadapt.runtime.registry import Registry, Source, Task, check_task_name, facts_of, find_registry, registry_of
 
 
+# fmt: off
+@overload
+def inject(
+    model: ModelT, method: Method | type[Method] | str | None = ..., *,
+    m: int | float | None = ..., budget: float | None = ..., task: str = ..., num_classes: int | None = ...,
+    labels: Sequence[str] | None = ..., head: HeadPolicy | str | Sequence[str] = ...,
+    train_also: str | Sequence[str] = ..., norms: NormPolicy = ..., where: Where | None = ..., example: Any = ...,
+) -> ModelT: ...
+@overload
+def inject(
+    model: Callable[..., ModelT], method: Method | type[Method] | str | None = ..., *,
+    m: int | float | None = ..., budget: float | None = ..., task: str = ..., num_classes: int | None = ...,
+    labels: Sequence[str] | None = ..., head: HeadPolicy | str | Sequence[str] = ...,
+    train_also: str | Sequence[str] = ..., norms: NormPolicy = ..., where: Where | None = ..., example: Any = ...,
+    **build: Any,
+) -> ModelT: ...
+@overload
+def inject(
+    model: str, method: Method | type[Method] | str | None = ..., *,
+    m: int | float | None = ..., budget: float | None = ..., task: str = ..., num_classes: int | None = ...,
+    labels: Sequence[str] | None = ..., head: HeadPolicy | str | Sequence[str] = ...,
+    train_also: str | Sequence[str] = ..., norms: NormPolicy = ..., where: Where | None = ..., example: Any = ...,
+    **build: Any,
+) -> nn.Module: ...
+# fmt: on
 def inject(
     model: nn.Module | Callable[..., nn.Module] | str,
-    method: Method | str | None = None,
+    method: Method | type[Method] | str | None = None,
     *,
     m: int | float | None = None,
     budget: float | None = None,
     task: str = "default",
     num_classes: int | None = None,
     labels: Sequence[str] | None = None,
-    head: str | Sequence[str] = "auto",
+    head: HeadPolicy | str | Sequence[str] = "auto",
     train_also: str | Sequence[str] = (),
-    norms: str = "affine",
+    norms: NormPolicy = "auto",
     where: Where | None = None,
     example: Any = None,
     **build: Any,
@@ -78,7 +103,8 @@ def inject(
             an embedding. They are saved with the task, and mixed batches run each sample through its own task's.
             Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
-            running statistics never move) or ``full`` (statistics too, which move in train mode).
+            running statistics never move) or ``full`` (statistics too, which move in train mode). ``auto``
+            is ``affine``, and ``frozen`` for a :class:`visadapt.Ladder`.
         where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
         example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
@@ -107,9 +133,12 @@ def inject(
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
-    _check_options(task, num_classes, labels, norms)
+    policy: str = chosen.norms if norms == "auto" else norms
+    _check_options(task, num_classes, labels, policy)
     with STRUCTURE:
-        registry = _inject(backbone, chosen, budget, task, num_classes, labels, head, train_also, norms, where, example)
+        registry = _inject(
+            backbone, chosen, budget, task, num_classes, labels, head, train_also, policy, where, example
+        )
         if isinstance(model, str):
             registry.source = Source(model, build)
     return model if isinstance(model, nn.Module) else backbone
@@ -152,7 +181,7 @@ def _inject(
     return commit(facts, plan)
 
 
-def remove(model: nn.Module, task: str) -> nn.Module:
+def remove(model: ModelT, task: str) -> ModelT:
     """Remove a task from a model; the other tasks and the backbone do not change.
 
     Args:
@@ -186,7 +215,7 @@ def remove(model: nn.Module, task: str) -> nn.Module:
     return model
 
 
-def eject(model: nn.Module) -> nn.Module:
+def eject(model: ModelT) -> ModelT:
     """Remove all tasks and restore the original, bit for bit: classes, keys, modes and ``requires_grad``.
 
     Args:

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -103,6 +103,10 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         },
         "backbone": fingerprint(backbone, spec.owned, registry.digests),
     }
+    if description["traced"]:
+        # beside them, as earlier versions read "traced" without these
+        sites = {name: registry.traced[name] for name in description["traced"]}
+        description["blocks"] = {name: [site.block, site.stage] for name, site in sites.items()}
     try:
         json.dumps(description["notes"])
     except (TypeError, ValueError, RecursionError) as error:
@@ -122,7 +126,13 @@ def _backbone(registry: Registry) -> dict[str, Any]:
         return {}
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, task: str | None = None, check: str = "weights") -> str:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    check: Literal["weights", "shapes"] = "weights",
+) -> str:
     """Load a task from a file into a model, injected or not, and activate it.
 
     Args:
@@ -274,6 +284,8 @@ def _well_formed(description: dict[str, Any]) -> bool:
     return (
         has(description, _FORM)
         and fits(description.get("also", []), list[str])
+        and fits(description.get("blocks", {}), dict[str, list[str]])
+        and all(len(pair) == 2 for pair in description.get("blocks", {}).values())
         and all(has(placement, _PLACEMENT) for placement in description["placements"])
         and all(len(s) == len(_TRACED) and all(map(fits, s, _TRACED)) for s in description["traced"].values())
         and all(s[0] > 0 and s[2] >= 0 for s in description["traced"].values())
@@ -295,8 +307,12 @@ def _sites(facts: Facts, names: list[str], description: dict[str, Any]) -> Sites
     known = {}
     for name, (channels, layout, depth, linear, norm) in description["traced"].items():
         kind, _, host = name.partition(":")
-        if host in facts.modules and layout in LAYOUTS:
-            known[name] = Site(host, kind, channels, layout, depth, linear=tuple(linear), norm=norm, traced=True)
+        # files of earlier versions do not say which block a site is in
+        block, stage = description.get("blocks", {}).get(name, ("", ""))
+        if host in facts.modules and block in facts.modules and layout in LAYOUTS:
+            known[name] = Site(
+                host, kind, channels, layout, depth, stage, block, 0, tuple(linear), norm=norm, traced=True
+            )
     if any(name not in known for name in names):
         known = {site.full_name: site for site in facts.sites()} | known
     for name in names:

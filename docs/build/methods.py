@@ -28,8 +28,9 @@ A site is where an operator with a weight puts channels: on axis 1 of a series (
 methods stand at all of them; `Parallel`, `LoRA`, `DoRA`, `DAN` and `TSA` at every convolution (1-D, 2-D, 3-D) and
 linear; `Series` and `ConvAdapter` where positions have neighbours, that is not on token sequences; `Mona` there and on
 tokens whose map is known. No kernel can stand beside a transposed convolution: what acts on its output can stand behind
-it. `CoLoRA` changes the convolutions of ConvNeXt blocks and of a ResNet's bottleneck blocks. An output whose channel
-axis no operator establishes is refused by name.
+it. `CoLoRA` changes the convolutions of ConvNeXt blocks and of a ResNet's bottleneck blocks. `Ladder` is a network of
+its own beside the blocks, with frozen norms: no gradient goes back through the backbone, and `cache_prefix` keeps all
+that its blocks give. An output whose channel axis no operator establishes is refused by name.
 
 """
 

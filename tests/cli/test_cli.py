@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -103,7 +104,9 @@ def test_train_says_what_it_did(place: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "again.visadapt", tmp_path / "log.jsonl"
     options = ("--method", "Parallel", "--option", "rank=2", "--norms", "frozen", "--where", "layer1", "--augment")
     result = run("train", place / "photos", *SEES, "--size", 32, *options, "--epochs", 1, "--log", log, "--out", out)
-    assert "1 *" in result.stdout
+    # the linear probe that the head started as is epoch 0; the best of the two is kept
+    assert "; head first: linear probe, loss " in result.stdout
+    assert re.search(r"^ +[01] \*", result.stdout, re.MULTILINE)
     assert "accuracy on 12 test samples: " in result.stderr
     assert f"{out}: 3 classes, " in result.stderr
     (entry,) = read(out).description["placements"]

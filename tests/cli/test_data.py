@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.cli.test_cli import SEES, reads, records, run, tiny_bert
 from visadapt.task_file import read
@@ -151,3 +152,15 @@ def test_notes_of_a_table_are_checked(bert: Path, tmp_path: Path) -> None:
     result = run("evaluate", task, tmp_path / "a.csv", *reads(bert), code=1)
     assert "the note 'table' of the task must hold options of a table" in result.stderr
     assert json.dumps({"opener": "rm"})[1:5] not in result.stdout
+
+
+@pytest.mark.filterwarnings("default:.*skipping 1 of")
+def test_images_are_augmented_by_timm(photos: Path, tmp_path: Path) -> None:
+    change = ("--random-crop", 0.4, "--rand-augment", "rand-m5", "--mixup", 0.2, "--cutmix", 1)
+    first, second = tmp_path / "a.visadapt", tmp_path / "b.visadapt"
+    for out in (first, second):
+        run("train", photos / "flat", *IMAGES, *change, "--task", "t", "--out", out)
+    one, two = (load_file(out) for out in (first, second))
+    assert all(torch.equal(one[key], two[key]) for key in one), "the same seed gives the same file"
+    table = ("train", photos / "images.csv", *IMAGES, "--label", "value", "--regression", "--mixup", 0.2)
+    assert "need one class per image" in run(*table, "--out", tmp_path / "c.visadapt", code=1).stderr

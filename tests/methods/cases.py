@@ -66,6 +66,7 @@ CASES = {
     "colora": Case(v.CoLoRA(r=3), images=False),
     "adaptformer": Case(v.AdaptFormer(m=2), images=False, text=True),
     "mona": Case(v.Mona(m=2)),
+    "ladder": Case(v.Ladder(m=2), text=True, options={"norms": "frozen"}),
     "linear": Case(v.Linear(), text=True, options={"norms": "frozen"}),
     "norms": Case(v.Norms(), text=True, options={"norms": "full"}),
     "biases": Case(v.Biases(), text=True, options={"norms": "frozen"}),

@@ -116,6 +116,22 @@ def test_a_scaled_linear_bottleneck_merges() -> None:
     torch.testing.assert_close(answer(plain, inputs), answer(model, inputs, "task"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"scale": "channel"}, {"drop_path": 0.5}, {"dropout": 0.5}], ids=str)
+def test_a_lean_model_computes_all_its_options(options) -> None:
+    model, inputs = FAMILIES["tiny/resnet"].make(), FAMILIES["tiny/resnet"].inputs(4)
+    visadapt.inject(model, Bottleneck(m=2, **options), task="task", num_classes=3, norms="frozen").train()
+    stir(model, "task")
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(inputs["x"]).square().sum()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in visadapt.parameters(model, "task"))])
+        visadapt.lean(model)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES | TEXT)
 def test_adapter_plus_in_every_network(family) -> None:
     plus = Bottleneck(m=2, scale="channel", drop_path=0.1)

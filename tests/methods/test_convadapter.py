@@ -9,7 +9,8 @@ import visadapt as v
 from tests.methods.test_parallel import GEOMETRIES
 from tests.models import ZOO, answer, stir
 from visadapt.backbone.site import Site
-from visadapt.methods.convadapter import _KEPT, SCHEMES
+from visadapt.methods.convadapter import SCHEMES
+from visadapt.methods.slot import _KEPT
 
 
 def delta(part: nn.Module, x, **geometry):

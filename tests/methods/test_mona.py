@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,19 @@ def test_starts_as_it_was_and_every_sample_has_its_own_task(family: str) -> None
     visadapt.inject(model, Mona(m=3), task="same", head="frozen", norms="frozen")
     assert torch.equal(answer(model, inputs, "same"), before)
     mixed_equals_alone(model, inputs, ("one", "two", None, "one"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    """The map of tokens is found again, where the sites were traced too."""
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(2)
+    visadapt.inject(model, Mona(m=3), task="task", num_classes=3)
+    stir(model, "task")
+    expected = answer(model, inputs, "task")
+    path = visadapt.save(model, "task", tmp_path / "task.visadapt")
+    again = FAMILIES[family].make()
+    visadapt.load(again, path)
+    assert torch.equal(answer(again, inputs, "task"), expected)
 
 
 def test_the_release_does_not_start_as_it_was() -> None:

@@ -73,7 +73,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 def standardised(x: Tensor) -> Any:
     spread = x.double().std(0, correction=0)
-    return ((x.double() - x.double().mean(0)) / torch.where(spread > 0, spread, 1)).numpy()
+    return ((x.double() - x.double().mean(0)) / spread.clamp(min=float(spread.square().mean().sqrt()))).numpy()
 
 
 @pytest.mark.parametrize("method", [visadapt.Bottleneck(8), Full(), Linear()], ids=str)

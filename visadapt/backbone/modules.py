@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from visadapt.backbone.stored_values import packed_tensors
 from visadapt.backbone.subclass import made_by, stripped
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+"""A user's own class, which functions that return the model they were given keep."""
 
 CHILD = "visadapt"
 """Name of the host's child that holds the tasks' parts."""

@@ -39,14 +39,13 @@ def token_grid(modules: Mapping[str, nn.Module], site: Site) -> TokenGrid | None
         The grid that timm, torchvision or transformers records for the module that cuts the images; None if there is
         no such record.
     """
-    block = modules[site.block]
-    if hasattr(block, "shift_size") and hasattr(block, "input_resolution"):
-        # Swin: attention sees one window at a time, all else the whole map
-        attention = block._modules.get("attn")
-        size = getattr(attention, "window_size", None) if modules[site.host] is attention else block.input_resolution
-        return _grid(size, 0)
-    for path in _outwards(site.block):
-        found = _timm(modules[path]) or _torchvision(modules[path]) or _transformers(modules[path])
+    for path in _outwards(site.host):
+        module = modules[path]
+        if hasattr(module, "shift_size") and hasattr(module, "input_resolution"):
+            # Swin: attention sees one window at a time, all else the whole map
+            windows = modules[site.host] is module._modules.get("attn")
+            return _grid(modules[site.host].window_size if windows else module.input_resolution, 0)
+        found = _timm(module) or _torchvision(module) or _transformers(module)
         if found is not None:
             return found
     return None

@@ -75,16 +75,18 @@ def _root(
 
 
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
-    sites: ("bundled/resnet50", "timm/convnext_tiny --where mlp"),
-    summary: ("flowers.visadapt", "bundled/resnet50 --method Parallel", "hf/bert-base-uncased --m 64"),
+    sites: ("bundled/resnet50", "timm/convnext_tiny --where block"),
+    summary: ("flowers.visadapt", "bundled/resnet50 --method Parallel", "bundled/minilm --m 64"),
     train: (
         "photos/ --backbone bundled/resnet50 --size 64 --m 32 --out photos.visadapt",
+        "images.csv --image file --label species --backbone bundled/resnet50 --size 64 --out species.visadapt",
         "reviews.tsv --backbone bundled/minilm --text 0 --label 1 --no-header --out reviews.visadapt",
         "cifar10 --backbone bundled/resnet50 --size 64 --method Parallel --option rank=8 --out cifar10.visadapt",
     ),
     evaluate: ("photos.visadapt photos/", "tweets.visadapt tweets --metric accuracy --metric macro_f1 --json"),
     predict: (
         "rose.jpg holiday/ --task flowers.visadapt --task places.visadapt",
+        "reviews.csv --text review --task tweets.visadapt",
         "- --task tweets.visadapt --format table < lines.txt",
     ),
     serve: ("tasks/ --max-tasks 64", "tasks/ --host 0.0.0.0 --port 80 --token-file token --workers 2"),

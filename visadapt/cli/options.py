@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,6 +13,7 @@ from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
 from visadapt.methods import Method as AnyMethod
+from visadapt.methods.policy import NORM_POLICIES, NormPolicy
 
 Backbone = Annotated[
     str, typer.Argument(help="Backbone: timm/resnet50, torchvision/vgg16, hf/NAME or bundled/resnet50.")
@@ -60,7 +61,11 @@ MethodOption = Annotated[
 ]
 
 Norms = Annotated[
-    str, typer.Option(help="What the task trains of the norms: frozen, affine, or full (with statistics).")
+    str,
+    typer.Option(
+        help="What the task trains of the norms: frozen, affine, full (with statistics), or auto: affine, and frozen "
+        "for a Ladder."
+    ),
 ]
 
 Text = Annotated[
@@ -187,6 +192,16 @@ def table_notes(noted: Any) -> dict[str, Any]:
     if not good or not all(isinstance(column, str) for column in noted.get("text", [])):
         raise VisadaptError(f"the note 'table' of the task must hold options of a table, got {noted!r:.100}")
     return dict(noted)
+
+
+def norm_policy(name: str) -> NormPolicy:
+    """The policy that ``--norms`` names.
+
+    Raises:
+        VisadaptError: there is none of that name.
+    """
+    check_choice(name, ("auto", *NORM_POLICIES), "norm policy")
+    return cast("NormPolicy", name)
 
 
 def check_writable(path: Path, force: bool) -> Path:

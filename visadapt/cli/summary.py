@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.cli.options import Build, Method, MethodOption, Norms, Where, Width, number, pairs, parse_method
+from visadapt.cli.options import (
+    Build,
+    Method,
+    MethodOption,
+    Norms,
+    Where,
+    Width,
+    norm_policy,
+    number,
+    pairs,
+    parse_method,
+)
 from visadapt.cli.output import show
 from visadapt.data.hub import PLACES
 from visadapt.opening.backbones import build_backbone
@@ -21,7 +32,7 @@ def summary(
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
-    norms: Norms = "affine",
+    norms: Norms = "auto",
     where: Where = None,
     build: Build = None,
 ) -> None:
@@ -35,5 +46,5 @@ def summary(
         return
     model = build_backbone(target, pairs(build, "--build"))
     terms = [number(term) for term in where or ()]
-    visadapt.inject(model, parse_method(method, m, option), norms=norms, where=terms or None)
+    visadapt.inject(model, parse_method(method, m, option), norms=norm_policy(norms), where=terms or None)
     show(visadapt.summary(model))

@@ -34,6 +34,7 @@ from visadapt.cli.options import (
     Width,
     check_writable,
     data_options,
+    norm_policy,
     number,
     pairs,
     parse_method,
@@ -41,8 +42,9 @@ from visadapt.cli.options import (
 from visadapt.cli.output import say, show
 from visadapt.data import ImageFiles, augment
 from visadapt.data.allowlist import objections
+from visadapt.data.augmentation import Augmentation
 from visadapt.data.inputs import ImageInputs, TextInputs, check_texts, described, inputs_of
-from visadapt.data.lazy_images import DAMAGED, HELD
+from visadapt.data.lazy_images import DAMAGED, HELD, Collate
 from visadapt.errors import VisadaptError
 from visadapt.opening.backbones import open_backbone
 from visadapt.runtime.registry import check_task_name
@@ -76,12 +78,15 @@ def train(
     method: Method = "Bottleneck",
     m: Width = None,
     option: MethodOption = None,
-    norms: Norms = "affine",
+    norms: Norms = "auto",
     where: Where = None,
     recipe: Annotated[str, typer.Option(help=f"Training recipe: {', '.join(RECIPES)}.")] = "houlsby",
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data; default: the recipe's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step; default: the recipe's.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after this many epochs without a better score; default: never.")
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +97,16 @@ def train(
     flips_and_shifts: Annotated[
         bool, typer.Option("--augment", help="Augment training images with flips and shifts.")
     ] = False,
+    random_crop: Annotated[
+        float | None,
+        typer.Option(help="Crop training images at random: smallest area of the crop, such as 0.35 of the image."),
+    ] = None,
+    rand_augment: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="timm's RandAugment, such as rand-m9-mstd0.5; needs --random-crop."),
+    ] = None,
+    mixup: Annotated[float, typer.Option(help="Mix pairs of training images: alpha of mixup, such as 0.2.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Paste parts of training images: alpha of CutMix, such as 1.")] = 0.0,
     size: Annotated[int | None, typer.Option(help="Image side in pixels; default: the backbone's.")] = None,
     length: Annotated[int | None, typer.Option(help="Maximum tokens per text; longer texts are truncated.")] = None,
     text: Text = None,
@@ -127,8 +142,9 @@ def train(
     check_choice(recipe, RECIPES, "recipe")
     if metric is not None:
         check_choice(metric, METRICS, "metric")
-    overrides = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    overrides = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "patience": patience}
     steps = RECIPES[recipe].replace(**{name: value for name, value in overrides.items() if value is not None})
+    augmentation = Augmentation(random_crop, rand_augment, mixup, cutmix)
     logs = () if log is None else (JsonLines(log),)
     adapter = parse_method(method, m, option)
     name = target.stem if task is None else task
@@ -136,8 +152,9 @@ def train(
     loading = pairs(build, "--build")
     model = open_backbone(backbone, loading)
     inputs = inputs_of(model, backbone, size, length)
-    if flips_and_shifts and isinstance(inputs, TextInputs):
-        raise VisadaptError(f"--augment applies to images only, and {backbone} takes texts")
+    if isinstance(inputs, TextInputs) and (flips_and_shifts or augmentation != Augmentation()):
+        given = "--augment" if flips_and_shifts else "random changes of images"
+        raise VisadaptError(f"{given} applies to images only, and {backbone} takes texts")
     if isinstance(inputs, TextInputs):
         check_texts(model, inputs)
     table = data_options(
@@ -152,7 +169,11 @@ def train(
     )
     options = {**table, **data_options(root=root, online=online)}
     if isinstance(inputs, ImageInputs):
-        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
+        options |= {
+            "damaged": damaged,
+            "memory": int(memory * 1e9),
+            "training": augmentation.pixels(inputs),
+        }
     splits = inputs.load(data, seed=seed, **options)
     for remark in splits.remarks:
         say(remark)
@@ -168,16 +189,20 @@ def train(
         task=name,
         labels=splits.classes or None,
         num_classes=len(splits.classes) or 1,
-        norms=norms,
+        norms=norm_policy(norms),
         where=[number(term) for term in where or ()] or None,
     )
+    collate = augmentation.collate(len(splits.classes))
+    if collate is not None and splits.problem_type != "single_label_classification":
+        raise VisadaptError("--mixup and --cutmix need one class per image")
     shared: dict[str, Any] = {"prepare": splits.inputs, "device": device, "precision": precision}
     history = fit(
         model,
         name,
-        in_batches(splits.train, steps.batch_size, seed),
+        in_batches(splits.train, steps.batch_size, seed, collate),
         in_batches(splits.validation, max(steps.batch_size, 100)),
         steps,
+        loss=None if collate is None else "cross_entropy",
         metric=metric,
         seed=seed,
         checkpoint=checkpoint,
@@ -207,14 +232,15 @@ def train(
     say(f"      visadapt export {target} --out {target.with_suffix('.onnx')}{by_hand}")
 
 
-def in_batches(split: Any, batch_size: int, seed: int | None = None) -> Any:
+def in_batches(split: Any, batch_size: int, seed: int | None = None, collate: Collate | None = None) -> Any:
     """Return what `fit` takes of a split: images that are read when they are needed come in batches.
 
     Args:
         split: samples in memory, or :class:`~visadapt.data.ImageFiles`.
         batch_size: images per batch.
         seed: of the order; None for the order of the files.
+        collate: makes a batch of samples; None stacks them.
     """
     if not isinstance(split, ImageFiles):
         return split
-    return split.batches(batch_size, shuffle=seed is not None, seed=seed or 0)
+    return split.batches(batch_size, shuffle=seed is not None, seed=seed or 0, collate=collate)

@@ -16,6 +16,7 @@ from visadapt.methods import (
     Bottleneck,
     ConvAdapter,
     Full,
+    Ladder,
     Linear,
     Method,
     Mona,
@@ -53,7 +54,7 @@ def is_adapter(name: str) -> bool:
     return not name.startswith(_BASELINES)
 
 
-def contender(name: str, epochs: int = 3) -> Contender:
+def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
     """Build a contender of the catalogue; its recipe has the second of its learning rates.
 
     Args:
@@ -61,6 +62,7 @@ def contender(name: str, epochs: int = 3) -> Contender:
             ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``. Case, the order of the options and
             aliases such as ``full`` do not matter: the contender has the canonical name.
         epochs: epochs of training, except for a linear probe, which trains for 30 epochs on cached features.
+        head_first: whether a new head starts as the linear probe.
 
     Returns:
         The contender.
@@ -80,13 +82,13 @@ def contender(name: str, epochs: int = 3) -> Contender:
     elif isinstance(method, Norms | Biases):
         rates, recipe = _VECTORS, Recipe(epochs=epochs)
     else:
-        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter | Mona) else _LINEAR
+        rates = _BOTTLENECK if isinstance(method, Bottleneck | AdaptFormer | ConvAdapter | Mona | Ladder) else _LINEAR
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # these methods train what their name says and nothing else: the top layers alone, a norm's bias but not its gain
-    norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else "affine"
+    norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else method.norms
     given = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
     canonical = " ".join((_NAMES[type(method)], *given))
-    return Contender(canonical, method, recipe.replace(lr=rates[1]), norms, rates=rates)
+    return Contender(canonical, method, recipe.replace(lr=rates[1], head_first=head_first), norms, rates=rates)
 
 
 def _options(words: Iterable[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ from visadapt.backbone.site import Where
 from visadapt.experiments.problems import Problem
 from visadapt.injection import inject
 from visadapt.methods import Method
+from visadapt.methods.policy import NormPolicy
 from visadapt.training import Recipe
+from visadapt.training.recipe import EARLIER
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,15 @@ class Contender:
 
     def described(self) -> dict[str, Any]:
         """Return everything that its results depend on, as JSON values."""
+        recipe = dataclasses.asdict(self.recipe)
+        # results from before a recipe had an option keep their keys
+        recipe = {name: value for name, value in recipe.items() if name not in EARLIER or value != EARLIER[name]}
         return {
             "method": type(self.method).__name__,
             "options": self.method.options(),
             "norms": self.norms,
             "where": None if self.where is None else str(self.where),
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": recipe,
         }
 
     def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
@@ -74,6 +79,6 @@ class Contender:
                 task=problem.name,
                 num_classes=len(classes),
                 labels=classes,
-                norms=self.norms,
+                norms=cast("NormPolicy", self.norms),
                 where=self.where,
             )

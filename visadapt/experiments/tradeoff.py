@@ -29,6 +29,7 @@ class Tradeoff(Experiment):
         epochs: epochs of every training run.
         settled: prefixes of the names of contenders that use the catalogue's learning rate; the others' rates are
             chosen on validation data.
+        head_first: whether a new head starts as the linear probe.
     """
 
     name: ClassVar[str] = "tradeoff"
@@ -39,6 +40,7 @@ class Tradeoff(Experiment):
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 3
     settled: tuple[str, ...] = ()
+    head_first: bool = True
 
     def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [
@@ -53,5 +55,5 @@ class Tradeoff(Experiment):
         facts_by_name |= {f"top layers n={n}": {"n": n} for n in self.layers}
         facts_by_name |= {"norms only": {}, FULL: {}}
         for name, facts in facts_by_name.items():
-            rated = contender(name, self.epochs)
+            rated = contender(name, self.epochs, self.head_first)
             yield (dataclasses.replace(rated, rates=()) if name.startswith(self.settled) else rated), facts

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from visadapt.backbone.modules import drop_hooks, plain_copy, unwrapped
+from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.export.comparing import differences
 from visadapt.export.folding import fold as fold_norms
@@ -28,8 +28,8 @@ LOW_ROUNDING = 0.02
 
 
 def merge(
-    model: nn.Module, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
-) -> nn.Module:
+    model: ModelT, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
+) -> ModelT:
     """A plain backbone that computes what the task does: same class, same keys, no trace of visadapt.
 
     Exact rules: what acts on weights is written into them; a kernel beside a conv or linear is added to it (a 1×1 at
@@ -81,7 +81,7 @@ def merge(
         plain = fold_norms(plain, example=example)
     if probe is not False:
         _check(source, plain, name, probe, torch.float16 if low else None)
-    return _move_into(source, plain) if inplace else plain
+    return cast("ModelT", _move_into(source, plain) if inplace else plain)
 
 
 def _check(source: nn.Module, plain: nn.Module, name: str, probe: Any, low: torch.dtype | None) -> None:
@@ -138,7 +138,7 @@ def _exchange(model: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: ModelT) -> ModelT:
     """Undo an in-place merge: restore the injected model with all its tasks, bit for bit.
 
     Args:

@@ -92,12 +92,16 @@ class CachedPrefix:
     def check(self, model: nn.Module, task: str | None) -> None:
         """Refuses to be used for training anything but the task that the cache is of.
 
+        Where outputs are kept that parts only watch, any task that starts there may be trained on them.
+
         Raises:
             VisadaptError: the model or the task is another one.
         """
         if unwrapped(model) is not self.prefix.model:
             raise VisadaptError(f"prepare is a cache of another model: make one with cache_prefix(model, {task!r}, …)")
-        if task != self.prefix.task:
+        if task is not None and self.prefix.watched:
+            self.prefix.check_task(task, "the cache")
+        elif task != self.prefix.task:
             raise VisadaptError(
                 f"prepare is a cache of task {self.prefix.task!r}, and {task!r} is to be trained: make one with "
                 f"cache_prefix(model, {task!r}, …)"
@@ -229,7 +233,7 @@ class _Source:
     def identity(self) -> dict[str, Any]:
         """What the features are of, without the backbone's weights, as JSON values."""
         return {
-            "place": self.prefix.path,
+            "place": " ".join((*self.prefix.watched, self.prefix.path)),
             "structure": hashlib.sha256("\n".join(self.prefix.structure()).encode()).hexdigest(),
             "autocast": str(self.prefix.autocast),
             "device": self.sample.device.type,

@@ -205,11 +205,9 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
     """An adapter that keeps its input once, or not at all where the norm before it does."""
 
     def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
-        drops = self.training and max(self.dropout, self.drop_path) > 0
-        more = drops or self.depthwise is not None or self.scale is not None
         # autograd sees one function, and hooks on the projections inside it would see no gradient
         hooked = is_output_hooked(self.down) or is_output_hooked(self.up)
-        if more or hooked or not _learns(self.down.weight):
+        if hooked or not self.is_bare or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         source, written = getattr(h, SOURCE, (None, 0))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from visadapt.backbone.batchnorm import find_pairs
-from visadapt.backbone.modules import LEAN, own_modules, unwrapped
+from visadapt.backbone.modules import LEAN, ModelT, own_modules, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.frozen.folds import Folds, lean_root
 from visadapt.frozen.layers import MAKERS, Lean, maker_for
@@ -16,7 +15,7 @@ from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import registry_of
 
 
-def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = None) -> nn.Module:
+def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None) -> ModelT:
     """Make the frozen layers of an injected model lean, for training and for inference.
 
     An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
@@ -77,7 +76,7 @@ def lean(model: nn.Module, *, keep: torch.dtype | None = None, example: Any = No
     return model
 
 
-def unlean(model: nn.Module) -> nn.Module:
+def unlean(model: ModelT) -> ModelT:
     """Undo :func:`lean`, exactly.
 
     Args:

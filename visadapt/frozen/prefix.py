@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.backbone.trace import call, trace_flow
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
+from visadapt.frozen.bits import format_of
 from visadapt.frozen.checksums import Checksums
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.host import dress, undress
-from visadapt.runtime.registry import registry_of
+from visadapt.runtime.registry import Registry, registry_of
+from visadapt.runtime.roles import role
 from visadapt.runtime.selection import bare, using
 
 
@@ -29,13 +31,17 @@ class _Call:
     """A forward that stops at the end of a prefix (``features`` is None), or starts there.
 
     Attributes:
-        shapes: the spared modules, and the shape of what each gives for one sample; None for the last one.
-        features: the prefix's output to go on from.
+        shapes: the spared modules, and the shape of what each gives for one sample; None for those that are kept.
+        last: the last module of the prefix.
+        features: what the kept modules gave, to go on from.
+        seen: what the kept modules give in a forward that stops.
         reached: whether the last module was called.
     """
 
     shapes: dict[nn.Module, tuple[int, ...] | None]
-    features: Tensor | None = None
+    last: nn.Module
+    features: dict[nn.Module, Tensor] | None = None
+    seen: dict[nn.Module, Tensor] = field(default_factory=dict)
     reached: bool = False
 
 
@@ -47,10 +53,6 @@ _RESUMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 class _EndOfPrefix(BaseException):
     """Ends a forward once the prefix is through."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
 
 
 @cached
@@ -71,12 +73,16 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
         shape = at.shapes[self]
         if at.features is None:
             out = plain.forward(self, *args, **kwargs)
-            if shape is None:
-                raise _EndOfPrefix(out)
+            if shape is None and isinstance(out, Tensor):
+                # what comes later in the prefix may write to it
+                at.seen[self] = out if self is at.last else out.detach().clone()
+            if self is at.last:
+                raise _EndOfPrefix
             return out
-        at.reached = at.reached or shape is None
+        at.reached = at.reached or self is at.last
         # the output of a spared module is never read, so its memory is left as it is
-        return at.features if shape is None else at.features.new_empty((len(at.features), *shape))
+        some = at.features[at.last]
+        return at.features[self] if shape is None else some.new_empty((len(some), *shape))
 
     return subclass(plain, sparing_class, forward=forward)
 
@@ -91,8 +97,12 @@ class Prefix:
         task: the task; its first host and everything above are computed in every step.
         example: an input, as :func:`visadapt.sites` takes it; guessed if None.
 
+    Parts that only watch what a module gives (a :class:`visadapt.Ladder`'s) do not end it: what they watch is kept
+    beside the prefix's output, and any task that watches the same goes on from it.
+
     Attributes:
         path: the last module of the prefix.
+        watched: paths of the modules below it whose outputs are kept as well.
 
     Raises:
         VisadaptError: nothing lies below the first trained host, or what lies above needs more of it than one tensor.
@@ -100,7 +110,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, task: str, example: Any = None) -> None:
         self.model, self.task = unwrapped(model), task
-        hosts = set(registry_of(model).task(task).hosts)
+        hosts = _roles(registry_of(model), task)
         flow, _ = trace_flow(self.model, example)
         cut = _cut(flow, hosts)
         if cut is None:
@@ -110,8 +120,12 @@ class Prefix:
                 "is no prefix to keep (where= puts adapters into late stages, norms='frozen' keeps early norms out)"
             )
         self.path = cut.path
-        shapes = _spared(flow, cut)
+        below = {c.path for c in flow.calls[: flow.calls.index(cut)]}
+        self.watched = tuple(path for path, roles in hosts.items() if roles == {"watch"} and path in below)
+        shapes = _spared(flow, cut, self.watched)
         modules = own_modules(self.model)
+        self._kept = [modules[path] for path in (*self.watched, cut.path)]
+        self._sizes: list[tuple[torch.Size, torch.memory_format]] = []
         self._paths = {path: modules[path] for path in shapes}
         self._outer = sorted({outer for path in shapes for outer in ancestors(path)})
         self.spared = [modules[path] for path in shapes]
@@ -162,7 +176,9 @@ class Prefix:
         Raises:
             VisadaptError: its first such host is named.
         """
-        for path in registry_of(self.model).task(task).hosts:
+        for path, roles in _roles(registry_of(self.model), task).items():
+            if (roles == {"watch"} and path in self.watched) or (roles <= {"watch", "after"} and path == self.path):
+                continue
             if within(path, self._paths) or any(within(spared, [path]) for spared in self._paths):
                 raise VisadaptError(
                     f"{what} is of task {self.task!r} and starts behind {self.path}; task {task!r} acts at "
@@ -198,23 +214,46 @@ class Prefix:
 
     @torch.no_grad()
     def compute(self, inputs: Any) -> Tensor:
-        """The prefix's output for a batch, in eval mode.
+        """The prefix's output for a batch, in eval mode; with watched modules ``(N, …)`` of all outputs side by side.
 
         Raises:
             VisadaptError: the model did not call the last module of the prefix, or that did not give a tensor.
         """
-        token = _CALL.set(_Call(self._shapes))
-        out: Any = None
+        at = _Call(self._shapes, self._kept[-1])
+        token = _CALL.set(at)
         try:
-            with bare(self.model), using(self.model, self.task):
+            # what watches would wait in vain for the forward to go on
+            with bare(self.model), using(self.model, None if self.watched else self.task):
                 call(self.model, inputs)
-        except _EndOfPrefix as end:
-            out = end.output
+        except _EndOfPrefix:
+            pass
         finally:
             _CALL.reset(token)
-        if not isinstance(out, Tensor):
-            raise VisadaptError(f"{self.path} gave no tensor when the model ran: its output cannot be kept")
-        return out.detach().clone()
+        found = [at.seen.get(module) for module in self._kept]
+        tensors = [out for out in found if out is not None]
+        for path, out in zip((*self.watched, self.path), found, strict=True):
+            if out is None:
+                raise VisadaptError(f"{path} gave no tensor when the model ran: its output cannot be kept")
+            if out.dtype != tensors[0].dtype:
+                raise VisadaptError(
+                    f"{path} gives {out.dtype} and others {tensors[0].dtype}: they cannot be kept as one"
+                )
+        if len(tensors) == 1:
+            return tensors[0].detach().clone()
+        self._sizes = [(out.shape[1:], format_of(out)) for out in tensors]
+        return torch.cat([out.flatten(1) for out in tensors], 1)
+
+    def _apart(self, features: Tensor) -> dict[nn.Module, Tensor]:
+        """What each kept module gave."""
+        if len(self._kept) == 1:
+            return {self._kept[0]: features}
+        parts = torch.split(features, [size.numel() for size, _ in self._sizes], 1)
+        whole = [
+            # as it was, so that kernels round as they did
+            part.reshape(len(part), *size).contiguous(memory_format=memory_format)
+            for part, (size, memory_format) in zip(parts, self._sizes, strict=True)
+        ]
+        return dict(zip(self._kept, whole, strict=True))
 
     def resume(self, features: Tensor, inputs: Any) -> Any:
         """The model's output for ``inputs`` whose prefix gave ``features``; only what lies above is computed.
@@ -225,7 +264,7 @@ class Prefix:
         self.check()
         if torch.is_grad_enabled():
             _RESUMED.update(self.spared)
-        at = _Call(self._shapes, features)
+        at = _Call(self._shapes, self._kept[-1], self._apart(features))
         token = _CALL.set(at)
         try:
             out = call(self.model, inputs)
@@ -265,37 +304,51 @@ def _told(autocast: torch.dtype | None) -> str:
     return "without autocast" if autocast is None else f"under autocast to {autocast}"
 
 
-def _cut(flow: Flow, hosts: set[str]) -> Call | None:
-    """The last call before any host's whose output is all that the rest needs of what was computed before."""
+def _roles(registry: Registry, task: str) -> dict[str, set[str]]:
+    """How a task's parts act at each of its hosts."""
+    return {path: {role(part) for part in parts.values()} for path, parts in registry.parts(task).items()}
+
+
+def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
+    """The last call before any host's whose output is all that the rest needs of what was computed before.
+
+    A host whose parts act on its output alone may be that call itself. Those that only watch are passed by.
+    """
     counts: dict[str, int] = {}
     for c in flow.calls:
         counts[c.path] = counts.get(c.path, 0) + 1
     inputs = {v.index for v in flow.values if v.op == "input"}
+    watched = [path for path, roles in hosts.items() if roles == {"watch"}]
+    acting = {path: roles for path, roles in hosts.items() if path not in watched}
     best: Call | None = None
     for c in flow.calls:
-        if c.path in hosts:
+        # a cut where nothing is watched stays where it was before there were parts that watch
+        after = bool(watched) and acting.get(c.path, set()) == {"after"}
+        usable = c.output is not None and counts[c.path] == 1 and c.output not in c.inputs and c.path != ""
+        if usable and (after or c.path not in acting) and not any(inside(host, c.path) for host in acting):
+            assert c.output is not None
+            cut = c.output.index
+            above = [v for v in flow.values if v.index > cut]
+            if above and all(p >= cut or p in inputs for v in above for p in v.parents):
+                best = c
+        if c.path in acting:
             break
-        if c.output is None or counts[c.path] > 1 or c.output in c.inputs:
-            continue
-        if c.path == "" or any(inside(host, c.path) for host in hosts):
-            continue
-        cut = c.output.index
-        above = [v for v in flow.values if v.index > cut]
-        if above and all(p >= cut or p in inputs for v in above for p in v.parents):
-            best = c
     return best
 
 
-def _spared(flow: Flow, cut: Call) -> dict[str, tuple[int, ...] | None]:
-    """The modules that need not be computed when going on from ``cut``, and the shape of each one's output."""
+def _spared(flow: Flow, cut: Call, watched: tuple[str, ...]) -> dict[str, tuple[int, ...] | None]:
+    """The modules that need not be computed when going on from ``cut``, and the shape of each one's output.
+
+    Those that hold a watched module run, so that it is called.
+    """
     assert cut.output is not None
     order = [c.path for c in flow.calls]
     end = max(i for i, c in enumerate(flow.calls) if inside(c.path, cut.path) or c is cut)
     later = set(order[end + 1 :])
     spared: dict[str, tuple[int, ...] | None] = {cut.path: None}
     for c in flow.calls[: order.index(cut.path)]:
-        outer = inside(cut.path, c.path)
+        outer = any(inside(path, c.path) for path in (cut.path, *watched))
         covered = within(c.path, spared)
         if not outer and not covered and c.path not in later and c.output is not None:
-            spared[c.path] = c.output.shape[1:]
+            spared[c.path] = None if c.path in watched else c.output.shape[1:]
     return spared

@@ -7,6 +7,7 @@ from visadapt.methods.colora import CoLoRA
 from visadapt.methods.convadapter import ConvAdapter
 from visadapt.methods.dan import DAN
 from visadapt.methods.dora import DoRA
+from visadapt.methods.ladder import Ladder
 from visadapt.methods.lora import LoRA
 from visadapt.methods.method import Method
 from visadapt.methods.mona import Mona
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         CoLoRA,
         AdaptFormer,
         Mona,
+        Ladder,
         Linear,
         Norms,
         Biases,
@@ -52,6 +54,7 @@ __all__ = [
     "ConvAdapter",
     "DoRA",
     "Full",
+    "Ladder",
     "Linear",
     "LoRA",
     "Method",

@@ -108,6 +108,12 @@ class BottleneckAdapter(nn.Module):
         # in the branch's own memory, unless a hook holds it
         return h + delta.to(h.dtype) if is_output_hooked(self.up) else delta.to(h.dtype).add_(h)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it computes h + W2·φ(W1·h + b1) + b2 and nothing else, in the mode that it is in."""
+        drops = self.training and (self.dropout > 0 or self.drop_path > 0)
+        return not drops and self.depthwise is None and self.scale is None
+
     def as_affine(self) -> tuple[Tensor, Tensor]:
         """M = I + s⊙W2·W1 and c = s⊙(W2·b1 + b2) of a linear bottleneck, for merging."""
         if self.activation is not ACTIVATIONS[None]:

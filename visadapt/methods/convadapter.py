@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,12 +14,12 @@ from torch.nn import functional as F
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import CONVS, Operator, as_kernel, convolve, operator_of
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
-from visadapt.backbone.tracing import is_tracing
 from visadapt.checks import check_choice, check_count
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import as_channels_first, in_dtype_of
 from visadapt.methods.method import Method
 from visadapt.methods.policy import Policy
+from visadapt.methods.slot import Slot
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 
@@ -186,7 +185,7 @@ class BranchAdapter(ConvBottleneck):
         self.slot = slot
 
     def forward(self, h: Tensor) -> Tensor:
-        x = self.slot.take()
+        x = self.slot.take("a residual-parallel adapter", "its block's forward")
         first = 2 if is_channels_first(self.layout) else 1
         # the branch may have strides anywhere: what it made of the size says how much
         stride = tuple(-(-x.shape[axis] // h.shape[axis]) for axis in range(first, first + rank_of(self.layout)))
@@ -205,29 +204,3 @@ class Tap(nn.Module):
     def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         self.slot.put(x)
         return (x, *rest)
-
-
-_KEPT = threading.local()
-
-
-class Slot:
-    """One tensor on its way from a tap to an adapter, each thread's its own; a compiled graph takes an attribute."""
-
-    kept: Tensor | None = None
-
-    def put(self, x: Tensor) -> None:
-        """Keeps a tensor."""
-        if is_tracing():
-            self.kept = x
-        else:
-            _KEPT.__dict__[str(id(self))] = x
-
-    def take(self) -> Tensor:
-        """Gives it back and keeps it no longer."""
-        if is_tracing():
-            x, self.kept = self.kept, None
-        else:
-            x = _KEPT.__dict__.pop(str(id(self)), None)
-        if x is None:
-            raise VisadaptError("a residual-parallel adapter was called outside of its block's forward")
-        return x

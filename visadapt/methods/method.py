@@ -22,10 +22,12 @@ class Method:
     Attributes:
         kinds: the kinds of site it goes to where ``where`` does not say; none if it stands at no site.
         where: what ``where`` is if ``inject`` is not told; None for all sites of these kinds.
+        norms: what the norm policy is if ``inject`` is not told.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
     where: ClassVar[Where | None] = None
+    norms: ClassVar[str] = "affine"
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Method:

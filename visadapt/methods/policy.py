@@ -1,11 +1,14 @@
 """What a task owns beside its adapters: norms and head."""
 
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from visadapt.backbone.heads import Head
 
+NormPolicy = Literal["auto", "frozen", "affine", "full"]
+HeadPolicy = Literal["auto", "new", "copy", "frozen"]
+
 NORM_POLICIES = ("frozen", "affine", "full")
-HEAD_POLICIES = ("auto", "new", "copy", "frozen")
+HEAD_POLICIES: tuple[str, ...] = get_args(HeadPolicy)
 
 
 class Policy(Protocol):

@@ -57,6 +57,9 @@ class Choices:
         self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._local = threading.local()
         self._logs = Logs()
+        self._reserved: threading.Thread | None = None
+        # a copy of the bare backbone for the decider, and the facts that it was made by
+        self.listener: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
@@ -210,6 +213,11 @@ class Choices:
         Raises:
             VisadaptError: as :meth:`acting`; or the task was removed.
         """
+        if self._reserved is not None and self._reserved is not threading.current_thread():
+            raise VisadaptError(
+                "this model is trained in another thread, in modes that all its tasks would see: wait until it is "
+                "done, or train without a cached prefix, which leaves the model's modes as they are"
+            )
         self._drop_stale()
         chosen, graph = self._acting(noted=False), torch._C._current_graph_task_id()
         self.check(chosen)
@@ -218,6 +226,10 @@ class Choices:
         block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
         self._set(block)
         return block
+
+    def reserve(self, thread: threading.Thread | None) -> None:
+        """Keep forwards of the whole model for one thread; None lets all threads run it again."""
+        self._reserved = thread
 
     def finish(self, caller: FrameType) -> Block | None:
         """Let go of what was captured, where the forward ends.
@@ -368,7 +380,7 @@ class Choices:
             return None
 
 
-_NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "lock")
+_NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "_reserved", "listener", "lock")
 
 
 def _removed(name: str) -> VisadaptError:

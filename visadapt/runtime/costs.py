@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.backbone.structure import STRUCTURE
 from visadapt.runtime.registry import Registry, facts_of, named_tensors, registry_of
 from visadapt.table import Table
 
@@ -97,8 +98,9 @@ def summary(model: nn.Module) -> Summary:
         ('Bottleneck(m=4)', 8, 'affine', 3)
     """
     registry = registry_of(model)
-    whole = facts_of(model).size
-    return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
+    with STRUCTURE:
+        whole = facts_of(model).size
+        return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
 
 
 def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:

@@ -6,8 +6,10 @@ linear layer on the features that the bare backbone gives its head, since the ba
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
-from visadapt.runtime.selection import bare
+from visadapt.runtime.twins import bare_twin
 from visadapt.tensor_file import read_described, write_described
 from visadapt.typed import fits
 
 KIND = "visadapt_decider"
 """Key of the description in a decider's file."""
+
+
+_HEARD: ContextVar[list[Tensor] | None] = ContextVar("visadapt_heard", default=None)
+"""What the head was given, in the forward of this thread."""
 
 
 class Decider(nn.Module):
@@ -67,10 +74,15 @@ class Decider(nn.Module):
             raise VisadaptError(
                 f"the decider takes features (N, {len(self.mean)}), and these inputs have {tuple(found.shape)}"
             )
-        names = [self.tasks[i] for i in self.to(found.device)(found).argmax(1).tolist()]
+        names = [self.tasks[i] for i in _on(self, found.device)(found).argmax(1).tolist()]
         for name in set(names):
             registry_of(model).task(name)
         return names
+
+
+def _on(decider: Decider, device: torch.device) -> Decider:
+    # a copy: another thread may be deciding
+    return decider if decider.mean.device == device else copy.deepcopy(decider).to(device)
 
 
 @torch.no_grad()
@@ -89,15 +101,32 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
     if head is None:
         raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")
     heard: list[Tensor] = []
-    # the first of the head's modules: what it gets, nothing of the head has touched
-    handle = backbone.get_submodule(head.modules[0]).register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    token = _HEARD.set(heard)
     try:
-        with bare(backbone):
-            call(backbone, inputs)
+        call(_listener(model, facts_of(model)), inputs)
     finally:
-        handle.remove()
+        _HEARD.reset(token)
     found = heard[0]
     return (found.flatten(2).mean(2) if found.ndim == 4 else found.mean(1) if found.ndim == 3 else found).float()
+
+
+def _listener(model: nn.Module, facts: Facts) -> nn.Module:
+    """A copy of the bare backbone, made once: what runs in it meets no task, no mode and no hook of the model's."""
+    registry = find_registry(model)
+    if registry is not None and registry.listener is not None and registry.listener[0] is facts:
+        return registry.listener[1]  # type: ignore[no-any-return]
+    twin = bare_twin(model)
+    # the first of the head's modules: what it gets, nothing of the head has touched
+    twin.get_submodule(facts.head_modules[0]).register_forward_pre_hook(_hear)
+    if registry is not None:
+        registry.listener = (facts, twin)
+    return twin
+
+
+def _hear(module: nn.Module, args: Any) -> None:
+    heard = _HEARD.get()
+    if heard is not None:
+        heard.append(args[0])
 
 
 def fit_decider(

@@ -28,6 +28,9 @@ from visadapt.runtime.roles import around, core, role, run
 NONE = nn.ModuleDict()
 """The parts of the bare backbone."""
 
+_AROUND = ("beside", "after", "watch")
+"""The roles of parts that act once the host's output is there."""
+
 
 class Groups:
     """Which task's parts act on which rows at one host.
@@ -127,7 +130,7 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
             out = groups.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
     else:
         out = plain.forward(host, *args, **kwargs)
-    acting = [[part for part in group.values() if role(part) in ("beside", "after")] for group in groups.parts]
+    acting = [[part for part in group.values() if role(part) in _AROUND] for group in groups.parts]
     for step in range(max(map(len, acting))):
         own = {g: parts[step] for g, parts in enumerate(acting) if step < len(parts)}
         out = _around(groups, own, out, args[0] if args else None)
@@ -139,7 +142,13 @@ def _around(groups: Groups, acting: dict[int, nn.Module], out: Any, first: Any, 
     if not isinstance(out, Tensor):
         return (_around(groups, acting, out[0], first, (0,)), *out[1:])
     rows = groups.rows(out, groups.outputs.get(key))
+    for g, part in acting.items():
+        if role(part) == "watch":
+            part(rows.take(out, g))
+    acting = {g: part for g, part in acting.items() if role(part) != "watch"}
     parts = list(acting.values())
+    if not parts:
+        return out
     beside = any(role(part) == "beside" for part in parts)
     given = groups.rows(first, groups.inputs.get((0, 0))) if beside else rows
     if len(parts) == rows.groups and _alike(parts):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
-
+from visadapt.backbone.modules import ModelT
 from visadapt.errors import VisadaptError
 from visadapt.methods.dan import DAN, Controller, check_alpha
 from visadapt.runtime.registry import registry_of
 
 
-def set_alpha(model: nn.Module, task: str, alpha: float) -> nn.Module:
+def set_alpha(model: ModelT, task: str, alpha: float) -> ModelT:
     """Mix the kernels of a task's DAN controllers with the backbone's, as the paper's switch does.
 
     Args:

@@ -1,4 +1,4 @@
-"""How a task's parts act at a host: before, instead, beside or after its own forward."""
+"""How a task's parts act at a host: before, instead, beside or after its own forward, or watching it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def role(part: nn.Module) -> str:
       wherever they are read (see :mod:`visadapt.runtime.weights`);
     * instead: called with the host's arguments, and the host's own forward is not;
     * beside: called with the host's first argument; its result is added to the host's output;
-    * after: called with the host's output; its result takes that one's place.
+    * after: called with the host's output; its result takes that one's place;
+    * watch: called with the host's output, which stays what it is.
     """
     return cast("str", getattr(type(part), "role", "instead"))
 
@@ -43,6 +44,8 @@ def around(part: nn.Module, out: Any, args: Any) -> Any:
     """What a part makes of the host's output, if it acts on that at all."""
     if role(part) == "beside":
         return on_tensor(out, lambda y: y + part(args[0]))
+    if role(part) == "watch":
+        on_tensor(out, part)
     return on_tensor(out, part) if role(part) == "after" else out
 
 

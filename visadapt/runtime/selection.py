@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.modules import ModelT, unwrapped
 from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
@@ -19,7 +19,7 @@ from visadapt.runtime.host import dress
 from visadapt.runtime.registry import Registry, find_registry, registry_of
 
 
-def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Module:
+def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
     """Choose the active task, for every thread that has not chosen one with :func:`using`.
 
     Args:
@@ -45,7 +45,7 @@ def activate(model: nn.Module, task: str | Sequence[str | None] | None) -> nn.Mo
 
 
 @contextmanager
-def using(model: nn.Module, task: str | Sequence[str | None] | None) -> Iterator[nn.Module]:
+def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[ModelT]:
     """Choose a task within a ``with`` block, for this thread (or async task) only.
 
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are

@@ -14,6 +14,7 @@ from visadapt.errors import VisadaptError
 from visadapt.tensor_file import read_described, write_described
 from visadapt.training.history import Epoch
 from visadapt.training.loop import Loop, Run
+from visadapt.training.recipe import EARLIER
 from visadapt.training.saved_state import SCHEDULE, SavedState
 from visadapt.training.signature import unlike
 from visadapt.typed import fits, from_json
@@ -72,8 +73,7 @@ class Checkpoint:
         if not isinstance(recipe, dict) or not isinstance(ours, dict):
             return saved
         # how the head started does not matter any more: the file holds what came of it
-        earlier = {"head_first": ours.get("head_first"), "fast": False, "compile": None}
-        return {**saved, "recipe": {**earlier, **recipe}}
+        return {**saved, "recipe": {**EARLIER, "head_first": ours.get("head_first"), **recipe}}
 
     @property
     def resumes(self) -> bool:

@@ -16,6 +16,7 @@ from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix
+from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
@@ -33,6 +34,7 @@ from visadapt.training.signature import described, identity
 from visadapt.training.target import Target, only_trainable, target_of
 
 
+@one_at_a_time
 def fit(
     model: nn.Module,
     task: str | None,
@@ -142,13 +144,14 @@ def fit(
         **engine.settings,
     }
     saved = None if checkpoint is None else Checkpoint(checkpoint, identity(model, task, batches, held_out, **settings))
+    origin, model = model, beside_serving(model, task, cached is not None)
     # again: a move to another device may have made new tensors
     target = target_of(model, task)
     logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
     was_training = model.training
-    with random, only_trainable(model, target, engine.processes):
+    with random, only_trainable(model, target, engine.processes), reserved(origin, model):
         loop = Loop(logits_model, target, batches, recipe, augment, random)
         try:
             if recipe.head_first and not (saved is not None and saved.resumes):

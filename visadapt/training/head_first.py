@@ -23,7 +23,7 @@ LIMIT = 1 << 28
 """Numbers that the features may have, 2 GiB in double precision."""
 
 PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-"""L2 penalties on standardised features to choose from, strongest first, on a fifth of the samples."""
+"""L2 penalties on scaled features to choose from, strongest first, on a fifth of the samples."""
 
 
 class Unsuited(Exception):  # noqa: N818  a reason, not an error
@@ -123,7 +123,7 @@ def _features(head: nn.Linear, logits_model: LogitsModel, target: Target, batche
 
 @dataclass
 class _Problem:
-    """A linear model on standardised features in double precision, on the device of the head."""
+    """A linear model on scaled features in double precision, on the device of the head."""
 
     features: Tensor
     labels: Tensor
@@ -168,7 +168,10 @@ def _fit(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective
     has_bias = head.bias is not None
     mean = x.mean(0) if has_bias else torch.zeros_like(x[0])
     spread = (x - mean).square().mean(0).sqrt()
-    spread = torch.where(spread > 1e-6 * spread.max(), spread, torch.ones_like(spread))
+    # at least the average one: weights of features that hardly vary would be large, and any change of these features,
+    # by augmentation, dropout or adapters, would be magnified
+    average = spread.square().mean().sqrt()
+    spread = spread.clamp(min=float(average)) if average > 0 else torch.ones_like(spread)
     whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
     zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
     start = float(whole.loss(*zero))

@@ -28,6 +28,9 @@ SCHEDULES = ("linear", "cosine", "step", "constant")
 
 OPTIMIZERS = ("adamw", "sgd")
 
+EARLIER: dict[str, Any] = {"head_first": False, "fast": False, "compile": None}
+"""What recipes were before they had these options, for checkpoints and results of that time."""
+
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 

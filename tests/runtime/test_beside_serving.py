@@ -1,0 +1,212 @@
+"""Promise 7: a model that serves is never disturbed, whatever comes, goes, is saved, decided or trained beside it."""
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import visadapt
+from tests.models import ZOO, answer, stir
+from visadapt import VisadaptError
+from visadapt.training import Recipe, fit
+
+SECONDS = float(os.environ.get("VISADAPT_STRESS_SECONDS", "3"))
+"""How long the stress test lasts; set it to 60 for the long run."""
+
+
+def build(norms="full"):
+    """A model that serves tasks a and b, each with norms of its own, and a decider between them."""
+    model = ZOO["tiny/resnet"].make().eval()
+    for seed, task in enumerate("ab"):
+        visadapt.inject(model, m=2, task=task, norms=norms, num_classes=3 + seed)
+        stir(model, task, seed)
+    return model.eval()
+
+
+class Together:
+    """Threads that call functions again and again until the time is up or one of them fails."""
+
+    def __init__(self, seconds):
+        self.end, self.errors, self.calls = time.monotonic() + seconds, [], {}
+
+    def loop(self, name, function):
+        self.calls[name] = 0
+        try:
+            while time.monotonic() < self.end and not self.errors:
+                function()
+                self.calls[name] += 1
+        except BaseException as error:
+            self.errors.append((name, error))
+
+    def run(self, **functions):
+        threads = [threading.Thread(target=self.loop, args=each) for each in functions.items()]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        for name, error in self.errors:
+            raise AssertionError(f"{name} failed") from error
+        assert all(self.calls.values()), self.calls
+
+
+@torch.no_grad()
+def test_eight_threads_serve_while_tasks_come_and_go(tmp_path) -> None:
+    model, x = build(), torch.randn(2, 3, 16, 16)
+    visadapt.fit_decider(model, {"a": [torch.randn(8, 3, 16, 16)], "b": [torch.randn(8, 3, 16, 16) * 3 + 2]})
+    for name in ("came", "gone"):
+        visadapt.inject(model, m=2, task=name, norms="affine", num_classes=2)
+        stir(model, name, 7)
+        visadapt.save(model, name, tmp_path / name)
+    visadapt.remove(model, "came")
+    visadapt.activate(model, "a")
+    images = {"a": x, "b": x, None: x}
+    expected = {task: answer(model, {"x": x}, task) for task in images}
+    choice = visadapt.decide(model, x)
+    chosen = torch.cat([answer(model, {"x": x[i : i + 1]}, task) for i, task in enumerate(choice)])
+
+    def serve(task):
+        def once():
+            with torch.no_grad(), visadapt.using(model, task):
+                assert torch.equal(model(x), expected[task])
+                assert visadapt.active(model) == task
+
+        return once
+
+    def serve_mixed():
+        with torch.no_grad(), visadapt.using(model, ["b", "a"]):
+            out = model(x)
+        torch.testing.assert_close(out[0], expected["b"][0])
+        torch.testing.assert_close(out[1, :3], expected["a"][1])
+
+    def serve_default():
+        with torch.no_grad():
+            assert torch.equal(model(x), expected["a"])
+
+    def serve_auto():
+        with torch.no_grad(), visadapt.using(model, "auto"):
+            torch.testing.assert_close(model(x), chosen)
+
+    def load():
+        visadapt.load(model, tmp_path / "came")
+        visadapt.remove(model, "came")
+
+    def remove():
+        visadapt.remove(model, "gone")
+        visadapt.load(model, tmp_path / "gone")
+
+    def save():
+        visadapt.save(model, "a", tmp_path / "a")
+        visadapt.summary(model)
+        model.state_dict()
+
+    def decide():
+        assert visadapt.decide(model, x) == choice
+
+    Together(SECONDS).run(
+        first=serve("a"), second=serve("b"), third=serve(None), fourth=serve("a"), fifth=serve("b"),
+        sixth=serve_mixed, seventh=serve_default, eighth=serve_auto,
+        loader=load, remover=remove, saver=save, decider=decide,
+    )  # fmt: skip
+    for task in images:
+        assert torch.equal(answer(model, {"x": x}, task), expected[task])
+
+
+def test_a_task_is_trained_beside_serving() -> None:
+    """The others answer as ever, and training comes to the same as alone."""
+    images, labels, x = torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,)), torch.randn(2, 3, 16, 16)
+    alone, model = build(), build()
+    expected = answer(model, {"x": x}, "a")
+    recipe = Recipe(epochs=2, batch_size=16)
+    fit(alone, "b", (images, labels), recipe=recipe, prepare=lambda v: v, progress=False)
+
+    done = threading.Event()
+    answers = []
+
+    def serve():
+        while not done.is_set():
+            with torch.no_grad(), visadapt.using(model, "a"):
+                answers.append(torch.equal(model(x), expected))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    fit(model, "b", (images, labels), recipe=recipe, prepare=lambda v: v, progress=False)
+    done.set()
+    thread.join()
+    assert answers
+    assert all(answers)
+    assert torch.equal(answer(model, {"x": x}, "a"), expected)
+    assert torch.equal(answer(model, {"x": x}, "b"), answer(alone, {"x": x}, "b"))
+    assert not torch.equal(answer(build(), {"x": x}, "b"), answer(alone, {"x": x}, "b"))
+    assert not model.training
+
+
+def test_two_training_runs_in_two_threads_are_refused() -> None:
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(0, 3, (8,))
+    model, errors = build(), []
+
+    def second():
+        with pytest.raises(VisadaptError, match="another thread of this process is in fit") as caught:
+            fit(model, "b", (images, labels), recipe=Recipe(epochs=1, batch_size=8), progress=False)
+        errors.append(caught.value)
+
+    def log(_):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    fit(
+        model,
+        "a",
+        (images, labels),
+        recipe=Recipe(epochs=1, batch_size=8),
+        prepare=lambda v: v,
+        progress=False,
+        log=log,
+    )
+    assert len(errors) == 1
+    fit(model, "b", (images, labels), recipe=Recipe(epochs=1, batch_size=8), prepare=lambda v: v, progress=False)
+
+
+def test_loading_does_not_change_what_other_threads_mean(tmp_path) -> None:
+    model, x = build(), torch.randn(2, 3, 16, 16)
+    visadapt.save(model, "b", tmp_path / "b")
+    visadapt.remove(model, "b")
+    visadapt.activate(model, "a")
+    seen = []
+
+    def load():
+        visadapt.load(model, tmp_path / "b")
+        seen.append(visadapt.active(model))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert seen == ["b"]
+    assert visadapt.active(model) == "a"
+    with visadapt.using(model, None):
+        visadapt.inject(model, m=2, task="c")
+        assert visadapt.active(model) is None
+    assert answer(model, {"x": x}, "b").shape == (2, 4)
+
+
+def test_deciding_hooks_nothing() -> None:
+    model, x = build(), torch.randn(2, 3, 16, 16)
+    visadapt.fit_decider(model, {"a": [x], "b": [x + 1]})
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    model.layer1.register_forward_hook(lambda *_: seen.append(None))
+    visadapt.decide(model, x)
+    assert not seen
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    # its copy of the backbone follows the model
+    model.double()
+    assert len(visadapt.decide(model, x.double())) == 2

@@ -1,0 +1,273 @@
+"""Ladder side-tuning: a small network beside the frozen one, fed by its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visadapt.backbone.facts import Facts
+from visadapt.backbone.operators import CONVS, convolve
+from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
+from visadapt.checks import check_flag, check_width
+from visadapt.errors import VisadaptError
+from visadapt.methods.layers import Pointwise, in_dtype_of
+from visadapt.methods.method import Method, width
+from visadapt.methods.policy import Policy
+from visadapt.methods.slot import Slot
+from visadapt.methods.stacking import Rows, pointwise
+
+_TEMPERATURE = 0.1
+
+_WHERE = (
+    "the forward in which its blocks ran (gradient checkpointing has nothing to save beside a Ladder: switch it off)"
+)
+
+_POOLS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
+
+@dataclass(frozen=True)
+class Ladder(Method):
+    """z_i = side_i(μ_i·D_i·h_i + (1 − μ_i)·z_(i−1)) (Sung et al. 2022, arXiv 2206.06522, §3.2).
+
+    h_i is the output of a block of the backbone, D_i: d_i → m, μ_i = σ(α_i/0.1), and z_1 = side_1(D_1·h_1). What leaves
+    the last block is h + U·z with U: m → d: the paper hands U·z on alone; with the sum, and U = 0, the network starts
+    as it was, bit for bit, and trains no worse a head than a linear probe's. Nothing before the last block's output
+    depends on what the task trains: no gradient goes back through the backbone, and one pass of it serves every task.
+    That is only so with frozen norms, which is the default here: ``norms=`` must be ``frozen``.
+
+    The paper's side blocks are Transformer layers of width m. Here they are z + P·GELU(M∗LN(z)): on series, maps and
+    volumes M is a depthwise convolution of size 3 along every axis, on tokens a matrix m×m, and P a matrix m×m. Where
+    maps become smaller, z_(i−1) is pooled to the new size. (d_i + 1)·m parameters per D_i, (m + 1)·d of U, one per μ_i,
+    and per block m² + 3m for norm and P, and 10m on maps, or m² + m on tokens, for M. It does not merge.
+
+    Args:
+        m: width of the side network, or a fraction of the last block's channels in (0, 1).
+        every: whether every block feeds it. By default every block does where all are of one width (Transformers), and
+            the last block of each stage where stages are of several widths (convolutional networks).
+
+    Raises:
+        VisadaptError: an option is out of range; the norms are not frozen; the blocks' outputs are maps in one place
+            and tokens in another.
+
+    Example:
+        >>> model = visadapt.inject(backbone, visadapt.Ladder(m=4), task="flowers", num_classes=3)
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> cached = visadapt.cache_prefix(model, "flowers", images)
+        >>> torch.allclose(cached(cached.rows).resume(), model(images))  # a later epoch: the side network alone
+        True
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("block", "mlp")
+    norms: ClassVar[str] = "frozen"
+
+    m: int | float = 64
+    every: bool = False
+
+    def __post_init__(self) -> None:
+        check_width(self.m)
+        check_flag(self.every, "every")
+
+    def build(self, site: Site, host: nn.Module) -> nn.Module:
+        raise VisadaptError("the size of a Ladder is that of one network beside all sites: give m=, not budget=")
+
+    def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
+        if task.norms != "frozen":
+            raise VisadaptError(
+                f"Ladder lets no gradient into the backbone, and norms={task.norms!r} trains there: norms must be "
+                "'frozen'"
+            )
+        taps = _taps(sites, self.every)
+        m = width(self.m, taps[-1].channels)
+        rungs = [Rung(m, site, Slot()) for site in taps]
+        for site, rung in zip(taps[:-1], rungs[:-1], strict=True):
+            yield site.block, rung
+        yield taps[-1].block, SideNetwork(m, taps[-1], rungs[-1], [rung.slot for rung in rungs[:-1]])
+
+
+def _taps(sites: Sequence[Site], every: bool) -> list[Site]:
+    """The sites whose blocks feed the side network, one per block."""
+    blocks = list({site.block: site for site in sites}.values())
+    if not every and len({site.channels for site in blocks}) > 1:
+        blocks = [a for a, b in pairwise(blocks) if (a.stage, a.channels) != (b.stage, b.channels)] + blocks[-1:]
+    ranks = {_rank(site.layout) for site in blocks}
+    if len(ranks) > 1:
+        layouts = ", ".join(dict.fromkeys(site.layout for site in blocks))
+        raise VisadaptError(f"Ladder needs outputs of one kind, and there are {layouts}: choose blocks with where=")
+    for site in blocks:
+        inner = [other.block for other in blocks if other.block.startswith(f"{site.block}.")]
+        if inner:
+            raise VisadaptError(f"Ladder cannot take both {site.block} and {inner[0]}, which is in it")
+    return blocks
+
+
+def _rank(layout: str) -> int:
+    return 0 if is_sequence(layout) else rank_of(layout)
+
+
+class Rung(nn.Module):
+    """D_i: watches the output of a block and keeps its projection until the side network asks for it."""
+
+    role: ClassVar[str] = "watch"
+
+    def __init__(self, m: int, site: Site, slot: Slot) -> None:
+        super().__init__()
+        self.channels, self.layout, self.place = site.channels, site.layout, site.block
+        self.slot = slot
+        self.down = Pointwise(site.channels, m, site.layout, std=site.channels**-0.5)
+
+    def forward(self, h: Tensor) -> None:
+        self.slot.put(self.projected(h))
+
+    def projected(self, h: Tensor) -> Tensor:
+        """D·h, channels on axis 1 of maps and on the last of tokens."""
+        return self._first(self.down(in_dtype_of(self.down.weight, self._checked(h))))
+
+    def _checked(self, h: Tensor) -> Tensor:
+        axis = 1 if is_channels_first(self.layout) else -1
+        if h.shape[axis] != self.channels:
+            raise VisadaptError(
+                f"Ladder expects {self.channels} channels on axis {axis} of the output of {self.place}, got a tensor "
+                f"of shape {tuple(h.shape)}: choose other blocks with where="
+            )
+        return h.detach()
+
+    def _first(self, y: Tensor) -> Tensor:
+        return y if is_sequence(self.layout) or is_channels_first(self.layout) else y.movedim(-1, 1)
+
+    @staticmethod
+    def watched(rungs: list[Rung], rows: Rows, h: Tensor) -> list[Tensor]:
+        """The projections of a batch whose rows take the rungs that ``rows`` says, as each one's rows."""
+        first = rungs[0]
+        x = in_dtype_of(first.down.weight, first._checked(h))
+        y = first._first(pointwise([rung.down for rung in rungs], rows, x, first.layout))
+        return [rows.take(y, g) for g in range(len(rungs))]
+
+
+class SideNetwork(nn.Module):
+    """All side blocks, at the last block of the backbone that feeds them: h → h + U·z."""
+
+    role: ClassVar[str] = "after"
+
+    def __init__(self, m: int, site: Site, last: Rung, slots: list[Slot]) -> None:
+        super().__init__()
+        self._slots = slots
+        self.layout = site.layout
+        self.rank = _rank(site.layout)
+        self.last = last
+        self.alpha = nn.Parameter(torch.zeros(len(slots))) if slots else None
+        self.blocks = nn.ModuleList(SideBlock(m, self.rank) for _ in range(len(slots) + 1))
+        self.up = Pointwise(m, site.channels, site.layout, 0.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate = None if self.alpha is None else torch.sigmoid(self.alpha / _TEMPERATURE)[:, None]
+        z = self._climb([*self._kept(), self.last.projected(h)], gate, lambda i, z: cast("Tensor", self.blocks[i](z)))
+        delta: Tensor = self.up(self._back(z))
+        return h + delta.to(h.dtype)
+
+    def _kept(self) -> list[Tensor]:
+        return [slot.take("a Ladder's side network", _WHERE) for slot in self._slots]
+
+    def _climb(self, inputs: list[Tensor], gate: Tensor | None, block: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """z of the last rung; ``gate`` is μ as (K − 1, 1) or (K − 1, N)."""
+        z = block(0, inputs[0])
+        for i, y in enumerate(inputs[1:]):
+            assert gate is not None
+            mu = gate[i].view(-1, *(1,) * (y.ndim - 1))
+            z = block(i + 1, mu * y + (1 - mu) * _resized(z, y, self.rank))
+        return z
+
+    def _back(self, z: Tensor) -> Tensor:
+        return z if self.rank == 0 or is_channels_first(self.layout) else z.movedim(1, -1)
+
+    def as_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Refuses: a network of its own has no place in a layer's weight.
+
+        Raises:
+            VisadaptError: always.
+        """
+        raise VisadaptError("it is a network of its own beside the backbone")
+
+    @staticmethod
+    def stacked(networks: list[SideNetwork], rows: Rows, h: Tensor) -> Tensor:
+        """The same for a batch whose rows take the networks that ``rows`` says."""
+        first = networks[0]
+        kept = [list(each) for each in zip(*[network._kept() for network in networks], strict=True)]
+        inputs = [rows.join(each) for each in kept]
+        inputs.append(rows.join(Rung.watched([network.last for network in networks], rows, h)))
+        gate = None
+        if first.alpha is not None:
+            gate = torch.sigmoid(rows.gather([cast("Tensor", n.alpha) for n in networks]) / _TEMPERATURE).t()
+
+        def block(i: int, z: Tensor) -> Tensor:
+            return SideBlock.stacked([cast("SideBlock", network.blocks[i]) for network in networks], rows, z)
+
+        z = first._back(first._climb(inputs, gate, block))
+        return h + pointwise([network.up for network in networks], rows, z, first.layout).to(h.dtype)
+
+
+class SideBlock(nn.Module):
+    """z + P·GELU(M∗LN(z)) at width m.
+
+    Args:
+        m: width.
+        rank: number of axes of positions, of maps with channels on axis 1; 0 for tokens, with channels last.
+    """
+
+    def __init__(self, m: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.norm = nn.LayerNorm(m)
+        self.mix: nn.Module = Pointwise(m, m, "NLC", m**-0.5)
+        if rank:
+            self.mix = CONVS[rank - 1](m, m, 3, padding=1, groups=m)  # type: ignore[arg-type]
+        self.out = Pointwise(m, m, ("NLC", "NCL", "NCHW", "NCDHW")[rank], m**-0.5)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.norm(z.movedim(1, -1)).movedim(-1, 1) if self.rank else self.norm(z)
+        return z + cast("Tensor", self.out(F.gelu(self.mix(x))))
+
+    @staticmethod
+    def stacked(blocks: list[SideBlock], rows: Rows, z: Tensor) -> Tensor:
+        """The same for a batch whose rows take the blocks that ``rows`` says."""
+        first = blocks[0]
+        rank, layout = first.rank, first.out.layout
+        ones = [1] * (z.ndim - 2)
+        shape = (-1, z.shape[1], *ones) if rank else (-1, *ones, z.shape[-1])
+        weight = rows.gather([block.norm.weight for block in blocks]).view(shape)
+        bias = rows.gather([block.norm.bias for block in blocks]).view(shape)
+        last = z.movedim(1, -1) if rank else z
+        x = F.layer_norm(last, (last.shape[-1],), eps=first.norm.eps)
+        x = (x.movedim(-1, 1) if rank else x) * weight + bias
+        if rank:
+            # one group per channel of every row
+            convs = [cast("nn.Conv2d", block.mix) for block in blocks]
+            kernel, shift = rows.gather([c.weight for c in convs]), rows.gather([cast("Tensor", c.bias) for c in convs])
+            flat = x.flatten(0, 1)[None]
+            x = convolve(rank, flat, kernel.flatten(0, 1), shift.flatten(), padding=1, groups=flat.shape[1]).view(
+                x.shape
+            )
+        else:
+            x = pointwise([block.mix for block in blocks], rows, x, layout)
+        return z + pointwise([block.out for block in blocks], rows, F.gelu(x), layout)
+
+
+def _resized(z: Tensor, like: Tensor, rank: int) -> Tensor:
+    """z pooled to the positions of the next rung."""
+    if rank:
+        size = like.shape[2:]
+        return z if z.shape[2:] == size else _POOLS[rank - 1](z, size)
+    if z.shape[1:-1] == like.shape[1:-1]:
+        return z
+    axes = like.ndim - 2
+    if axes < 2 or z.ndim != like.ndim:
+        raise VisadaptError(
+            f"a Ladder cannot pool tokens of shape {tuple(z.shape)} to {tuple(like.shape)}: their map is not known; "
+            "choose blocks of one length with where="
+        )
+    return _POOLS[axes - 1](z.movedim(-1, 1), like.shape[1:-1]).movedim(1, -1)
