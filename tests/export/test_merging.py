@@ -25,6 +25,7 @@ from visadapt import (
     ConvAdapter,
     DoRA,
     Full,
+    Ladder,
     Linear,
     LoRA,
     Mona,
@@ -438,6 +439,12 @@ REFUSED = {
         Bottleneck(m=2, activation=None, depthwise=True),
         {},
         r"the bottleneck at layer1\.0\.bn2 .*its depthwise conv looks beyond one position",
+    ),
+    "a network beside the backbone": (
+        "tiny/resnet",
+        Ladder(),
+        {"norms": "frozen"},
+        r"the ladder at .* cannot be merged: it",
     ),
     "convolutions inside": ("tiny/resnet", Mona(m=2), {}, r"the mona at layer1\.0\.bn2 cannot be merged: "),
     "a nonlinearity beside": (

@@ -119,6 +119,8 @@ class _Rules:
             acting = role(part)
             if acting == "before":
                 raise VisadaptError(f"the {what} cannot be merged: it changes its host's input")
+            if acting == "watch":
+                raise VisadaptError(f"the {what} cannot be merged: it feeds a network beside the backbone")
             if acting == "instead":
                 self._replace(path, part, what)
             elif acting == "weights" and "instead" not in roles:

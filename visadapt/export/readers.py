@@ -64,7 +64,7 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__":
-            # asking for a weight's dtype or shape is no use of it
+            # asking for a weight's dtype or shape does not compute with it
             here = self._stack[-1] if self._stack else ""
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and id(leaf) in self._names:
