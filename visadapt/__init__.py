@@ -34,7 +34,7 @@ from visadapt.opening import Prediction, predict, preprocess, push_to_hub
 from visadapt.opening import open as open  # not in __all__: a star import leaves Python's own in place
 from visadapt.runtime.costs import summary
 from visadapt.runtime.decider import decide, fit_decider, load_decider, save_decider
-from visadapt.runtime.mixed import split
+from visadapt.runtime.logits import split
 from visadapt.runtime.options import set_alpha
 from visadapt.runtime.parameters_of import named_parameters, parameters, trainable
 from visadapt.runtime.registry import tasks

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import visadapt
-from visadapt.methods.layers import is_hooked
+from visadapt.methods.layers import is_output_hooked
 
 # of torch, about modules whose input is the image and parts that return weights
 pytestmark = [
@@ -110,11 +110,11 @@ def test_what_forward_hooks_keep_is_not_changed_afterwards(kind, method, grad):
 
 def test_hooks_for_all_modules_are_seen():
     adapter = nn.Linear(2, 2)
-    assert not is_hooked(adapter)
+    assert not is_output_hooked(adapter)
     handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
-    assert is_hooked(adapter)
+    assert is_output_hooked(adapter)
     handle.remove()
-    assert not is_hooked(adapter)
+    assert not is_output_hooked(adapter)
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -21,10 +21,14 @@ from visadapt import (
     AdaptFormer,
     Biases,
     Bottleneck,
+    CoLoRA,
     ConvAdapter,
+    DoRA,
     Full,
+    Ladder,
     Linear,
     LoRA,
+    Mona,
     Norms,
     Parallel,
     Series,
@@ -88,6 +92,7 @@ MERGEABLE = {
     "diagonal dan": DAN(diagonal=True),
     "dan of 6 bits": DAN(bits=6, alpha=0.5),
     "lora": LoRA(r=2, alpha=3),
+    "dora": DoRA(r=2),
     "ssf": SSF(),
     "linear": Linear(),
     "norms": Norms(),
@@ -435,6 +440,13 @@ REFUSED = {
         {},
         r"the bottleneck at layer1\.0\.bn2 .*its depthwise conv looks beyond one position",
     ),
+    "a network beside the backbone": (
+        "tiny/resnet",
+        Ladder(),
+        {"norms": "frozen"},
+        r"the ladder at .* cannot be merged: it",
+    ),
+    "convolutions inside": ("tiny/resnet", Mona(m=2), {}, r"the mona at layer1\.0\.bn2 cannot be merged: "),
     "a nonlinearity beside": (
         "transformers/bert",
         AdaptFormer(m=2),
@@ -617,7 +629,7 @@ def test_a_rule_that_is_wrong_is_found_out_by_the_probe(tiny, monkeypatch) -> No
     monkeypatch.setattr(BottleneckAdapter, "as_affine", lambda self: (right(self)[0] * 1.05, right(self)[1]))
     prepared(tiny, LINEAR)
     before = snapshot(tiny)
-    with pytest.raises(VisadaptError, match=r"merging 'task' changed the outputs by .*refused"):
+    with pytest.raises(VisadaptError, match=r"changed what goes into the head by .* of what the task .*refused"):
         visadapt.merge(tiny, "task", inplace=True)
     assert same(tiny.state_dict(), before)
 
@@ -696,6 +708,20 @@ def test_a_copy_of_what_was_merged_in_place_unmerges_by_itself(tiny, image) -> N
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in tiny.parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:.*more than the .* of what it adapts")
+def test_colora_merges_without_its_branch() -> None:
+    build = {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "num_classes": 4}
+    model = enliven(timm.create_model("convnext_atto", **build)).double().eval()
+    prepared(model, CoLoRA(branch=False))
+    prepared(model, CoLoRA(), task="branch")
+    inputs = {"x": torch.randn(2, 3, 64, 64, dtype=torch.float64)}
+    for probe in (None, False):
+        merged = visadapt.merge(model, "task", probe=probe)
+        assert error(answer(merged, inputs), answer(model, inputs, "task")) <= 1e-10
+        with pytest.raises(VisadaptError, match="cannot be merged: its filter depends on its input"):
+            visadapt.merge(model, "branch", probe=probe)
+
+
 def test_every_method_has_a_case_here() -> None:
     covered = {type(m) for m in MERGEABLE.values()} | {type(row[1]) for row in REFUSED.values()}
-    assert covered == {type(case.method) for case in CASES.values()}
+    assert covered | {CoLoRA} == {type(case.method) for case in CASES.values()}

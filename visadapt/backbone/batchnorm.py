@@ -45,7 +45,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
     found = []
     for path, made in once.items():
         norm = model.get_submodule(path)
-        if is_foldable(norm) and not is_hooked(norm) and len(made.inputs) == 1:
+        if is_foldable(norm) and not is_watched(norm) and len(made.inputs) == 1:
             index = made.inputs[0].index
             if index in convs and consumers[index] == 1 and index not in held:
                 found.append((convs[index], path))
@@ -68,10 +68,10 @@ def _record(model: nn.Module, given: Any) -> tuple[Flow, set[int]]:
 
 def _is_plain(conv: nn.Module) -> bool:
     forward = plain_class(conv).forward in CONV_FORWARDS
-    return forward and conv._parameters.get("weight") is not None and not is_hooked(conv)
+    return forward and conv._parameters.get("weight") is not None and not is_watched(conv)
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether someone looks at what goes in and out of a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

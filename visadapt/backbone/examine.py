@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -61,14 +62,27 @@ def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int)
     except VisadaptError as error:
         return str(error)
     except Exception as error:  # whatever a model raises on a batch that was cut at the wrong place
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    args, kwargs = given
+    labels = [name for name, value in kwargs.items() if isinstance(value, Tensor) and _is_label(name)]
+    if not labels:
+        return failure
+    # those of other tasks need not fit the backbone's own loss
+    rest = {name: value for name, value in kwargs.items() if name not in labels}
+    own = {key: axis for key, axis in cut.items() if key not in {(1, name) for name in labels}}
+    found = _attempted(model, (args, rest), own, samples)
+    return replace(found, cut=cut) if isinstance(found, RowFacts) else failure
+
+
+def _is_label(name: Any) -> bool:
+    return isinstance(name, str) and ("label" in name or "target" in name)
 
 
 def _within(key: Key, leaf: Any, classes: int | None) -> Any:
     """Labels of a task whose head is wider than the backbone's, as the backbone alone can take them."""
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
         return leaf
-    if any(isinstance(step, str) and ("label" in step or "target" in step) for step in key):
+    if any(map(_is_label, key)):
         return leaf.clamp_max(0)
     return leaf.clamp_max(max(classes - 1, 0)) if classes is not None and leaf.ndim == 1 else leaf
 

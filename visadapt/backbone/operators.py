@@ -187,8 +187,6 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     known = (*CONV_FORWARDS, nn.Linear.forward)
     if cls.forward not in known and not operator.transposed and operator.padding is not None:
         raise VisadaptError(f"the forward of {cls.__name__} does more to its weight than apply it")
-    if getattr(host, "padding_mode", "zeros") != "zeros" and not operator.centred:
-        raise VisadaptError(f"{what} pads with its input ({host.padding_mode}), its adapter with zeros")
     return operator
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -36,18 +37,25 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
         raise VisadaptError("this model has tasks: merge one first (merge(model, task, fold=True))")
     if model.training:
         raise VisadaptError("folding takes the running statistics as they are: call eval() first")
+    held = (tensor for m in model.modules() for tensor in (*m._parameters.values(), *m._buffers.values()))
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None)
     for conv_path, norm_path in find_pairs(model, example):
-        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        _fold_pair(cast("Conv", conv), norm)
-        model.set_submodule(norm_path, _rest(norm))
+        conv, norm = cast("Conv", model.get_submodule(conv_path)), model.get_submodule(norm_path)
+        # a weight that is tied has to stay what it is
+        if not norm.training and uses[conv.weight.untyped_storage().data_ptr()] == 1 and _fold_pair(conv, norm):
+            model.set_submodule(norm_path, _rest(norm))
     return model
 
 
 @torch.no_grad()
-def _fold_pair(conv: Conv, norm: nn.Module) -> None:
+def _fold_pair(conv: Conv, norm: nn.Module) -> bool:
+    """Fold a norm into the conv before it, unless that overflows the conv's dtype."""
     kernel, bias = folded(conv, norm)
+    if not kernel.isfinite().all() or not bias.isfinite().all():
+        return False
     conv.weight.copy_(kernel)
     conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+    return True
 
 
 def _rest(norm: nn.Module) -> nn.Module:

@@ -7,40 +7,50 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batchnorm import carried, find_pairs
-from visadapt.backbone.modules import is_stateful, plain_copy
+from visadapt.backbone.batchnorm import carried, find_pairs, is_watched
+from visadapt.backbone.modules import is_stateful, joined, plain_copy
 from visadapt.backbone.norms import affine_of, is_batch_norm, is_norm
-from visadapt.backbone.operators import is_operator, operator_of, plain_operator, rows_of
+from visadapt.backbone.operators import Operator, is_operator, plain_operator, rows_of
 from visadapt.backbone.site import Site
 from visadapt.errors import VisadaptError
+from visadapt.export.readers import foreign_reader
+from visadapt.export.weights import Weights
 from visadapt.runtime.registry import Registry, facts_of
 from visadapt.runtime.roles import role
 
 
 @torch.no_grad()
-def absorb(plain: nn.Module, source: nn.Module, registry: Registry, task: str) -> None:
-    """Makes a plain copy of a backbone compute what one of its tasks does.
+def absorb(
+    plain: nn.Module, source: nn.Module, registry: Registry, task: str, example: Any = None, measured: bool = True
+) -> None:
+    """Make a plain copy of a backbone compute what one of its tasks does.
 
     Args:
         plain: the copy, whose weights are changed; after an error it is of no use.
         source: the injected backbone.
         registry: of its tasks.
         task: which of them.
+        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        measured: whether the outputs of the two will be compared. If not, what only a comparison would show is looked
+            for: weights that other modules read too, and changes that rounding takes away.
 
     Raises:
         VisadaptError: something cannot be merged exactly; the site and the reason are named.
     """
-    known = {site.full_name: site for site in facts_of(source).sites()} | registry.traced
+    names = {name for placement in registry.task(task).placements for name in placement.sites}
+    known = dict(registry.traced)
+    if not names <= known.keys():
+        known |= {site.full_name: site for site in facts_of(source).sites(example)}
     sites = {
         (known[name].host, placement.method.part): known[name]
         for placement in registry.task(task).placements
         for name in placement.sites
         if name in known
     }
-    norms = Norms(plain)
+    rules = _Rules(plain, Norms(source, example))
     parts = registry.parts(task)
     for path in parts:
-        _own(plain, path, parts[path])
+        rules.own(path, parts[path])
 
     def order(path: str) -> int:
         linear = max((len(site.linear) for (host, _), site in sites.items() if host == path), default=0)
@@ -48,61 +58,238 @@ def absorb(plain: nn.Module, source: nn.Module, registry: Registry, task: str) -
 
     # what stands behind a conv before what stands behind the norm that follows it
     for path in sorted(parts, key=order):
+        rules.around(path, parts[path], sites)
+    if not measured:
+        rules.check_readers(source, example)
+    rules.weights.settle(measured)
+
+
+class Norms:
+    """Which BatchNorm alone takes a conv's output: found by one run on fake tensors, if it is asked at all.
+
+    Args:
+        model: the injected backbone.
+        example: an input to run it on; guessed if None.
+    """
+
+    def __init__(self, model: nn.Module, example: Any = None) -> None:
+        self.model, self.example = model, example
+        self._pairs: dict[str, str] | None = None
+
+    def found(self) -> dict[str, str]:
+        """Paths of convs and of the norms behind them; none if the model cannot be run."""
+        if self._pairs is None:
+            try:
+                self._pairs = dict(find_pairs(self.model, self.example))
+            except VisadaptError:
+                self._pairs = {}
+        return self._pairs
+
+    def after(self, site: Site) -> str | None:
+        """Path of the norm behind a site's host, None if none is known."""
+        return site.norm or self.found().get(site.host)
+
+    def check(self, site: Site, conv: nn.Module, what: str) -> None:
+        """Refuse a conv and norm that are to be rewritten together if something looks between them."""
+        traced = site.traced and self.found().get(site.linear[0]) != site.linear[1]
+        if traced or is_watched(conv):
+            raise VisadaptError(
+                f"the {what} cannot be merged: it is not certain that {site.linear[1]} alone sees what "
+                f"{site.linear[0]} gives"
+            )
+
+
+class _Rules:
+    """The exact rules, one for each way in which a part acts.
+
+    Args:
+        plain: the copy of the backbone.
+        norms: of the backbone.
+    """
+
+    def __init__(self, plain: nn.Module, norms: Norms) -> None:
+        self.plain, self.norms, self.weights = plain, norms, Weights(plain)
+        self._everywhere: set[tuple[nn.Module, str]] = set()
+
+    def own(self, path: str, parts: nn.ModuleDict) -> None:
+        """Write what stands instead of a host, or the weights that it computes with."""
+        roles = {role(part) for part in parts.values()}
+        for name, part in parts.items():
+            what = _what(name, path)
+            acting = role(part)
+            if acting == "before":
+                raise VisadaptError(f"the {what} cannot be merged: it changes its host's input")
+            if acting == "watch":
+                raise VisadaptError(f"the {what} cannot be merged: it feeds a network beside the backbone")
+            if acting == "instead":
+                self._replace(path, part, what)
+            elif acting == "weights" and "instead" not in roles:
+                self._assign(path, part, what)
+
+    def around(self, path: str, parts: nn.ModuleDict, sites: dict[tuple[str, str], Site]) -> None:
+        """Write what stands beside and behind a host."""
         constant: Tensor | None = None
-        for name, part in parts[path].items():
+        last = Site(path, "module", 0, "", 0), ""
+        for name, part in parts.items():
             what = _what(name, path)
             if role(part) == "beside":
-                _add(plain.get_submodule(path), part, what)
+                self._add(self.plain.get_submodule(path), part, what)
             elif role(part) == "after":
                 site = sites.get((path, name)) or Site(path, "module", 0, "", 0)
                 matrix, offset = _asked(part, "as_affine", what)
+                matrix = matrix.double()
+                offset = torch.zeros(matrix.shape[0]).to(matrix) if offset is None else offset.double()
                 if constant is not None:
                     # what those before it left over goes through it as well
-                    shifted = matrix.double() * constant if matrix.ndim == 1 else matrix.double() @ constant
-                    offset = shifted if offset is None else offset.double() + shifted
-                constant = _after(plain, site, matrix, offset, what)
-                if constant is not None:
-                    last = (site, what)
+                    offset = offset + (matrix * constant if matrix.ndim == 1 else matrix @ constant)
+                constant = self._after(site, matrix, offset, what)
+                last = site, what
         if constant is not None and constant.any():
-            _into_norm(norms.after(last[0]), last[0], constant, last[1])
+            self._into_norm(*last, constant)
+
+    def check_readers(self, source: nn.Module, example: Any) -> None:
+        """Refuse weights that another module than the host reads: an adapter does not act there."""
+        paths = {module: path for path, module in self.plain.named_modules()}
+        everywhere = {joined(paths.get(module, ""), name) for module, name in self._everywhere}
+        written = {name: what for name, what in self.weights.written() if name not in everywhere}
+        for name, reader in foreign_reader(source, set(written), example).items():
+            raise VisadaptError(
+                f"the {written[name]} cannot be merged: {reader or 'the model'} computes with {name} itself"
+            )
+
+    def _replace(self, path: str, part: nn.Module, what: str) -> None:
+        if is_stateful(part) and part.training:
+            raise VisadaptError(
+                f"the {what} cannot be merged: it uses its batch's statistics in train mode; call eval() first"
+            )
+        target = self.plain.get_submodule(path)
+        if not is_norm(part):
+            own = plain_copy(part)
+            dtype = next(target.parameters()).dtype
+            self.plain.set_submodule(path, own.to(dtype))
+            return
+        for name, value in (*part.named_parameters(), *part.named_buffers()):
+            inner, _, last = name.rpartition(".")
+            module = target.get_submodule(inner)
+            if (module, last) not in self.weights:
+                continue
+            if value.is_floating_point():
+                self.weights.write(module, last, value, what)
+            else:
+                cast("Tensor", module._buffers[last]).copy_(value)
+
+    def _assign(self, path: str, part: nn.Module, what: str) -> None:
+        host = self.plain.get_submodule(path)
+        owned = {name: own for name, own in host._parameters.items() if own is not None}
+        present = {name: self.weights.present(host, name) for name in owned}
+        for name, value in part(present).items():
+            if value is not present[name]:
+                # the task computes with them in the host's dtype as well
+                self.weights.write(host, name, value.to(owned[name].dtype), what)
+                self._everywhere.add((host, name))
+
+    def _add(self, host: nn.Module, part: nn.Module, what: str) -> None:
+        for name, delta in _asked(part, "as_kernel", what, host).items():
+            if host._parameters.get(name) is None:
+                if bool(delta.any()):
+                    raise VisadaptError(f"the {what} cannot be merged: its host has no {name} to take its {name}")
+                continue
+            if name == "weight":
+                _check_padding(host, delta, what)
+            self.weights.write(host, name, self.weights.read(host, name) + delta.double(), what)
+
+    def _after(self, site: Site, matrix: Tensor, offset: Tensor, what: str) -> Tensor | None:
+        """Write y → M·y + c behind a host into the weights that make y; returns the constant that has no place."""
+        if _is_identity(matrix) and not offset.any():
+            return None
+        host = self.plain.get_submodule(site.host)
+        if is_norm(host) and matrix.ndim == 1:
+            self._scale_norm(host, matrix, offset, what)
+            return None
+        chain = site.linear or ((site.host,) if is_operator(host) else ())
+        if not chain:
+            raise VisadaptError(
+                f"the {what} cannot be merged: nothing linear ends at {site.host} ({type(host).__name__}), and a bias "
+                "before the next, zero-padded conv would not be exact"
+            )
+        first = self.plain.get_submodule(chain[0])
+        if len(chain) == 1:
+            self._compose(first, matrix, what)
+            if first._parameters.get("bias") is None:
+                return offset
+            bias = self.weights.read(first, "bias")
+            self.weights.write(first, "bias", (matrix * bias if matrix.ndim == 1 else matrix @ bias) + offset, what)
+            return None
+        norm = self.plain.get_submodule(chain[1])
+        if not is_batch_norm(norm):
+            raise VisadaptError(
+                f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is not a BatchNorm in eval mode"
+            )
+        if matrix.ndim == 1:
+            self._scale_norm(norm, matrix, offset, what)
+            return None
+        if carried(norm):
+            raise VisadaptError(
+                f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) ends in an activation"
+            )
+        self.norms.check(site, first, what)
+        self._through_norm(first, norm, matrix, offset, what)
+        return None
+
+    def _through_norm(self, conv: nn.Module, norm: nn.Module, matrix: Tensor, offset: Tensor, what: str) -> None:
+        """Write M·(s⊙(W∗x + b) + t) + c as s'⊙(W'∗x + b') + t', with W' = diag(1/s')·M·diag(s)·W.
+
+        The norm's scale s' is its own s where that is not near 0, so that W' differs from W by what the task changes.
+        """
+        _check_affine(norm, what)
+        read = self.weights.read
+        weight, bias = read(norm, "weight"), read(norm, "bias")
+        mean, root = read(norm, "running_mean"), (read(norm, "running_var") + cast("float", norm.eps)).sqrt()
+        scale = weight / root
+        shift = bias - mean * scale
+        kept = torch.where(scale.abs() > scale.abs().max() / 64, scale, torch.ones_like(scale))
+        full = matrix * scale / kept[:, None]
+        self._compose(conv, full, what)
+        if conv._parameters.get("bias") is not None:
+            self.weights.write(conv, "bias", full @ read(conv, "bias"), what)
+        self.weights.write(norm, "weight", torch.where(kept == scale, weight, kept * root), what)
+        self.weights.write(norm, "bias", matrix @ shift + offset + mean * kept, what)
+
+    def _scale_norm(self, norm: nn.Module, scale: Tensor, offset: Tensor, what: str) -> None:
+        """γ → scale·γ and β → scale·β + offset."""
+        if any(not isinstance(child, nn.Identity) for child in norm.children()):
+            raise VisadaptError(f"the {what} cannot be merged: the {type(norm).__name__} there ends in an activation")
+        read, write = self.weights.read, self.weights.write
+        affine = affine_of(norm)
+        if "bias" not in affine and "weight" in affine and not offset.any():
+            write(norm, "weight", read(norm, "weight") * scale, what)
+            return
+        _check_affine(norm, what)
+        write(norm, "weight", read(norm, "weight") * scale, what)
+        write(norm, "bias", read(norm, "bias") * scale + offset, what)
+
+    def _compose(self, layer: nn.Module, matrix: Tensor, what: str) -> None:
+        """W → M·W for the output channels of a conv or linear."""
+        operator = _plain_operator(layer, what)
+        if matrix.ndim == 2 and operator.groups != 1:
+            raise VisadaptError(f"the {what} cannot be merged: a dense 1×1 after a grouped conv mixes its groups")
+        rows = rows_of(self.weights.read(layer, "weight"), operator.transposed)
+        rows = matrix[:, None] * rows if matrix.ndim == 1 else matrix @ rows
+        self.weights.write(layer, "weight", rows.t() if operator.transposed else rows, what)
+
+    def _into_norm(self, site: Site, what: str, constant: Tensor) -> None:
+        """A constant that the conv has no bias for: the BatchNorm that follows subtracts that much less."""
+        path = self.norms.after(site)
+        norm = self.plain.get_submodule(path) if path else None
+        if norm is None or not is_stateful(norm):
+            raise VisadaptError(
+                f"the {what} cannot be merged: {site.host} has no bias, and no BatchNorm follows, to take its own"
+            )
+        self.weights.write(norm, "running_mean", self.weights.read(norm, "running_mean") - constant, what)
 
 
 def _what(name: str, path: str) -> str:
     return f"{name} at {path or 'the root'}"
-
-
-def _own(plain: nn.Module, path: str, parts: nn.ModuleDict) -> None:
-    """Writes what stands instead of a host, or the weights that it computes with."""
-    roles = {role(part) for part in parts.values()}
-    for name, part in parts.items():
-        what = _what(name, path)
-        acting = role(part)
-        if acting == "before":
-            raise VisadaptError(f"the {what} cannot be merged: it changes its host's input")
-        if acting == "instead":
-            _replace(plain, path, part, what)
-        elif acting == "weights" and "instead" not in roles:
-            target = plain.get_submodule(path)
-            _assign(target, part({key: own for key, own in target._parameters.items() if own is not None}))
-
-
-class Norms:
-    """Which BatchNorm alone takes a conv's output: found by one run on fake tensors, if it is asked at all."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._pairs: dict[str, str] | None = None
-
-    def after(self, site: Site) -> nn.Module | None:
-        """The norm behind a site's host, None if none is known."""
-        if not site.norm and self._pairs is None:
-            try:
-                self._pairs = dict(find_pairs(self.model))
-            except VisadaptError:
-                self._pairs = {}
-        path = site.norm or cast("dict[str, str]", self._pairs).get(site.host)
-        norm = self.model.get_submodule(path) if path else None
-        return norm if norm is not None and is_stateful(norm) else None
 
 
 def _asked(part: nn.Module, rule: str, what: str, *args: Any) -> Any:
@@ -114,151 +301,40 @@ def _asked(part: nn.Module, rule: str, what: str, *args: Any) -> Any:
         raise VisadaptError(f"the {what} cannot be merged: {error}") from error
 
 
-def _replace(plain: nn.Module, path: str, part: nn.Module, what: str) -> None:
-    if is_stateful(part) and part.training:
-        raise VisadaptError(
-            f"the {what} cannot be merged: it uses its batch's statistics in train mode; call eval() first"
-        )
-    target = plain.get_submodule(path)
-    if not is_norm(part):
-        own = plain_copy(part)
-        dtype = next(target.parameters()).dtype
-        plain.set_submodule(path, own.to(dtype))
-        return
-    _assign(target, dict(part.named_parameters()))
-    for name, buffer in part._buffers.items():
-        mine = target._buffers.get(name)
-        if buffer is not None and mine is not None and part._parameters.get(name) is None:
-            mine.copy_(buffer)
-
-
-def _assign(target: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, value in weights.items():
-        path, _, last = name.rpartition(".")
-        module = target.get_submodule(path)
-        parameter = module._parameters.get(last)
-        # a FrozenBatchNorm2d has its affine part in buffers
-        own = module._buffers[last] if parameter is None else parameter
-        if own is not None and value is not own:
-            own.copy_(value)
-
-
-def _add(target: nn.Module, part: nn.Module, what: str) -> None:
-    for name, delta in _asked(part, "as_kernel", what, target).items():
-        own = target._parameters.get(name)
-        if own is None:
-            if bool(delta.any()):
-                raise VisadaptError(f"the {what} cannot be merged: its host has no {name} to take its {name}")
-            continue
-        if name == "weight":
-            _check_padding(target, delta, what)
-        own.copy_(own.double() + delta.double())
+def _plain_operator(layer: nn.Module, what: str) -> Operator:
+    try:
+        return plain_operator(layer, what)
+    except VisadaptError as error:
+        raise VisadaptError(f"the {what} cannot be merged: {error}") from error
 
 
 def _check_padding(host: nn.Module, delta: Tensor, what: str) -> None:
     """Refuse a kernel that reaches beyond the edge where its host does not see zeros there, as the adapter does."""
     mode = getattr(host, "padding_mode", "zeros")
-    if mode == "zeros" or delta.ndim < 3:
+    operator = _plain_operator(host, what)
+    if mode == "zeros" or not operator.conv:
         return
+    inside: list[slice] = []
+    for axis, (size, dilation) in enumerate(zip(operator.kernel, operator.dilation, strict=True)):
+        padding = dilation * (size - 1) if operator.padding is None else 2 * operator.padding[axis]
+        # taps that read nothing of what is padded before the input, nor of what is padded behind it
+        first, last = -(-(padding // 2) // dilation), -(-(padding - padding // 2) // dilation)
+        inside.append(slice(first, max(size - last, first)))
     beyond = delta.detach().clone()
-    centre: tuple[Any, ...] = (slice(None), slice(None), *operator_of(host, what).centre)
-    beyond[centre] = 0
+    index: tuple[slice, ...] = (slice(None), slice(None), *inside)
+    beyond[index] = 0
     if beyond.any():
         raise VisadaptError(
             f"the {what} cannot be merged: its host pads with its input (padding_mode={mode!r}) and it pads with zeros"
         )
 
 
-def _after(plain: nn.Module, site: Site, matrix: Tensor, offset: Tensor | None, what: str) -> Tensor | None:
-    """Writes y → M·y + c after a host into the weights that make y; returns the constant that has no place there."""
-    host = plain.get_submodule(site.host)
-    matrix = matrix.double()
-    offset = torch.zeros(matrix.shape[0]).to(matrix) if offset is None else offset.double()
-    if is_norm(host) and matrix.ndim == 1:
-        _scale_norm(host, matrix, offset, what)
-        return None
-    chain = site.linear or ((site.host,) if is_operator(host) else ())
-    if not chain:
-        raise VisadaptError(
-            f"the {what} cannot be merged: nothing linear ends at {site.host} ({type(host).__name__}), and a bias "
-            "before the next, zero-padded conv would not be exact"
-        )
-    first = plain.get_submodule(chain[0])
-    if len(chain) == 1:
-        _compose(first, matrix, what)
-        if first._parameters.get("bias") is None:
-            return offset
-        bias = cast("nn.Parameter", first.bias)
-        bias.copy_((matrix * bias.double() if matrix.ndim == 1 else matrix @ bias.double()) + offset)
-        return None
-    # M·(s·(W∗x + b) + t) + c = (M·diag(s)·W)∗x + …: the norm behind the conv is left as the identity plus a constant
-    norm = plain.get_submodule(chain[1])
-    if not is_batch_norm(norm):
-        raise VisadaptError(
-            f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) is not a BatchNorm in eval mode"
-        )
+def _is_identity(matrix: Tensor) -> bool:
     if matrix.ndim == 1:
-        _scale_norm(norm, matrix, offset, what)
-        return None
-    if carried(norm):
-        raise VisadaptError(f"the {what} cannot be merged: {chain[1]} ({type(norm).__name__}) ends in an activation")
-    gamma, beta = _affine(norm, what)
-    mean, var = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
-    root = (var + cast("float", norm.eps)).sqrt()
-    scale = gamma.double() / root
-    shift = beta.double() - mean * scale
-    full = matrix * scale
-    _compose(first, full, what)
-    constant = matrix @ shift + offset
-    if first._parameters.get("bias") is not None:
-        constant = constant + full @ cast("Tensor", first.bias).double()
-        cast("Tensor", first.bias).zero_()
-    gamma.copy_(root)
-    beta.copy_(constant + mean)
-    return None
+        return bool((matrix == 1).all())
+    return torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
 
 
-def _scale_norm(norm: nn.Module, scale: Tensor, offset: Tensor, what: str) -> None:
-    """γ → scale·γ and β → scale·β + offset."""
-    if any(not isinstance(child, nn.Identity) for child in norm.children()):
-        raise VisadaptError(f"the {what} cannot be merged: the {type(norm).__name__} there ends in an activation")
-    affine = affine_of(norm)
-    if "bias" not in affine and "weight" in affine and not offset.any():
-        alone = affine["weight"]
-        alone.copy_(alone.double() * scale)
-        return
-    weight, bias = _affine(norm, what)
-    weight.copy_(weight.double() * scale)
-    bias.copy_(bias.double() * scale + offset)
-
-
-def _affine(norm: nn.Module, what: str) -> tuple[Tensor, Tensor]:
-    affine = affine_of(norm)
-    weight, bias = affine.get("weight"), affine.get("bias")
-    if weight is None or bias is None:
+def _check_affine(norm: nn.Module, what: str) -> None:
+    if not {"weight", "bias"} <= affine_of(norm).keys():
         raise VisadaptError(f"the {what} cannot be merged: the norm there has no weight or no bias to write into")
-    return weight, bias
-
-
-def _compose(layer: nn.Module, matrix: Tensor, what: str) -> None:
-    """W → M·W for the output channels of a conv or linear."""
-    try:
-        operator = plain_operator(layer, what)
-    except VisadaptError as error:
-        raise VisadaptError(f"the {what} cannot be merged: {error}") from error
-    if matrix.ndim == 2 and operator.groups != 1:
-        raise VisadaptError(f"the {what} cannot be merged: a dense 1×1 after a grouped conv mixes its groups")
-    weight = cast("nn.Parameter", layer.weight)
-    rows = rows_of(weight, operator.transposed).double()
-    rows = matrix[:, None] * rows if matrix.ndim == 1 else matrix @ rows
-    weight.copy_(rows.t() if operator.transposed else rows.view_as(weight))
-
-
-def _into_norm(norm: nn.Module | None, site: Site, offset: Tensor, what: str) -> None:
-    """A constant that the conv has no bias for: the BatchNorm that follows subtracts that much less."""
-    if norm is None:
-        raise VisadaptError(
-            f"the {what} cannot be merged: {site.host} has no bias, and no BatchNorm follows, to take its own"
-        )
-    mean = cast("Tensor", norm.running_mean)
-    mean.copy_(mean.double() - offset)

@@ -7,23 +7,25 @@ import logging
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from visadapt.arguments import takes
 from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
-from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
+from visadapt.export.comparing import differences
 from visadapt.export.folding import fold as fold_norms
 from visadapt.export.merge_rules import absorb
+from visadapt.export.weights import tolerance
 from visadapt.runtime.registry import Registry, find_registry, registry_of
 from visadapt.runtime.root import capture_calls
-from visadapt.runtime.selection import bare, using
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05}
-"""Largest error, relative to the largest output, that a merge may show on its probe, by the lowest precision in it."""
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Largest error relative to the outputs that a merge may show where the task changes nothing at all."""
+
+LOW_ROUNDING = 0.02
+"""The same for half precision."""
 
 
 @takes()
@@ -34,9 +36,11 @@ def merge(
 
     Exact rules: what acts on weights is written into them; a kernel beside a conv or linear is added to it (a 1×1 at
     the centre tap of a k×k); a linear map M·y + c after a conv or linear gives M·W and M·b + c, and passes through the
-    eval-mode norm behind a conv; norms and heads take the place of the backbone's. The merged model is then compared
-    with the task on a probe; the largest error is logged (logger ``visadapt.merge``; :func:`merge_error` measures it
-    again), and one that is more than rounding is refused.
+    eval-mode norm behind a conv; norms and heads take the place of the backbone's. All of it is computed in float64 and
+    rounded once. The merged model is then compared with the task on a probe; the largest error is logged (logger
+    ``visadapt.export.merging``; :func:`merge_error` measures it again). An error that is more than rounding of what the
+    task changes is refused: 10⁻³ of the difference between the task and the bare backbone in float32, a tenth in half
+    precision. So is a task that changes less than the weights' dtype can hold.
 
     Args:
         model: an injected model, in eval mode if the task has statistics of its own.
@@ -45,7 +49,7 @@ def merge(
             Otherwise ``model`` stays as it is and a copy is merged.
         fold: afterwards fold every eval-mode BatchNorm into the conv before it (see :func:`visadapt.fold`).
         probe: an input to compare on, as :func:`visadapt.sites` takes an example; guessed if None; False for no
-            comparison.
+            comparison. Then the weights themselves must show that the merge is exact.
 
     Returns:
         The plain model, in eval mode.
@@ -66,67 +70,57 @@ def merge(
     name = registry.task(registry.current() if task is None else task).name
     source = unwrapped(model)
     plain = plain_copy(source)
-    absorb(plain, source, registry, name)
+    example = None if probe is False else probe
+    absorb(plain, source, registry, name, example, measured=probe is not False)
     for key, parameter in plain.named_parameters():
         parameter.requires_grad_(key in registry.trained)
     _tell_width(plain, registry, name)
     plain.eval()
+    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in plain.parameters())
     if fold:
-        plain = fold_norms(plain, example=None if probe is False else probe)
+        if low and probe is False:
+            raise VisadaptError("folding rounds to half precision: give probe= an input to measure on, or fold=False")
+        plain = fold_norms(plain, example=example)
     if probe is not False:
-        error, largest = merge_error(source, plain, name, probe)
-        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in plain.parameters())
-        wide = all(p.dtype == torch.float64 for p in plain.parameters())
-        log.info("merged %r: largest error %.2g where outputs reach %.3g", name, error, largest)
-        if not error <= TOLERANCE[torch.float16 if low else torch.float64 if wide else torch.float32] * largest:
-            raise VisadaptError(
-                f"merging {name!r} changed the outputs by {error:.2g} (they reach {largest:.3g}): refused"
-            )
+        _check(source, plain, name, probe, torch.float16 if low else None)
     return cast("ModelT", _move_into(source, plain) if inplace else plain)
 
 
-@torch.no_grad()
+def _check(source: nn.Module, plain: nn.Module, name: str, probe: Any, low: torch.dtype | None) -> None:
+    """Refuse a merged model that is further from the task than rounding, and logs how far it is."""
+    found = differences(source, plain, name, probe)
+    outputs = [each for each in found if each.where == "the outputs"]
+    error, largest = max(each.error for each in outputs), max(each.size for each in outputs)
+    log.info("merged %r: largest error %.2g where outputs reach %.3g", name, error, largest)
+    for each in found:
+        dtype = low or each.dtype
+        share = tolerance(dtype)
+        # where a task has a head of its own there is nothing of the backbone's to compare the outputs with
+        change = each.size if each.change is None else each.change
+        most = share * change if change else ROUNDING.get(dtype, LOW_ROUNDING) * each.size
+        if not each.error <= most:
+            relative = f", {each.error / change:.1%} of what the task changes there" if change else ""
+            raise VisadaptError(
+                f"merging {name!r} changed {each.where} by {each.error:.2g}{relative} (they reach {each.size:.3g}): "
+                "refused"
+            )
+
+
 @takes()
 def merge_error(model: nn.Module, merged: nn.Module, task: str, probe: Any = None) -> tuple[float, float]:
     """The largest absolute difference between a task's outputs and a merged model's, and the largest output.
 
     Args:
         model: the injected model.
-        merged: what :func:`merge` gave.
+        merged: the result of :func:`merge`.
         task: name of the task.
-        probe: an input; images drawn from a normal, or tokens, if None.
+        probe: an input; images drawn from a normal, or random tokens, if None.
 
     Raises:
         VisadaptError: there is no such task, or the model does not run on a guessed input.
     """
-    with bare(model), using(model, task):
-        expected, probe = _answer(model, probe)
-    found = _tensors(call(merged, probe))
-    error = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    return error, max(float(t.abs().max()) for t in expected)
-
-
-def _answer(model: nn.Module, probe: Any) -> tuple[list[Tensor], Any]:
-    if probe is not None:
-        return _tensors(call(model, probe)), probe
-    failure: Exception | None = None
-    generator = torch.Generator().manual_seed(0)
-    for guess in guess_inputs(model):
-        drawn = guess
-        if isinstance(guess, Tensor) and guess.is_floating_point():
-            drawn = torch.randn(guess.shape, generator=generator).to(guess)
-        try:
-            return _tensors(call(model, drawn)), drawn
-        except Exception as error:
-            failure = failure or error
-    raise VisadaptError(
-        f"{type(model).__name__} does not run on a guessed input ({failure}): pass probe= with one that it takes, "
-        "or probe=False to merge without comparing"
-    ) from failure
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]
+    outputs = [each for each in differences(model, merged, task, probe) if each.where == "the outputs"]
+    return max(each.error for each in outputs), max(each.size for each in outputs)
 
 
 def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
@@ -139,7 +133,7 @@ def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def _exchange(model: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
-    """Gives a module other attributes, and returns those it had: all but the hooks, whose handles the user may hold."""
+    """Give a module other attributes, and returns those it had: all but the hooks, whose handles the user may hold."""
     kept = {key: value for key, value in model.__dict__.items() if "_hooks" not in key}
     for key in kept:
         del model.__dict__[key]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batchnorm import folded, is_hooked
+from visadapt.backbone.batchnorm import folded, is_watched
 from visadapt.backbone.modules import LEAN
 from visadapt.backbone.subclass import cached, subclass
 from visadapt.backbone.tracing import is_tracing
@@ -52,7 +52,7 @@ class Pair:
         run = _RUN.get()
         if run is None or run.folds is not self.folds or conv is not self.conv or len(x) == 1:
             return None
-        if is_hooked(self.conv) or is_hooked(self.norm) or _any_global_hook() or self._owned():
+        if is_watched(self.conv) or is_watched(self.norm) or _any_global_hook() or self._owned():
             return None
         found = run.weights().get(self)
         if found is not None:

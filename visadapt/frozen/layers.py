@@ -29,7 +29,7 @@ from visadapt.frozen.functions import (
     version,
 )
 from visadapt.methods.bottleneck import BottleneckAdapter
-from visadapt.methods.layers import is_hooked
+from visadapt.methods.layers import is_output_hooked
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.host import dress, hosting_class
 
@@ -206,7 +206,7 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
         # autograd sees one function, and hooks on the projections inside it would see no gradient
-        hooked = is_hooked(self.down) or is_hooked(self.up)
+        hooked = is_output_hooked(self.down) or is_output_hooked(self.up)
         if hooked or not self.is_bare or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)

@@ -13,7 +13,7 @@ from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, drop_rows, in_dtype_of, is_hooked
+from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, drop_rows, in_dtype_of, is_output_hooked
 from visadapt.methods.method import Method, later, width
 from visadapt.methods.stacking import Rows, pointwise
 
@@ -106,7 +106,7 @@ class BottleneckAdapter(nn.Module):
             delta = delta * self.scale.view(-1, *ones)
         delta = drop_rows(delta, self.drop_path, self.training)
         # in the branch's own memory, unless a hook holds it
-        return h + delta.to(h.dtype) if is_hooked(self.up) else delta.to(h.dtype).add_(h)
+        return h + delta.to(h.dtype) if is_output_hooked(self.up) else delta.to(h.dtype).add_(h)
 
     @property
     def is_bare(self) -> bool:

@@ -97,7 +97,7 @@ def drop_rows(delta: Tensor, probability: float, training: bool) -> Tensor:
     return delta * kept.view(-1, *(1,) * (delta.ndim - 1))
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_output_hooked(module: nn.Module) -> bool:
     """Whether a hook sees the output of a module: its own hooks, or one for all modules."""
     return bool(
         module._forward_hooks

@@ -19,7 +19,7 @@ from visadapt.errors import VisadaptError
 from visadapt.opening.preparing import listed, preprocess, same_inputs
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import decide
-from visadapt.runtime.mixed import split
+from visadapt.runtime.logits import split
 from visadapt.runtime.registry import Task, registry_of
 from visadapt.runtime.selection import using
 

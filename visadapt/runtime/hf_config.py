@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from visadapt.backbone.subclass import cached, subclass
+from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import Registry, Task
 from visadapt.runtime.selection import using
 
@@ -46,16 +48,68 @@ def _config(self: nn.Module) -> Any:
 
 def _mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -> Any:
     """The config of a batch whose logits are as wide as the widest of its tasks' heads."""
-    configs = [own if task is None else registry.configs.get(task, own) for task in dict.fromkeys(tasks)]
-    widths, types = {config.num_labels for config in configs}, {config.problem_type for config in configs}
-    # heads of different widths are padded with −inf, which only a softmax forgives
-    problem = types.pop() if len(widths) == len(types) == 1 else "single_label_classification"
-    key = (max(widths), problem)
+    distinct = tuple(dict.fromkeys(tasks))
+    configs = [own if task is None else registry.configs.get(task, own) for task in distinct]
+    widths = {config.num_labels for config in configs}
+    problem = _problem({_kind(config) for config in configs}, widths)
+    # a kind of loss that follows from the first labels is not that of other tasks
+    key = (max(widths), problem, distinct if problem is None else ())
     if key not in registry.configs:
+        if problem is None:
+            _forget_open(registry)
         config = copy.deepcopy(own)
-        config.num_labels, config.problem_type = key
+        config.num_labels = key[0]
+        if problem == UNDECIDED:
+            plain: Any = type(config)
+            config.__class__ = _undecided(plain)
+        else:
+            config.problem_type = problem
         registry.configs[key] = config
     return registry.configs[key]
+
+
+UNDECIDED = "undecided"
+"""In the place of a kind of loss: the tasks of a batch have several."""
+
+
+def _kind(config: Any) -> str | None:
+    """The kind of loss of a config; None if that follows from the first labels."""
+    if config.problem_type is None and config.num_labels == 1:
+        return "regression"
+    kind: str | None = config.problem_type
+    return kind
+
+
+def _problem(kinds: set[str | None], widths: set[int]) -> str | None:
+    """The kind of loss of a batch, ``UNDECIDED`` if no single one is right for all of its tasks."""
+    single = "single_label_classification"
+    if kinds == {None} and len(widths) == 1:
+        return None
+    if kinds <= {None, single}:
+        # heads of different widths are padded with −inf, which only a softmax forgives
+        return single
+    return next(iter(kinds)) if len(kinds) == len(widths) == 1 else UNDECIDED
+
+
+def _forget_open(registry: Registry) -> None:
+    """Keep the configs of no more than some combinations of tasks."""
+    kept = [key for key in registry.configs if isinstance(key, tuple) and key[2]]
+    for key in kept[: max(len(kept) - 255, 0)]:
+        del registry.configs[key]
+
+
+@cache
+def _undecided(plain: Any) -> type:
+    """A config's class that refuses to say which loss to compute."""
+
+    def refuse(self: Any) -> Any:
+        raise VisadaptError(
+            "a batch of tasks with different kinds of loss (regression, single-label, multi-label), or of several "
+            "widths under another loss than cross-entropy, has no common loss: leave the labels out and compute each "
+            "task's from its logits (visadapt.split)"
+        )
+
+    return type(plain.__name__, (plain,), {"problem_type": property(refuse), "__module__": plain.__module__})
 
 
 def _set_config(self: nn.Module, config: Any) -> None:

@@ -7,13 +7,12 @@ that train-mode statistics see their own task's samples only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from visadapt.arguments import takes
 from visadapt.backbone.batch import Key
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
@@ -23,7 +22,7 @@ from visadapt.methods.stacking import Rows
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
-from visadapt.runtime.registry import Mixed, Parts, facts_of, registry_of
+from visadapt.runtime.registry import Mixed, Parts
 from visadapt.runtime.roles import around, core, role, run
 
 NONE = nn.ModuleDict()
@@ -180,42 +179,4 @@ def _looks(part: nn.Module) -> list[Any]:
     for child in part._modules.values():
         if child is not None:
             found += _looks(child)
-    return found
-
-
-@takes()
-def split(model: nn.Module, logits: Tensor, tasks: Sequence[str | None]) -> dict[str | None, Tensor]:
-    """Split the logits of a mixed batch by task, each cut to the width of its own head.
-
-    Args:
-        model: the injected model.
-        logits: ``(N, K)``, where K is the width of the widest head; narrower ones are padded with −inf.
-        tasks: the task of each sample, as given to :func:`visadapt.using`.
-
-    Returns:
-        Task → ``(n, k)``: the rows of its samples, in the batch's order.
-
-    Raises:
-        VisadaptError: a task is unknown, or there are not as many tasks as rows.
-
-    Example:
-        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
-        >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5).eval()
-        >>> names = ["birds", "flowers", "birds"]
-        >>> with torch.no_grad(), visadapt.using(model, names):
-        ...     logits = model(torch.randn(3, 3, 32, 32))
-        >>> logits.shape, visadapt.split(model, logits, names)["flowers"].shape
-        (torch.Size([3, 5]), torch.Size([1, 3]))
-    """
-    registry = registry_of(model)
-    if len(tasks) != logits.shape[0]:
-        raise VisadaptError(f"{len(tasks)} tasks for {logits.shape[0]} rows of logits")
-    facts = facts_of(model)
-    own = None if facts.head is None else facts.head.classes(facts.modules)
-    found = {}
-    for name in dict.fromkeys(tasks):
-        width = None if name is None else registry.task(name).num_classes
-        rows = [i for i, task in enumerate(tasks) if task == name]
-        # a task without a head of its own answers by the backbone's
-        found[name] = logits[rows, : own if width is None else width]
     return found

@@ -14,7 +14,7 @@ from visadapt.backbone.trace import call
 from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import Decider, features
-from visadapt.runtime.mixed import split
+from visadapt.runtime.logits import split
 from visadapt.runtime.selection import using
 from visadapt.serving.catalogue import Entry
 from visadapt.serving.metrics import Metrics

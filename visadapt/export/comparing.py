@@ -1,0 +1,151 @@
+"""Comparing a merged model with its task: how much they differ, and how much the task differs from the backbone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from visadapt.backbone.trace import call, guess_inputs
+from visadapt.errors import VisadaptError
+from visadapt.runtime.registry import facts_of
+from visadapt.runtime.selection import bare, using
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor of a merged model differs from the task's; all by the largest element.
+
+    Attributes:
+        where: in words.
+        error: the difference.
+        change: the difference between the task and the bare backbone; None where the two cannot be compared.
+        size: of the task's.
+        dtype: of the tensor.
+    """
+
+    where: str
+    error: float
+    change: float | None
+    size: float
+    dtype: torch.dtype
+
+
+@dataclass
+class _Outcome:
+    """What a model gave: its outputs, and what went into its head before."""
+
+    outputs: list[Tensor]
+    features: list[Tensor]
+
+
+@torch.no_grad()
+def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = None) -> list[Difference]:
+    """Runs a task, its merged model and the bare backbone on one input, and compares outputs and inputs of the head.
+
+    A head of the task's own hides how little the features may have changed, so these are compared as well.
+
+    Args:
+        model: the injected model.
+        merged: the merged model.
+        task: name of the task.
+        probe: an input; random images or tokens if None.
+
+    Raises:
+        VisadaptError: the model does not run on a guessed input.
+    """
+    paths = [path for path in facts_of(model).head_modules if path]
+    with bare(model):
+        with using(model, task):
+            expected, probe = _first_run(model, paths, probe)
+        plain = _run(model, paths, probe)
+    found = _run(merged, paths, probe)
+    return [
+        *_compared("what goes into the head", found.features, expected.features, plain.features),
+        *_compared("the outputs", found.outputs, expected.outputs, plain.outputs),
+    ]
+
+
+def _compared(where: str, found: list[Tensor], expected: list[Tensor], plain: list[Tensor]) -> list[Difference]:
+    differing = []
+    for index, (mine, task) in enumerate(zip(found, expected, strict=True)):
+        bare_one = plain[index] if index < len(plain) and plain[index].shape == task.shape else None
+        change = None if bare_one is None else _largest(task, bare_one)
+        differing.append(Difference(where, _largest(mine, task), change, _largest(task), task.dtype))
+    return differing
+
+
+def _largest(a: Tensor, b: Tensor | None = None) -> float:
+    if a.numel() == 0:
+        return 0.0
+    if b is None:
+        finite = a.abs()[a.isfinite()]
+        return float(finite.max()) if finite.numel() else 0.0
+    # what is infinite in both is alike
+    return float(torch.where(a == b, 0.0, (a.double() - b.double()).abs()).max())
+
+
+def _first_run(model: nn.Module, paths: list[str], probe: Any) -> tuple[_Outcome, Any]:
+    if probe is not None:
+        return _run(model, paths, probe), probe
+    failure: Exception | None = None
+    for guess in _random_inputs(model):
+        try:
+            return _run(model, paths, guess), guess
+        except Exception as error:  # noqa: PERF203 - whatever a model raises on an input that it cannot take
+            failure = failure or error
+    raise VisadaptError(
+        f"{type(model).__name__} does not run on a guessed input ({failure}): pass probe= with one that it takes, "
+        "or probe=False to merge without comparing"
+    ) from failure
+
+
+def _random_inputs(model: nn.Module) -> Iterator[Any]:
+    """The guessed inputs with other values: all alike, tokens say little of what attention does."""
+    generator = torch.Generator().manual_seed(0)
+    words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0)
+    for guess in guess_inputs(model):
+        if isinstance(guess, Tensor) and guess.is_floating_point():
+            yield torch.randn(guess.shape, generator=generator).to(guess)
+            continue
+        ids = guess.get("input_ids") if isinstance(guess, dict) else guess
+        if isinstance(ids, Tensor) and words > 1:
+            drawn = torch.randint(words, ids.shape, generator=generator).to(ids)
+            yield {**guess, "input_ids": drawn} if isinstance(guess, dict) else drawn
+        yield guess
+
+
+def _run(model: nn.Module, paths: list[str], probe: Any) -> _Outcome:
+    with _watched(model, paths) as features:
+        outputs = tensors_in(call(model, probe))
+    return _Outcome(outputs, features)
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: list[str]) -> Iterator[list[Tensor]]:
+    """Collects what this thread gives to modules."""
+    features: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread:
+            features.extend(t.detach().clone() for t in tensors_in(args))
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(keep) for path in paths]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_in(out: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output."""
+    leaves = tree_leaves(dict(out) if hasattr(out, "keys") else out)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
