@@ -131,7 +131,7 @@ def _own_time(event: Any) -> float:
 def peak_bytes(run: Callable[[], object], device: str) -> int:
     """Measure the peak memory of ``run`` above that held before it (``max_memory_allocated`` on a GPU, else RSS).
 
-    On a CPU (Linux only) the peak is that of the whole process: call it through :func:`in_new_process`.
+    On a CPU (Linux only) the peak is that of the whole process: call it through `in_new_process`.
     """
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()

@@ -29,7 +29,7 @@ def takes(*own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Returns:
         A decorator. The function keeps its name, signature and documentation.
 
-    Example:
+    Examples:
         >>> from visadapt.arguments import takes
         >>> @takes()
         ... def double(number: float) -> float:

@@ -21,7 +21,7 @@ def parse_json(text: str, what: str = "it") -> Any:
         what: it belongs to, for messages.
 
     Raises:
-        VisadaptError: it is larger, deeper or of longer integers than :data:`visadapt.limits.LIMITS` allows.
+        VisadaptError: it is larger, deeper or of longer integers than `visadapt.limits.LIMITS` allows.
         ValueError: it is not JSON.
     """
     check_limit(len(text), "JSON_BYTES", what)

@@ -80,7 +80,7 @@ def combine(
         VisadaptError: a task does not exist or ``into`` does; the weights do not sum to 1; the tasks differ in methods,
             sites, norm policies, heads, labels or inputs (the message names what differs). Nothing was changed then.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.Parallel(), task="day", num_classes=3)
         >>> model = visadapt.inject(model, visadapt.Parallel(), task="night", num_classes=3)
         >>> model = visadapt.combine(model, {"day": 0.7, "night": 0.3}, into="dusk")

@@ -104,8 +104,8 @@ def inject(
             Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
             running statistics never move) or ``full`` (statistics too, which move in train mode). ``auto``
-            is ``affine``, and ``frozen`` for a :class:`visadapt.Ladder`.
-        where: which sites; see :func:`visadapt.sites`. By default the method's own kinds.
+            is ``affine``, and ``frozen`` for a `visadapt.Ladder`.
+        where: which sites; see `visadapt.sites`. By default the method's own kinds.
         example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.
 
@@ -115,7 +115,7 @@ def inject(
     Raises:
         VisadaptError: something in the request matches nothing or contradicts what is there. Nothing was changed then.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=8, task="flowers", num_classes=3)
         >>> model is backbone, visadapt.active(model)
         (True, 'flowers')
@@ -194,7 +194,7 @@ def remove(model: ModelT, task: str) -> ModelT:
     Raises:
         VisadaptError: there is no such task.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
         >>> list(visadapt.tasks(visadapt.remove(model, "flowers")))
@@ -227,7 +227,7 @@ def eject(model: ModelT) -> ModelT:
     Raises:
         VisadaptError: the model was never injected.
 
-    Example:
+    Examples:
         >>> images = torch.randn(2, 3, 32, 32)
         >>> before = backbone.eval()(images)
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)

@@ -31,7 +31,7 @@ def limit(name: str) -> int:
     Raises:
         VisadaptError: the variable is not a positive integer.
 
-    Example:
+    Examples:
         >>> from visadapt.limits import limit
         >>> limit("JSON_DEPTH")
         64

@@ -108,7 +108,7 @@ def _place(facts: Facts, plan: Plan, method: Method, sites: Sites) -> None:
 
 
 def _check_outside_owned(task: Task, sites: Sites) -> None:
-    """Refuses adapters in a module that the task replaces: they would see other logits, or never run."""
+    """Refuse adapters in a module that the task replaces: they would see other logits, or never run."""
     for site in sites:
         path = next((path for path in task.owned if within(site.host, [path])), None)
         if path is not None:
@@ -131,7 +131,7 @@ def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
 
 
 def commit(facts: Facts, plan: Plan) -> Registry:
-    """Does what a plan says. Nothing here can fail for a reason of the user's."""
+    """Do what a plan says. Nothing here can fail for a reason of the user's."""
     with STRUCTURE:
         return _committed(facts, plan)
 

@@ -21,7 +21,7 @@ def printable(text: object) -> str:
     Args:
         text: anything; its ``str`` is taken.
 
-    Example:
+    Examples:
         >>> from visadapt.printable import printable
         >>> printable("a\x1b[31mb")
         'a\\x1b[31mb'
@@ -45,7 +45,7 @@ def markdown_text(text: object) -> str:
     Args:
         text: anything; its ``str`` is taken.
 
-    Example:
+    Examples:
         >>> from visadapt.printable import markdown_text
         >>> markdown_text("<b> [a](b)")
         '&lt;b&gt; \\[a\\](b)'

@@ -63,7 +63,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         VisadaptError: there is no such task, the notes are not JSON, or the folder cannot be written to; modules
             were replaced or unfrozen after the inject and trained, which the file would leave out.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])
         >>> path = visadapt.save(model, "flowers", "flowers.visadapt", notes={"trained by": "me"})
         >>> model = visadapt.eject(model)
@@ -152,7 +152,7 @@ def load(
         VisadaptError: no such file or not a task file; another backbone (what differs is named); a task of that name is
             there; tensors are missing, unexpected or of another shape. Nothing was changed then.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> path = visadapt.save(model, "flowers", "flowers.visadapt")
         >>> visadapt.load(model, path, task="again")

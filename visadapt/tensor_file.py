@@ -64,7 +64,7 @@ def write_described(target: Path, kind: str, description: Mapping[str, Any], ten
 
 
 def read_described(path: Path, kind: str, what: str) -> Content:
-    """Read a file that :func:`write_described` wrote, and check its digest.
+    """Read a file that `write_described` wrote, and check its digest.
 
     The file is opened and read once, so that header and tensors are of one version even while it is being replaced.
 

@@ -33,7 +33,7 @@ from visadapt.backbone.axes import (
 
 
 class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows channel axes while a model runs; only what is computed from :meth:`start`'s tensors is followed."""
+    """Follows channel axes while a model runs; only what is computed from `start`'s tensors is followed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

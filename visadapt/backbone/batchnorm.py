@@ -20,13 +20,13 @@ from visadapt.backbone.trace import call, rehearse
 
 
 def find_pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
-    """Finds each conv whose output goes into a BatchNorm and nowhere else, when the model runs in eval mode.
+    """Find each conv whose output goes into a BatchNorm and nowhere else, when the model runs in eval mode.
 
     A conv or norm with hooks is in no pair, nor one whose weight is computed anew in every forward.
 
     Args:
         model: any model; it is run once on fake tensors.
-        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        example: an input, as `visadapt.sites` takes it; guessed if None.
 
     Returns:
         Paths of the conv and of the norm.

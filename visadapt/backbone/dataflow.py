@@ -85,7 +85,7 @@ class Join:
 
 
 class Flow(TorchFunctionMode):
-    """Records one forward of a model whose modules were hooked by :meth:`watch`."""
+    """Records one forward of a model whose modules were hooked by `watch`."""
 
     def __init__(self) -> None:
         super().__init__()

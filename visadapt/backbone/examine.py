@@ -1,4 +1,4 @@
-"""The two small forwards that tell whose row is whose; see :mod:`visadapt.backbone.rows`."""
+"""The two small forwards that tell whose row is whose; see `visadapt.backbone.rows`."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def _prints(tree: Any) -> dict[Key, Print]:
 
 
 def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
-    """Runs the twin on (p, q) and on (q, p, q), and compares."""
+    """Run the twin on (p, q) and on (q, p, q), and compare."""
     three = take(pair, cut, [1, 0, 1])
     recorder = _Recorder(twin)
     runs = []

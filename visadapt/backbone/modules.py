@@ -18,7 +18,7 @@ CHILD = "visadapt"
 """Name of the host's child that holds the tasks' parts."""
 
 LEAN = "_visadapt_lean"
-"""Attribute of a module that :func:`visadapt.lean` made lean."""
+"""Attribute of a module that `visadapt.lean` made lean."""
 
 PREFIX = "_visadapt_prefix"
 """Attribute of a module that cached prefixes spare: how many of them do."""

@@ -55,7 +55,7 @@ def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module computes s⊙x + t in eval mode, from statistics and an affine part of the usual names.
 
-    It may carry an activation behind that; see :func:`visadapt.backbone.batchnorm.carried`.
+    It may carry an activation behind that; see `visadapt.backbone.batchnorm.carried`.
     """
     cls = plain_class(module)
     # the one FrozenBatchNorm2d that keeps its ε where it can be read

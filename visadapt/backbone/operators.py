@@ -69,7 +69,7 @@ class Operator:
 
     @property
     def layout(self) -> str:
-        """Of its input and output, as :class:`visadapt.methods.layers.Pointwise` takes it."""
+        """Of its input and output, as `visadapt.methods.layers.Pointwise` takes it."""
         return ("NLC", "NCL", "NCHW", "NCDHW")[self.rank]
 
     def pads(self, x: Tensor) -> list[int]:
@@ -116,7 +116,7 @@ class Operator:
         groups: int = 1,
         stride: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Convolves with another weight at the same geometry, or at another stride; a linear where it is one."""
+        """Convolve with another weight at the same geometry, or at another stride; a linear where it is one."""
         if not self.conv:
             return F.linear(x, weight, bias)
         if self.padding is None:
@@ -191,7 +191,7 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
 
 
 def check_weight(host: nn.Module, what: str) -> None:
-    """Refuses a host whose weight is not a parameter of its own.
+    """Refuse a host whose weight is not a parameter of its own.
 
     Raises:
         VisadaptError: it is computed anew for every forward.

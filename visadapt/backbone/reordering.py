@@ -67,7 +67,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
-        """Writes down an operator that lets the data choose along some axes of a tensor that came from the input."""
+        """Write down an operator that lets the data choose along some axes of a tensor that came from the input."""
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name == "_pack_padded_sequence" or (name == "repeat_interleave" and any(map(is_marked, args))):
             self.choices.append((name, (0,)))
@@ -152,7 +152,7 @@ def _indexed(shape: tuple[int, ...], indices: Any) -> tuple[int, ...]:
 
 
 def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Runs an operator; what it would draw is the same for every sample and every run."""
+    """Run an operator; what it would draw is the same for every sample and every run."""
     if name == "native_dropout":
         return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
     arguments = func._schema.arguments

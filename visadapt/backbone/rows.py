@@ -111,7 +111,7 @@ class Print:
 
     @staticmethod
     def of(tensor: Tensor) -> Print:
-        """Takes it."""
+        """Take it."""
         shape = tuple(tensor.shape)
         if not tensor.numel():
             return Print(shape, torch.zeros(shape[0], 2, dtype=torch.double), 0.0)

@@ -77,7 +77,7 @@ class Site:
 
 
 Where: TypeAlias = "str | range | slice | int | Callable[[Site], bool] | Iterable[Any]"
-"""How sites are chosen; see :func:`select`."""
+"""How sites are chosen; see `select`."""
 
 
 class Sites(tuple[Site, ...]):

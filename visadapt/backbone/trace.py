@@ -90,7 +90,7 @@ def _tokens(config: Any, rows: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def guess_input(model: nn.Module) -> Any:
-    """The likeliest of :func:`guess_inputs`."""
+    """The likeliest of `guess_inputs`."""
     return guess_inputs(model)[0]
 
 
@@ -98,7 +98,7 @@ _FIRST = (*CONVS, nn.Linear, nn.Embedding)
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """Calls a model with an example as :func:`visadapt.sites` takes it: a tensor, a tuple, or a dict of keywords."""
+    """Call a model with an example as `visadapt.sites` takes it: a tensor, a tuple, or a dict of keywords."""
     if isinstance(example, Mapping):
         return model(**example)
     if isinstance(example, tuple | list):
@@ -226,7 +226,7 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
         calls: its calls in one forward.
 
     Raises:
-        VisadaptError: as :func:`trace_sites`.
+        VisadaptError: as `trace_sites`.
     """
     if not calls:
         raise VisadaptError(f"{name} is never called as a module when the model runs, so nothing can be put there")

@@ -24,7 +24,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
 
     Args:
         model: a backbone, injected or not.
-        where: as :func:`visadapt.inject` takes it; None for all.
+        where: as `visadapt.inject` takes it; None for all.
         example: an input (a tensor, a tuple of arguments or a dict of keyword arguments), for models whose input
             visadapt cannot guess and sites that have to be traced. Only its shapes and dtypes are used.
 
@@ -34,7 +34,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     Raises:
         VisadaptError: ``where`` matches nothing.
 
-    Example:
+    Examples:
         >>> visadapt.sites(backbone).kinds()
         ['conv3x3', 'block']
         >>> [site.host for site in visadapt.sites(backbone, "block:layer4.*")]
@@ -56,7 +56,7 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
         where: None (every site of the method's kinds), a kind (``"conv3x3"``), a stage (``"layer3"``), depths (``3``,
             ``range(0, 8)``, ``slice(-4, None)``), a glob over hosts (``"layer3.*"``) or over full names
             (``"conv3x3:layer3.*"``), every ``"conv"``, ``"linear"`` or ``"norm"`` outside the head (``"op"``: all
-            three), a predicate on :class:`Site`, or a list of these, whose union is taken.
+            three), a predicate on `Site`, or a list of these, whose union is taken.
             Stages, depths and globs mean the sites of the method's kinds there, if it has any there.
         kinds: the method's kinds.
         example: an input to trace modules with that are not sites yet.

@@ -236,7 +236,7 @@ def in_batches(split: Any, batch_size: int, seed: int | None = None, collate: Co
     """Return what `fit` takes of a split: images that are read when they are needed come in batches.
 
     Args:
-        split: samples in memory, or :class:`~visadapt.data.ImageFiles`.
+        split: samples in memory, or `visadapt.data.ImageFiles`.
         batch_size: images per batch.
         seed: of the order; None for the order of the files.
         collate: makes a batch of samples; None stacks them.

@@ -53,7 +53,7 @@ class Augmentation:
                 raise VisadaptError(f"{option(name)} must be a number from 0 to 10, got {value!r}")
 
     def pixels(self, inputs: ImageInputs) -> Callable[[Image], Tensor] | None:
-        """Return the conversion of training images to uint8, for :meth:`ImageInputs.load`; None if nothing changes.
+        """Return the conversion of training images to uint8, for `ImageInputs.load`; None if nothing changes.
 
         Args:
             inputs: how the backbone's images are prepared.

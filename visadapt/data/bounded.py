@@ -26,7 +26,7 @@ def open_image(file: Path | str | IO[bytes], name: str) -> Any:
         The image, decoded, in its own mode.
 
     Raises:
-        VisadaptError: it is not a readable image, or has more pixels than :data:`visadapt.limits.LIMITS` allows.
+        VisadaptError: it is not a readable image, or has more pixels than `visadapt.limits.LIMITS` allows.
     """
     pil = require("PIL.Image", "loading images", "pillow")
     if variable("IMAGE_PIXELS") in os.environ and pil.MAX_IMAGE_PIXELS is not None:
@@ -73,7 +73,7 @@ def read_gzip(file: Path) -> bytes:
         file: path of the file.
 
     Raises:
-        VisadaptError: it grows by more than :data:`visadapt.limits.LIMITS` allows.
+        VisadaptError: it grows by more than `visadapt.limits.LIMITS` allows.
     """
     with _BoundedGzip(file) as unpacked:
         return b"".join(iter(unpacked.read, b""))

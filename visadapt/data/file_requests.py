@@ -41,7 +41,7 @@ def vetted(
         online: whether weights that are not on this machine may be downloaded.
 
     Returns:
-        Arguments of :func:`visadapt.data.hub.resolve`.
+        Arguments of `visadapt.data.hub.resolve`.
 
     Raises:
         VisadaptError: the file asks for what no file may choose; the weights are not on this machine.
@@ -82,7 +82,7 @@ def tokenizer(name: str, *, online: bool = False) -> Any:
 
 
 def check_tokenizer(name: str) -> None:
-    """Refuses names of tokenizers that no file may choose."""
+    """Refuse names of tokenizers that no file may choose."""
     if not (name == "bundled/minilm" or (name.startswith("hf/") and may_name(name))):
         raise VisadaptError(f"a file must not choose the tokenizer {name!r:.200} (a local path, or not a plain name): "
                             f"{BY_HAND}")  # fmt: skip

@@ -101,7 +101,7 @@ def to_square(image: Image, size: int) -> Image:
 
 
 def square_pixels(image: Image, size: int) -> Tensor:
-    """Convert an image to uint8, ``(3, size, size)``, as :func:`to_square` crops it."""
+    """Convert an image to uint8, ``(3, size, size)``, as `to_square` crops it."""
     return to_tensor(to_square(image, size))
 
 

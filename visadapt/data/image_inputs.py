@@ -111,18 +111,18 @@ class ImageInputs:
         """Load a data set; splits that it lacks are made: 20 % for testing, 10 % of the rest for validation.
 
         Args:
-            data: as :func:`visadapt.data.load_images` takes it.
+            data: as `visadapt.data.load_images` takes it.
             labels: class names in the task's order; None for those of the data.
             seed: seed of the splits.
             whole: make no splits: all images, or the test images where there are some, are the test split.
             damaged: fraction of the images of a split that may be damaged.
-            memory: bytes of images to keep in memory; larger sets are :class:`~visadapt.data.ImageFiles`, which read
+            memory: bytes of images to keep in memory; larger sets are `visadapt.data.ImageFiles`, which read
                 their images when they are needed.
             training: converts a training image to uint8, ``(3, size, size)``, at random and anew in each epoch.
-            **options: passed to :func:`visadapt.data.load_images`.
+            **options: passed to `visadapt.data.load_images`.
 
         Raises:
-            VisadaptError: an option applies to texts only; see :func:`visadapt.data.load_images`.
+            VisadaptError: an option applies to texts only; see `visadapt.data.load_images`.
         """
         found = find(data, classes=labels, **options)
         if labels is not None:

@@ -45,7 +45,7 @@ def find(
     online: bool = False,
     **columns: Any,
 ) -> Found:
-    """Find the labelled images of a data set; see :func:`visadapt.data.load_images`.
+    """Find the labelled images of a data set; see `visadapt.data.load_images`.
 
     Raises:
         VisadaptError: there is no such data set, or its layout is not understood.

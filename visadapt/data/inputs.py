@@ -33,7 +33,7 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
 
     Args:
         model: the backbone.
-        name: its name, as :func:`visadapt.inject` takes it.
+        name: its name, as `visadapt.inject` takes it.
         size: image side in pixels; None for the side that the backbone was trained at.
         length: maximum tokens per text; None for 128.
 
@@ -100,10 +100,10 @@ def described(inputs: Inputs) -> dict[str, Any]:
 
 
 def from_description(description: Mapping[str, Any], *, backbone: str | None = None, online: bool = False) -> Inputs:
-    """Rebuild inputs from the output of :func:`described`, as a file holds it.
+    """Rebuild inputs from the output of `described`, as a file holds it.
 
     Args:
-        description: output of :func:`described`.
+        description: output of `described`.
         backbone: name of a backbone whose tokenizer is the caller's own choice: it is loaded without restrictions where
             the description names the same, and in place of a local path, which a file may not choose.
         online: whether a tokenizer that only the description names may be downloaded.

@@ -33,7 +33,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     """Images and their labels, as a data set of torch: each image is read when it is asked for.
 
     Args:
-        items: what :func:`~visadapt.data.image_file.read_image` takes: paths, images of the ``datasets`` library, or
+        items: what `visadapt.data.image_file.read_image` takes: paths, images of the ``datasets`` library, or
             all images as one uint8 tensor.
         labels: class indices or real values ``(N,)``, or bool ``(N, C)``, True for every label that applies.
         pixels: converts an RGB image to a uint8 tensor ``(3, H, W)``.
@@ -134,7 +134,7 @@ def held(files: ImageFiles, most: float = DAMAGED) -> tuple[Tensor, Tensor]:
 
     Args:
         files: the images.
-        most: as in :func:`checked`.
+        most: as in `checked`.
 
     Returns:
         uint8 images ``(N, 3, H, W)`` and their labels.

@@ -84,7 +84,7 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
 
     Args:
         tokenizer: a tokenizer of transformers.
-        split: a :class:`~visadapt.data.TextSplit`, of texts or of pairs.
+        split: a `visadapt.data.TextSplit`, of texts or of pairs.
         max_length: maximum number of tokens; longer texts are truncated.
 
     Raises:

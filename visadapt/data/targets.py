@@ -115,7 +115,7 @@ def ordered(labels: Iterable[str]) -> list[str]:
 
 
 def check_form(labels: Tensor, count: int) -> None:
-    """Refuse labels that have none of the forms of :meth:`Targets.encode`.
+    """Refuse labels that have none of the forms of `Targets.encode`.
 
     Raises:
         VisadaptError: the message names the forms.
@@ -134,7 +134,7 @@ def held_out(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose ``n`` samples at random: with the class proportions of the whole if the labels are classes.
 
     Args:
-        labels: of any of the forms of :meth:`Targets.encode`.
+        labels: of any of the forms of `Targets.encode`.
         n: how many to choose, between 1 and ``N - 1``.
         seed: the same seed chooses the same samples.
 

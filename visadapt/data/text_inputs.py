@@ -84,10 +84,10 @@ class TextInputs:
         """Load a data set.
 
         Args:
-            name: as :func:`visadapt.data.load_text` takes it.
+            name: as `visadapt.data.load_text` takes it.
             labels: class names in the task's order; None for those of the data.
             seed: seed of splits that the data set does not define.
-            **options: passed to :func:`visadapt.data.load_text`.
+            **options: passed to `visadapt.data.load_text`.
         """
         if wrong := sorted(options.keys() & {"image", "online", "download"}):
             raise VisadaptError(f"{name}: {' and '.join(map(option, wrong))} apply to images only, and these are texts")

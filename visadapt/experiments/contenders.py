@@ -28,8 +28,8 @@ class Contender:
         name: name in results and tables.
         method: the method to inject.
         recipe: how to train it.
-        norms: norm policy, as :func:`visadapt.inject` takes it.
-        where: sites to adapt, as :func:`visadapt.inject` takes them.
+        norms: norm policy, as `visadapt.inject` takes it.
+        where: sites to adapt, as `visadapt.inject` takes them.
         rates: learning rates to choose from on validation data; with fewer than two, the recipe's own is used.
     """
 

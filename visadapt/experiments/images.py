@@ -19,10 +19,10 @@ from visadapt.training import Samples
 
 @dataclass(frozen=True)
 class ImageProblem(Problem):
-    """A data set of images, as :func:`visadapt.data.load_images` loads it, or a zip file of such a folder.
+    """A data set of images, as `visadapt.data.load_images` loads it, or a zip file of such a folder.
 
     Args:
-        network: name of the backbone, or path of a file; see :func:`visadapt.experiments.networks.network`.
+        network: name of the backbone, or path of a file; see `visadapt.experiments.networks.network`.
         data: name or path of the data set.
         train: number of training images; None for all that are not held out.
         validation: number of images held out from the training images.

@@ -23,7 +23,7 @@ class InitScale(Experiment):
 
     Args:
         problems: problems to train on.
-        who: a contender with a :class:`~visadapt.methods.Bottleneck`, trained at its recipe's learning rate.
+        who: a contender with a `visadapt.methods.Bottleneck`, trained at its recipe's learning rate.
         stds: standard deviations of the projections' initial weights.
         seeds: one training run each.
 

@@ -35,7 +35,7 @@ def fit_head(
         task: a task that owns one head module and nothing else.
         train: labelled samples.
         recipe: how to train the head.
-        prepare: as in :func:`visadapt.training.fit`.
+        prepare: as in `visadapt.training.fit`.
         seed: seed of the order of samples.
         device: device to compute on; None for the model's.
         progress: show a progress bar on a terminal.

@@ -1,4 +1,4 @@
-"""Backbones of experiments: those of :mod:`visadapt.data.hub`, and VGG-16 from a file of its convolutions."""
+"""Backbones of experiments: those of `visadapt.data.hub`, and VGG-16 from a file of its convolutions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def network(name: str, **options: Any) -> nn.Module:
     """Load a pretrained backbone.
 
     Args:
-        name: as :func:`visadapt.inject` takes it, or the path of a ``.safetensors`` file with the convolutions of
+        name: as `visadapt.inject` takes it, or the path of a ``.safetensors`` file with the convolutions of
             VGG-16 under torchvision's keys, ``features.0.weight`` and so on.
         **options: options of the builder.
 

@@ -18,13 +18,13 @@ def problem(network: str, data: str, **options: Any) -> Problem:
     Args:
         network: a backbone for texts, ``"bundled/minilm"`` or ``"hf/…"``, or one for images: ``"bundled/resnet50"``,
             ``"timm/…"``, ``"torchvision/…"``, or a ``.safetensors`` file of VGG-16's convolutions.
-        data: name or path of the data set, as :func:`visadapt.data.load_images` or :func:`visadapt.data.load_text`
+        data: name or path of the data set, as `visadapt.data.load_images` or `visadapt.data.load_text`
             takes it; also a zip file of a folder of images.
-        **options: fields of :class:`~visadapt.experiments.images.ImageProblem` or
-            :class:`~visadapt.experiments.texts.TextProblem`; those that are None keep their defaults.
+        **options: fields of `visadapt.experiments.images.ImageProblem` or
+            `visadapt.experiments.texts.TextProblem`; those that are None keep their defaults.
 
     Returns:
-        A :class:`~visadapt.experiments.texts.TextProblem` or :class:`~visadapt.experiments.images.ImageProblem`.
+        A `visadapt.experiments.texts.TextProblem` or `visadapt.experiments.images.ImageProblem`.
         Nothing is loaded yet.
 
     Raises:

@@ -28,7 +28,7 @@ class Problem(ABC):
     Subsets are random but fixed: the same sizes give the same samples, and a smaller subset is part of a larger one.
 
     Args:
-        network: name of the backbone, or path of a file; see :func:`visadapt.experiments.networks.network`.
+        network: name of the backbone, or path of a file; see `visadapt.experiments.networks.network`.
         data: name or path of the data set.
         train: number of training samples; None for all.
         validation: number of validation samples; None for all of the set's own.
@@ -73,12 +73,12 @@ class Problem(ABC):
 
     @property
     def splits(self) -> Splits:
-        """The data as :class:`~visadapt.training.Samples`, loaded once per process."""
+        """The data as `visadapt.training.Samples`, loaded once per process."""
         return _splits(self)
 
     @abstractmethod
     def load(self) -> Splits:
-        """Load the data; see :attr:`splits`."""
+        """Load the data; see `splits`."""
 
     def prepare(self, batch: Any) -> Any:
         """Convert a batch of inputs to the backbone's input, in training and evaluation."""

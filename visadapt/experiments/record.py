@@ -134,7 +134,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
 
 @takes()
 def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
-    """Write results as a CSV table, one row each, ``facts`` and ``machine`` as JSON; :func:`read_results` reads it.
+    """Write results as a CSV table, one row each, ``facts`` and ``machine`` as JSON; `read_results` reads it.
 
     Args:
         results: any number of results.

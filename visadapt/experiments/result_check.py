@@ -40,7 +40,7 @@ def check_result(result: Any) -> None:
     """Refuse a result with a value that no experiment writes.
 
     Args:
-        result: a :class:`~visadapt.experiments.Result` whose fields have their types.
+        result: a `visadapt.experiments.Result` whose fields have their types.
 
     Raises:
         VisadaptError: the field is named.

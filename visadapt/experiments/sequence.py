@@ -38,7 +38,7 @@ class Sequence(Experiment):
     Args:
         problems: problems in the order of learning, all on one backbone.
         contenders: contenders to train.
-        sequential: a contender with :class:`~visadapt.methods.Full`; None to leave sequential fine-tuning out.
+        sequential: a contender with `visadapt.methods.Full`; None to leave sequential fine-tuning out.
         seeds: one sequence each.
 
     Raises:

@@ -13,7 +13,7 @@ from visadapt.training import Samples, tokenised
 
 @dataclass(frozen=True)
 class TextProblem(Problem):
-    """Texts or pairs of texts, as :func:`visadapt.data.load_text` loads them, for a backbone from transformers.
+    """Texts or pairs of texts, as `visadapt.data.load_text` loads them, for a backbone from transformers.
 
     The metric of CoLA is the Matthews correlation, as in GLUE; all other sets use accuracy.
 

@@ -44,7 +44,7 @@ class Workspace:
 
 
 def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, workspace: Workspace) -> float:
-    """Train in place the task that :meth:`Contender.put` added.
+    """Train in place the task that `Contender.put` added.
 
     A linear probe is trained on cached features. For images, the part of the network below the first trained module is
     also run only once, and its outputs are cached if they fit in memory.

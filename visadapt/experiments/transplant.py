@@ -32,7 +32,7 @@ def start_from(model: nn.Module, task: str, source: Mapping[str, Tensor]) -> Non
     Args:
         model: an injected model.
         task: name of the task to change.
-        source: values by the names of :func:`body_tensors`; other names are ignored.
+        source: values by the names of `body_tensors`; other names are ignored.
 
     Raises:
         VisadaptError: a value is missing or has another shape; nothing is changed then.
@@ -87,7 +87,7 @@ def without_layers(model: nn.Module, task: str, removed: Container[int], *, norm
     Args:
         model: an injected model.
         task: name of the task.
-        removed: depths, as :func:`visadapt.sites` counts them.
+        removed: depths, as `visadapt.sites` counts them.
         norms: also remove the task's own norms.
 
     Yields:

@@ -47,7 +47,7 @@ class _Outcome:
 
 @torch.no_grad()
 def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = None) -> list[Difference]:
-    """Runs a task, its merged model and the bare backbone on one input, and compares outputs and inputs of the head.
+    """Run a task, its merged model and the bare backbone on one input, and compare outputs and inputs of the head.
 
     A head of the task's own hides how little the features may have changed, so these are compared as well.
 

@@ -18,8 +18,8 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
     """Fold every BatchNorm that alone follows a conv into it: W' = s·W, b' = s·b + t with s = γ/√(σ²+ε), t = β − μ·s.
 
     Args:
-        model: a plain model in eval mode, such as :func:`visadapt.merge` gives; changed in place.
-        example: an input to find the pairs with, as :func:`visadapt.sites` takes it; guessed if None.
+        model: a plain model in eval mode, such as `visadapt.merge` gives; changed in place.
+        example: an input to find the pairs with, as `visadapt.sites` takes it; guessed if None.
 
     Returns:
         The same model; the folded norms have become identities (or the activation that they carried).
@@ -27,7 +27,7 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
     Raises:
         VisadaptError: the model is injected or in train mode, or does not run on the example.
 
-    Example:
+    Examples:
         >>> images = torch.randn(2, 3, 32, 32)
         >>> expected = backbone.eval()(images)
         >>> torch.allclose(visadapt.fold(backbone)(images), expected, atol=1e-4)

@@ -30,7 +30,7 @@ def absorb(
         source: the injected backbone.
         registry: of its tasks.
         task: which of them.
-        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        example: an input, as `visadapt.sites` takes it; guessed if None.
         measured: whether the outputs of the two will be compared. If not, what only a comparison would show is looked
             for: weights that other modules read too, and changes that rounding takes away.
 

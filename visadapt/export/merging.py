@@ -38,17 +38,17 @@ def merge(
     the centre tap of a k×k); a linear map M·y + c after a conv or linear gives M·W and M·b + c, and passes through the
     eval-mode norm behind a conv; norms and heads take the place of the backbone's. All of it is computed in float64 and
     rounded once. The merged model is then compared with the task on a probe; the largest error is logged (logger
-    ``visadapt.export.merging``; :func:`merge_error` measures it again). An error that is more than rounding of what the
+    ``visadapt.export.merging``; `merge_error` measures it again). An error that is more than rounding of what the
     task changes is refused: 10⁻³ of the difference between the task and the bare backbone in float32, a tenth in half
     precision. So is a task that changes less than the weights' dtype can hold.
 
     Args:
         model: an injected model, in eval mode if the task has statistics of its own.
         task: its name; None for the active one.
-        inplace: write into ``model`` itself and take all tasks out of it; :func:`unmerge` undoes that, bit for bit.
+        inplace: write into ``model`` itself and take all tasks out of it; `unmerge` undoes that, bit for bit.
             Otherwise ``model`` stays as it is and a copy is merged.
-        fold: afterwards fold every eval-mode BatchNorm into the conv before it (see :func:`visadapt.fold`).
-        probe: an input to compare on, as :func:`visadapt.sites` takes an example; guessed if None; False for no
+        fold: afterwards fold every eval-mode BatchNorm into the conv before it (see `visadapt.fold`).
+        probe: an input to compare on, as `visadapt.sites` takes an example; guessed if None; False for no
             comparison. Then the weights themselves must show that the merge is exact.
 
     Returns:
@@ -57,7 +57,7 @@ def merge(
     Raises:
         VisadaptError: something cannot be merged exactly; the site and the reason are named. Nothing was changed then.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.LoRA(r=2), task="flowers", num_classes=3).eval()
         >>> plain = visadapt.merge(model, "flowers")
         >>> any("visadapt" in key for key in plain.state_dict())
@@ -112,7 +112,7 @@ def merge_error(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
 
     Args:
         model: the injected model.
-        merged: the result of :func:`merge`.
+        merged: the result of `merge`.
         task: name of the task.
         probe: an input; images drawn from a normal, or random tokens, if None.
 
@@ -153,7 +153,7 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         VisadaptError: the model was not merged in place.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.LoRA(r=2), task="flowers", num_classes=3).eval()
         >>> model = visadapt.merge(model, "flowers", inplace=True)
         >>> visadapt.tasks(model)
@@ -174,7 +174,7 @@ def unmerge(model: ModelT) -> ModelT:
 
 
 def _tell_width(plain: nn.Module, registry: Registry, task: str) -> None:
-    """Lets the attributes that libraries keep of a head's width follow the merged head."""
+    """Let the attributes that libraries keep of a head's width follow the merged head."""
     width = registry.task(task).num_classes
     if task in registry.configs:
         plain.__dict__["config"] = copy.deepcopy(registry.configs[task])

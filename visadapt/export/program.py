@@ -30,7 +30,7 @@ def export(
     example: Any = None,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Writes what a model computes to a file, for batches of any size and texts of any length.
+    """Write what a model computes to a file, for batches of any size and texts of any length.
 
     Args:
         model: an injected model, or a plain one (merged, say).
@@ -45,7 +45,7 @@ def export(
     Raises:
         VisadaptError: another suffix, no such task, no onnxscript, or a model that torch cannot export.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> path = export(model, "flowers.pt2", task="flowers", example=torch.randn(2, 3, 32, 32))
         >>> program = torch.export.load(path).module()

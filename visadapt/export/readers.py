@@ -14,7 +14,7 @@ from visadapt.errors import VisadaptError
 
 
 def foreign_reader(model: nn.Module, names: set[str], example: Any = None) -> dict[str, str]:
-    """Finds the weights that another module than their own computes with.
+    """Find the weights that another module than their own computes with.
 
     Torch's MultiheadAttention does so with its output projection, without calling it. Others are found by a run on
     fake tensors, where the model runs on the example or on a guessed input.
@@ -22,7 +22,7 @@ def foreign_reader(model: nn.Module, names: set[str], example: Any = None) -> di
     Args:
         model: the backbone.
         names: of the parameters in question.
-        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        example: an input, as `visadapt.sites` takes it; guessed if None.
 
     Returns:
         Parameter → path of the module that reads it.
@@ -56,7 +56,7 @@ class _Readers(TorchFunctionMode):
             module.register_forward_hook(lambda module, args, out: self._stack.pop() and None)
 
     def watch(self, given: Any) -> dict[str, str]:
-        """Runs the model once."""
+        """Run the model once."""
         with self:
             call(self.model, given)
         return self.found

@@ -28,7 +28,7 @@ class Weights:
     """The parameters and buffers of a plain model while a task is written into them.
 
     Args:
-        plain: the model; nothing in it is changed before :meth:`settle`.
+        plain: the model; nothing in it is changed before `settle`.
     """
 
     def __init__(self, plain: nn.Module) -> None:

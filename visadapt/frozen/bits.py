@@ -20,7 +20,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """The bool tensor that :func:`pack` took, which had this shape and memory format."""
+    """The bool tensor that `pack` took, which had this shape and memory format."""
     words = bits.to(torch.int64).mul_(_SHIFTS).bitwise_right_shift_(7).bitwise_and_(_LOWEST)
     flat = words.view(torch.bool)[: shape.numel()]
     if memory_format is torch.channels_last:

@@ -122,7 +122,7 @@ class Writer:
         self.file, self.descriptor = file, descriptor
 
     def write(self, parts: Iterable[Tensor], identity: Callable[[], dict[str, Any]]) -> Tensor:
-        """Writes the features and the key, and puts both in their places.
+        """Write the features and the key, and put both in their places.
 
         Args:
             parts: consecutive pieces of the features.
@@ -159,7 +159,7 @@ class Writer:
 
 
 def _locked(path: Path) -> int:
-    """Opens a file that no other process or thread holds, waiting for those that do."""
+    """Open a file that no other process or thread holds, waiting for those that do."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -177,7 +177,7 @@ def _locked(path: Path) -> int:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Takes the space on the disk, where the system can, so that a full disk is found before anything is computed."""
+    """Take the space on the disk, where the system can, so that a full disk is found before anything is computed."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:

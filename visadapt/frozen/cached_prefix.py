@@ -40,13 +40,13 @@ class Resumable:
         """The model's output for the active task.
 
         Raises:
-            VisadaptError: the cache is not of this task, or the model is not what it was; see :meth:`Prefix.check`.
+            VisadaptError: the cache is not of this task, or the model is not what it was; see `Prefix.check`.
         """
         return self.prefix.resume(self.features, self.inputs)
 
 
 class CachedPrefix:
-    """Prefix outputs of a whole data set; what :func:`cache_prefix` returns. Give it to ``fit`` as ``prepare``.
+    """Prefix outputs of a whole data set; what `cache_prefix` returns. Give it to ``fit`` as ``prepare``.
 
     Attributes:
         prefix: the part of the backbone whose outputs these are; ``prefix.close()`` ends its use.
@@ -64,7 +64,7 @@ class CachedPrefix:
         """The batch of these rows; each in one of its views, drawn anew.
 
         Args:
-            rows: ``(n,)`` int64, some of :attr:`rows`.
+            rows: ``(n,)`` int64, some of `rows`.
 
         Raises:
             VisadaptError: these are not such rows; ``prepare`` gives other shapes than when the cache was made.
@@ -91,7 +91,7 @@ class CachedPrefix:
         return Resumable(self.prefix, features, inputs)
 
     def check(self, model: nn.Module, task: str | None) -> None:
-        """Refuses to be used for training anything but the task that the cache is of.
+        """Refuse to be used for training anything but the task that the cache is of.
 
         Where outputs are kept that parts only watch, any task that starts there may be trained on them.
 
@@ -123,7 +123,7 @@ def cache_prefix(
     limit: float = 4e9,
     batch_size: int = 64,
 ) -> CachedPrefix:
-    """Computes once what lies below the first site that a task trains, so that later epochs run the rest only.
+    """Compute once what lies below the first site that a task trains, so that later epochs run the rest only.
 
     The prefix runs in eval mode: a dropout below that site does not act. The cache is used in the autocast context that
     it was made in. Several caches may be open on one model.
@@ -153,7 +153,7 @@ def cache_prefix(
             not give the same from the cache as without (it draws random numbers, its prefix is more than one tensor, or
             what it gives for one sample depends on the others in the batch).
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
         >>> images = torch.randn(4, 3, 32, 32)
         >>> cached = visadapt.cache_prefix(model, "flowers", images)
@@ -349,7 +349,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _check_alone(prefix: Prefix, inputs: Any, features: Tensor, count: int) -> None:
-    """Refuses a prefix whose rows are not the samples', or whose output for a sample depends on the others."""
+    """Refuse a prefix whose rows are not the samples', or whose output for a sample depends on the others."""
     alone = prefix.compute(inputs)
     rows = features.ndim > 0 and len(features) == count and alone.shape == (1, *features.shape[1:])
     if not rows or not _close(alone[0], features[0]):

@@ -100,7 +100,7 @@ class Folds:
         self._made: tuple[Any, dict[Pair, tuple[Tensor, Tensor]]] | None = None
 
     def add(self, model: nn.Module, paths: Iterable[tuple[str, str]]) -> dict[nn.Module, Pair]:
-        """Adds pairs by their paths; returns each pair by its conv and by its norm."""
+        """Add pairs by their paths; returns each pair by its conv and by its norm."""
         found: dict[nn.Module, Pair] = {}
         for conv_path, norm_path in paths:
             conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)

@@ -249,7 +249,7 @@ class NormInput(NamedTuple):
 class OwnBatchNorm(Function):
     """y = γ·(x − μ)/σ + β with the statistics frozen and γ, β a task's own: keeps x, in the dtype that is chosen.
 
-    What follows need not keep y: it keeps what is kept here, once more at no cost, and calls :meth:`output`.
+    What follows need not keep y: it keeps what is kept here, once more at no cost, and calls `output`.
     """
 
     @staticmethod

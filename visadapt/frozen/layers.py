@@ -48,7 +48,7 @@ class Lean:
     keep: torch.dtype | None = None
 
     def apply(self, part: nn.Module) -> None:
-        """Makes a part of a task lean, and the activation that a norm carries, if they can be."""
+        """Make a part of a task lean, and the activation that a norm carries, if they can be."""
         inner = carried(part) if is_foldable(part) else []
         for module, make in ((part, part_maker_for(part)), *((m, maker_for(m)) for m in inner)):
             if make is not None:

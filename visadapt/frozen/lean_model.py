@@ -21,7 +21,7 @@ def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None)
     An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
     one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
     stands behind a BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain
-    model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; :func:`unlean` undoes it
+    model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; `unlean` undoes it
     exactly. To compute again what is kept, adapters' inputs too, switch on the backbone's own checkpointing: timm's
     ``set_grad_checkpointing()``, say.
 
@@ -30,7 +30,7 @@ def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None)
         keep: a dtype in which to keep what the backward pass needs of an adapter's, a norm's or an activation's input,
             such as ``torch.bfloat16``: half the bytes, outputs as before, gradients rounded to that dtype's precision.
             None keeps everything in its own. A model that is lean already goes on with this one.
-        example: an input to find out with which norm follows which conv, as :func:`visadapt.sites` takes it.
+        example: an input to find out with which norm follows which conv, as `visadapt.sites` takes it.
 
     Returns:
         The same model.
@@ -38,7 +38,7 @@ def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None)
     Raises:
         VisadaptError: the model was never injected, or ``keep`` is not a floating-point dtype.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3).train()
         >>> images = torch.randn(2, 3, 32, 32)
         >>> plain = model(images)
@@ -77,7 +77,7 @@ def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None)
 
 
 def unlean(model: ModelT) -> ModelT:
-    """Undo :func:`lean`, exactly.
+    """Undo `lean`, exactly.
 
     Args:
         model: an injected model, lean or not.

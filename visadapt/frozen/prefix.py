@@ -95,9 +95,9 @@ class Prefix:
     Args:
         model: an injected model.
         task: the task; its first host and everything above are computed in every step.
-        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        example: an input, as `visadapt.sites` takes it; guessed if None.
 
-    Parts that only watch what a module gives (a :class:`visadapt.Ladder`'s) do not end it: what they watch is kept
+    Parts that only watch what a module gives (a `visadapt.Ladder`'s) do not end it: what they watch is kept
     beside the prefix's output, and any task that watches the same goes on from it.
 
     Attributes:
@@ -171,7 +171,7 @@ class Prefix:
         ]
 
     def check_task(self, task: str, what: str) -> None:
-        """Refuses a task that has parts within the prefix, or that is gone.
+        """Refuse a task that has parts within the prefix, or that is gone.
 
         Raises:
             VisadaptError: its first such host is named.
@@ -259,7 +259,7 @@ class Prefix:
         """The model's output for ``inputs`` whose prefix gave ``features``; only what lies above is computed.
 
         Raises:
-            VisadaptError: see :meth:`check`.
+            VisadaptError: see `check`.
         """
         self.check()
         if torch.is_grad_enabled():
@@ -277,7 +277,7 @@ class Prefix:
         return out
 
     def close(self) -> None:
-        """Gives the spared modules their classes back."""
+        """Give the spared modules their classes back."""
         for module in self.spared:
             left = module.__dict__.get(PREFIX, 0) - 1
             if left > 0:

@@ -104,7 +104,7 @@ class ParallelBottleneck(nn.Module):
         return (self.scale * delta).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
-        """Refuses: the branch is nonlinear.
+        """Refuse: the branch is nonlinear.
 
         Raises:
             VisadaptError: always.

@@ -46,7 +46,7 @@ class Bottleneck(Method):
     Raises:
         VisadaptError: an option is out of range; ``depthwise`` at a site of token sequences.
 
-    Example:
+    Examples:
         >>> plus = visadapt.Bottleneck(m=4, scale="channel", drop_path=0.1)
         >>> model = visadapt.inject(backbone, plus, task="flowers", num_classes=3, norms="frozen")
         >>> visadapt.summary(model)["flowers"].adapters  # 2dm + 2d + m at each of 8 sites
@@ -77,7 +77,7 @@ class Bottleneck(Method):
 
 
 class BottleneckAdapter(nn.Module):
-    """The module of :class:`Bottleneck` at one site; its output has its input's shape, in the site's layout."""
+    """The module of `Bottleneck` at one site; its output has its input's shape, in the site's layout."""
 
     role: ClassVar[str] = "after"
 

@@ -31,7 +31,7 @@ class CoLoRA(Method):
     both, beside independent parts of rank r_i. With r = r_s + r_i, s1 = 1/((r_s·d)^¼·(std(W2ᵀ·B) + std(A))),
     s2 = 1/((r_s·d)^¼·(std(A·W1ᵀ) + std(B))) and σ = √r_i·(std(A_i) + std(B_i)), as in the authors' code, all constants
     in the gradient. The depthwise convolution has a branch beside it: 1×1 to d/64 channels, a fixed edge-preserving
-    filter (:func:`visadapt.methods.edge_filter.edge_preserving`), and a depthwise 3×3 back to d. All B are zero and all
+    filter (`visadapt.methods.edge_filter.edge_preserving`), and a depthwise 3×3 back to d. All B are zero and all
     A drawn: the network starts as it was, bit for bit. 2·d·r_s + 10·d·r_i parameters per ConvNeXt block of expansion 4,
     and d·(⌊d/64⌋ + 9) of the branch (at least one channel).
 
@@ -52,7 +52,7 @@ class CoLoRA(Method):
     Raises:
         VisadaptError: an option is out of range; a block is neither a ConvNeXt's nor a ResNet's bottleneck block.
 
-    Example:
+    Examples:
         >>> import timm
         >>> net = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 32, 48, 64), num_classes=10)
         >>> model = visadapt.inject(net, visadapt.CoLoRA(branch=False), task="flowers", num_classes=3).eval()
@@ -227,7 +227,7 @@ class DepthwiseBranch(nn.Module):
         return convolve(self.rank, z, self.b, stride=self.stride, padding=1, groups=len(self.a)).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
-        """Refuses: the filter weighs neighbours by how alike they are.
+        """Refuse: the filter weighs neighbours by how alike they are.
 
         Raises:
             VisadaptError: always.

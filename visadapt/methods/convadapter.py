@@ -139,7 +139,7 @@ class ConvBottleneck(nn.Module):
         return as_channels_first(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
-        """Refuses: Δ is nonlinear.
+        """Refuse: Δ is nonlinear.
 
         Raises:
             VisadaptError: always.
@@ -147,7 +147,7 @@ class ConvBottleneck(nn.Module):
         raise VisadaptError("it has a nonlinearity (ReLU)")
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
-        """Refuses, likewise.
+        """Refuse, likewise.
 
         Raises:
             VisadaptError: always.

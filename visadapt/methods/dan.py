@@ -30,7 +30,7 @@ class DAN(Method):
             pass through), so that what is trained is what is stored: packed integers and a scale per row. The paper
             finds 8 and 6 bits to cost nothing. A state dict holds the rounded D as well.
         alpha: how much of the change acts: 1 the task's kernels, 0 the backbone's, a mixture between (the paper's
-            switch α). :func:`set_alpha` sets it afterwards.
+            switch α). `set_alpha` sets it afterwards.
 
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear, or its weight is not a
@@ -62,7 +62,7 @@ def check_alpha(alpha: Any) -> None:
 
 
 class Controller(nn.Module):
-    """The module of :class:`DAN` at one site: D, and the difference of the bias."""
+    """The module of `DAN` at one site: D, and the difference of the bias."""
 
     role: ClassVar[str] = "weights"
 
@@ -144,7 +144,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
-    """The codes that :func:`packed` made a string of."""
+    """The codes that `packed` made a string of."""
     flat = (stored.to(torch.int64)[:, None] >> torch.arange(8, device=stored.device) & 1).flatten()[: count * bits]
     whole = (flat.view(count, bits) << torch.arange(bits, device=stored.device)).sum(1)
     codes: Tensor = whole - (2 ** (bits - 1) - 1)

@@ -21,11 +21,11 @@ class DoRA(Method):
     """W̃ = m ⊙ (W + (α/r)·B·A) / ‖W + (α/r)·B·A‖ (Liu et al. 2024, arXiv 2402.09353, §4.1).
 
     The norm is that of each output channel's weights, for a linear and for a convolution of any geometry; in the
-    gradient it is a constant (§4.3). A: r × C_in·k² and B: C_out × r are as in :class:`LoRA`, and m has C_out
+    gradient it is a constant (§4.3). A: r × C_in·k² and B: C_out × r are as in `LoRA`, and m has C_out
     elements: r·(C_in/groups·k² + C_out) + C_out parameters per site. B is zero, A is drawn and m = ‖W‖ at the start:
     the network starts as it was, bit for bit. No operation is added once the weight is formed, and it merges always.
 
-    By default at the sites of :class:`LoRA`: the 3×3 convolutions, and the query and value projections of attention.
+    By default at the sites of `LoRA`: the 3×3 convolutions, and the query and value projections of attention.
 
     Args:
         r: the rank, or a fraction of the site's channels in (0, 1).
@@ -35,7 +35,7 @@ class DoRA(Method):
         VisadaptError: an option is out of range; a site is not a convolution or linear, or its weight is not a
             parameter of floating point numbers.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.DoRA(r=2), task="flowers", num_classes=3).eval()
         >>> images = torch.randn(2, 3, 32, 32)
         >>> torch.allclose(visadapt.merge(model, "flowers")(images), model(images), atol=1e-5)
@@ -63,7 +63,7 @@ class DoRA(Method):
 
 
 class DoRAWeight(nn.Module):
-    """The module of :class:`DoRA` at one site: A, B and the magnitude m."""
+    """The module of `DoRA` at one site: A, B and the magnitude m."""
 
     role: ClassVar[str] = "weights"
     names: ClassVar[tuple[str, ...]] = ("weight",)

@@ -55,7 +55,7 @@ class Ladder(Method):
         VisadaptError: an option is out of range; the norms are not frozen; the blocks' outputs are maps in one place
             and tokens in another.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.Ladder(m=4), task="flowers", num_classes=3)
         >>> images = torch.randn(2, 3, 32, 32)
         >>> cached = visadapt.cache_prefix(model, "flowers", images)
@@ -186,7 +186,7 @@ class SideNetwork(nn.Module):
         return z if self.rank == 0 or is_channels_first(self.layout) else z.movedim(1, -1)
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
-        """Refuses: a network of its own has no place in a layer's weight.
+        """Refuse: a network of its own has no place in a layer's weight.
 
         Raises:
             VisadaptError: always.

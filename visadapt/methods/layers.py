@@ -67,7 +67,7 @@ class Pointwise(nn.Module):
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, std: float) -> None:
-    """Fills with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
+    """Fill with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
 
     Unlike rejection it takes one random number an element, and a fraction of the time.
     """
@@ -110,7 +110,7 @@ def is_output_hooked(module: nn.Module) -> bool:
 
 
 def as_channels_first(function: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:
-    """Applies a convolution or a norm to a series, map or volume of any layout."""
+    """Apply a convolution or a norm to a series, map or volume of any layout."""
     if is_channels_first(layout):
         return function(x)
     return function(x.movedim(-1, 1)).movedim(1, -1)

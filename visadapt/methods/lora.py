@@ -54,7 +54,7 @@ class LoRA(Method):
 
 
 class LoRAAdapter(nn.Module):
-    """The module of :class:`LoRA` at one site."""
+    """The module of `LoRA` at one site."""
 
     role: ClassVar[str] = "beside"
 

@@ -55,7 +55,7 @@ class Method:
             host: the module there, to read shapes and initial values from; not to be changed.
 
         Returns:
-            A module whose class may name its ``role`` at the host (see :func:`visadapt.runtime.roles.role`).
+            A module whose class may name its ``role`` at the host (see `visadapt.runtime.roles.role`).
 
         Raises:
             VisadaptError: the method cannot stand at such a site.
@@ -102,7 +102,7 @@ class Method:
         return f"{type(self).__name__}({', '.join(told)})"
 
     def options(self) -> dict[str, Any]:
-        """Its fields by name, as a task file keeps them; those of :func:`later` only with another value than default.
+        """Its fields by name, as a task file keeps them; those of `later` only with another value than default.
 
         A file without them is one that earlier versions wrote, and can read.
         """

@@ -50,7 +50,7 @@ class Mona(Method):
     Raises:
         VisadaptError: an option is out of range; a site has tokens whose map is not known.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.Mona(m=4), task="flowers", num_classes=3)
         >>> visadapt.summary(model)["flowers"].adapters
         5024
@@ -92,7 +92,7 @@ def _check_grid(grid: Any) -> None:
 
 
 class MonaAdapter(nn.Module):
-    """The module of :class:`Mona` at one site; its output has its input's shape, in the site's layout."""
+    """The module of `Mona` at one site; its output has its input's shape, in the site's layout."""
 
     role: ClassVar[str] = "after"
 
@@ -168,7 +168,7 @@ class MonaAdapter(nn.Module):
         return F.pad(flat, (0, 0, prefix, 0))
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
-        """Refuses: it is nonlinear, and looks beyond one position.
+        """Refuse: it is nonlinear, and looks beyond one position.
 
         Raises:
             VisadaptError: always.

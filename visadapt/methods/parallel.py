@@ -94,7 +94,7 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 class ParallelAdapter(nn.Module):
-    """The module of :class:`Parallel` at one site: ``weight`` is A, or ``beta`` and ``gamma`` its factors."""
+    """The module of `Parallel` at one site: ``weight`` is A, or ``beta`` and ``gamma`` its factors."""
 
     role: ClassVar[str] = "beside"
 

@@ -54,7 +54,7 @@ class Series(Method):
 
 
 class SeriesAdapter(nn.Module):
-    """The module of :class:`Series` at one site."""
+    """The module of `Series` at one site."""
 
     role: ClassVar[str] = "after"
 

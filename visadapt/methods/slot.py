@@ -18,14 +18,14 @@ class Slot:
     kept: Tensor | None = None
 
     def put(self, x: Tensor) -> None:
-        """Keeps a tensor."""
+        """Keep a tensor."""
         if is_tracing():
             self.kept = x
         else:
             _KEPT.__dict__[str(id(self))] = x
 
     def take(self, who: str, where: str) -> Tensor:
-        """Gives it back and keeps it no longer.
+        """Give it back and keep it no longer.
 
         Args:
             who: takes it, for the error.

@@ -74,7 +74,7 @@ _KEPT: dict[tuple[tuple[int, ...], int, torch.device], Rows] = {}
 
 
 def rows_for(number: tuple[int, ...], repeat: int, device: torch.device) -> Rows:
-    """The :class:`Rows` of a pattern: the dozens of hosts of one forward share it, and so do later batches."""
+    """The `Rows` of a pattern: the dozens of hosts of one forward share it, and so do later batches."""
     if is_tracing():
         return Rows(number, repeat, device)
     key = (number, repeat, device)
@@ -94,7 +94,7 @@ def pointwise(modules: Sequence[Any], rows: Rows, x: Tensor, layout: str) -> Ten
     """y = W_t·x + b_t at every position, with the weights of each sample's task t.
 
     Args:
-        modules: one :class:`visadapt.methods.layers.Pointwise` per task.
+        modules: one `visadapt.methods.layers.Pointwise` per task.
         rows: which of them each row of ``x`` takes.
         x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
         layout: of ``x``.

@@ -26,7 +26,7 @@ from visadapt.methods.policy import Policy
 class TSA(Method):
     """y = W∗x + A∗x with A = 10⁻⁴·I at the start (Li, Liu, Bilen 2022, arXiv 2107.00358, §3).
 
-    C_out·C_in parameters per site, as :class:`Parallel`; the network starts near itself. The paper leaves the norms
+    C_out·C_in parameters per site, as `Parallel`; the network starts near itself. The paper leaves the norms
     frozen: ``inject(model, TSA(align=True), num_classes=10, norms="frozen")``. It merges as ``Parallel`` does; the
     alignment stands before the head and does not.
 

@@ -15,7 +15,7 @@ def open_backbone(name: Any, build: dict[str, Any]) -> nn.Module:
     """Load a backbone in eval mode; random initial values are the same each time.
 
     Args:
-        name: a name or a builder, as :func:`visadapt.inject` takes it.
+        name: a name or a builder, as `visadapt.inject` takes it.
         build: options for its loader.
     """
     with torch.random.fork_rng(devices=[]):

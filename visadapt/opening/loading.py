@@ -51,7 +51,7 @@ def open(
         VisadaptError: there is no such file or repository; a file is not a task file, belongs to another backbone,
             does not record its backbone, or asks for something that no file may choose.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject("timm/resnet18", task="flowers", labels=["iris", "lily"], num_classes=2,
         ...                         pretrained=False, channels=[8, 16, 24, 32])
         >>> path = visadapt.save(model, "flowers", "flowers.visadapt")

@@ -70,7 +70,7 @@ def predict(
     The model runs in eval mode without gradients, on its own device; its modes are restored afterwards.
 
     Args:
-        model: an injected model, such as :func:`visadapt.open` returns.
+        model: an injected model, such as `visadapt.open` returns.
         inputs: images of Pillow, paths of images or texts: one or a sequence. Or a batch as the model takes it: a
             float tensor ``(N, …)``, or a dict of tensors.
         task: name of the task; a list with one name per input; ``"auto"`` for the decider's choice per input; None for
@@ -88,7 +88,7 @@ def predict(
         VisadaptError: there is no such task; an input cannot be read; the list of tasks has another length than the
             inputs; a logit is NaN or infinite.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])
         >>> found = visadapt.predict(model, torch.randn(2, 3, 32, 32), "flowers", top=3)
         >>> len(found), sorted(found[0].labels)
@@ -216,8 +216,8 @@ def read_logits(task: Task, logits: Tensor, top: int | None = None, threshold: f
     Args:
         task: the task; its labels name the outputs, its note ``problem_type`` says what they are.
         logits: ``(N, C)``.
-        top: as :func:`predict` takes it.
-        threshold: as :func:`predict` takes it.
+        top: as `predict` takes it.
+        threshold: as `predict` takes it.
 
     Raises:
         VisadaptError: a logit is NaN or infinite, the task has another number of labels, or its note is unknown.

@@ -64,7 +64,7 @@ def preprocess(
     """Return a callable that prepares images or texts for a task, as its file describes it.
 
     Args:
-        model: an injected model, such as :func:`visadapt.open` returns.
+        model: an injected model, such as `visadapt.open` returns.
         task: name of the task; None for the active one.
         backbone: name of the backbone by the caller's own hand, such as ``"hf/bert-base-uncased"``: its tokenizer is
             used where the task does not record one.
@@ -76,7 +76,7 @@ def preprocess(
     Raises:
         VisadaptError: there is no such task, or it is not known how its inputs are prepared.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> prepare = visadapt.preprocess(model, "flowers")

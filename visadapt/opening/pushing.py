@@ -50,7 +50,7 @@ def push_to_hub(
         message: of the commit.
 
     Returns:
-        The repository at the new commit, ``"hub:user/repo@<commit>"``, as :func:`visadapt.open` takes it.
+        The repository at the new commit, ``"hub:user/repo@<commit>"``, as `visadapt.open` takes it.
 
     Raises:
         VisadaptError: there is no such task, the name is not a repository's, or the upload fails.

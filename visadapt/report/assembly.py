@@ -48,7 +48,7 @@ def build(results: Sequence[Result], title: str | None = None) -> Report:
     """Build a report of all experiments that have results.
 
     Args:
-        results: results, as :func:`visadapt.experiments.read_results` returns them.
+        results: results, as `visadapt.experiments.read_results` returns them.
         title: title of the page; None names the networks and counts problems and results.
 
     Returns:

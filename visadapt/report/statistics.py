@@ -67,7 +67,7 @@ def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, fl
     """Return the 95 % confidence interval of a mean: percentiles of means of resampled differences, always the same.
 
     Args:
-        differences: at least two values, such as those of :func:`paired_differences`.
+        differences: at least two values, such as those of `paired_differences`.
         draws: number of resamples.
     """
     rng = random.Random(0)

@@ -87,7 +87,7 @@ class Choices:
         """The task of a forward that happens here and now.
 
         Raises:
-            VisadaptError: as :meth:`current`; or it repeats a forward in backward, and it cannot be known which.
+            VisadaptError: as `current`; or it repeats a forward in backward, and it cannot be known which.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._traced()
@@ -123,7 +123,7 @@ class Choices:
         """The task meant here and now, checked.
 
         Raises:
-            VisadaptError: as :meth:`current`; or it was removed.
+            VisadaptError: as `current`; or it was removed.
         """
         self._drop_stale()
         block = self._meant()
@@ -211,7 +211,7 @@ class Choices:
             call: the frame of its call.
 
         Raises:
-            VisadaptError: as :meth:`acting`; or the task was removed.
+            VisadaptError: as `acting`; or the task was removed.
         """
         if self._reserved is not None and self._reserved is not threading.current_thread():
             raise VisadaptError(

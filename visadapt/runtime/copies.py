@@ -60,7 +60,7 @@ def own_module(facts: Facts, path: str, memo: dict[int, nn.Module] | None = None
 
 
 def _tell_width(facts: Facts, path: str, module: nn.Module, old: int | None, new: int) -> None:
-    """Writes the number of classes where a head's forward folds its outputs by it (torchvision's detectors)."""
+    """Write the number of classes where a head's forward folds its outputs by it (torchvision's detectors)."""
     for inner, own in facts.modules.items() if old is not None else ():
         counts = [name for name in CLASS_COUNTS if own.__dict__.get(name) == old]
         if counts and within(inner, [path]):

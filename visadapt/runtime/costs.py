@@ -91,7 +91,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         VisadaptError: the model was never injected.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> flowers = visadapt.summary(model)["flowers"]
         >>> flowers.methods, flowers.sites, flowers.norm_policy, flowers.num_classes

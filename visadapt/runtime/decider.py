@@ -144,12 +144,12 @@ def fit_decider(
         steps: of L-BFGS at most.
 
     Returns:
-        The decider. Its accuracy on held-out inputs is what :func:`decide` gives.
+        The decider. Its accuracy on held-out inputs is what `decide` gives.
 
     Raises:
         VisadaptError: fewer than two tasks, one that does not exist, or one without samples.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
         >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
@@ -196,7 +196,7 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
     Raises:
         VisadaptError: the model has no decider, or its decider names a task that is gone.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
         >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
@@ -304,7 +304,7 @@ def _check(tasks: tuple[str, ...], tensors: Mapping[str, Tensor], width: int | N
 
 
 def _width(model: nn.Module) -> int | None:
-    """Width of the features that :func:`features` gives; None if the head's first layer does not say."""
+    """Width of the features that `features` gives; None if the head's first layer does not say."""
     backbone, head = unwrapped(model), facts_of(model).head
     if head is None:
         raise VisadaptError(f"{type(backbone).__name__} has no head that visadapt finds, so no features to decide on")

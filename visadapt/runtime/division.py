@@ -82,7 +82,7 @@ class Division:
         return mapped(pick, tree, lambda key, _: _axis(facts.get(key)) == ITEMS)
 
     def join(self, outs: list[Any], facts: Mapping[Key, Fact], key: Key = ()) -> Any:
-        """Puts the groups' outputs together; logits narrower than the widest are padded with −inf.
+        """Put the groups' outputs together; logits narrower than the widest are padded with −inf.
 
         Args:
             outs: of each group, in the order of their numbers.

@@ -1,7 +1,7 @@
 """Where a batch of mixed tasks enters: the whole model's forward, in one pass or one task at a time.
 
 Which rows are whose is known of every kind of batch before the first of that kind runs (see
-:mod:`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
+`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
 runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
 outputs are put together: always right, only slower.
 """
@@ -50,7 +50,7 @@ def is_outside(tasks: Any) -> bool:
 
 
 def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
-    """Runs a whole model on a batch of mixed tasks.
+    """Run a whole model on a batch of mixed tasks.
 
     Args:
         model: the injected model.
@@ -155,7 +155,7 @@ def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:
-    """Checks a batch of mixed tasks while ``torch.compile`` makes a graph, where nothing can be found out.
+    """Check a batch of mixed tasks while ``torch.compile`` makes a graph, where nothing can be found out.
 
     Raises:
         VisadaptError: nothing is known of the model's batches yet; the batch has another size.

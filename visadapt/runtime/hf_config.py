@@ -20,7 +20,7 @@ def is_labelled(model: nn.Module) -> bool:
 
 
 def label(model: nn.Module) -> None:
-    """Lets a transformers model see the active task's ``config`` and ``num_labels``."""
+    """Let a transformers model see the active task's ``config`` and ``num_labels``."""
     model.__class__ = labelled_class(type(model))
 
 

@@ -139,7 +139,7 @@ def undress(module: nn.Module, *makers: Maker) -> None:
 
 
 def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str, part: nn.Module) -> None:
-    """Gives ``host`` a part of ``task``, swapping the host's class if it is the first."""
+    """Give ``host`` a part of ``task``, swapping the host's class if it is the first."""
     if CHILD not in host._modules:
         parts = Parts()
         parts._registry, parts._path = registry, path
@@ -187,7 +187,7 @@ def _answer_for(host: nn.Module, part: nn.Module) -> None:
 
 
 def detach(host: nn.Module, task: str) -> None:
-    """Takes all parts of ``task`` away; a host left without any is what it was before the first."""
+    """Take all parts of ``task`` away; a host left without any is what it was before the first."""
     parts = cast("Parts", host._modules[CHILD])
     _drop_child(parts, task)
     if not parts._modules:
@@ -197,14 +197,14 @@ def detach(host: nn.Module, task: str) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Makes what a module moves in train mode stand still: running statistics, the vectors of a power iteration."""
+    """Make what a module moves in train mode stand still: running statistics, the vectors of a power iteration."""
     iterates = any(name.endswith("_u") and f"{name[:-1]}v" in module._buffers for name in module._buffers)
     if (is_stateful(module) or iterates) and plain_class(module) is type(module):
         module.__class__ = frozen_class(type(module))
 
 
 def unfuse(module: nn.Module, registry: Registry) -> None:
-    """Keeps torch's TransformerEncoder off its fused kernel while a task is active.
+    """Keep torch's TransformerEncoder off its fused kernel while a task is active.
 
     In eval mode the kernel reads the weights of the layers inside and calls none of them: no part would act.
     """
@@ -229,7 +229,7 @@ def unfused_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def check_free(model: nn.Module, names: dict[str, nn.Module]) -> None:
-    """Refuses a model of which a module is carried by another injected model already, or has no weights yet."""
+    """Refuse a model of which a module is carried by another injected model already, or has no weights yet."""
     for name, module in names.items():
         if plain_class(module) is not type(module) or CHILD in module._modules:
             raise VisadaptError(

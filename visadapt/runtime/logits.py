@@ -22,7 +22,7 @@ def split(
         model: the injected model.
         logits: ``(N, K)``, ``(N, K, H, W)`` or ``(N, T, K)``, where K is the width of the widest head; narrower ones
             are padded with −inf.
-        tasks: the task of each sample, as given to :func:`visadapt.using`.
+        tasks: the task of each sample, as given to `visadapt.using`.
         axis: the axis of the classes. If None, it is the one that is K long; of several, the one along which the
             narrower tasks' rows are −inf beyond their width.
 
@@ -33,7 +33,7 @@ def split(
         VisadaptError: a task is unknown, there are not as many tasks as rows, or the axis of the classes is not
             established.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5).eval()
         >>> names = ["birds", "flowers", "birds"]

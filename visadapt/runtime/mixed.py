@@ -82,7 +82,7 @@ class Groups:
         return self.division.rows(tensor.shape[0] if tensor.ndim else 0, tensor.device, fact)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
-        """Runs ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
+        """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
         outs = []
         for group, parts in enumerate(self.parts):
             own_args, own_kwargs = self.division.share((args, kwargs), self.inputs, group)

@@ -24,7 +24,7 @@ def set_alpha(model: ModelT, task: str, alpha: float) -> ModelT:
     Raises:
         VisadaptError: there is no such task, it has no ``DAN``, or ``alpha`` is out of range.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, visadapt.DAN(), task="flowers", num_classes=3)
         >>> model = visadapt.set_alpha(model, "flowers", 0.5)
         >>> visadapt.summary(model)["flowers"].methods

@@ -33,7 +33,7 @@ def described(task: Task, tensors: Iterable[str], modules: Mapping[str, nn.Modul
 def take_up(
     task: Task, description: Mapping[str, Any], tensors: Iterable[str], modules: Mapping[str, nn.Module]
 ) -> None:
-    """Writes into a task where its head is and what else it owns, as its file says.
+    """Write into a task where its head is and what else it owns, as its file says.
 
     Args:
         task: with its policies.
@@ -53,7 +53,7 @@ def take_up(
 
 
 def check_owned(task: Task, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
-    """Refuses a task that owns modules that a backbone does not have, before memory is taken for its own.
+    """Refuse a task that owns modules that a backbone does not have, before memory is taken for its own.
 
     Args:
         task: as its file describes it.
@@ -107,7 +107,7 @@ def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
 
 
 def check_nothing_else_trained(model: nn.Module, registry: Registry, task: str) -> None:
-    """Refuses to save beside what the user trains in the model and no task owns: its file would leave that out.
+    """Refuse to save beside what the user trains in the model and no task owns: its file would leave that out.
 
     Inject freezes the whole backbone. A parameter that requires a gradient now, and is new, has changed, or has a
     gradient, was put in or unfrozen by the user to be trained.

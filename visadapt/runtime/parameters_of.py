@@ -37,7 +37,7 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
     Raises:
         VisadaptError: there is no such task, or none is active.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> optimizer = torch.optim.AdamW(visadapt.parameters(model, "flowers"), lr=1e-3)
         >>> sum(p.numel() for p in visadapt.parameters(model)) == visadapt.summary(model)["flowers"].trained
@@ -47,7 +47,7 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
 
 
 def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
-    """Lets gradients flow to these tasks only, as DDP wants it, which refuses parameters that a step does not use.
+    """Let gradients flow to these tasks only, as DDP wants it, which refuses parameters that a step does not use.
 
     Args:
         model: an injected model.
@@ -59,7 +59,7 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
     Raises:
         VisadaptError: there is no such task.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
         >>> model = visadapt.trainable(model, "birds")

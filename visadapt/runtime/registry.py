@@ -113,7 +113,7 @@ class Registry(Choices):
         versions: which of the backbone's parameters changed since the registry was made, at the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
-        lean: how lean :func:`visadapt.lean` made the model, None if it did not.
+        lean: how lean `visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         watch: what is looked at before and after each forward.
         traced: sites that no family knows, by full name, as they were traced.
@@ -205,7 +205,7 @@ def check_hosts(model: nn.Module, name: str) -> None:
 
 
 def check_task_name(name: Any) -> None:
-    """Refuses names that cannot be a module's or a file's."""
+    """Refuse names that cannot be a module's or a file's."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise VisadaptError(f"a task's name is made of letters, digits, '_' and '-', got {name!r}")
     if hasattr(Parts, name) or name in ("training", AUTO):
@@ -279,7 +279,7 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
 def tasks(model: nn.Module) -> dict[str, Task]:
     """The tasks of a model by name, in the order they came; empty if it was never injected.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> visadapt.tasks(model)["flowers"].num_classes
         3

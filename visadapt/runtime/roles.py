@@ -12,7 +12,7 @@ def role(part: nn.Module) -> str:
 
     * before: called with the host's arguments; the tuple it returns takes their place;
     * weights: called with a dict of some of the host's own parameters, by name; those it returns take their place
-      wherever they are read (see :mod:`visadapt.runtime.weights`);
+      wherever they are read (see `visadapt.runtime.weights`);
     * instead: called with the host's arguments, and the host's own forward is not;
     * beside: called with the host's first argument; its result is added to the host's output;
     * after: called with the host's output; its result takes that one's place;

@@ -20,7 +20,7 @@ from visadapt.runtime.registry import Registry, find_registry, registry_of
 
 
 def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
-    """Choose the active task, for every thread that has not chosen one with :func:`using`.
+    """Choose the active task, for every thread that has not chosen one with `using`.
 
     Args:
         model: an injected model.
@@ -33,7 +33,7 @@ def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
     Raises:
         VisadaptError: there is no such task; the nearest is named.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5)
         >>> visadapt.activate(model, "flowers")(torch.randn(2, 3, 32, 32)).shape
@@ -49,7 +49,7 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
     """Choose a task within a ``with`` block, for this thread (or async task) only.
 
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
-    padded with −inf; :func:`visadapt.split` takes the logits apart again.
+    padded with −inf; `visadapt.split` takes the logits apart again.
 
     A forward is for the task that is chosen where it begins, and so is what gradient checkpointing computes of it again
     in backward, wherever that is. A block in a generator counts while the generator runs. A thread that is started in
@@ -58,7 +58,7 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
     Args:
         model: an injected model.
         task: its name, None for the bare backbone, a list that names one for each sample, or ``"auto"``: the model's
-            decider chooses for each sample (see :func:`visadapt.fit_decider`).
+            decider chooses for each sample (see `visadapt.fit_decider`).
 
     Yields:
         The same model.
@@ -67,7 +67,7 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
         VisadaptError: there is no such task (the nearest is named), or, in the forward, the batch has another length
             than the list, or cannot be divided into samples.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=5).eval()
         >>> images = torch.randn(3, 3, 32, 32)
@@ -97,7 +97,7 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
 
 
 def _open_door(model: nn.Module) -> None:
-    """Lets a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice."""
+    """Let a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice."""
     backbone = unwrapped(model)
     if door_class not in made_by(type(backbone)):
         dress(backbone, door_class)

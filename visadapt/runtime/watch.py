@@ -64,7 +64,7 @@ class Watch:
     """What is looked at before and after each forward of the whole model.
 
     Norms and other layers that are known to move in train mode never train (see
-    :func:`visadapt.runtime.classes.frozen_class`). Any other buffer may be moved by its module, or by one around it.
+    `visadapt.runtime.classes.frozen_class`). Any other buffer may be moved by its module, or by one around it.
     """
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ class Backbone:
     """Which backbone to load: the caller's choice, or what the first file that can be read records.
 
     Args:
-        name: as :func:`visadapt.inject` takes it; None for the files' own.
+        name: as `visadapt.inject` takes it; None for the files' own.
         build: options for its loader, of the caller's choice.
         online: whether a backbone or tokenizer that only a file names may be downloaded.
     """

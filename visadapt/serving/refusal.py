@@ -30,7 +30,7 @@ class ServingError(VisadaptError):
     """A request that cannot be answered; the server goes on.
 
     Args:
-        name: one of :data:`STATUS`.
+        name: one of `STATUS`.
         message: what was wrong, as one sentence.
         remedy: what the client or the operator can do.
         retry_after: seconds after which the same request may succeed; None if it cannot.

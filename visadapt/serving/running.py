@@ -39,8 +39,8 @@ class Options:
 
     Args:
         places: task files, and folders of task files.
-        server: further arguments of :class:`visadapt.serving.Server`.
-        limits: arguments of :class:`visadapt.serving.Limits`.
+        server: further arguments of `visadapt.serving.Server`.
+        limits: arguments of `visadapt.serving.Limits`.
         host: address to listen at.
         port: 0 for any that is free.
         workers: processes, each with the backbone and a pool of its own.

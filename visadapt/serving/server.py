@@ -78,7 +78,7 @@ class Server:
     Raises:
         VisadaptError: a file does not exist, no file records its backbone, or an option is out of bounds.
 
-    Example:
+    Examples:
         >>> import asyncio
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=2, labels=["iris", "lily"])
         >>> model = visadapt.inject(model, m=4, task="birds", num_classes=3, labels=["finch", "owl", "tit"])

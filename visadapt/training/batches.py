@@ -20,7 +20,7 @@ class Batches:
 
     Args:
         data: one of
-            :class:`Samples`, or an :class:`~visadapt.data.ImageSplit`;
+            `Samples`, or an `visadapt.data.ImageSplit`;
             a pair of inputs (a tensor or a mapping of tensors) and labels;
             a mapping of tensors, one of them called ``labels``;
             a ``DataLoader``, or another iterable that has a length, can be iterated repeatedly and yields such a pair

@@ -28,7 +28,7 @@ class Checkpoint:
 
     Args:
         path: of the file; it may not exist yet.
-        identity: of the training run; see :func:`visadapt.training.signature.identity`.
+        identity: of the training run; see `visadapt.training.signature.identity`.
 
     Raises:
         VisadaptError: the folder does not exist; the file is not a checkpoint, or one of another training run (the

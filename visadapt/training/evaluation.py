@@ -40,14 +40,14 @@ def evaluate(
     Args:
         model: an injected model, or a plain one.
         task: its name; None for a plain model.
-        data: inputs and labels, in any form that :func:`fit` takes.
+        data: inputs and labels, in any form that `fit` takes.
         metrics: names in ``METRICS``, objects of torchmetrics (updated batch by batch), or functions of all outputs and
             labels of the split that return one number.
-        loss: as in :func:`fit`; what ``labels`` mean, and the metric ``loss``.
-        prepare: as in :func:`fit`.
+        loss: as in `fit`; what ``labels`` mean, and the metric ``loss``.
+        prepare: as in `fit`.
         batch_size: samples per forward pass, for data that is not batched already.
         device: None for the model's own device.
-        precision: as in :func:`fit`.
+        precision: as in `fit`.
 
     Returns:
         The metrics by name; functions and classes by their own.
@@ -56,7 +56,7 @@ def evaluate(
         VisadaptError: the task, metric or device does not exist; the data is empty or has no labels; a logit is not
             finite.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
         >>> sorted(evaluate(model, "flowers", (images, labels)))
@@ -88,11 +88,11 @@ def predict(
     Args:
         model: an injected model, or a plain one.
         task: its name; None for a plain model.
-        data: in any form that :func:`fit` takes, or inputs alone.
-        prepare: as in :func:`fit`.
+        data: in any form that `fit` takes, or inputs alone.
+        prepare: as in `fit`.
         batch_size: samples per forward pass, for data that is not batched already.
         device: None for the model's own device.
-        precision: as in :func:`fit`.
+        precision: as in `fit`.
 
     Returns:
         float32 logits ``(N, classes)`` on the CPU, in the data's order; of dense tasks ``(N, classes, …)``.
@@ -100,7 +100,7 @@ def predict(
     Raises:
         VisadaptError: the task or device does not exist; the data is empty; a logit is not finite.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> predict(model, "flowers", torch.randn(5, 3, 16, 16)).shape
         torch.Size([5, 3])

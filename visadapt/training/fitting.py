@@ -70,18 +70,18 @@ def fit(
         model: an injected model; or a plain one, for comparison.
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
-            argument names; an :class:`~visadapt.data.ImageSplit`; a mapping with ``labels``; or a ``DataLoader`` of
+            argument names; an `visadapt.data.ImageSplit`; a mapping with ``labels``; or a ``DataLoader`` of
             such batches. Labels are class indices, for cross entropy; floats, for the squared error of one output; or
             what ``loss`` says.
         validation: data in the same forms, to score each epoch.
-        recipe: None for the defaults of :class:`Recipe`.
+        recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.
         augment: changes a batch of training inputs before ``prepare``; called with the batch and a generator.
         loss: ``cross_entropy`` (of class indices, dense class indices ``(N, H, W)`` or soft targets), ``bce`` (several
             labels per sample), ``mse``, or a function of outputs and labels that returns their mean loss, or one loss
             per sample. Outputs are float32: the model's tensor, its ``logits``, or its ``out``. None chooses by the
-            labels where they leave no choice (see :class:`~visadapt.training.losses.Objective`).
+            labels where they leave no choice (see `visadapt.training.losses.Objective`).
         metric: score that selects the best epoch; a name in ``METRICS``, a ``torchmetrics.Metric``, or a function of
             all outputs and labels, of which a larger value is better unless its ``higher_is_better`` is False.
         seed: of data order, dropout and augmentation; the initial adapters and heads were drawn at ``inject``.
@@ -93,7 +93,7 @@ def fit(
             bit-identical results, and returns at once if the run was finished. A ``prepare`` that is a dataclass must
             be equal; other functions cannot be compared. A ``loss`` or ``metric`` must be the same function.
         checkpoint_every: number of steps after which the checkpoint is written as well.
-        log: called after each epoch: :class:`JsonLines`, :class:`TensorBoard`, or any function of a :class:`Fit`.
+        log: called after each epoch: `JsonLines`, `TensorBoard`, or any function of a `Fit`.
         progress: show a progress bar on a terminal, if rich is installed.
 
     Returns:
@@ -104,7 +104,7 @@ def fit(
             another training run (the message names what differs); a loss, gradient or logit is not finite, in which
             case the task keeps the state after its best epoch so far, or its initial state.
 
-    Example:
+    Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
         >>> result = fit(model, "flowers", (images, labels), recipe=Recipe(epochs=2, batch_size=3))

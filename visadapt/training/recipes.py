@@ -1,4 +1,4 @@
-"""The papers' recipes, by name; change one with :meth:`Recipe.replace`."""
+"""The papers' recipes, by name; change one with `Recipe.replace`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Randomness:
         return states
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore the output of :meth:`state`."""
+        """Restore the output of `state`."""
         for name, generator in self._generators.items():
             generator.set_state(state[name])
         torch.set_rng_state(state["torch"])

@@ -67,7 +67,7 @@ def head_at(modules: Mapping[str, nn.Module], given: Any, known: Head | None, tr
 
     Args:
         modules: the backbone's modules by path.
-        given: as :func:`modules_at` takes it.
+        given: as `modules_at` takes it.
         known: the head that the library names, if it does.
         trace: finds the layers that make the model's output, None if it does not run; asked only where a module does
             not say which of its layers comes last.
@@ -76,7 +76,7 @@ def head_at(modules: Mapping[str, nn.Module], given: Any, known: Head | None, tr
         The head; with an obstacle where it is not known which layers give the logits.
 
     Raises:
-        VisadaptError: as :func:`modules_at`.
+        VisadaptError: as `modules_at`.
     """
     paths = modules_at(modules, given, "head=")
     finals: list[Final] = []

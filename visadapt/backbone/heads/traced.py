@@ -19,7 +19,7 @@ def traced_head(model: nn.Module, modules: Mapping[str, nn.Module], example: Any
     Args:
         model: the backbone.
         modules: its modules by path.
-        example: an input, as :func:`visadapt.sites` takes it; guessed if None.
+        example: an input, as `visadapt.sites` takes it; guessed if None.
 
     Returns:
         The head, with no modules if there is none.
