@@ -175,6 +175,7 @@ MEANT = {
     ("training.fit", "metric", nn.Linear),
     ("training.fit", "log", nn.Linear),
     ("training.evaluate", "loss", nn.Linear),
+    ("split", "axis", -1),
     *((name, "seed", -1) for name in ("cache_prefix", "training.fit", "data.load_text", "data.load_images")),
 }
 """Calls that are right after all."""

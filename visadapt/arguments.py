@@ -92,7 +92,8 @@ def _class_hints(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _hints(owner: Any, names: Iterable[str]) -> dict[str, Any]:
     """Annotations as objects; those that only a type checker can resolve are left out."""
-    space = getattr(owner, "__globals__", None) or vars(inspect.getmodule(owner))
+    # a decorator below this one has globals of its own
+    space = getattr(inspect.unwrap(owner), "__globals__", None) or vars(inspect.getmodule(owner))
     found = {}
     for name in names:
         hint = owner.__annotations__.get(name, Any)

@@ -37,12 +37,15 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         # with the permissions of an ordinary new file
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = partial.stat().st_mode
     except OSError as error:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         yield partial
         with suppress(FileNotFoundError):
-            partial.chmod(stat.S_IMODE(target.stat().st_mode))
+            mode = target.stat().st_mode
+        # libraries replace the file by one with permissions of their own
+        partial.chmod(stat.S_IMODE(mode))
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, target)

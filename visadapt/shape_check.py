@@ -36,6 +36,8 @@ def check_shapes(
     """
     _check_copies(facts, task, tensors)
     taken: set[tuple[str | None, str]] = set()
+    # tied weights stand in several parts, and in the file under the first one's name; kept: ids stay unique
+    seen: dict[int, Tensor] = {}
 
     def take(path: str | None, part: str) -> None:
         if (path, part) in taken:
@@ -49,7 +51,7 @@ def check_shapes(
             with torch.device("meta"):
                 for path, part in method.parts(facts, sites, task):
                     take(path, method.part)
-                    _check_part(prefix_of(path, method.part, part), part, tensors)
+                    _check_part(prefix_of(path, method.part, part), part, tensors, seen)
         except VisadaptError:
             raise
         # torch's errors for sizes that no tensor can have
@@ -57,11 +59,10 @@ def check_shapes(
             raise VisadaptError(f"{method!s:.200} cannot be built at its sites: {error}") from error
 
 
-def _check_part(prefix: str, part: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    seen: set[int] = set()
+def _check_part(prefix: str, part: nn.Module, tensors: Mapping[str, Tensor], seen: dict[int, Tensor]) -> None:
     for name, expected in part.state_dict(prefix=prefix, keep_vars=True).items():
         if id(expected) not in seen:
-            seen.add(id(expected))
+            seen[id(expected)] = expected
             check_tensor(name, expected, tensors)
 
 

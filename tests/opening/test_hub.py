@@ -247,7 +247,8 @@ def test_the_command_line_pushes_and_takes_repositories(hub: Hub, tmp_path: Path
     assert "birds.visadapt" in run("summary", pushed).stdout
     run("export", "hub:user/birds", "--out", "birds.pt2")
     assert (
-        "must be finite numbers" in run("push", "birds.visadapt", "user/b", "--metric", "accuracy=high", code=1).stderr
+        "metrics must be a mapping of strings"
+        in run("push", "birds.visadapt", "user/b", "--metric", "accuracy=high", code=1).stderr
     )
     visadapt.push_to_hub(second(flowers()), ["flowers", "birds"], "user/two")
     refused = run("merge", "hub:user/two", "--out", "two.safetensors", code=1).stderr

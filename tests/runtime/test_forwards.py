@@ -3,11 +3,13 @@
 import copy
 import functools
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import visadapt
@@ -189,6 +191,15 @@ def test_dispatch(member, inputs, first) -> None:
     assert torch.equal(answer(model, inputs, "a"), answer(plain, inputs, "a"))
 
 
+@pytest.fixture
+def _accelerate_forgets() -> Iterator[None]:
+    """Forget accelerate's settings, which belong to the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_accelerate_forgets")
 def test_a_prepared_model(member, inputs) -> None:
     model = member.make()
     inject(model)

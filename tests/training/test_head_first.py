@@ -49,7 +49,7 @@ def started(model: nn.Module, train: Any, prepare: Any = None, **options: Any) -
     calls = iter(range(10**6))
 
     def stop(batch: Any) -> Any:
-        if model.training:
+        if torch.is_grad_enabled():
             raise Enough
         next(calls)
         return batch if prepare is None else prepare(batch)

@@ -168,7 +168,8 @@ class _Rules:
             dtype = next(target.parameters()).dtype
             self.plain.set_submodule(path, own.to(dtype))
             return
-        for name, value in (*part.named_parameters(), *part.named_buffers()):
+        # a part may have both of one name, where its own weight stands before a buffer: parameters last, as torch reads
+        for name, value in (*part.named_buffers(), *part.named_parameters()):
             inner, _, last = name.rpartition(".")
             module = target.get_submodule(inner)
             if (module, last) not in self.weights:

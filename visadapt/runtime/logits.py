@@ -12,7 +12,7 @@ from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of, registry_of
 
 
-@takes()
+@takes("axis")
 def split(
     model: nn.Module, logits: Tensor, tasks: Sequence[str | None], *, axis: int | None = None
 ) -> dict[str | None, Tensor]:
@@ -52,18 +52,19 @@ def split(
     widths = {name: own if width is None else width for name, width in widths.items()}
     rows = {name: logits[[i for i, task in enumerate(tasks) if task == name]] for name in widths}
     known = {name: width for name, width in widths.items() if width is not None}
+    given = None if axis is None else _checked(axis, logits, known)
     if len(set(widths.values())) < 2:
         # one width: nothing was padded
         return rows
-    at = _class_axis(logits, rows, known) if axis is None else _checked(axis, logits, known)
+    at = _class_axis(logits, rows, known) if given is None else given
     return {name: each if widths[name] is None else each.narrow(at, 0, known[name]) for name, each in rows.items()}
 
 
 def _checked(axis: int, logits: Tensor, widths: dict[str | None, int]) -> int:
     """A caller's axis, counted from the front."""
-    if not isinstance(axis, int) or not -logits.ndim < axis < logits.ndim or axis == 0:
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -logits.ndim < axis < logits.ndim or axis == 0:
         raise VisadaptError(f"axis must be one of 1 to {logits.ndim - 1}, got {axis!r}")
-    if logits.shape[axis] < max(widths.values()):
+    if logits.shape[axis] < max(widths.values(), default=0):
         raise VisadaptError(f"axis {axis} of {tuple(logits.shape)} is not {max(widths.values())} classes wide")
     return axis % logits.ndim
 
