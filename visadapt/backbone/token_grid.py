@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from visadapt.backbone.modules import ancestors
 from visadapt.backbone.site import Site
 
 _FIRST = ("cls_token", "distillation_token", "register_tokens")
@@ -39,7 +40,7 @@ def token_grid(modules: Mapping[str, nn.Module], site: Site) -> TokenGrid | None
         The grid that timm, torchvision or transformers records for the module that cuts the images; None if there is
         no such record.
     """
-    for path in _outwards(site.host):
+    for path in reversed(ancestors(site.host)):
         module = modules[path]
         if hasattr(module, "shift_size") and hasattr(module, "input_resolution"):
             # Swin: attention sees one window at a time, all else the whole map
@@ -49,12 +50,6 @@ def token_grid(modules: Mapping[str, nn.Module], site: Site) -> TokenGrid | None
         if found is not None:
             return found
     return None
-
-
-def _outwards(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _grid(size: Any, prefix: int) -> TokenGrid | None:
@@ -83,7 +78,12 @@ def _transformers(model: nn.Module) -> TokenGrid | None:
         return None
     tokens = [getattr(embeddings, name, None) for name in _FIRST]
     prefix = sum(token.shape[1] for token in tokens if isinstance(token, Tensor))
-    return TokenGrid(size[0] // patch[0], size[1] // patch[1], prefix)
+    grid = TokenGrid(size[0] // patch[0], size[1] // patch[1], prefix)
+    positions = getattr(embeddings, "position_embeddings", None)
+    if isinstance(positions, Tensor) and positions.shape[1] > prefix + grid.height * grid.width:
+        # tokens that are neither of the map nor before it, such as those of YOLOS's detections
+        return None
+    return grid
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
