@@ -19,7 +19,13 @@ from tests.serving.conftest import CLASSES, alone, png
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path) -> None:
+PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
+"""On a busy machine Ray's front takes longer to start than the 5 seconds that it is given."""
+
+
+def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in PATIENT.items():
+        monkeypatch.setenv(name, value)
     import ray
     from ray import serve
 
@@ -32,7 +38,7 @@ def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
-                 runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}})  # fmt: skip
+                 runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", **PATIENT}})  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = Options((str(folder),), server={"exact": True, "max_tasks": 2}, workers=2, port=port)
