@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,3 +87,14 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The start of a command that runs a headless browser with a profile of its own."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium or Chrome on this machine to open the page in")
+    profile = tmp_path_factory.mktemp("profile")
+    return [path, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+            "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip

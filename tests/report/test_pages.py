@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -263,16 +262,6 @@ onload = () => {{
   }});
 }};
 </script></body></html>"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium or Chrome on this machine to open the page in")
-    profile = tmp_path_factory.mktemp("profile")
-    return [path, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-            "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -54,17 +53,10 @@ DROP = """
   $("drop").dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: moved}));
 """
 
+TIME = "--virtual-time-budget=20000"
+"""Milliseconds that a page is given, as the browser counts them."""
+
 PASTE = '$("text").value = "a fine film"; $("go").click();'
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium or Chrome on this machine to open the page in")
-    profile = tmp_path_factory.mktemp("profile")
-    return [path, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            f"--user-data-dir={profile}", "--virtual-time-budget=20000"]  # fmt: skip
 
 
 class Site:
@@ -107,7 +99,7 @@ def images(written: Path) -> Iterator[Site]:
 
 
 def told(browser: list[str], url: str, width: int = 1200) -> dict[str, Any]:
-    command = [*browser, f"--window-size={width},900", "--dump-dom", url]
+    command = [*browser, TIME, f"--window-size={width},900", "--dump-dom", url]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title, shown[-500:]
@@ -134,7 +126,7 @@ def test_the_page_fits_a_phone(images: Site, browser: list[str]) -> None:
 
 def test_the_real_page_runs_under_its_policy_and_shows_the_tasks(images: Site, browser: list[str]) -> None:
     for path, words in (("/", ("flowers", "4 tasks on backbone")), ("/docs", ("POST /v1/predict", "curl -F"))):
-        command = [*browser, "--dump-dom", images.url + path]
+        command = [*browser, TIME, "--dump-dom", images.url + path]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         for word in words:
             assert word in shown, path
@@ -162,7 +154,7 @@ def test_an_error_is_shown(written: Path, browser: list[str]) -> None:
 def test_light_and_dark(images: Site, browser: list[str], tmp_path: Path, theme: str, width: int) -> None:
     shot = tmp_path / "page.png"
     scheme = f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}"
-    command = [*browser, f"--window-size={width},1000", scheme, f"--screenshot={shot}", f"{images.url}/probe"]
+    command = [*browser, TIME, f"--window-size={width},1000", scheme, f"--screenshot={shot}", f"{images.url}/probe"]
     subprocess.run(command, capture_output=True, timeout=120, check=True)
     with Image.open(shot) as image:
         assert image.width == width

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batchnorm import carried, find_pairs, is_watched
-from visadapt.backbone.modules import is_stateful, joined, plain_copy
+from visadapt.backbone.modules import is_stateful, joined, last_name, parent, plain_copy
 from visadapt.backbone.norms import affine_of, is_batch_norm, is_norm
 from visadapt.backbone.operators import Operator, is_operator, plain_operator, rows_of
 from visadapt.backbone.site import Site
@@ -170,7 +170,7 @@ class _Rules:
             return
         # a part may have both of one name, where its own weight stands before a buffer: parameters last, as torch reads
         for name, value in (*part.named_buffers(), *part.named_parameters()):
-            inner, _, last = name.rpartition(".")
+            inner, last = parent(name), last_name(name)
             module = target.get_submodule(inner)
             if (module, last) not in self.weights:
                 continue

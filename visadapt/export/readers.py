@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from visadapt.backbone.modules import joined, own_modules
+from visadapt.backbone.modules import joined, own_modules, parent
 from visadapt.backbone.trace import call, rehearse
 from visadapt.errors import VisadaptError
 
@@ -69,7 +69,7 @@ class _Readers(TorchFunctionMode):
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and id(leaf) in self._names:
                     # a tied weight is read by each of its owners
-                    owners = {name.rpartition(".")[0] for name in self._names[id(leaf)]}
+                    owners = {parent(name) for name in self._names[id(leaf)]}
                     if here not in owners:
                         self.found.update(dict.fromkeys(self._names[id(leaf)], here))
         return func(*args, **kwargs)
