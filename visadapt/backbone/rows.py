@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class HostRows:
         """Whether the rows of its tensors are tiled; None where every sample has one row."""
         return next((f.tiled for f in self._lying() if f.tiled is not None), None)
 
-    @property
+    @cached_property
     def known(self) -> bool:
         """Whether each row there is known to be of one sample: along the first axis, in one order."""
         facts = [*self.inputs.values(), *self.outputs.values()]

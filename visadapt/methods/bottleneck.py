@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_unary
 
 from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
 from visadapt.errors import VisadaptError
-from visadapt.methods.layers import ACTIVATIONS, Pointwise, as_channels_first, drop_rows, in_dtype_of, is_output_hooked
+from visadapt.methods.layers import (
+    ACTIVATIONS,
+    Pointwise,
+    as_channels_first,
+    drop_rows,
+    in_dtype_of,
+    is_dense,
+    is_hooked,
+    is_output_hooked,
+)
 from visadapt.methods.method import Method, later, width
-from visadapt.methods.stacking import Rows, pointwise
+from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class BottleneckAdapter(nn.Module):
     """The module of `Bottleneck` at one site; its output has its input's shape, in the site's layout."""
 
     role: ClassVar[str] = "after"
+    overwrites: ClassVar[bool] = True
 
     def __init__(self, method: Bottleneck, site: Site) -> None:
         super().__init__()
@@ -95,7 +106,15 @@ class BottleneckAdapter(nn.Module):
         self.scale = nn.Parameter(torch.ones(site.channels)) if method.scale == "channel" else None
         self.drop_path = method.drop_path
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, fresh: bool = False) -> Tensor:
+        """h + W2·φ(W1·h + b1) + b2.
+
+        Args:
+            h: the site's tensor.
+            fresh: whether nobody else holds ``h``, so that the output may take its memory.
+        """
+        if self._fuses(h):
+            return self._fused(h, Single(self), fresh)
         z = self.down(in_dtype_of(self.down.weight, h))
         if self.depthwise is not None:
             z = as_channels_first(self.depthwise, z, self.layout)
@@ -107,6 +126,50 @@ class BottleneckAdapter(nn.Module):
         delta = drop_rows(delta, self.drop_path, self.training)
         # in the branch's own memory, unless a hook holds it
         return h + delta.to(h.dtype) if is_output_hooked(self.up) else delta.to(h.dtype).add_(h)
+
+    def _fuses(self, h: Tensor) -> bool:
+        """Whether two products, the second of which adds to ``h``, compute it: nothing converts, drops or looks."""
+        if has_torch_function_unary(h) or h.dtype != self.down.weight.dtype:
+            return False
+        if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
+            return False
+        drops = self.training and self.drop_path > 0
+        hooked = any(map(is_hooked, (self.down, self.up))) or self.depthwise is not None
+        return not (drops or hooked or torch.is_autocast_enabled(h.device.type)) and is_dense(h)
+
+    def _fused(self, h: Tensor, own: Own, fresh: bool) -> Tensor:
+        """h + (W2, b2)·(φ(W1·h + b1), 1): the output is written once, and read before only as ``h``."""
+        up, shift = own("up.weight", False), own("up.bias", False)
+        if self.scale is not None:
+            scale = own("scale", False)
+            up, shift = scale[:, :, None] * up, scale * shift
+        down, offset, up = own("down.weight", False), own("down.bias", False), torch.cat([up, shift[:, :, None]], 2)
+
+        def act(z: Tensor, axis: int) -> Tensor:
+            z = F.dropout(self.activation(z), self.dropout, self.training)
+            return torch.cat([z, torch.ones_like(z.narrow(axis, 0, 1))], axis)
+
+        def add(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return x.baddbmm_(a, b) if fresh and not torch.is_grad_enabled() else torch.baddbmm(x, a, b)
+
+        if is_channels_first(self.layout) and h.is_contiguous():
+            # one product per row
+            x = h.flatten(2)
+            down, offset, up = (self._spread(own, x, tensor) for tensor in (down, offset, up))
+            return add(x, up, act(torch.baddbmm(offset[:, :, None], down, x), 1)).view(h.shape)
+        # one product per sample: its windows are one long sequence
+        last = h.movedim(1, -1) if is_channels_first(self.layout) else h
+        x = last.reshape(own.samples, -1, last.shape[-1])
+        z = act(torch.baddbmm(offset[:, None], x, down.transpose(1, 2)), 2)
+        y = add(x, z, up.transpose(1, 2)).view(last.shape)
+        return y.movedim(-1, 1) if is_channels_first(self.layout) else y
+
+    @staticmethod
+    def _spread(own: Own, x: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor per sample as one per row of ``x``."""
+        if own.samples == 1:
+            return tensor.expand(len(x), *tensor.shape[1:])
+        return tensor if own.samples == len(x) else tensor.repeat_interleave(len(x) // own.samples, 0)
 
     @property
     def is_bare(self) -> bool:
@@ -127,18 +190,15 @@ class BottleneckAdapter(nn.Module):
             delta, offset = self.scale.double()[:, None] * delta, self.scale.double() * offset
         return identity + delta, offset
 
-    @staticmethod
-    def stacked(adapters: list[BottleneckAdapter], rows: Rows, h: Tensor) -> Tensor:
-        """The same for a batch whose rows take the adapters that ``rows`` says."""
-        first = adapters[0]
-        z = pointwise([a.down for a in adapters], rows, in_dtype_of(first.down.weight, h), first.layout)
-        if first.depthwise is not None:
-            convs = [cast("nn.Module", a.depthwise) for a in adapters]
-            z = rows.join([as_channels_first(conv, rows.take(z, g), first.layout) for g, conv in enumerate(convs)])
-        z = F.dropout(first.activation(z), first.dropout, first.training)
-        delta = pointwise([a.up for a in adapters], rows, z, first.layout)
-        if first.scale is not None:
-            scale = rows.gather([cast("Tensor", a.scale) for a in adapters])
-            ones = [1] * (delta.ndim - 2)
-            delta = delta * scale.view(len(scale), *((-1, *ones) if is_channels_first(first.layout) else (*ones, -1)))
-        return drop_rows(delta, first.drop_path, first.training).to(h.dtype).add_(h)
+    def rowwise(self, h: Tensor, own: Own, fresh: bool = False) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        if self._fuses(h):
+            return self._fused(h, own, fresh)
+        z = pointwise(own.of("down"), in_dtype_of(own("down.weight"), h), self.layout)
+        if self.depthwise is not None:
+            z = as_channels_first(lambda maps: depthwise(own.of("depthwise"), maps), z, self.layout)
+        z = F.dropout(self.activation(z), self.dropout, self.training)
+        delta = pointwise(own.of("up"), z, self.layout)
+        if self.scale is not None:
+            delta = delta * as_vector(own("scale"), delta, self.layout)
+        return drop_rows(delta, self.drop_path, self.training).to(h.dtype).add_(h)

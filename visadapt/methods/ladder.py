@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.operators import CONVS, convolve
+from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_flag, check_width
 from visadapt.errors import VisadaptError
@@ -20,7 +20,7 @@ from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
 from visadapt.methods.slot import Slot
-from visadapt.methods.stacking import Rows, pointwise
+from visadapt.methods.stacking import Own, as_vector, depthwise, pointwise
 
 _TEMPERATURE = 0.1
 
@@ -140,13 +140,14 @@ class Rung(nn.Module):
     def _first(self, y: Tensor) -> Tensor:
         return y if is_sequence(self.layout) or is_channels_first(self.layout) else y.movedim(-1, 1)
 
-    @staticmethod
-    def watched(rungs: list[Rung], rows: Rows, h: Tensor) -> list[Tensor]:
-        """The projections of a batch whose rows take the rungs that ``rows`` says, as each one's rows."""
-        first = rungs[0]
-        x = in_dtype_of(first.down.weight, first._checked(h))
-        y = first._first(pointwise([rung.down for rung in rungs], rows, x, first.layout))
-        return [rows.take(y, g) for g in range(len(rungs))]
+    def rowwise(self, h: Tensor, own: Own) -> None:
+        """The same for a batch whose rows have tensors of their own; see `projected_rowwise`."""
+        self.slot.put(self.projected_rowwise(h, own))
+
+    def projected_rowwise(self, h: Tensor, own: Own) -> Tensor:
+        """D·h with each row's D."""
+        x = in_dtype_of(self.down.weight, self._checked(h))
+        return self._first(pointwise(own.of("down"), x, self.layout))
 
 
 class SideNetwork(nn.Module):
@@ -193,22 +194,15 @@ class SideNetwork(nn.Module):
         """
         raise VisadaptError("it is a network of its own beside the backbone")
 
-    @staticmethod
-    def stacked(networks: list[SideNetwork], rows: Rows, h: Tensor) -> Tensor:
-        """The same for a batch whose rows take the networks that ``rows`` says."""
-        first = networks[0]
-        kept = [list(each) for each in zip(*[network._kept() for network in networks], strict=True)]
-        inputs = [rows.join(each) for each in kept]
-        inputs.append(rows.join(Rung.watched([network.last for network in networks], rows, h)))
-        gate = None
-        if first.alpha is not None:
-            gate = torch.sigmoid(rows.gather([cast("Tensor", n.alpha) for n in networks]) / _TEMPERATURE).t()
+    def rowwise(self, h: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own; this network's rungs have watched it."""
+        inputs = [*self._kept(), self.last.projected_rowwise(h, own.of("last"))]
+        gate = None if self.alpha is None else torch.sigmoid(own("alpha") / _TEMPERATURE).t()
 
         def block(i: int, z: Tensor) -> Tensor:
-            return SideBlock.stacked([cast("SideBlock", network.blocks[i]) for network in networks], rows, z)
+            return cast("SideBlock", self.blocks[i]).rowwise(z, own.of(f"blocks.{i}"))
 
-        z = first._back(first._climb(inputs, gate, block))
-        return h + pointwise([network.up for network in networks], rows, z, first.layout).to(h.dtype)
+        return h + pointwise(own.of("up"), self._back(self._climb(inputs, gate, block)), self.layout).to(h.dtype)
 
 
 class SideBlock(nn.Module):
@@ -232,29 +226,15 @@ class SideBlock(nn.Module):
         x = self.norm(z.movedim(1, -1)).movedim(-1, 1) if self.rank else self.norm(z)
         return z + cast("Tensor", self.out(F.gelu(self.mix(x))))
 
-    @staticmethod
-    def stacked(blocks: list[SideBlock], rows: Rows, z: Tensor) -> Tensor:
-        """The same for a batch whose rows take the blocks that ``rows`` says."""
-        first = blocks[0]
-        rank, layout = first.rank, first.out.layout
-        ones = [1] * (z.ndim - 2)
-        shape = (-1, z.shape[1], *ones) if rank else (-1, *ones, z.shape[-1])
-        weight = rows.gather([block.norm.weight for block in blocks]).view(shape)
-        bias = rows.gather([block.norm.bias for block in blocks]).view(shape)
-        last = z.movedim(1, -1) if rank else z
-        x = F.layer_norm(last, (last.shape[-1],), eps=first.norm.eps)
-        x = (x.movedim(-1, 1) if rank else x) * weight + bias
-        if rank:
-            # one group per channel of every row
-            convs = [cast("nn.Conv2d", block.mix) for block in blocks]
-            kernel, shift = rows.gather([c.weight for c in convs]), rows.gather([cast("Tensor", c.bias) for c in convs])
-            flat = x.flatten(0, 1)[None]
-            x = convolve(rank, flat, kernel.flatten(0, 1), shift.flatten(), padding=1, groups=flat.shape[1]).view(
-                x.shape
-            )
-        else:
-            x = pointwise([block.mix for block in blocks], rows, x, layout)
-        return z + pointwise([block.out for block in blocks], rows, F.gelu(x), layout)
+    def rowwise(self, z: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        layout = self.out.layout
+        last = z.movedim(1, -1) if self.rank else z
+        x = F.layer_norm(last, (last.shape[-1],), eps=self.norm.eps)
+        x = x.movedim(-1, 1) if self.rank else x
+        x = x * as_vector(own("norm.weight"), z, layout) + as_vector(own("norm.bias"), z, layout)
+        x = depthwise(own.of("mix"), x) if self.rank else pointwise(own.of("mix"), x, layout)
+        return z + pointwise(own.of("out"), F.gelu(x), layout)
 
 
 def _resized(z: Tensor, like: Tensor, rank: int) -> Tensor:

@@ -109,6 +109,16 @@ def is_output_hooked(module: nn.Module) -> bool:
     )
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook sees what a module is called with or what it gives."""
+    return bool(is_output_hooked(module) or module._forward_pre_hooks or module_hooks._global_forward_pre_hooks)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether all elements stand together, with the channels of a map before its positions or behind them."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
 def as_channels_first(function: Callable[[Tensor], Tensor], x: Tensor, layout: str) -> Tensor:
     """Apply a convolution or a norm to a series, map or volume of any layout."""
     if is_channels_first(layout):

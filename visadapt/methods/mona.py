@@ -19,7 +19,7 @@ from visadapt.errors import VisadaptError
 from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
-from visadapt.methods.stacking import Rows, pointwise
+from visadapt.methods.stacking import Own, as_vector, pointwise
 
 _KERNELS = (3, 5, 7)
 
@@ -116,12 +116,8 @@ class MonaAdapter(nn.Module):
     def kernel(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one depthwise convolution that is the mean of the three."""
         convs = [cast("nn.Conv2d", conv) for conv in self.convs]
-        whole = [
-            F.pad(conv.weight, ((_KERNELS[-1] - k) // 2,) * 2 * self.rank)
-            for k, conv in zip(_KERNELS, convs, strict=True)
-        ]
-        bias = sum(cast("Tensor", conv.bias) for conv in convs)
-        return sum(whole) / len(convs), cast("Tensor", bias) / len(convs)  # type: ignore[return-value]
+        weight = _mean_kernel([conv.weight for conv in convs], self.rank)
+        return weight, _mean([cast("Tensor", conv.bias) for conv in convs])
 
     def forward(self, h: Tensor) -> Tensor:
         ones = (1,) * rank_of(self.layout) if is_channels_first(self.layout) else ()
@@ -175,32 +171,27 @@ class MonaAdapter(nn.Module):
         """
         raise VisadaptError("it has a nonlinearity (GELU)")
 
-    @staticmethod
-    def stacked(adapters: list[MonaAdapter], rows: Rows, h: Tensor) -> Tensor:
-        """The same for a batch whose rows take the adapters that ``rows`` says."""
-        first = adapters[0]
-        positions = [1] * (h.ndim - 2)
-
-        def vector(name: str) -> Tensor:
-            own = rows.gather([a.get_parameter(name) for a in adapters])
-            return (
-                own.view(len(own), -1, *positions)
-                if is_channels_first(first.layout)
-                else own.view(len(own), *positions, -1)
-            )
-
-        def project(name: str, z: Tensor) -> Tensor:
-            return pointwise([a.get_submodule(name) for a in adapters], rows, z, first.layout)
-
-        kernels = [a.kernel() for a in adapters]
-        weight, bias = rows.gather([w for w, _ in kernels]), rows.gather([b for _, b in kernels])
-
-        def depthwise(z: Tensor) -> Tensor:
+    def rowwise(self, h: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        kernels = [own(f"convs.{i}.weight") for i in range(len(_KERNELS))]
+        weight = _mean_kernel([kernel.flatten(0, 1) for kernel in kernels], self.rank)
+        bias = _mean([own(f"convs.{i}.bias") for i in range(len(_KERNELS))])
+        return self._around(
+            h,
+            lambda name: as_vector(own(name), h, self.layout),
+            lambda name, z: pointwise(own.of(name), z, self.layout),
             # one group per channel of every row
-            together = _depthwise(first.rank, z.flatten(0, 1)[None], weight.flatten(0, 1), bias.flatten())
-            return together.view(z.shape)
+            lambda z: _depthwise(self.rank, z.flatten(0, 1)[None], weight, bias.flatten()).view(z.shape),
+        )
 
-        return first._around(h, vector, project, depthwise)
+
+def _mean_kernel(kernels: Sequence[Tensor], rank: int) -> Tensor:
+    """Depthwise kernels of `_KERNELS`' sizes as one of the largest."""
+    return _mean([F.pad(w, ((_KERNELS[-1] - k) // 2,) * 2 * rank) for k, w in zip(_KERNELS, kernels, strict=True)])
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0]) / len(tensors)
 
 
 def _depthwise(rank: int, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

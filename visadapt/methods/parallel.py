@@ -17,7 +17,7 @@ from visadapt.checks import check_choice, check_probability, check_width
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
-from visadapt.methods.stacking import Rows, pointwise
+from visadapt.methods.stacking import Own, pointwise
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,15 @@ class ParallelAdapter(nn.Module):
         operator = plain_operator(host, type(host).__name__)
         return {"weight": centre_tap(operator, self.matrix(), host)}
 
-    @staticmethod
-    def stacked(adapters: list[ParallelAdapter], rows: Rows, x: Tensor) -> Tensor:
-        """The same for a batch whose rows take the adapters that ``rows`` says."""
-        first = adapters[0]
-        layout, stride = first.operator.layout, first.operator.stride
-
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        layout, stride = self.operator.layout, self.operator.stride
         steps = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
 
         def project(z: Tensor) -> Tensor:
             z = z[steps] if stride else z
-            if first.full is not None:
-                return pointwise([a.full for a in adapters], rows, z, layout)
-            z = pointwise([a.gamma for a in adapters], rows, z, layout)
-            return pointwise([a.beta for a in adapters], rows, z, layout)
+            if self.full is not None:
+                return pointwise(own.of("full"), z, layout, bias=False)
+            return pointwise(own.of("beta"), pointwise(own.of("gamma"), z, layout, bias=False), layout, bias=False)
 
-        return first._around(x, project)
+        return self._around(x, project)

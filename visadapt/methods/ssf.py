@@ -12,7 +12,7 @@ from visadapt.backbone.site import Site, is_channels_first, rank_of
 from visadapt.checks import check_std
 from visadapt.methods.layers import in_dtype_of
 from visadapt.methods.method import Method
-from visadapt.methods.stacking import Rows
+from visadapt.methods.stacking import Own
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class ScaleShift(nn.Module):
         """(γ, β): diagonal."""
         return self.gamma, self.beta
 
-    @staticmethod
-    def stacked(adapters: list[ScaleShift], rows: Rows, x: Tensor) -> Tensor:
-        """The same for a batch whose rows take the adapters that ``rows`` says."""
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
         n, ones = x.shape[0], [1] * (x.ndim - 2)
-        shape = (n, -1, *ones) if is_channels_first(adapters[0].layout) else (n, *ones, -1)
-        return _scaled(x, rows.gather([a.gamma for a in adapters]), rows.gather([a.beta for a in adapters]), shape)
+        shape = (n, -1, *ones) if is_channels_first(self.layout) else (n, *ones, -1)
+        return _scaled(x, own("gamma"), own("beta"), shape)
 
 
 def _scaled(x: Tensor, gamma: Tensor, beta: Tensor, shape: tuple[int, ...]) -> Tensor:

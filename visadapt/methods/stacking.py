@@ -1,13 +1,18 @@
-"""Stacking: the same small computation with other weights for every sample, as one batched operation."""
+"""Stacking: the same small computation with other weights for every sample, as one batched operation.
+
+A part whose class has a method ``rowwise`` computes a whole batch of mixed tasks at once: its options are those of all
+tasks' parts there, and it asks for tensors by name, which it is given with one entry per row (`Own`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from visadapt.backbone.operators import convolve
 from visadapt.backbone.site import is_channels_first
 from visadapt.backbone.tracing import is_tracing
 
@@ -26,48 +31,61 @@ class Rows:
         self.repeat = repeat
         self.device = device
         self.groups = max(number) + 1
-        rows = [
-            [i * repeat + r for i, n in enumerate(number) if n == g for r in range(repeat)] for g in range(self.groups)
-        ]
-        order = [row for group in rows for row in group]
-        self.sizes = [len(group) for group in rows]
+        self._rows: list[list[int]] = [[] for _ in range(self.groups)]
+        for i, n in enumerate(number):
+            self._rows[n] += range(i * repeat, (i + 1) * repeat)
+        order = [row for group in self._rows for row in group]
+        self.sizes = [len(group) for group in self._rows]
         # a group whose rows stand together is a view
-        self._starts = [g[0] if g[-1] - g[0] + 1 == len(g) else None for g in rows]
-        self._samples = None if number == tuple(range(len(number))) else torch.tensor(number, device=device)
-        self._rows = [torch.tensor(group, device=device) for group in rows]
-        self._order = None if order == sorted(order) else torch.tensor(order, device=device)
+        self._starts = [g[0] if g[-1] - g[0] + 1 == len(g) else None for g in self._rows]
+        self._order = None if order == sorted(order) else order
+        self._is_each = number == tuple(range(len(number)))
+        self._indices: dict[int | str, Tensor] = {}
+
+    def _index(self, key: int | str, rows: Sequence[int]) -> Tensor:
+        if is_tracing():
+            return torch.tensor(rows, device=self.device)
+        found = self._indices.get(key)
+        if found is None:
+            # a tensor made in inference mode could take no part in training later
+            with torch.inference_mode(False):
+                found = torch.tensor(rows, device=self.device)
+            if type(found) is Tensor:  # and not a tracer's stand-in
+                self._indices[key] = found
+        return found
 
     def take(self, tensor: Tensor, group: int) -> Tensor:
         """The rows of one group."""
         start = self._starts[group]
         if start is not None:
             return tensor.narrow(0, start, self.sizes[group])
-        return tensor.index_select(0, self._rows[group])
+        return tensor.index_select(0, self._index(group, self._rows[group]))
 
     def put(self, tensor: Tensor, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor with other rows for some groups, in its memory format."""
         changed = tensor.clone()
         for group, own in values.items():
-            changed.index_copy_(0, self._rows[group], own.to(tensor.dtype))
+            changed.index_copy_(0, self._index(group, self._rows[group]), own.to(tensor.dtype))
         return changed
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """The groups' rows back in the batch's order."""
         joined = torch.cat(tensors)
-        return joined if self._order is None else torch.empty_like(joined).index_copy_(0, self._order, joined)
+        if self._order is None:
+            return joined
+        return torch.empty_like(joined).index_copy_(0, self._index("order", self._order), joined)
 
     def gather(self, tensors: Sequence[Tensor], repeat: bool = True) -> Tensor:
         """``(N, …)``: for each row the tensor of its group; with ``repeat=False`` once per sample."""
-        if all(tensor is tensors[0] for tensor in tensors):
-            stacked = tensors[0].expand(len(self.number), *tensors[0].shape)
+        first = tensors[0]
+        if all(tensor is first for tensor in tensors):
+            stacked = first.expand(len(self.number), *first.shape)
+        elif self._is_each or not torch.is_grad_enabled():
+            # one copy instead of two
+            stacked = torch.stack([tensors[n] for n in self.number])
         else:
-            stacked = torch.stack(list(tensors))
-            stacked = stacked if self._samples is None else stacked.index_select(0, self._samples)
+            stacked = torch.stack(list(tensors)).index_select(0, self._index("samples", self.number))
         return stacked.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else stacked
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds on the device."""
-        return [*self._rows, *[t for t in (self._order, self._samples) if t is not None]]
 
 
 _KEPT: dict[tuple[tuple[int, ...], int, torch.device], Rows] = {}
@@ -80,39 +98,121 @@ def rows_for(number: tuple[int, ...], repeat: int, device: torch.device) -> Rows
     key = (number, repeat, device)
     found = _KEPT.get(key)
     if found is None:
-        # a tensor made in inference mode could take no part in training later
-        with torch.inference_mode(False):
-            found = Rows(number, repeat, device)
-        if all(type(tensor) is Tensor for tensor in found.tensors()):  # and not a tracer's stand-in
-            if len(_KEPT) >= 256:
-                _KEPT.clear()
-            _KEPT[key] = found
+        found = Rows(number, repeat, device)
+        if len(_KEPT) >= 256:
+            _KEPT.clear()
+        _KEPT[key] = found
     return found
 
 
-def pointwise(modules: Sequence[Any], rows: Rows, x: Tensor, layout: str) -> Tensor:
+class Own(Protocol):
+    """The tensors of parts that are alike, as each row of a batch takes them.
+
+    Attributes:
+        samples: how many samples the batch has.
+    """
+
+    @property
+    def samples(self) -> int: ...
+
+    def __call__(self, name: str, repeat: bool = True) -> Tensor:
+        """``(N, …)``: a parameter or buffer by its name in the part, such as ``down.weight``, per row.
+
+        Args:
+            name: of the tensor.
+            repeat: whether there is one per row, or one per sample.
+        """
+
+    def of(self, child: str) -> Own:
+        """The same for a module inside the part."""
+
+
+class Stacked:
+    """`Own` of a list of parts, one for each group of rows."""
+
+    def __init__(self, parts: Sequence[nn.Module], rows: Rows) -> None:
+        self.parts, self.rows = parts, rows
+        self.samples = len(rows.number)
+
+    def __call__(self, name: str, repeat: bool = True) -> Tensor:
+        *path, last = name.split(".")
+        modules = self._inside(path)
+        # not by getattr, which a module answers slowly: there may be thousands to ask
+        held = modules[0].__dict__
+        where = next((kind for kind in ("_parameters", "_buffers") if last in held[kind]), None)
+        if where is None:
+            return self.rows.gather([getattr(module, last) for module in modules], repeat)
+        return self.rows.gather([module.__dict__[where][last] for module in modules], repeat)
+
+    def of(self, child: str) -> Stacked:
+        return Stacked(self._inside(child.split(".")), self.rows)
+
+    def _inside(self, path: Sequence[str]) -> Sequence[nn.Module]:
+        modules = self.parts
+        for step in path:
+            modules = [cast("nn.Module", module.__dict__["_modules"][step]) for module in modules]
+        return modules
+
+
+class Single:
+    """`Own` of one part that all rows share: one entry stands for all."""
+
+    samples = 1
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+
+    def __call__(self, name: str, repeat: bool = True) -> Tensor:
+        value = self.part
+        for step in name.split("."):
+            value = getattr(value, step)
+        return cast("Tensor", value)[None]
+
+    def of(self, child: str) -> Single:
+        return Single(self.part.get_submodule(child))
+
+
+def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True) -> Tensor:
     """y = W_t·x + b_t at every position, with the weights of each sample's task t.
 
     Args:
-        modules: one `visadapt.methods.layers.Pointwise` per task.
-        rows: which of them each row of ``x`` takes.
+        own: of a `visadapt.methods.layers.Pointwise`.
         x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
         layout: of ``x``.
+        bias: whether there is one.
     """
     maps = is_channels_first(layout)
     if maps and x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return pointwise(modules, rows, x.movedim(1, -1), "NLC").movedim(-1, 1)
-    # Parallel's shared factor is a buffer
-    weight = rows.gather([module._parameters.get("weight", module._buffers.get("weight")) for module in modules], maps)
-    bias = None if modules[0].bias is None else rows.gather([module.bias for module in modules], maps)
+        return pointwise(own, x.movedim(1, -1), "NLC", bias).movedim(-1, 1)
+    weight, shift = own("weight", maps), own("bias", maps) if bias else None
     if not torch.is_autocast_enabled(x.device.type):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
     if maps:
         flat = x.flatten(2)
-        y = torch.bmm(weight, flat) if bias is None else torch.baddbmm(bias[:, :, None], weight, flat)
+        y = torch.bmm(weight, flat) if shift is None else torch.baddbmm(shift[:, :, None], weight, flat)
         return y.view(x.shape[0], -1, *x.shape[2:])
     # the windows of one sample are one long sequence
-    flat = x.reshape(len(rows.number), -1, x.shape[-1])
+    flat = x.reshape(own.samples, -1, x.shape[-1])
     back = weight.transpose(1, 2)
-    y = torch.bmm(flat, back) if bias is None else torch.baddbmm(bias[:, None, :], flat, back)
+    y = torch.bmm(flat, back) if shift is None else torch.baddbmm(shift[:, None, :], flat, back)
     return y.view(*x.shape[:-1], -1)
+
+
+def depthwise(own: Own, x: Tensor, padding: int = 1) -> Tensor:
+    """A depthwise convolution of channels-first maps ``(N, C, …)`` with each row's own kernel: C·N groups of one."""
+    kernel, shift = own("weight"), own("bias")
+    flat = x.flatten(0, 1)[None]
+    rank = x.ndim - 2
+    return convolve(rank, flat, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=flat.shape[1]).view(
+        x.shape
+    )
+
+
+def as_vector(vector: Tensor, x: Tensor, layout: str) -> Tensor:
+    """A vector ``(N, C)`` per row in a shape that multiplies the channels of ``x``."""
+    ones = [1] * (x.ndim - 2)
+    return (
+        vector.view(-1, vector.shape[-1], *ones)
+        if is_channels_first(layout)
+        else vector.view(-1, *ones, vector.shape[-1])
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ class Division:
 
     Args:
         number: the number of the group, per sample.
+        samples: of each group.
         place: where the batch is divided, for messages.
     """
 
-    def __init__(self, number: tuple[int, ...], place: str) -> None:
+    def __init__(self, number: tuple[int, ...], samples: Sequence[Sequence[int]], place: str) -> None:
         self.number = number
+        self.samples = samples
         self.place = place
-        self.samples = [[i for i, n in enumerate(number) if n == g] for g in range(max(number) + 1)]
 
     def rows(self, size: int, device: torch.device, fact: Fact | None) -> Rows:
         """Which of so many rows belong to which group.

@@ -21,6 +21,7 @@ from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
+from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.registry import Mixed, Parts, Registry
 from visadapt.runtime.weights import changes
@@ -74,21 +75,22 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     if len(distinct) == 1:
         with registry.within(distinct[0]):
             return model.forward(*args, **kwargs)
+    composition = composed(registry, tasks)
     if not _divided_within(registry, facts, distinct):
         try:
-            with registry.within(Mixed.of(tasks, facts)):
+            with registry.within(Mixed.of(composition, facts), composition):
                 return model.forward(*args, **kwargs)
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)
             if training:
                 # statistics of norms may have moved already
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
-    return _one_by_one(model, registry, tasks, distinct, facts, args, kwargs)
+    return _one_by_one(model, registry, composition, facts, args, kwargs)
 
 
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
     """Whether the tasks differ at a module whose rows are not known."""
-    paths = dict.fromkeys(path for name in distinct if name is not None for path in registry.task(name).hosts)
+    paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
     return (
         any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
     )
@@ -123,14 +125,12 @@ def _parts_at(registry: Registry, path: str) -> Parts:
 def _one_by_one(
     model: nn.Module,
     registry: Registry,
-    tasks: tuple[str | None, ...],
-    distinct: tuple[str | None, ...],
+    composition: Composition,
     facts: RowFacts,
     args: Any,
     kwargs: Any,
 ) -> Any:
-    numbers = {name: number for number, name in enumerate(distinct)}
-    division = Division(tuple(numbers[name] for name in tasks), type(model).__name__)
+    division = Division(composition.number, composition.samples, type(model).__name__)
     cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
     if cache is not None or kwargs.get("use_cache") is True:
         raise VisadaptError(
@@ -139,7 +139,7 @@ def _one_by_one(
         )
     outs = []
     try:
-        for number, name in enumerate(distinct):
+        for number, name in enumerate(composition.names):
             own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
             with registry.within(name):
                 outs.append(model.forward(*own_args, **own_kwargs))

@@ -1,7 +1,7 @@
 """Mixed batches at one module: every sample with the parts of its own task, in one pass of the backbone.
 
 A host runs once over the whole batch wherever the tasks only add to it. Parts that know how to act for many tasks at
-once (a class with ``stacked``) do so by one batched product; all others act group by group, each on its own samples, so
+once (a class with ``rowwise``) do so by one batched product; all others act task by task, each on its own samples, so
 that train-mode statistics see their own task's samples only.
 """
 
@@ -18,86 +18,168 @@ from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
-from visadapt.methods.stacking import Rows
+from visadapt.methods.layers import is_hooked
+from visadapt.methods.stacking import Rows, Stacked
+from visadapt.runtime.composition import Cluster, Composition, grouped
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
+from visadapt.runtime.profile import Step
 from visadapt.runtime.registry import Mixed, Parts
-from visadapt.runtime.roles import around, core, role, run
+from visadapt.runtime.roles import around, core, is_fresh, run
 
 NONE = nn.ModuleDict()
 """The parts of the bare backbone."""
 
-_AROUND = ("beside", "after", "watch")
-"""The roles of parts that act once the host's output is there."""
 
-
-class Groups:
-    """Which task's parts act on which rows at one host.
+class Here:
+    """A batch of mixed tasks at one host.
 
     Args:
         host: the module.
         parts: what it carries.
         tasks: one per sample, None for the bare backbone.
+        composition: of the batch.
     """
 
-    def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...]) -> None:
-        # tasks without parts here are one group, with the bare backbone
-        held = parts._modules
-        here = {task: task if task is not None and task in held else None for task in tasks}
-        names = {name: number for number, name in enumerate(dict.fromkeys(here.values()))}
-        self.parts = [NONE if name is None else cast("nn.ModuleDict", held[name]) for name in names]
-        if len(names) == 1:
-            return
-        self.division = Division(tuple([names[here[task]] for task in tasks]), parts._path or type(host).__name__)
-        self._registry = parts._registry
+    def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...], composition: Composition) -> None:
+        self.parts, self.composition = parts, composition
+        self.path = parts._path
+        self.place = self.path or type(host).__name__
+        self.roles = composition.roles(self.path)
         self._tasks = tasks
+        self._registry = parts._registry
         # what a host without children runs asks for no task, but for the weights that it computes with
-        asks = any(role(part) == "weights" for own in self.parts for part in own.values())
-        self._leaf = len(host._modules) == 1 and not asks
-        known = self._facts(parts._path)
-        self.inputs: dict[Key, Fact] = known.inputs
-        self.outputs: dict[Key, Fact] = known.outputs
+        self._leaf = len(host._modules) == 1 and "weights" not in self.roles
+        if self.roles:
+            known = self._facts()
+            self.inputs: dict[Key, Fact] = known.inputs
+            self.outputs: dict[Key, Fact] = known.outputs
 
-    def _facts(self, path: str) -> Any:
+    def _facts(self) -> Any:
         """What is known of the rows here: of this batch, or (in a graph being made) of all batches."""
-        place = self.division.place
         if isinstance(self._tasks, Mixed):
-            known = self._tasks.rows.hosts.get(path)
+            known = self._tasks.rows.hosts.get(self.path)
             if known is None or not known.known:
-                raise UnfitError(f"it is not known which rows belong to which sample at {place}")
+                raise UnfitError(f"it is not known which rows belong to which sample at {self.place}")
             return known
-        known = self._registry.facts.batches.hosts.get(path)
+        known = self._registry.facts.batches.hosts.get(self.path)
         if not (is_tracing() or torch._C._current_graph_task_id() != -1):
-            raise outside(place)
+            raise outside(self.place)
         if known is None or not known.known:
             raise VisadaptError(
-                f"it is not known which rows belong to which sample at {place}, and a graph cannot run one task at a "
-                "time: call the model without torch.compile"
+                f"it is not known which rows belong to which sample at {self.place}, and a graph cannot run one task "
+                "at a time: call the model without torch.compile"
             )
         return known
 
-    def rows(self, tensor: Tensor, fact: Fact | None) -> Rows:
-        """Which rows of a tensor are which group's."""
-        return self.division.rows(tensor.shape[0] if tensor.ndim else 0, tensor.device, fact)
+    def groups(self) -> tuple[list[nn.ModuleDict], Division]:
+        """The parts of each group of samples, and which group each sample is in."""
+        parts, composition = self.parts, self.composition
+        names, number, samples = composition.names, composition.number, composition.samples
+        if any(name is None or name not in parts for name in names):
+            # tasks without parts here are one group, with the bare backbone
+            names, number, samples = grouped([n if n is not None and n in parts else None for n in composition.tasks])
+        own = [NONE if name is None else cast("nn.ModuleDict", parts[name]) for name in names]
+        return own, Division(number, samples, self.place)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
         outs = []
-        for group, parts in enumerate(self.parts):
-            own_args, own_kwargs = self.division.share((args, kwargs), self.inputs, group)
+        groups, division = self.groups()
+        for group, parts in enumerate(groups):
+            own_args, own_kwargs = division.share((args, kwargs), self.inputs, group)
             if self._leaf:
                 outs.append(function(parts, own_args, own_kwargs))
                 continue
             # what runs within sees the rows of one group only, and so their tasks only
-            tasks = [self._tasks[i] for i in self.division.samples[group]]
-            mixed = len(set(tasks)) > 1
-            with self._registry.within(self._own(tasks) if mixed else tasks[0]):
+            inner = self.composition.of(division.samples[group])
+            if len(inner.names) == 1:
+                tasks: Any = inner.names[0]
+            else:
+                tasks = Mixed.of(inner, self._tasks.rows) if isinstance(self._tasks, Mixed) else inner.tasks
+            with self._registry.within(tasks, inner):
                 outs.append(function(parts, own_args, own_kwargs))
-        return self.division.join(outs, self.outputs)
+        return division.join(outs, self.outputs)
 
-    def _own(self, tasks: list[str | None]) -> tuple[str | None, ...]:
-        return Mixed.of(tasks, self._tasks.rows) if isinstance(self._tasks, Mixed) else tuple(tasks)
+    def act(self, out: Any, first: Any, fresh: bool, key: Key = ()) -> Any:
+        """Let all parts act that do so on the host's output, each task's on its own rows.
+
+        Args:
+            out: the output.
+            first: the host's first argument.
+            fresh: whether nobody else holds the output.
+            key: path of ``out`` in the host's output.
+        """
+        if not isinstance(out, Tensor):
+            return (self.act(out[0], first, False, (0,)), *out[1:])
+        output, given = self.outputs.get(key), self.inputs.get((0, 0))
+        clusters = self.composition.clusters
+        if len(clusters) == 1:
+            return self._cluster(clusters[0], out, first, output, given, fresh)
+        division = Division(self.composition.cluster_of, self.composition.members, self.place)
+        rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
+        values = {}
+        for number, cluster in enumerate(clusters):
+            steps = () if cluster.profile is None else cluster.profile.around.get(self.path, ())
+            if not steps:
+                continue
+            own = first
+            if any(step.role == "beside" for step in steps):
+                own = division.rows(first.shape[0], first.device, given).take(first, number)
+            changed = self._cluster(cluster, rows.take(out, number), own, output, given, False)
+            if any(step.role != "watch" for step in steps):
+                values[number] = changed
+        return rows.put(out, values) if values else out
+
+    def _cluster(
+        self, cluster: Cluster, out: Tensor, first: Any, output: Fact | None, given: Fact | None, fresh: bool
+    ) -> Tensor:
+        assert cluster.profile is not None
+        steps = cluster.profile.around.get(self.path, ())
+        if not steps:
+            return out
+        division = Division(cluster.number, cluster.samples, self.place)
+        rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
+        held = [cast("nn.ModuleDict", self.parts[cast("str", name)]) for name in cluster.names]
+        fresh = fresh and not any(step.role == "watch" for step in steps)
+        for step in steps:
+            parts = [cast("nn.Module", own._modules[step.name]) for own in held]
+            if step.role == "beside":
+                beside = division.rows(first.shape[0], first.device, given)
+                out = _beside(step, parts, out, first, rows, beside)
+            else:
+                out = _on_output(step, parts, out, rows, fresh)
+        return out
+
+
+def _beside(step: Step, parts: list[nn.Module], out: Tensor, first: Any, rows: Rows, given: Rows) -> Tensor:
+    one: Any = parts[0]
+    if step.rowwise:
+        return cast("Tensor", out + one.rowwise(first, Stacked(parts, given)))
+    if hasattr(type(one), "stacked"):
+        return cast("Tensor", out + type(one).stacked(parts, given, first))
+    each = {g: around(part, rows.take(out, g), (given.take(first, g),)) for g, part in enumerate(parts)}
+    return rows.put(out, each)
+
+
+def _on_output(step: Step, parts: list[nn.Module], out: Tensor, rows: Rows, fresh: bool) -> Tensor:
+    one: Any = parts[0]
+    if step.rowwise:
+        own = Stacked(parts, rows)
+        if step.role == "watch":
+            one.rowwise(out, own)
+            return out
+        if fresh and getattr(type(one), "overwrites", False) and not any(map(is_hooked, parts)):
+            return cast("Tensor", one.rowwise(out, own, fresh=True))
+        return cast("Tensor", one.rowwise(out, own))
+    if hasattr(type(one), "stacked"):
+        return cast("Tensor", type(one).stacked(parts, rows, out))
+    if step.role == "watch":
+        for g, part in enumerate(parts):
+            part(rows.take(out, g))
+        return out
+    return rows.put(out, {g: around(part, rows.take(out, g), ()) for g, part in enumerate(parts)})
 
 
 def outside(place: str) -> VisadaptError:
@@ -114,69 +196,24 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
         return enter(host, parts._registry, tasks, args, kwargs)
     if isinstance(tasks, str):
         raise outside(parts._path)
-    groups = Groups(host, parts, tasks)
-    if len(groups.parts) == 1:
-        return run(host, plain, groups.parts[0], args, kwargs)
-    roles = {role(part) for group in groups.parts for part in group.values()}
-    if "before" in roles:
+    composition = tasks.composition if isinstance(tasks, Mixed) else parts._registry.composition()
+    here = Here(host, parts, tasks, composition)
+    if not here.roles:
+        return plain.forward(host, *args, **kwargs)
+    if "before" in here.roles:
         # each group with an input of its own: apart from the start
-        return groups.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
-    if roles & {"instead", "weights"}:
+        return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
+    if here.roles & {"instead", "weights"}:
         out = None
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            rows = groups.rows(args[0], groups.inputs.get((0, 0)))
-            out = stack_norms(host, plain, groups.parts, rows, args[0])
+            groups, division = here.groups()
+            x = args[0]
+            rows = division.rows(x.shape[0] if x.ndim else 0, x.device, here.inputs.get((0, 0)))
+            out = stack_norms(host, plain, groups, rows, x)
         if out is None:
-            out = groups.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
+            out = here.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
+        fresh = is_fresh(nn.Linear, NONE)
     else:
         out = plain.forward(host, *args, **kwargs)
-    acting = [[part for part in group.values() if role(part) in _AROUND] for group in groups.parts]
-    for step in range(max(map(len, acting))):
-        own = {g: parts[step] for g, parts in enumerate(acting) if step < len(parts)}
-        out = _around(groups, own, out, args[0] if args else None)
-    return out
-
-
-def _around(groups: Groups, acting: dict[int, nn.Module], out: Any, first: Any, key: Key = ()) -> Any:
-    """One step of what acts on the host's output, one part per group."""
-    if not isinstance(out, Tensor):
-        return (_around(groups, acting, out[0], first, (0,)), *out[1:])
-    rows = groups.rows(out, groups.outputs.get(key))
-    for g, part in acting.items():
-        if role(part) == "watch":
-            part(rows.take(out, g))
-    acting = {g: part for g, part in acting.items() if role(part) != "watch"}
-    parts = list(acting.values())
-    if not parts:
-        return out
-    beside = any(role(part) == "beside" for part in parts)
-    given = groups.rows(first, groups.inputs.get((0, 0))) if beside else rows
-    if len(parts) == rows.groups and _alike(parts):
-        if beside:
-            return out + type(parts[0]).stacked(parts, given, first)  # type: ignore[attr-defined]
-        return type(parts[0]).stacked(parts, rows, out)  # type: ignore[attr-defined]
-    return rows.put(
-        out,
-        {
-            g: around(part, rows.take(out, g), (given.take(first, g),) if role(part) == "beside" else ())
-            for g, part in acting.items()
-        },
-    )
-
-
-def _alike(parts: list[nn.Module]) -> bool:
-    """Whether parts can be stacked: of one class that knows how, with the same options and shapes."""
-    if not hasattr(type(parts[0]), "stacked"):
-        return False
-    first = _looks(parts[0])
-    return all(type(part) is type(parts[0]) and _looks(part) == first for part in parts[1:])
-
-
-def _looks(part: nn.Module) -> list[Any]:
-    """What two parts must share: classes, options and shapes, all the way down."""
-    found: list[Any] = [type(part), *[(k, v) for k, v in part.__dict__.items() if k[0] != "_"]]
-    found += [p.shape for p in part._parameters.values() if p is not None]
-    for child in part._modules.values():
-        if child is not None:
-            found += _looks(child)
-    return found
+        fresh = is_fresh(plain, NONE)
+    return here.act(out, args[0] if args else None, fresh)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,20 +23,25 @@ from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
 
+_UNIQUE = itertools.count()
+
+
 class Mixed(tuple[str | None, ...]):
     """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
 
     Attributes:
         rows: the facts of the batch.
+        composition: of the batch; see `visadapt.runtime.composition`.
     """
 
     rows: RowFacts
+    composition: Any
 
     @staticmethod
-    def of(tasks: Iterable[str | None], rows: RowFacts) -> Mixed:
-        """The tasks, one per sample, with the facts of their batch."""
-        mixed = Mixed(tasks)
-        mixed.rows = rows
+    def of(composition: Any, rows: RowFacts) -> Mixed:
+        """The tasks of a composition, one per sample, with the facts of their batch."""
+        mixed = Mixed(composition.tasks)
+        mixed.composition, mixed.rows = composition, rows
         return mixed
 
 
@@ -65,6 +71,8 @@ class Task:
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
+        held: its parts and profile, once a batch of mixed tasks asked for them; a copy finds its own.
+        unique: a number that no other task of the model ever has.
     """
 
     name: str
@@ -80,6 +88,8 @@ class Task:
     drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
+    held: Any = field(default=None, compare=False, repr=False)
+    unique: int = field(default_factory=lambda: next(_UNIQUE), compare=False, repr=False)
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -118,6 +128,7 @@ class Registry(Choices):
         watch: what is looked at before and after each forward.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
+        profiles: of tasks, as far as batches of mixed tasks asked for them.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -134,6 +145,7 @@ class Registry(Choices):
         self.digests: Digests = {}
         self.lean: Any = None
         self.source: Source | None = None
+        self.profiles: list[Any] = []
 
     def task(self, name: Any) -> Task:
         """The task of that name.

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visadapt.methods.layers import is_hooked
+
+AROUND = ("beside", "after", "watch")
+"""The roles of parts that act once the host's output is there."""
+
+_MAKERS = frozenset(layer.forward for layer in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm))
+"""What computes an output that nobody else holds."""
 
 
 def role(part: nn.Module) -> str:
@@ -27,8 +37,9 @@ def run(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: Any
         if role(part) == "before":
             args = part(*args)
     out = core(host, plain, parts, args, kwargs)
+    fresh = is_fresh(plain, parts)
     for part in parts.values():
-        out = around(part, out, args)
+        out = around(part, out, args, fresh)
     return out
 
 
@@ -40,13 +51,37 @@ def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: An
     return plain.forward(host, *args, **kwargs)
 
 
-def around(part: nn.Module, out: Any, args: Any) -> Any:
+def is_fresh(plain: type[nn.Module], parts: nn.ModuleDict) -> bool:
+    """Whether nobody else holds a host's output, so that what acts on it may take its memory.
+
+    That is so without autograd, at a layer of torch's own whose output no other part and no hook was shown.
+    """
+    if torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    maker: Any = plain
+    for part in parts.values():
+        how = role(part)
+        if how == "watch":
+            return False
+        if how == "instead":
+            if is_hooked(part):
+                return False
+            maker = type(part)
+    return maker.forward in _MAKERS
+
+
+def around(part: nn.Module, out: Any, args: Any, fresh: bool = False) -> Any:
     """What a part makes of the host's output, if it acts on that at all."""
-    if role(part) == "beside":
+    how = role(part)
+    if how == "beside":
         return on_tensor(out, lambda y: y + part(args[0]))
-    if role(part) == "watch":
+    if how == "watch":
         on_tensor(out, part)
-    return on_tensor(out, part) if role(part) == "after" else out
+    if how != "after":
+        return out
+    if fresh and type(out) is Tensor and getattr(type(part), "overwrites", False) and not is_hooked(part):
+        return part(out, fresh=True)
+    return on_tensor(out, part)
 
 
 def on_tensor(out: Any, function: Any) -> Any:

@@ -14,6 +14,7 @@ from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
 from visadapt.runtime.choice import AUTO
+from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.door import door_class
 from visadapt.runtime.host import dress
 from visadapt.runtime.registry import Registry, find_registry, registry_of
@@ -40,7 +41,7 @@ def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
         torch.Size([2, 3])
     """
     registry = registry_of(model)
-    registry.choose(_checked(model, registry, task))
+    registry.choose(*_checked(model, registry, task))
     return model
 
 
@@ -77,23 +78,25 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
         {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
     """
     registry = registry_of(model)
-    with registry.only(_checked(model, registry, task), generator_of(sys._getframe(1))):
+    names, composition = _checked(model, registry, task)
+    with registry.only(names, generator_of(sys._getframe(1)), composition):
         yield model
 
 
-def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
+def _checked(model: nn.Module, registry: Registry, task: Any) -> tuple[Any, Composition | None]:
+    """What was asked for, and its composition where that is one task per sample."""
     if task is None or (isinstance(task, str) and task != AUTO):
-        return None if task is None else registry.task(task).name
+        return (None if task is None else registry.task(task).name), None
     if not isinstance(task, Sequence) or not task:
-        raise VisadaptError(f"task must be a task's name, None, or a list with one name per sample, got {task!r}")
+        raise VisadaptError(f"expected a task's name, None, or a list with one name per sample, got {task!r}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
-        names: Any = AUTO
-    else:
-        names = tuple(None if name is None else registry.task(name).name for name in task)
+        _open_door(model)
+        return AUTO, None
+    names = tuple([None if name is None else registry.task(name).name for name in task])
     _open_door(model)
-    return names
+    return names, composed(registry, names)
 
 
 def _open_door(model: nn.Module) -> None:

@@ -1,0 +1,103 @@
+"""Compositions: of which tasks a batch is, worked out once for all hosts.
+
+Samples of tasks whose parts are alike form a cluster; at each host one batched product acts for a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visadapt.runtime.profile import Held, Profile
+from visadapt.runtime.registry import Registry
+
+
+def grouped(keys: Sequence[Any]) -> tuple[list[Any], tuple[int, ...], list[list[int]]]:
+    """The distinct keys in their order, the number of each position's key, and the positions of each."""
+    numbers: dict[Any, int] = {}
+    number = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+    positions: list[list[int]] = [[] for _ in numbers]
+    for position, n in enumerate(number):
+        positions[n].append(position)
+    return list(numbers), number, positions
+
+
+class Cluster:
+    """The samples of a batch whose tasks' parts act alike.
+
+    Attributes:
+        profile: of how they act; None of the bare backbone.
+        names: of the tasks.
+        number: which of them each sample of the cluster is of.
+        samples: of the batch, by task.
+    """
+
+    def __init__(self, profile: Profile | None, tasks: Sequence[str | None]) -> None:
+        self.profile = profile
+        self.names, self.number, self.samples = grouped(tasks)
+
+
+class Composition:
+    """The tasks of a batch, one per sample.
+
+    Attributes:
+        tasks: a name per sample, None for the bare backbone.
+        names: the distinct ones.
+        number: which of them each sample is of.
+        samples: of each of them.
+        clusters: by how tasks' parts act.
+        cluster_of: the number of each sample's cluster.
+        members: the samples of each cluster.
+        profiles: of the tasks.
+        training: the mode that the model was in when profiles were looked at.
+    """
+
+    def __init__(self, registry: Registry, tasks: Sequence[str | None], held: dict[str, Held]) -> None:
+        self.tasks = tuple(tasks)
+        self.names, self.number, self.samples = grouped(self.tasks)
+        self._held = held
+        self._registry = registry
+        acts = [None if name is None else held[name].profile.acts for name in self.tasks]
+        found, self.cluster_of, self.members = grouped(acts)
+        self.clusters = [
+            Cluster(profile, [self.tasks[i] for i in members])
+            for profile, members in zip(found, self.members, strict=True)
+        ]
+        self.profiles = list(dict.fromkeys(held[name].profile for name in self.names if name is not None))
+        self.training = bool(registry.facts.model.__dict__["training"])
+
+    def of(self, samples: Sequence[int]) -> Composition:
+        """That of some samples of the batch."""
+        return Composition(self._registry, [self.tasks[i] for i in samples], self._held)
+
+    def roles(self, path: str) -> frozenset[str]:
+        """The roles of the tasks' parts at a host."""
+        found: frozenset[str] = frozenset()
+        for profile in self.profiles:
+            found = found | profile.roles.get(path, found)
+        return found
+
+
+def composed(registry: Registry, tasks: Sequence[str | None]) -> Composition:
+    """The composition of a batch; profiles that changed are found again.
+
+    Raises:
+        VisadaptError: there is no such task.
+    """
+    held = {}
+    for name in dict.fromkeys(tasks):
+        if name is not None:
+            task = registry.task(name)
+            if task.held is None or task.held.hosts != task.hosts or not task.held.holds():
+                task.held = Held(registry.parts(name), registry.profiles)
+            held[name] = task.held
+    return Composition(registry, tasks, held)
+
+
+def index_of(registry: Registry, tasks: Sequence[str | None]) -> Tensor:
+    """The unique number of each sample's task as a tensor on the CPU, −1 for the bare backbone."""
+    with torch.inference_mode(False):
+        return torch.tensor([-1 if name is None else registry.task(name).unique for name in tasks])

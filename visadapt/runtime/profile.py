@@ -1,0 +1,128 @@
+"""Profiles: what the parts of a task are at every host, but for the values of their tensors.
+
+Tasks of one profile differ in their tensors only, so one batched product acts for all of them. A task's profile is
+found once, and found again only after its parts, their options or their mode changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from visadapt.backbone.subclass import plain_class
+from visadapt.runtime.roles import AROUND, role
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a profile's tasks at one host.
+
+    Attributes:
+        name: of the part.
+        role: how it acts; see `visadapt.runtime.roles.role`.
+        looks: what tasks' parts share: classes, options and shapes.
+        rowwise: whether its class computes batches of mixed tasks at once.
+    """
+
+    name: str
+    role: str
+    looks: Any
+    rowwise: bool
+
+    @staticmethod
+    def of(name: str, part: nn.Module) -> Step:
+        """The step of a part."""
+        how = role(part)
+        rowwise = how in AROUND and hasattr(type(part), "rowwise")
+        if how not in AROUND:
+            # a norm of its own; the widths of heads may differ
+            looks = [plain_class(part), part.training] if name == "norm" else [how]
+        elif rowwise or hasattr(type(part), "stacked"):
+            looks = _looks(part)
+        else:
+            looks = [type(part)]
+        return Step(name, how, looks, rowwise)
+
+
+class Profile:
+    """What tasks share that differ in the values of their tensors only.
+
+    Attributes:
+        steps: by path of the host, in the order in which they act.
+        around: those of them that act once the host's output is there.
+        roles: of the steps, by path.
+        acts: the first profile with the same ``around``.
+        examples: a part of each step in ``around`` that is rowwise, without values, by path and name.
+    """
+
+    def __init__(self, steps: dict[str, tuple[Step, ...]], parts: dict[str, nn.ModuleDict]) -> None:
+        self.steps = steps
+        self.acts = self
+        self.around = {path: tuple(s for s in own if s.role in AROUND) for path, own in steps.items()}
+        self.roles = {path: frozenset(s.role for s in own) for path, own in steps.items()}
+        # one memo: a ladder's rungs and its side network hand each other tensors
+        memo: dict[int, Any] = {}
+        self.examples = {
+            path: {s.name: _without_values(cast("nn.Module", parts[path][s.name]), memo) for s in own if s.rowwise}
+            for path, own in self.around.items()
+        }
+
+
+class Held:
+    """The parts of one task, with its profile.
+
+    Attributes:
+        parts: by path of the host.
+        hosts: the paths.
+        profile: of the task.
+    """
+
+    def __init__(self, parts: dict[str, nn.ModuleDict], profiles: list[Profile]) -> None:
+        self.parts = parts
+        self.hosts = list(parts)
+        steps = {path: tuple(Step.of(name, part) for name, part in own.items()) for path, own in parts.items()}
+        found = next((known for known in profiles if known.steps == steps), None)
+        if found is None:
+            found = Profile(steps, parts)
+            found.acts = next((known.acts for known in profiles if known.around == found.around), found)
+            profiles.append(found)
+        self.profile = found
+        modules = [module for own in parts.values() for module in own.modules()]
+        self._children = [module.__dict__["_modules"] for module in modules]
+        self._were = [dict(children) for children in self._children]
+        options = [(module.__dict__, key) for module in modules for key in module.__dict__ if key[0] != "_"]
+        self._dicts, self._keys = [d for d, _ in options], [key for _, key in options]
+        self._values = [d[key] for d, key in options]
+
+    def holds(self) -> bool:
+        """Whether parts, options and modes are as they were found."""
+        # in C, as a task may have hundreds of these
+        if self._children != self._were:
+            return False
+        return list(map(dict.get, self._dicts, self._keys)) == self._values
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Leave a copy of the task to find its own."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _looks(part: nn.Module) -> list[Any]:
+    """Classes, options and shapes, all the way down."""
+    found: list[Any] = [type(part), *[(k, v) for k, v in part.__dict__.items() if k[0] != "_"]]
+    found += [(name, p.shape) for name, p in part._parameters.items() if p is not None]
+    for child in part._modules.values():
+        if child is not None:
+            found += _looks(child)
+    return found
+
+
+def _without_values(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    for tensor in (*part.parameters(), *part.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(part, memo)
