@@ -110,8 +110,9 @@ def is_output_hooked(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook sees what a module is called with or what it gives."""
-    return bool(is_output_hooked(module) or module._forward_pre_hooks or module_hooks._global_forward_pre_hooks)
+    """Whether a hook, or a forward that the module alone was given, stands around what its class computes."""
+    around = is_output_hooked(module) or module._forward_pre_hooks or module_hooks._global_forward_pre_hooks
+    return bool(around or "forward" in module.__dict__)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -39,7 +39,6 @@ class Block:
         waiting: blocks of generators that did not run here when this one was opened.
         opener: the thread that opened it.
         threads: all threads at that time, of a block that others may start threads in.
-        composition: of the batches to come, for a compiled graph; see `visadapt.runtime.composition`.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Block:
         self.waiting: tuple[Block, ...] = ()
         self.opener: threading.Thread | None = None
         self.threads: tuple[threading.Thread, ...] = ()
-        self.composition: Any = None
 
 
 def generator_of(frame: FrameType | None) -> FrameType | None:

@@ -29,7 +29,7 @@ AUTO = "auto"
 
 _NUMBERS = itertools.count()
 
-_TRACED: list[tuple[int, Any, Any]] = []
+_TRACED: list[tuple[int, Any]] = []
 """What is meant within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
 
 
@@ -93,18 +93,6 @@ class Choices:
             return self._traced()
         return self._acting().tasks
 
-    def composition(self) -> Any:
-        """The composition of the batch that is meant here and now; None where it is not of mixed tasks.
-
-        It is that of the time at which the tasks were chosen.
-
-        Raises:
-            VisadaptError: as `current`.
-        """
-        if torch.compiler.is_dynamo_compiling():
-            return self._traced(composition=True)
-        return self._meant().composition
-
     def check_current(self) -> None:
         """Refuse a task that was removed since it was chosen.
 
@@ -142,13 +130,11 @@ class Choices:
         self.check(block)
         return block.tasks
 
-    def choose(self, tasks: Any, composition: Any = None) -> None:
+    def choose(self, tasks: Any) -> None:
         """Choose for all threads without a block."""
         self._drop_stale()
         self._relying.add(threading.current_thread())
-        block = Block(tasks, self._taken(tasks))
-        block.composition = composition
-        self._default = block
+        self._default = Block(tasks, self._taken(tasks))
         self._note_choice()
 
     def introduce(self, task: str) -> None:
@@ -173,17 +159,15 @@ class Choices:
             self._note_choice()
 
     @contextlib.contextmanager
-    def only(self, tasks: Any, owner: FrameType | None = None, composition: Any = None) -> Iterator[None]:
+    def only(self, tasks: Any, owner: FrameType | None = None) -> Iterator[None]:
         """Have these tasks meant by what runs within, as the user says.
 
         Args:
             tasks: a name, None, or one per sample.
             owner: the frame of the generator in which that is, if it is in one.
-            composition: of one per sample.
         """
         self._drop_stale()
         block = Block(tasks, self._taken(tasks), self._top(), owner, graph=torch._C._current_graph_task_id())
-        block.composition = composition
         block.waiting = elsewhere(self._streams)
         block.opener, block.threads = threading.current_thread(), tuple(threading.enumerate())
         if owner is None:
@@ -199,10 +183,10 @@ class Choices:
             self._end(block)
 
     @contextlib.contextmanager
-    def within(self, tasks: Any, composition: Any = None) -> Iterator[None]:
+    def within(self, tasks: Any) -> Iterator[None]:
         """Have these tasks meant by a part of a forward, which ends where it began."""
         if torch.compiler.is_dynamo_compiling():
-            _TRACED.append((self._number, tasks, composition))
+            _TRACED.append((self._number, tasks))
             try:
                 yield
             finally:
@@ -210,9 +194,7 @@ class Choices:
             return
         graph, below = torch._C._current_graph_task_id(), self._top()
         # the tasks are some of those of the forward, which are checked at its end
-        block = Block(tasks, (), below, captured=True, graph=graph)
-        block.composition = composition
-        self._set(block)
+        self._set(Block(tasks, (), below, captured=True, graph=graph))
         if graph == -1:
             self._note(tasks)
         try:
@@ -242,7 +224,6 @@ class Choices:
         if graph == -1:
             self._log().add(chosen.tasks)
         block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
-        block.composition = chosen.composition
         self._set(block)
         return block
 
@@ -286,13 +267,13 @@ class Choices:
         known = self.tasks
         return tuple((name, known.get(name)) for name in names if name is not None and name != AUTO)
 
-    def _traced(self, composition: bool = False) -> Any:
+    def _traced(self) -> Any:
         """The same while dynamo makes a graph."""
         if self._held is not None:
-            return self._held.composition if composition else self._held.tasks
-        for number, tasks, composed in reversed(_TRACED):
+            return self._held.tasks
+        for number, tasks in reversed(_TRACED):
             if number == self._number:
-                return composed if composition else tasks
+                return tasks
         if self._streams:
             raise VisadaptError(
                 "a compiled model cannot tell which of several generators runs it, and one is inside using(): call the "
@@ -300,8 +281,7 @@ class Choices:
             )
         blocks = BLOCKS.get()
         block = None if blocks is None else blocks.get(self._number)
-        block = self._default if block is None else block
-        return block.composition if composition else block.tasks
+        return self._default.tasks if block is None else block.tasks
 
     def _acting(self, noted: bool = True) -> Block:
         block, graph = self._top(), torch._C._current_graph_task_id()

@@ -78,7 +78,7 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     composition = composed(registry, tasks)
     if not _divided_within(registry, facts, distinct):
         try:
-            with registry.within(Mixed.of(composition, facts), composition):
+            with registry.within(Mixed.within(composition, facts)):
                 return model.forward(*args, **kwargs)
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)

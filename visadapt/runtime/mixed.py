@@ -25,7 +25,7 @@ from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.profile import Step
-from visadapt.runtime.registry import Mixed, Parts
+from visadapt.runtime.registry import Mixed, Named, Parts
 from visadapt.runtime.roles import around, core, is_fresh, run
 
 NONE = nn.ModuleDict()
@@ -39,10 +39,10 @@ class Here:
         host: the module.
         parts: what it carries.
         tasks: one per sample, None for the bare backbone.
-        composition: of the batch.
     """
 
-    def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...], composition: Composition) -> None:
+    def __init__(self, host: nn.Module, parts: Parts, tasks: Named) -> None:
+        composition: Composition = tasks.composition
         self.parts, self.composition = parts, composition
         self.path = parts._path
         self.place = self.path or type(host).__name__
@@ -97,8 +97,9 @@ class Here:
             if len(inner.names) == 1:
                 tasks: Any = inner.names[0]
             else:
-                tasks = Mixed.of(inner, self._tasks.rows) if isinstance(self._tasks, Mixed) else inner.tasks
-            with self._registry.within(tasks, inner):
+                given = self._tasks
+                tasks = Mixed.within(inner, given.rows) if isinstance(given, Mixed) else Named.of(inner)
+            with self._registry.within(tasks):
                 outs.append(function(parts, own_args, own_kwargs))
         return division.join(outs, self.outputs)
 
@@ -144,7 +145,7 @@ class Here:
         held = [cast("nn.ModuleDict", self.parts[cast("str", name)]) for name in cluster.names]
         fresh = fresh and not any(step.role == "watch" for step in steps)
         for step in steps:
-            parts = [cast("nn.Module", own._modules[step.name]) for own in held]
+            parts = [own[step.name] for own in held]
             if step.role == "beside":
                 beside = division.rows(first.shape[0], first.device, given)
                 out = _beside(step, parts, out, first, rows, beside)
@@ -196,8 +197,9 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
         return enter(host, parts._registry, tasks, args, kwargs)
     if isinstance(tasks, str):
         raise outside(parts._path)
-    composition = tasks.composition if isinstance(tasks, Mixed) else parts._registry.composition()
-    here = Here(host, parts, tasks, composition)
+    if not isinstance(tasks, Named):
+        raise VisadaptError("the tasks were chosen for the model that this one was copied from: choose them again")
+    here = Here(host, parts, tasks)
     if not here.roles:
         return plain.forward(host, *args, **kwargs)
     if "before" in here.roles:

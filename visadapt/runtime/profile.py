@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -36,10 +36,14 @@ class Step:
     def of(name: str, part: nn.Module) -> Step:
         """The step of a part."""
         how = role(part)
-        rowwise = how in AROUND and hasattr(type(part), "rowwise")
+        # a forward that a module alone was given may fetch its weights from elsewhere
+        given = any("forward" in module.__dict__ for module in part.modules())
+        rowwise = how in AROUND and hasattr(type(part), "rowwise") and not given
         if how not in AROUND:
             # a norm of its own; the widths of heads may differ
-            looks = [plain_class(part), part.training] if name == "norm" else [how]
+            looks: list[Any] = [plain_class(part), part.training] if name == "norm" else [how]
+        elif given:
+            looks = [id(part)]
         elif rowwise or hasattr(type(part), "stacked"):
             looks = _looks(part)
         else:
@@ -66,7 +70,7 @@ class Profile:
         # one memo: a ladder's rungs and its side network hand each other tensors
         memo: dict[int, Any] = {}
         self.examples = {
-            path: {s.name: _without_values(cast("nn.Module", parts[path][s.name]), memo) for s in own if s.rowwise}
+            path: {s.name: _without_values(parts[path][s.name], memo) for s in own if s.rowwise}
             for path, own in self.around.items()
         }
 
@@ -94,13 +98,15 @@ class Held:
         self._children = [module.__dict__["_modules"] for module in modules]
         self._were = [dict(children) for children in self._children]
         options = [(module.__dict__, key) for module in modules for key in module.__dict__ if key[0] != "_"]
+        self._modules = [module.__dict__ for module in modules]
+        self._sizes = list(map(len, self._modules))
         self._dicts, self._keys = [d for d, _ in options], [key for _, key in options]
         self._values = [d[key] for d, key in options]
 
     def holds(self) -> bool:
         """Whether parts, options and modes are as they were found."""
         # in C, as a task may have hundreds of these
-        if self._children != self._were:
+        if self._children != self._were or list(map(len, self._modules)) != self._sizes:
             return False
         return list(map(dict.get, self._dicts, self._keys)) == self._values
 

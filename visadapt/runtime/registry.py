@@ -22,24 +22,41 @@ from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
-
 _UNIQUE = itertools.count()
 
 
-class Mixed(tuple[str | None, ...]):
+class Named(tuple[str | None, ...]):
+    """The tasks of batches to come, one per sample, as `visadapt.using` was given them. A copy is a plain tuple.
+
+    Attributes:
+        composition: of these tasks; see `visadapt.runtime.composition`.
+    """
+
+    composition: Any
+
+    @classmethod
+    def of(cls, composition: Any) -> Named:
+        """The tasks of a composition."""
+        named = cls(composition.tasks)
+        named.composition = composition
+        return named
+
+    def __reduce__(self) -> Any:
+        return tuple, (list(self),)
+
+
+class Mixed(Named):
     """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
 
     Attributes:
         rows: the facts of the batch.
-        composition: of the batch; see `visadapt.runtime.composition`.
     """
 
     rows: RowFacts
-    composition: Any
 
     @staticmethod
-    def of(composition: Any, rows: RowFacts) -> Mixed:
-        """The tasks of a composition, one per sample, with the facts of their batch."""
+    def within(composition: Any, rows: RowFacts) -> Mixed:
+        """The tasks of a composition with the facts of their batch."""
         mixed = Mixed(composition.tasks)
         mixed.composition, mixed.rows = composition, rows
         return mixed
@@ -72,7 +89,7 @@ class Task:
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
         held: its parts and profile, once a batch of mixed tasks asked for them; a copy finds its own.
-        unique: a number that no other task of the model ever has.
+        unique: a number that no other task of the model has or had.
     """
 
     name: str

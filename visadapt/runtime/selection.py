@@ -14,10 +14,10 @@ from visadapt.backbone.subclass import made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
 from visadapt.runtime.choice import AUTO
-from visadapt.runtime.composition import Composition, composed
+from visadapt.runtime.composition import composed
 from visadapt.runtime.door import door_class
 from visadapt.runtime.host import dress
-from visadapt.runtime.registry import Registry, find_registry, registry_of
+from visadapt.runtime.registry import Named, Registry, find_registry, registry_of
 
 
 def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
@@ -41,7 +41,7 @@ def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
         torch.Size([2, 3])
     """
     registry = registry_of(model)
-    registry.choose(*_checked(model, registry, task))
+    registry.choose(_checked(model, registry, task))
     return model
 
 
@@ -78,25 +78,23 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
         {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
     """
     registry = registry_of(model)
-    names, composition = _checked(model, registry, task)
-    with registry.only(names, generator_of(sys._getframe(1)), composition):
+    with registry.only(_checked(model, registry, task), generator_of(sys._getframe(1))):
         yield model
 
 
-def _checked(model: nn.Module, registry: Registry, task: Any) -> tuple[Any, Composition | None]:
-    """What was asked for, and its composition where that is one task per sample."""
+def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
     if task is None or (isinstance(task, str) and task != AUTO):
-        return (None if task is None else registry.task(task).name), None
+        return None if task is None else registry.task(task).name
     if not isinstance(task, Sequence) or not task:
         raise VisadaptError(f"expected a task's name, None, or a list with one name per sample, got {task!r}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
-        _open_door(model)
-        return AUTO, None
-    names = tuple([None if name is None else registry.task(name).name for name in task])
+        names: Any = AUTO
+    else:
+        names = Named.of(composed(registry, [None if name is None else registry.task(name).name for name in task]))
     _open_door(model)
-    return names, composed(registry, names)
+    return names
 
 
 def _open_door(model: nn.Module) -> None:
@@ -113,7 +111,7 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
         VisadaptError: the model was never injected.
     """
     name: str | tuple[str | None, ...] | None = registry_of(model).in_use()
-    return name
+    return tuple(name) if isinstance(name, tuple) else name
 
 
 @contextmanager
