@@ -64,12 +64,13 @@ def generates(cls: ModuleClass) -> bool:
 @cached
 def generating_class(plain: ModuleClass) -> ModuleClass:
     """A subclass whose ``generate`` takes batches of mixed tasks."""
+    kind: Any = plain
 
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         registry: Registry | None = self.__dict__.get(REGISTRY)
         tasks = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
-            return plain.generate(self, *args, **kwargs)  # type: ignore[operator]
+            return kind.generate(self, *args, **kwargs)
         if tasks == AUTO:
             raise VisadaptError(
                 "'auto' would choose anew for every token: let visadapt.decide(model, prompts) choose the tasks, and "
@@ -79,12 +80,12 @@ def generating_class(plain: ModuleClass) -> ModuleClass:
         token = _RUNNING.set(running)
         try:
             with running.stack:
-                return plain.generate(self, *args, **kwargs)  # type: ignore[operator]
+                return kind.generate(self, *args, **kwargs)
         except CacheError:
             pass  # its forwards run one task at a time, which cannot share a cache: so does all of it
         finally:
             _RUNNING.reset(token)
-        return _one_by_one(running, plain.generate, args, kwargs)
+        return _one_by_one(running, kind.generate, args, kwargs)
 
     def expand(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         running = _running(self)
@@ -95,7 +96,7 @@ def generating_class(plain: ModuleClass) -> ModuleClass:
             running.stack.enter_context(running.registry.only(rows))
         return getattr(super(own, self), _EXPAND)(expand_size, *args, **kwargs)
 
-    members: dict[str, Any] = {"generate": update_wrapper(generate, plain.generate), _EXPAND: expand}  # type: ignore[arg-type]
+    members: dict[str, Any] = {"generate": update_wrapper(generate, kind.generate), _EXPAND: expand}
     for name in _ENCODE:
         if hasattr(plain, name):
             members[name] = _encoding(plain, name)
