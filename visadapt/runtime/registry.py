@@ -208,7 +208,7 @@ def check_hosts(model: nn.Module, name: str) -> None:
 def check_task_name(name: Any) -> None:
     """Refuse names that cannot be a module's or a file's."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise VisadaptError(f"a task's name is made of letters, digits, '_' and '-', got {name!r}")
+        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
     if hasattr(Parts, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 

@@ -86,7 +86,7 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
     if task is None or (isinstance(task, str) and task != AUTO):
         return None if task is None else registry.task(task).name
     if not isinstance(task, Sequence) or not task:
-        raise VisadaptError(f"expected a task's name, None, or a list with one name per sample, got {task!r}")
+        raise VisadaptError(f"task must be a task's name, None, or a list with one name per sample, got {task!r}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
