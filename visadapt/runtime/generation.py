@@ -68,7 +68,7 @@ def generating_class(plain: ModuleClass) -> ModuleClass:
 
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         registry: Registry | None = self.__dict__.get(REGISTRY)
-        tasks = None if registry is None else registry.current()
+        tasks: Any = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
             return kind.generate(self, *args, **kwargs)
         if tasks == AUTO:
