@@ -210,7 +210,7 @@ def _completed(
     rows, where = splits["train"], where or name
     if len(rows) < 10:
         raise VisadaptError(
-            f"{where}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
+            f"{where}: must have at least 10 rows to split into train, validation and test, got {len(rows)}"
         )
     targets.check_plausible(rows.labels, where)
     codes = targets.encode(rows.labels, targets.names(rows.labels), where, rows.numbers)
