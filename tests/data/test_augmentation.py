@@ -75,17 +75,17 @@ def test_images_in_files_are_cropped_from_the_whole_file(folder: Path) -> None:
     assert all(torch.equal(one[0], two[0]) for one, two in zip(first, again, strict=True))
     assert torch.equal(first[0][1], plain[0][1])
     assert not torch.equal(first[0][0], plain[0][0])
-    with pytest.raises(VisadaptError, match="random_crop= of images in files needs prepare="):
+    with pytest.raises(VisadaptError, match="prepare= must be the backbone's inputs for random_crop="):
         training_batches(files, recipe, None, 0)
 
 
 def test_forms_that_cannot_be_changed() -> None:
     noise = torch.Generator()
-    with pytest.raises(VisadaptError, match=r"random_crop= needs uint8 images \(N, 3, H, W\), got torch.float32"):
+    with pytest.raises(VisadaptError, match=r"images for random_crop= must be uint8 \(N, 3, H, W\), got torch.float32"):
         Augmentation(random_crop=0.3).cropped(torch.rand(2, 3, 8, 8), None, noise)
-    with pytest.raises(VisadaptError, match=r"need one class per image, got labels torch.float32 of \(2,\)"):
+    with pytest.raises(VisadaptError, match=r"must be one class per image, got torch.float32 of \(2,\)"):
         Augmentation(mixup=0.3).mixed(torch.rand(2, 3, 8, 8), torch.rand(2), 3, noise)
-    with pytest.raises(VisadaptError, match="need images"):
+    with pytest.raises(VisadaptError, match="must be images"):
         Augmentation(mixup=0.3).mixed({"a": 1}, torch.zeros(2).long(), 3, noise)
 
 

@@ -82,10 +82,10 @@ def test_what_cannot_be_mixed_or_cropped_is_refused_and_nothing_moves(digits: Im
     model = make()
     before = state(model)
     floats = (torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(VisadaptError, match="random_crop= needs uint8 images"):
+    with pytest.raises(VisadaptError, match="images for random_crop= must be uint8"):
         fit(model, "digits", floats, recipe=Recipe(epochs=1, random_crop=0.5, head_first=False))
     soft = (floats[0], torch.full((8, 10), 0.1))
-    with pytest.raises(VisadaptError, match="need one class per image"):
+    with pytest.raises(VisadaptError, match="must be one class per image"):
         fit(model, "digits", soft, recipe=Recipe(epochs=1, mixup=0.5, head_first=False), loss="cross_entropy")
     assert all(torch.equal(tensor, state(model)[name]) for name, tensor in before.items())
     fit(model, "digits", floats, recipe=Recipe(epochs=1, mixup=0.5, cutmix=0.5))  # floats can be mixed

@@ -90,7 +90,7 @@ class Augmentation:
             VisadaptError: the images have another form.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise VisadaptError(f"{option('random_crop')} needs uint8 images (N, 3, H, W), got {_form(images)}")
+            raise VisadaptError(f"images for {option('random_crop')} must be uint8 (N, 3, H, W), got {_form(images)}")
         height, width = images.shape[-2:]
         crop = self._crop(height, width, inputs or ImageInputs(max(height, width)))
         with _seeded(noise):
@@ -112,9 +112,9 @@ class Augmentation:
             VisadaptError: the images or labels have another form.
         """
         if not isinstance(images, Tensor) or images.ndim != 4:
-            raise VisadaptError(f"mixup and CutMix need images (N, 3, H, W), got {_form(images)}")
+            raise VisadaptError(f"inputs of mixup and CutMix must be images (N, 3, H, W), got {_form(images)}")
         if labels.ndim != 1 or labels.is_floating_point():
-            raise VisadaptError(f"mixup and CutMix need one class per image, got labels {_form(labels)}")
+            raise VisadaptError(f"labels for mixup and CutMix must be one class per image, got {_form(labels)}")
         mix = require("timm.data", "mixup and CutMix", "timm").Mixup(
             self.mixup, self.cutmix, label_smoothing=0.0, num_classes=classes
         )

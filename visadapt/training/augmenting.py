@@ -78,7 +78,7 @@ def training_batches(data: Any, recipe: Recipe, prepare: Any, seed: int) -> Any:
     if recipe.augmentation.crops:
         if not isinstance(prepare, ImageInputs):
             raise VisadaptError(
-                f"{option('random_crop')} of images in files needs prepare=, the backbone's inputs, "
+                f"prepare= must be the backbone's inputs for {option('random_crop')} of images in files, "
                 f"got {type(prepare).__name__}"
             )
         data = data.read_as(recipe.augmentation.pixels(prepare))
