@@ -475,12 +475,12 @@ WRONG = {
     "contender of an experiment that has its own": (
         "experiment tradeoff --problem bundled/minilm:tweets --contender full --results {tmp}/r",
         1,
-        "tradeoff takes no --contender (it has its own); got 'full'",
+        "--contender of tradeoff must be left out, since it has its own, got 'full'",
     ),
     "two contenders for one": (
         "experiment transfer --problem bundled/minilm:tweets --contender lora --contender full --results {tmp}/r",
         1,
-        "transfer takes one --contender; got 'lora', 'full'",
+        "--contender of transfer must be one, with adapters, got 'lora', 'full'",
     ),
     "nothing to put at parts of the depth": (
         "experiment modality --problem bundled/minilm:tweets --contender linear --results {tmp}/r",
@@ -506,7 +506,7 @@ WRONG = {
     "metric of real values": (
         "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",
         1,
-        "pearson needs real-valued labels, got class labels",
+        "labels must be real-valued for pearson, got one class per sample",
     ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),

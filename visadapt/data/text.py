@@ -187,7 +187,7 @@ def load_text(
         return _assemble(path.name, {"test": rows}, seed, targets, known, whole=True)
     if len(rows) < 10:
         raise VisadaptError(
-            f"{path}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
+            f"{path}: must have at least 10 rows to split into train, validation and test, got {len(rows)}"
         )
     targets.check_plausible(rows.labels, str(path))
     codes = targets.encode(rows.labels, targets.names(rows.labels), str(path), rows.numbers)

@@ -49,7 +49,7 @@ def lean(model: ModelT, *, keep: torch.dtype | None = None, example: Any = None)
     registry = registry_of(model)
     backbone = unwrapped(model)
     if keep is not None and not (isinstance(keep, torch.dtype) and keep.is_floating_point):
-        raise VisadaptError(f"keep is a floating-point dtype such as torch.bfloat16, or None; got {keep!r}")
+        raise VisadaptError(f"keep must be a floating-point dtype such as torch.bfloat16, or None, got {keep!r}")
     if registry.lean is not None:
         registry.lean.keep = keep
         return model
