@@ -272,12 +272,12 @@ def _method(given: Any, m: Any, budget: Any) -> Method:
     if method is None:
         method = Bottleneck()
     if not isinstance(method, Method):
-        raise VisadaptError(f"method is one of {', '.join(METHODS)} with its options, got {given!r}")
+        raise VisadaptError(f"method must be one of {', '.join(METHODS)} with its options, got {given!r}")
     if budget is not None:
         if m is not None:
             raise VisadaptError("give m= or budget=, not both")
         if isinstance(budget, bool) or not isinstance(budget, float) or not 0 < budget < 1:
-            raise VisadaptError(f"budget is a fraction of the backbone's parameters in (0, 1), got {budget!r}")
+            raise VisadaptError(f"budget must be a fraction of the backbone's parameters in (0, 1), got {budget!r}")
     if m is not None or budget is not None:
         if not any(f.name == "m" for f in dataclasses.fields(method)):
             raise VisadaptError(
@@ -295,7 +295,7 @@ def _check_options(task: Any, num_classes: Any, labels: Any, norms: Any) -> None
     check_choice(norms, NORM_POLICIES, "norm policy")
     is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
     if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
-        raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
+        raise VisadaptError(f"labels must be a list of the classes' names, got {labels!r}")
 
 
 def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def lean(
 
 def _check(keep: Any, compute: Any, weights: Any, original: Any) -> None:
     if keep is not None and not (isinstance(keep, torch.dtype) and keep.is_floating_point):
-        raise VisadaptError(f"keep is a floating-point dtype such as torch.bfloat16, or None; got {keep!r}")
+        raise VisadaptError(f"keep must be a floating-point dtype such as torch.bfloat16, or None, got {keep!r}")
     if compute not in (None, torch.bfloat16, torch.float16):
         raise VisadaptError(f"compute must be torch.bfloat16, torch.float16 or None, got {compute!r}")
     check_choice(weights, (None, "int8"), "weights")
