@@ -111,7 +111,7 @@ class BottleneckAdapter(nn.Module):
 
         Args:
             h: the site's tensor.
-            fresh: whether nobody else holds ``h``, so that the output may take its memory.
+            fresh: whether nothing else holds ``h``, so that the output may take its memory.
         """
         if self._fuses(h):
             return self._fused(h, Single(self), fresh)

@@ -6,23 +6,13 @@ Samples of tasks whose parts are alike form a cluster; at each host one batched 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from visadapt.runtime.division import grouped
 from visadapt.runtime.profile import Held, Profile
 from visadapt.runtime.registry import Registry
-
-
-def grouped(keys: Sequence[Any]) -> tuple[list[Any], tuple[int, ...], list[list[int]]]:
-    """The distinct keys in their order, the number of each position's key, and the positions of each."""
-    numbers: dict[Any, int] = {}
-    number = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
-    positions: list[list[int]] = [[] for _ in numbers]
-    for position, n in enumerate(number):
-        positions[n].append(position)
-    return list(numbers), number, positions
 
 
 class Cluster:

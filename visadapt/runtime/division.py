@@ -18,19 +18,29 @@ class UnfitError(VisadaptError):
     """A batch was not as its facts say, or cannot be divided where it would have to be."""
 
 
+def grouped(keys: Sequence[Any]) -> tuple[list[Any], tuple[int, ...], list[list[int]]]:
+    """The distinct keys in their order, the number of each position's key, and the positions of each."""
+    numbers: dict[Any, int] = {}
+    number = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+    positions: list[list[int]] = [[] for _ in numbers]
+    for position, n in enumerate(number):
+        positions[n].append(position)
+    return list(numbers), number, positions
+
+
 class Division:
     """Which group each sample of a batch belongs to.
 
     Args:
         number: the number of the group, per sample.
-        samples: of each group.
         place: where the batch is divided, for messages.
+        samples: of each group, where they are known.
     """
 
-    def __init__(self, number: tuple[int, ...], samples: Sequence[Sequence[int]], place: str) -> None:
+    def __init__(self, number: tuple[int, ...], place: str, samples: Sequence[Sequence[int]] | None = None) -> None:
         self.number = number
-        self.samples = samples
         self.place = place
+        self.samples = grouped(number)[2] if samples is None else samples
 
     def rows(self, size: int, device: torch.device, fact: Fact | None) -> Rows:
         """Which of so many rows belong to which group.

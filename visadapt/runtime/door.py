@@ -27,6 +27,10 @@ from visadapt.runtime.registry import Mixed, Parts, Registry
 from visadapt.runtime.weights import changes
 
 
+class CacheError(VisadaptError):
+    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+
+
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
     """A subclass of a whole model's whose forward takes batches of mixed tasks."""
@@ -130,10 +134,10 @@ def _one_by_one(
     args: Any,
     kwargs: Any,
 ) -> Any:
-    division = Division(composition.number, composition.samples, type(model).__name__)
+    division = Division(composition.number, type(model).__name__, composition.samples)
     cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
     if cache is not None or kwargs.get("use_cache") is True:
-        raise VisadaptError(
+        raise CacheError(
             f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
             "call it without one (use_cache=False), or run one task at a time"
         )

@@ -20,8 +20,8 @@ from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import is_hooked
 from visadapt.methods.stacking import Rows, Stacked
-from visadapt.runtime.composition import Cluster, Composition, grouped
-from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.composition import Cluster, Composition
+from visadapt.runtime.division import Division, UnfitError, grouped
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.profile import Step
@@ -81,7 +81,7 @@ class Here:
             # tasks without parts here are one group, with the bare backbone
             names, number, samples = grouped([n if n is not None and n in parts else None for n in composition.tasks])
         own = [NONE if name is None else cast("nn.ModuleDict", parts[name]) for name in names]
-        return own, Division(number, samples, self.place)
+        return own, Division(number, self.place, samples)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
@@ -109,7 +109,7 @@ class Here:
         Args:
             out: the output.
             first: the host's first argument.
-            fresh: whether nobody else holds the output.
+            fresh: whether nothing else holds the output.
             key: path of ``out`` in the host's output.
         """
         if not isinstance(out, Tensor):
@@ -118,7 +118,7 @@ class Here:
         clusters = self.composition.clusters
         if len(clusters) == 1:
             return self._cluster(clusters[0], out, first, output, given, fresh)
-        division = Division(self.composition.cluster_of, self.composition.members, self.place)
+        division = Division(self.composition.cluster_of, self.place, self.composition.members)
         rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
         values = {}
         for number, cluster in enumerate(clusters):
@@ -140,7 +140,7 @@ class Here:
         steps = cluster.profile.around.get(self.path, ())
         if not steps:
             return out
-        division = Division(cluster.number, cluster.samples, self.place)
+        division = Division(cluster.number, self.place, cluster.samples)
         rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
         held = [cast("nn.ModuleDict", self.parts[cast("str", name)]) for name in cluster.names]
         fresh = fresh and not any(step.role == "watch" for step in steps)
@@ -195,10 +195,12 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
     """A host's forward for a batch of mixed tasks; see the module."""
     if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
         return enter(host, parts._registry, tasks, args, kwargs)
-    if isinstance(tasks, str):
+    if isinstance(tasks, str) or not (isinstance(tasks, Named) or is_tracing()):
         raise outside(parts._path)
     if not isinstance(tasks, Named):
-        raise VisadaptError("the tasks were chosen for the model that this one was copied from: choose them again")
+        raise VisadaptError(
+            "the tasks of a mixed batch were chosen before the model was copied: choose them again for the copy"
+        )
     here = Here(host, parts, tasks)
     if not here.roles:
         return plain.forward(host, *args, **kwargs)

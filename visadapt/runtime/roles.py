@@ -14,7 +14,7 @@ AROUND = ("beside", "after", "watch")
 """The roles of parts that act once the host's output is there."""
 
 _MAKERS = frozenset(layer.forward for layer in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm))
-"""What computes an output that nobody else holds."""
+"""What computes an output that nothing else holds."""
 
 
 def role(part: nn.Module) -> str:
@@ -52,7 +52,7 @@ def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: An
 
 
 def is_fresh(plain: type[nn.Module], parts: nn.ModuleDict) -> bool:
-    """Whether nobody else holds a host's output, so that what acts on it may take its memory.
+    """Whether nothing else holds a host's output, so that what acts on it may take its memory.
 
     That is so without autograd, at a layer of torch's own whose output no other part and no hook was shown.
     """
