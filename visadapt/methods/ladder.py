@@ -87,7 +87,7 @@ class Ladder(Method):
         rungs = [Rung(m, site, Slot()) for site in taps]
         for site, rung in zip(taps[:-1], rungs[:-1], strict=True):
             yield site.block, rung
-        yield taps[-1].block, SideNetwork(m, taps[-1], rungs[-1], [rung.slot for rung in rungs[:-1]])
+        yield taps[-1].block, SideNetwork(m, taps[-1], rungs[-1], [rung._slot for rung in rungs[:-1]])
 
 
 def _taps(sites: Sequence[Site], every: bool) -> list[Site]:
@@ -118,11 +118,11 @@ class Rung(nn.Module):
     def __init__(self, m: int, site: Site, slot: Slot) -> None:
         super().__init__()
         self.channels, self.layout, self.place = site.channels, site.layout, site.block
-        self.slot = slot
+        self._slot = slot
         self.down = Pointwise(site.channels, m, site.layout, std=site.channels**-0.5)
 
     def forward(self, h: Tensor) -> None:
-        self.slot.put(self.projected(h))
+        self._slot.put(self.projected(h))
 
     def projected(self, h: Tensor) -> Tensor:
         """D·h, channels on axis 1 of maps and on the last of tokens."""
@@ -142,7 +142,7 @@ class Rung(nn.Module):
 
     def rowwise(self, h: Tensor, own: Own) -> None:
         """The same for a batch whose rows have tensors of their own; see `projected_rowwise`."""
-        self.slot.put(self.projected_rowwise(h, own))
+        self._slot.put(self.projected_rowwise(h, own))
 
     def projected_rowwise(self, h: Tensor, own: Own) -> Tensor:
         """D·h with each row's D."""

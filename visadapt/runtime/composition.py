@@ -1,4 +1,4 @@
-"""Compositions: of which tasks a batch is, worked out once for all hosts.
+"""Compositions: which sample is of which task, and which tasks act alike, worked out once for all hosts.
 
 Samples of tasks whose parts are alike form a cluster; at each host one batched product acts for a cluster.
 """
@@ -42,6 +42,7 @@ class Composition:
         cluster_of: the number of each sample's cluster.
         members: the samples of each cluster.
         profiles: of the tasks.
+        only: the one profile of all tasks, if there is one.
         training: the mode that the model was in when profiles were looked at.
     """
 
@@ -57,6 +58,7 @@ class Composition:
             for profile, members in zip(found, self.members, strict=True)
         ]
         self.profiles = list(dict.fromkeys(held[name].profile for name in self.names if name is not None))
+        self.only = self.profiles[0] if len(self.profiles) == 1 else None
         self.training = bool(registry.facts.model.__dict__["training"])
 
     def of(self, samples: Sequence[int]) -> Composition:

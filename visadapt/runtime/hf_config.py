@@ -6,12 +6,12 @@ import copy
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from visadapt.backbone.subclass import cached, subclass
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import Registry, Task
-from visadapt.runtime.selection import using
+from visadapt.runtime.registry import Named, Registry, Task, registry_of
 
 
 def is_labelled(model: nn.Module) -> bool:
@@ -43,10 +43,15 @@ def _config(self: nn.Module) -> Any:
     own = self.__dict__["config"]
     if registry is None or task is None:
         return own
-    return _mixed_config(registry, task, own) if isinstance(task, tuple) else registry.configs.get(task, own)
+    if not isinstance(task, tuple):
+        return registry.configs.get(task, own)
+    if torch.compiler.is_dynamo_compiling() and isinstance(task, Named) and task.config is not None:
+        # looked up before, so that the graph does not depend on the tasks' names
+        return task.config
+    return mixed_config(registry, task, own)
 
 
-def _mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -> Any:
+def mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -> Any:
     """The config of a batch whose logits are as wide as the widest of its tasks' heads."""
     distinct = tuple(dict.fromkeys(tasks))
     configs = [own if task is None else registry.configs.get(task, own) for task in distinct]
@@ -57,7 +62,8 @@ def _mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -
     if key not in registry.configs:
         if problem is None:
             _forget_open(registry)
-        config = copy.deepcopy(own)
+        # not a deep copy, which takes as long as a small network's forward: what is set below is replaced, not changed
+        config = copy.copy(own)
         config.num_labels = key[0]
         if problem == UNDECIDED:
             plain: Any = type(config)
@@ -130,7 +136,7 @@ def labelled_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         # the head that is saved under its own name is the backbone's, and so must be the config beside it
-        with using(self, None):
+        with registry_of(self).only(None):
             return plain.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     return subclass(

@@ -20,6 +20,7 @@ from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import is_hooked
 from visadapt.methods.stacking import Rows, Stacked
+from visadapt.runtime.by_row import run_by_row
 from visadapt.runtime.composition import Cluster, Composition
 from visadapt.runtime.division import Division, UnfitError, grouped
 from visadapt.runtime.door import enter
@@ -201,6 +202,10 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
         raise VisadaptError(
             "the tasks of a mixed batch were chosen before the model was copied: choose them again for the copy"
         )
+    if torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        out = run_by_row(host, plain, parts, tasks, args, kwargs)
+        if out is not None:
+            return out
     here = Here(host, parts, tasks)
     if not here.roles:
         return plain.forward(host, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,19 +32,42 @@ def stack_norms(
     Returns:
         The output, or None where the norm is of another kind or sees its batch's statistics.
     """
-    if not (_is_batch_norm(host, plain) or plain.forward is nn.LayerNorm.forward):
+    if not is_stackable(host, plain):
         return None
-    norms = []
+    norms: list[Any] = []
     for parts in groups:
         own = parts._modules.get("norm")
         if any(part is not own and role(part) in ("instead", "weights") for part in parts.values()):
             return None
         norms.append(host if own is None else own)
-    if any(plain_class(norm) is not plain_class(host) for norm in norms):
+    is_layer_norm = plain.forward is nn.LayerNorm.forward
+    if any(plain_class(norm) is not plain_class(host) or (norm.training and not is_layer_norm) for norm in norms):
         return None
-    if plain.forward is nn.LayerNorm.forward:
-        return _layer_norm(host, norms, rows, x)
-    return None if any(norm.training for norm in norms) else _batch_norm(host, norms, rows, x)
+
+    def gathered(name: str) -> Tensor | None:
+        # not by getattr, which a module answers slowly: there may be thousands to ask
+        kind = "_buffers" if name in host._buffers else "_parameters"
+        tensors = [norm.__dict__[kind].get(name) for norm in norms]
+        return None if tensors[0] is None else rows.gather(tensors)
+
+    return norm_rowwise(host, plain, gathered, x)
+
+
+def is_stackable(host: nn.Module, plain: type[nn.Module]) -> bool:
+    """Whether a module is a norm that `norm_rowwise` computes."""
+    return plain.forward is nn.LayerNorm.forward or _is_batch_norm(host, plain)
+
+
+def norm_rowwise(host: Any, plain: type[nn.Module], own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
+    """A BatchNorm in eval mode or a LayerNorm with each row's tensors.
+
+    Args:
+        host: the backbone's norm.
+        plain: its class.
+        own: gives a parameter or buffer of that name with one entry per row of ``x``; None if the norm has none.
+        x: the norm's input.
+    """
+    return _layer_norm(host, own, x) if plain.forward is nn.LayerNorm.forward else _batch_norm(host, own, x)
 
 
 def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
@@ -53,13 +76,12 @@ def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
         plain.__name__ == "BatchNormAct2d" and plain.__module__.startswith("timm.")
     )
     # the activation behind it may have weights, which are the task's own then: a PReLU's
-    return known and is_stateful(host) and not any(parameter_count(m) for m in carried(host))
+    affine = host._parameters.get("weight") is not None
+    return known and affine and is_stateful(host) and not any(parameter_count(m) for m in carried(host))
 
 
-def _batch_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
-    # not by getattr, which a module answers slowly: there may be thousands to ask
-    mean, var = (rows.gather([norm._buffers[name] for norm in norms]) for name in ("running_mean", "running_var"))
-    weight, bias = (rows.gather([norm._parameters[name] for norm in norms]) for name in ("weight", "bias"))
+def _batch_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
+    mean, var, weight, bias = (cast("Tensor", own(name)) for name in ("running_mean", "running_var", "weight", "bias"))
     wide = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
     eps = cast("float", host.eps)
     if wide.is_contiguous():
@@ -79,18 +101,17 @@ def _batch_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) ->
     return y
 
 
-def _layer_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
+def _layer_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
     shape = cast("tuple[int, ...]", host.normalized_shape)
     view = (x.shape[0], *[1] * (x.ndim - 1 - len(shape)), *shape)
-    weights = [norm.weight for norm in norms]
+    weight, bias = own("weight"), own("bias")
     wide = x
-    if weights[0] is not None and x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
-        wide = x.to(weights[0].dtype)
+    if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        wide = x.to(weight.dtype)
     y = F.layer_norm(wide, shape, eps=cast("float", host.eps))
-    if weights[0] is None:
+    if weight is None:
         return y.to(x.dtype)
-    weight = rows.gather(weights).view(view)
-    if norms[0].bias is None:
+    weight = weight.view(view)
+    if bias is None:
         return (y * weight).to(y.dtype if wide is x else x.dtype)
-    bias = rows.gather([norm.bias for norm in norms]).view(view)
-    return torch.addcmul(bias, y.to(weight.dtype), weight).to(y.dtype if wide is x else x.dtype)
+    return torch.addcmul(bias.view(view), y.to(weight.dtype), weight).to(y.dtype if wide is x else x.dtype)

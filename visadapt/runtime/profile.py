@@ -7,10 +7,11 @@ found once, and found again only after its parts, their options or their mode ch
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from visadapt.backbone.subclass import plain_class
 from visadapt.runtime.roles import AROUND, role
@@ -41,7 +42,7 @@ class Step:
         rowwise = how in AROUND and hasattr(type(part), "rowwise") and not given
         if how not in AROUND:
             # a norm of its own; the widths of heads may differ
-            looks: list[Any] = [plain_class(part), part.training] if name == "norm" else [how]
+            looks: list[Any] = [plain_class(part), part.training] if name == "norm" else [how, plain_class(part)]
         elif given:
             looks = [id(part)]
         elif rowwise or hasattr(type(part), "stacked"):
@@ -58,6 +59,7 @@ class Profile:
         steps: by path of the host, in the order in which they act.
         around: those of them that act once the host's output is there.
         roles: of the steps, by path.
+        shapes: of the tensors of each rowwise part, by path, name and the tensor's name.
         acts: the first profile with the same ``around``.
         examples: a part of each step in ``around`` that is rowwise, without values, by path and name.
     """
@@ -67,6 +69,10 @@ class Profile:
         self.acts = self
         self.around = {path: tuple(s for s in own if s.role in AROUND) for path, own in steps.items()}
         self.roles = {path: frozenset(s.role for s in own) for path, own in steps.items()}
+        self.shapes = {
+            path: {s.name: {key: tuple(p.shape) for key, p in _tensors(parts[path][s.name])} for s in own if s.rowwise}
+            for path, own in self.around.items()
+        }
         # one memo: a ladder's rungs and its side network hand each other tensors
         memo: dict[int, Any] = {}
         self.examples = {
@@ -132,3 +138,8 @@ def _without_values(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(part, memo)
+
+
+def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from part.named_parameters(remove_duplicate=False)
+    yield from part.named_buffers(remove_duplicate=False)

@@ -31,9 +31,15 @@ class Named(tuple[str | None, ...]):
 
     Attributes:
         composition: of these tasks; see `visadapt.runtime.composition`.
+        numbers: the unique number of each sample's task, −1 for the bare backbone; what a compiled graph is given.
+        logits: an empty tensor as long as the batch's logits are wide, which a graph may take as a size that varies.
+        config: of the batch, of a model of transformers; see `visadapt.runtime.hf_config`.
     """
 
     composition: Any
+    numbers: Tensor | None = None
+    logits: Tensor | None = None
+    config: Any = None
 
     @classmethod
     def of(cls, composition: Any) -> Named:
@@ -89,7 +95,7 @@ class Task:
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
-        held: its parts and profile, once a batch of mixed tasks asked for them; a copy finds its own.
+        held: its parts and profile, since a mixed batch asked for them; a copy finds its own.
         unique: a number that no other task of the model has or had.
     """
 

@@ -13,12 +13,13 @@ from visadapt.backbone.modules import ModelT, unwrapped
 from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
+from visadapt.runtime.by_row import named
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.composition import composed
 from visadapt.runtime.door import door_class
 from visadapt.runtime.generation import generates, generating_class
 from visadapt.runtime.host import dress
-from visadapt.runtime.registry import Named, Registry, find_registry, registry_of
+from visadapt.runtime.registry import Registry, find_registry, registry_of
 
 
 def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
@@ -93,7 +94,8 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
         names: Any = AUTO
     else:
-        names = Named.of(composed(registry, [None if name is None else registry.task(name).name for name in task]))
+        own = [None if name is None else registry.task(name).name for name in task]
+        names = named(registry, composed(registry, own))
     _open_door(model)
     return names
 

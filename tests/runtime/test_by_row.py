@@ -1,0 +1,105 @@
+"""Compiled mixed batches: one graph for every composition of the same sizes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import visadapt
+from tests.models import ZOO, output, stir
+from visadapt import SSF, Bottleneck, Ladder, Parallel, using
+
+TASKS = ("a", "b", "c", "d")
+
+
+@pytest.fixture(autouse=True)
+def _dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def injected(name, method, **options):
+    model = ZOO[name].make()
+    for seed, task in enumerate(TASKS):
+        visadapt.inject(model, method, task=task, num_classes=3 + 2 * seed, **options)
+        stir(model, task, seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("tiny/resnet", Bottleneck(m=2), {}),
+        ("tiny/resnet", Ladder(m=2), {}),
+        ("tiny/resnet", Parallel(rank=2), {}),
+        ("transformers/bert", Bottleneck(m=2), {}),
+        ("transformers/bert", SSF(), {"norms": "frozen"}),
+    ],
+    ids=str,
+)
+def test_all_compositions_run_one_graph(name, method, options) -> None:
+    model, inputs = injected(name, method, **options), ZOO[name].inputs(n=5)
+    counter, draw = CompileCounter(), random.Random(0)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        with using(model, [None, *TASKS]):
+            output(model, inputs)  # shows which rows belong to which sample
+        for _ in range(20):
+            tasks = draw.choices([*TASKS, None], k=5)
+            with using(model, tasks):
+                expected = output(model, inputs)
+                found = output(compiled, inputs)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_a_graph_sees_changed_values_and_new_tasks_and_refuses_removed_ones() -> None:
+    model, inputs = injected("tiny/resnet", Bottleneck(m=2)), ZOO["tiny/resnet"].inputs(n=3)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for change in ("nothing", "values", "task"):
+            names = ["a", "b", "a"]
+            if change == "values":
+                for p in visadapt.parameters(model, "a"):
+                    p.data.add_(0.1)
+            if change == "task":
+                visadapt.inject(model, Bottleneck(m=2), task="e", num_classes=3)
+                stir(model.eval(), "e", 9)
+                names = ["a", "e", "e"]
+            with using(model, names):
+                expected = output(model, inputs)
+                torch.testing.assert_close(output(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 1
+        with using(model, ["a", "e", "b"]):
+            visadapt.remove(model, "e")
+            with pytest.raises(VisadaptError, match="removed"):
+                output(compiled, inputs)
+
+
+def test_tasks_of_several_methods_compile_once_per_composition() -> None:
+    model, inputs = injected("tiny/resnet", Bottleneck(m=2)), ZOO["tiny/resnet"].inputs(n=2)
+    visadapt.inject(model, LoRA(r=2), task="e", num_classes=3)
+    stir(model.eval(), "e", 9)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for names in (["a", "e"], ["e", "a"], ["b", "a"]):
+            with using(model, names):
+                expected = output(model, inputs)
+                torch.testing.assert_close(output(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modes_that_change_after_the_tasks_were_chosen(image) -> None:
+    model = injected("tiny/resnet", Bottleneck(m=2, dropout=0.5))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), using(model, ["a", "b"]):
+        assert torch.equal(model(image), model(image))
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
+        model.train()
+        assert not torch.equal(compiled(image), compiled(image))
+        model.eval()
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
