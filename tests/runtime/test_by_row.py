@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import visadapt
 from tests.models import ZOO, output, stir
-from visadapt import SSF, Bottleneck, Ladder, Parallel, using
+from visadapt import SSF, Bottleneck, Ladder, LoRA, Parallel, VisadaptError, using
 
 TASKS = ("a", "b", "c", "d")
 

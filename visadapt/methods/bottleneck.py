@@ -23,6 +23,7 @@ from visadapt.methods.layers import (
     is_dense,
     is_hooked,
     is_output_hooked,
+    is_recorded,
 )
 from visadapt.methods.method import Method, later, width
 from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise
@@ -129,7 +130,7 @@ class BottleneckAdapter(nn.Module):
 
     def _fuses(self, h: Tensor) -> bool:
         """Whether two products, the second of which adds to ``h``, compute it: nothing converts, drops or looks."""
-        if has_torch_function_unary(h) or h.dtype != self.down.weight.dtype:
+        if is_recorded() or has_torch_function_unary(h) or h.dtype != self.down.weight.dtype:
             return False
         if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
             return False

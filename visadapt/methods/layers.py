@@ -115,6 +115,14 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(around or "forward" in module.__dict__)
 
 
+def is_recorded() -> bool:
+    """Whether operators are recorded or counted, by a mode or by ``torch.jit.trace``, with sizes as numbers."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch._C._get_tracing_state() is not None
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether all elements stand together, with the channels of a map before its positions or behind them."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()

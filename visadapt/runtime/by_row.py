@@ -1,8 +1,8 @@
 """Mixed batches in a compiled graph: an operator fetches the rows' tensors, so one graph serves all compositions.
 
 The graph is given one integer per sample, the unique number of its task. ``visadapt::rows`` looks up a tensor of each
-row's task when the graph runs. Nothing else in the graph depends on which tasks a batch is of, as long as all tasks
-have one profile; samples of the bare backbone may be among them.
+row's task when the graph runs. Nothing else in the graph depends on the composition, as long as all tasks have one
+profile; samples of the bare backbone may be among them.
 """
 
 from __future__ import annotations
