@@ -143,7 +143,7 @@ def run(
     """
     command = [python, "-m", f"benchmarks.{job.module}", *job.arguments(device)]
     command += ["--repeats", str(repeats), "--device", device]
-    command += [] if seconds is None else ["--seconds", f"{seconds:.1f}"]
+    command += [] if seconds is None else ["--budget", f"{seconds:.1f}"]
     known, start, done = facts(device), time.monotonic(), Run()
     with tempfile.TemporaryFile("w+") as said:
         # a group of its own, so that what it starts is stopped with it
