@@ -18,6 +18,7 @@ from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
+from visadapt.runtime.symbolic import called
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
@@ -242,6 +243,10 @@ class Parts(nn.ModuleDict):
 
     _registry: Registry
     _path: str = ""
+
+    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
+        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
+        return called(self, what, known, *given)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made
