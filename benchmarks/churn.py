@@ -217,7 +217,7 @@ async def _sent(server: Server, churn: Churn, known: Known, outcome: Outcome, ex
         for task, number, answer in zip(tasks, numbers, found, strict=True):
             expected = known.answers[f"{answer.digest}/{number}"]
             if answer.task != task or not _same(answer.logits, expected, exact):
-                outcome.wrong.append(f"{task} {answer.digest[:8]} {number}")
+                outcome.wrong.append(f"{task} {answer.digest[:8]} {number}: {answer.logits}, not {expected}")
 
     async def client(each: int) -> None:
         for i in range(each):

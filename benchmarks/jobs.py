@@ -61,9 +61,10 @@ JOBS = (
     Job("mixed_batches", {"tasks": "64"}, 5),
     Job("prefix", {}, 3, {"images": "512", "batch": "64"}),
     Job("bookkeeping", {}, 15),
+    Job("serving", {}, 3),
 )
 
-PEERS = {"train_step": "peft", "encoder_step": "adapters"}
+PEERS = {"train_step": "peft", "encoder_step": "adapters", "serving": "peft"}
 """Libraries that a benchmark compares with; where one is not installed, its figures are left out."""
 
 

@@ -179,7 +179,7 @@ def load(
         raise VisadaptError(f"{path} has {len(spec.labels)} labels for a head of {spec.num_classes} classes")
     if len(set(spec.labels or ())) < len(spec.labels or ()):
         raise VisadaptError(f"{path} has a label twice")
-    spec.notes = description["notes"]
+    spec.notes, spec.digest = description["notes"], content.digest
     if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
         raise VisadaptError(
             f"task {name!r} cannot be loaded into a model on the meta device: load the backbone's weights first"
