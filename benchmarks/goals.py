@@ -49,8 +49,8 @@ _LORA = (
 )
 
 _KEPT = (
-    "The weight gradient of an adapter needs its input: the inputs of the 16 adapters alone, in bfloat16, are more than "
-    "this goal. The activations' signs, at one bit each, are a tenth of what is kept."
+    "The weight gradient of an adapter needs its input: the inputs of the 16 adapters alone, in bfloat16, are more "
+    "than this goal. The activations' signs, at one bit each, are a tenth of what is kept."
 )
 _MIXED = (
     "At each of the 16 sites the weights of the batch's tasks are stacked, their products are of smaller matrices, and "
