@@ -20,6 +20,7 @@ from tests.serving.conftest import LABELS, NOTES, network, png
 from tests.serving.test_http import encoded, predict
 from visadapt.opening.predicting import PROBLEMS
 from visadapt.serving import Limits, Server, ServingError
+from visadapt.serving.preparing import prepare
 from visadapt.serving.samples import accept
 
 IMAGES = [png(seed, (50, 40)) for seed in range(6)]
@@ -113,8 +114,6 @@ def test_a_model_in_memory_answers_by_its_notes() -> None:
 def test_the_inputs_are_those_of_preprocess(server: Server, folder: Path) -> None:
     model = visadapt.open(folder / "regression.visadapt")
     sample = accept(IMAGES[0], Limits())
-    from visadapt.serving.preparing import prepare
-
     ours = prepare(server.pool.entry("regression"), sample, Limits())
     assert torch.equal(ours, visadapt.preprocess(model)([Image.open(io.BytesIO(IMAGES[0]))]))
 

@@ -85,8 +85,10 @@ def summed(texts: Iterable[bytes]) -> bytes:
             known = samples.setdefault(family.name, {})
             for sample in family.samples:
                 key = sample.name, tuple(sorted(sample.labels.items()))
-                join = min if sample.name.endswith("_created") else sum
-                value = sample.value if key not in known else join((known[key].value, sample.value))
+                value = sample.value
+                if key in known:
+                    other = known[key].value
+                    value = min(other, value) if sample.name.endswith("_created") else other + value
                 known[key] = sample._replace(value=value)
     for name, family in families.items():
         family.samples = list(samples[name].values())
