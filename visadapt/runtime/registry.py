@@ -18,7 +18,7 @@ from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
-from visadapt.runtime.symbolic import called
+from visadapt.runtime.symbolic import called, run_in_turn
 from visadapt.runtime.unfilled import Unfilled
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
@@ -247,9 +247,9 @@ class Parts(nn.ModuleDict):
     _registry: Registry
     _path: str = ""
 
-    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
-        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
-        return called(self, what, known, *given)
+    def forward(self, first: Any, *given: Any) -> Any:
+        """Act for who calls the parts by themselves: a graph of torch.fx, or one who runs a host's children in turn."""
+        return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = {task: dict(_held(own)) for task, own in self._modules.items() if own is not None}
