@@ -255,7 +255,7 @@ class Parts(nn.ModuleDict):
         before = {task: dict(_held(own)) for task, own in self._modules.items() if own is not None}
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for task, tensors in before.items():
-            self._registry.unfilled.moved(task, tensors, dict(_held(cast("nn.Module", self._modules[task]))))
+            self._registry.unfilled.moved(task, tensors, dict(_held(self[task])))
         return applied
 
     def _replicate_for_data_parallel(self) -> nn.Module:
