@@ -248,7 +248,7 @@ class Parts(nn.ModuleDict):
     _path: str = ""
 
     def forward(self, first: Any, *given: Any) -> Any:
-        """Act for who calls the parts by themselves: a graph of torch.fx, or one who runs a host's children in turn."""
+        """Act for code that calls the parts by themselves: a graph of torch.fx, or what runs a container's children."""
         return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
