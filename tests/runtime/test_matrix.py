@@ -229,6 +229,9 @@ def outcome(build: Build, model: nn.Module, method: Method) -> Iterator[tuple[st
         put(build, model, method, "a", 1)
         put(build, model, method, "b", 2)
         put(build, model, Bottleneck(m=2, activation="relu"), "c", 3)
+        with torch.no_grad():
+            # a ladder cannot pool tokens whose map is not known, which shows when it runs
+            run(model, build.batch(2), "a")
     except VisadaptError as error:
         yield "not for this build", str(error)
         return
@@ -262,4 +265,4 @@ def test_each_sample_of_a_mixed_batch_gets_what_its_task_alone_gives(number, bui
     assert counts["wrong"] == 0, tally.lines
     assert counts["refused"] <= 0.05 * counts["right"], tally.lines
     # a decoder of texts without a head: the kernels with neighbours, what needs a map, and what trains a head alone
-    assert counts["not for this build"] <= 7, tally.lines
+    assert counts["not for this build"] <= (8 if FULL else 5), tally.lines
