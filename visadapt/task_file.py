@@ -19,6 +19,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
+from visadapt.frozen.precision import precision_notes
 from visadapt.methods import METHODS
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
@@ -89,7 +90,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "num_classes": spec.num_classes,
         **described(spec, tensors, facts_of(backbone).modules),
         "labels": spec.labels,
-        "notes": {**_backbone(registry), **spec.notes, **(notes or {})},
+        "notes": {**_backbone(registry), **precision_notes(registry, task), **spec.notes, **(notes or {})},
         "placements": [
             {
                 "method": type(placement.method).__name__,

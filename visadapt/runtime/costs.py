@@ -54,11 +54,13 @@ class TaskSummary:
 class Summary(dict[str, TaskSummary]):
     """Summaries by task; prints as a table."""
 
-    def __init__(self, rows: dict[str, TaskSummary], backbone: int, active: Any) -> None:
+    def __init__(self, rows: dict[str, TaskSummary], backbone: int, active: Any, precision: str = "") -> None:
         super().__init__(rows)
         self.backbone = backbone
         """Parameters of the backbone without its head."""
         self.active = active
+        self.precision = precision
+        """How `visadapt.lean` keeps the backbone's weights and computes; empty for its own precision."""
 
     def table(self) -> Table:
         """One row per task, the active one with a star; columns that are empty for all tasks are left out."""
@@ -80,7 +82,8 @@ class Summary(dict[str, TaskSummary]):
         ]
         columns = ("task", "methods", "sites", "adapters", "norms", "head", *(("also",) if also else ()))
         headings = (*columns, "of backbone", "size", *(("scored",) if scored else ()))
-        return Table(headings, rows, title=f"backbone without head: {self.backbone:,} parameters, frozen")
+        facts = ", ".join(filter(None, (f"{self.backbone:,} parameters", "frozen", self.precision)))
+        return Table(headings, rows, title=f"backbone without head: {facts}")
 
     def __str__(self) -> str:
         return str(self.table())
@@ -104,7 +107,8 @@ def summary(model: nn.Module) -> Summary:
     registry = registry_of(model)
     with STRUCTURE:
         whole = facts_of(model).size
-        return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
+        rows = {name: _summed(registry, name, whole) for name in registry.tasks}
+        return Summary(rows, whole, registry.current(), "" if registry.lean is None else registry.lean.told)
 
 
 def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
