@@ -261,7 +261,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
         ("digest", "none (written by an earlier version)" if content.digest is None else f"{content.digest[:16]}…"),
-        *((f"scored: {name}", value) for name, value in scored.items()),
+        *([("scored", ", ".join(f"{name} {value}" for name, value in scored.items()))] if scored else []),
         *((key, json.dumps(value)) for key, value in notes.items() if not (key == "metrics" and scored)),
     ]
     return Table(("", str(path)), rows)
