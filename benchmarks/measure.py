@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from visadapt.backbone.stored_values import plain_tensors
+
 Times = dict[str, list[float]]
 
 
@@ -96,7 +98,8 @@ def best(times: Times, names: Sequence[str]) -> str:
 
 def bytes_kept(model: nn.Module, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
     """Count the bytes that autograd keeps for the backward pass, without parameters, buffers and the batch."""
-    excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    given = (*model.parameters(), *model.buffers(), *inputs)
+    excluded = {t.untyped_storage().data_ptr() for each in given for t in plain_tensors(each, "")}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
