@@ -182,7 +182,7 @@ def load(
         raise VisadaptError(f"{path} has {len(spec.labels)} labels for a head of {spec.num_classes} classes")
     if len(set(spec.labels or ())) < len(spec.labels or ()):
         raise VisadaptError(f"{path} has a label twice")
-    spec.notes = description["notes"]
+    spec.notes, spec.digest = description["notes"], content.digest
     if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
         raise VisadaptError(
             f"task {name!r} cannot be loaded into a model on the meta device: load the backbone's weights first"
@@ -261,7 +261,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
         ("digest", "none (written by an earlier version)" if content.digest is None else f"{content.digest[:16]}…"),
-        *((f"scored: {name}", value) for name, value in scored.items()),
+        *([("scored", ", ".join(f"{name} {value}" for name, value in scored.items()))] if scored else []),
         *((key, json.dumps(value)) for key, value in notes.items() if not (key == "metrics" and scored)),
     ]
     return Table(("", str(path)), rows)

@@ -67,6 +67,7 @@ class Task:
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
+        digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task:
     drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
+    digest: str | None = field(default=None, compare=False)
 
     @property
     def owned(self) -> tuple[str, ...]:
