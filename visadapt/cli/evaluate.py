@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import visadapt
+from visadapt.arguments import check_argument
 from visadapt.checks import check_choice
 from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
@@ -28,6 +29,7 @@ from visadapt.cli.options import (
     TaskFile,
     Text,
     data_options,
+    memory_bytes,
     pairs,
 )
 from visadapt.cli.output import show
@@ -95,8 +97,9 @@ def evaluate(
         root=root,
         online=online and not isinstance(inputs, TextInputs),
     )
+    check_argument(seed, int, "--seed")
     if isinstance(inputs, ImageInputs):
-        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
+        options |= {"damaged": damaged, "memory": memory_bytes(memory)}
     splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
     if isinstance(inputs, TextInputs) and "inputs" in spec.notes and splits.inputs != inputs:
         takes, has = ("pairs of texts", "single texts") if inputs.pairs else ("single texts", "pairs")

@@ -9,6 +9,7 @@ import torch
 import typer
 
 import visadapt
+from visadapt.arguments import check_argument
 from visadapt.checks import check_choice
 from visadapt.cli.options import (
     Build,
@@ -34,6 +35,7 @@ from visadapt.cli.options import (
     Width,
     check_writable,
     data_options,
+    memory_bytes,
     norm_policy,
     number,
     pairs,
@@ -139,6 +141,9 @@ def train(
     the best epoch.
     """
     target = check_writable(out, force)
+    for file, given in ((checkpoint, "--checkpoint"), (log, "--log")):
+        if file is not None:
+            check_writable(file, True, given)
     check_choice(recipe, RECIPES, "recipe")
     if metric is not None:
         check_choice(metric, METRICS, "metric")
@@ -147,6 +152,7 @@ def train(
     augmentation = Augmentation(random_crop, rand_augment, mixup, cutmix)
     logs = () if log is None else (JsonLines(log),)
     adapter = parse_method(method, m, option)
+    check_argument(seed, int, "--seed")
     name = target.stem if task is None else task
     check_task_name(name)
     loading = pairs(build, "--build")
@@ -171,7 +177,7 @@ def train(
     if isinstance(inputs, ImageInputs):
         options |= {
             "damaged": damaged,
-            "memory": int(memory * 1e9),
+            "memory": memory_bytes(memory),
             "training": augmentation.pixels(inputs),
         }
     splits = inputs.load(data, seed=seed, **options)
@@ -182,16 +188,17 @@ def train(
     if splits.problem_type == "single_label_classification" and len(present := splits.train.labels.unique()) < 2:
         one = splits.classes[int(present)]
         raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
-    torch.manual_seed(seed)
-    visadapt.inject(
-        model,
-        adapter,
-        task=name,
-        labels=splits.classes or None,
-        num_classes=len(splits.classes) or 1,
-        norms=norm_policy(norms),
-        where=[number(term) for term in where or ()] or None,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        visadapt.inject(
+            model,
+            adapter,
+            task=name,
+            labels=splits.classes or None,
+            num_classes=len(splits.classes) or 1,
+            norms=norm_policy(norms),
+            where=[number(term) for term in where or ()] or None,
+        )
     collate = augmentation.collate(len(splits.classes))
     if collate is not None and splits.problem_type != "single_label_classification":
         raise VisadaptError("--mixup and --cutmix need one class per image")

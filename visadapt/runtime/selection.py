@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.modules import ModelT, unwrapped
+from visadapt.backbone.modules import ModelT, keep_modes, unwrapped
 from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
@@ -119,14 +119,10 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
     """The bare backbone in eval mode, whatever is active; modes are put back as they were."""
-    modes = {module: module.__dict__["training"] for module in model.modules()}
-    model.eval()
-    try:
+    with keep_modes(model):
+        model.eval()
         if find_registry(model) is None:
             yield
         else:
             with using(unwrapped(model), None):
                 yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -30,6 +30,7 @@ from visadapt.serving.refusal import ServingError
 from visadapt.serving.samples import decode
 from visadapt.serving.waiting import Item, WaitingQueue
 from visadapt.serving.worker import Worker
+from visadapt.training.engine import check_device
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Server:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.pool = _pool(source, Backbone(backbone, dict(build or {}), online), max_tasks, self.metrics)
+        if device is not None:
+            check_device(device)
         model = self.pool.model.eval()
         if device is not None:
             model.to(device)
