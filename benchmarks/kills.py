@@ -52,7 +52,7 @@ class Killed:
     @property
     def row(self) -> tuple[str, ...]:
         """Figures for the table."""
-        return str(self.kills), str(self.before), str(len(self.lost or ())), str(self.partial), f"{self.seconds:.1f}"
+        return str(self.kills), str(self.before), str(len(self.lost or ())), str(self.partial)
 
 
 def child(call: Callable[[], Any], answer: Path, when: float | None = None) -> str | None:
@@ -213,5 +213,5 @@ def run(kills: int, seed: int, place: Path, steps: bool = False) -> dict[str, Ki
 
 def table(found: dict[str, Killed]) -> Table:
     """One row per kind of work."""
-    headings = ("work", "kills", "before a write", "lost", "partial files, swept", "whole run, s")
+    headings = ("work", "kills", "before a write", "lost", "partial files, swept")
     return Table(headings, [(name, *each.row) for name, each in found.items()])

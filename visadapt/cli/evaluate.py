@@ -15,25 +15,24 @@ from visadapt.cli.options import (
     BatchSize,
     Build,
     Damaged,
-    Delimiter,
     Device,
-    Encoding,
-    Header,
-    ImageColumn,
-    Label,
     Memory,
     Online,
     OtherBackbone,
     Precision,
     Root,
     TaskFile,
+<<<<<<< HEAD
     Text,
     data_options,
     memory_bytes,
+=======
+>>>>>>> integration
     pairs,
 )
 from visadapt.cli.output import show
-from visadapt.cli.train import METRIC_OF, in_batches
+from visadapt.cli.table_options import TableOptions, with_table
+from visadapt.cli.train import METRIC_OF
 from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
@@ -45,19 +44,15 @@ from visadapt.training.metrics import METRICS
 SPLITS = ("train", "validation", "test")
 
 
+@with_table("text", "image", "label", "header", "delimiter", "encoding")
 def evaluate(
     task: TaskFile,
     data: Annotated[str, typer.Argument(help="Labelled data, as for train.")],
+    table: TableOptions,
     metric: Annotated[list[str] | None, typer.Option(help=f"Metric: {', '.join(METRICS)}; repeatable.")] = None,
     split: Annotated[
         str | None, typer.Option(help=f"Split: {', '.join(SPLITS)}; default: test, or all rows of a single file.")
     ] = None,
-    text: Text = None,
-    image: ImageColumn = None,
-    label: Label = None,
-    header: Header = True,
-    delimiter: Delimiter = None,
-    encoding: Encoding = None,
     root: Root = None,
     damaged: Damaged = DAMAGED,
     memory: Memory = HELD / 1e9,
@@ -86,6 +81,7 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
+<<<<<<< HEAD
     options = data_options(
         spec.notes.get("table"),
         text=text,
@@ -98,6 +94,13 @@ def evaluate(
         online=online and not isinstance(inputs, TextInputs),
     )
     check_argument(seed, int, "--seed")
+=======
+    options = table.over(spec.notes.get("table")).given
+    if root is not None:
+        options["root"] = root
+    if online:
+        options["online"] = True
+>>>>>>> integration
     if isinstance(inputs, ImageInputs):
         options |= {"damaged": damaged, "memory": memory_bytes(memory)}
     splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
@@ -111,7 +114,7 @@ def evaluate(
     scores = measure(
         model,
         name,
-        in_batches(samples, batch_size),
+        samples,
         metrics,
         prepare=inputs,
         batch_size=batch_size,
