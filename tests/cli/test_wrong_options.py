@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin
 
 import pytest
 from PIL import Image
@@ -58,7 +59,8 @@ PATHS = ("", "{new}/no/such", "{new}", "{broken}", "\x00")
 def options(command: str) -> Iterator[tuple[str, str]]:
     """Options of a command, from its function's annotations, each with a value that its type cannot take."""
     (function,) = (each for each in EXAMPLES if each.__name__ == command)
-    for name, hint in get_type_hints(function, include_extras=True).items():
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        hint = parameter.annotation
         if get_origin(hint) is not Annotated:
             continue
         kind, info = get_args(hint)[:2]

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 import visadapt
-from visadapt.arguments import check_argument
 from visadapt.checks import check_choice
 from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
@@ -22,12 +21,7 @@ from visadapt.cli.options import (
     Precision,
     Root,
     TaskFile,
-<<<<<<< HEAD
-    Text,
-    data_options,
-    memory_bytes,
-=======
->>>>>>> integration
+    check_loading,
     pairs,
 )
 from visadapt.cli.output import show
@@ -72,6 +66,7 @@ def evaluate(
     Classes are matched to the task's labels by name. Data without a test split is used whole; to use only the samples
     that train held out, give --split test and train's --seed. A table is read as train read its own.
     """
+    check_loading(seed, memory)
     if split is not None:
         check_choice(split, SPLITS, "split")
     for name in metric or ():
@@ -81,28 +76,13 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
-<<<<<<< HEAD
-    options = data_options(
-        spec.notes.get("table"),
-        text=text,
-        image=image,
-        label=label,
-        header=header,
-        delimiter=delimiter,
-        encoding=encoding,
-        root=root,
-        online=online and not isinstance(inputs, TextInputs),
-    )
-    check_argument(seed, int, "--seed")
-=======
     options = table.over(spec.notes.get("table")).given
     if root is not None:
         options["root"] = root
     if online:
         options["online"] = True
->>>>>>> integration
     if isinstance(inputs, ImageInputs):
-        options |= {"damaged": damaged, "memory": memory_bytes(memory)}
+        options |= {"damaged": damaged, "memory": int(memory * 1e9)}
     splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
     if isinstance(inputs, TextInputs) and "inputs" in spec.notes and splits.inputs != inputs:
         takes, has = ("pairs of texts", "single texts") if inputs.pairs else ("single texts", "pairs")

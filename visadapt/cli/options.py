@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from visadapt.arguments import check_argument
 from visadapt.checks import check_choice, check_non_negative
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
@@ -102,14 +103,14 @@ def pairs(given: Iterable[str] | None, what: str) -> dict[str, Any]:
     return options
 
 
-def memory_bytes(gigabytes: float) -> int:
-    """Bytes of ``--memory``.
+def check_loading(seed: int, memory: float) -> None:
+    """Check ``--seed`` and ``--memory`` before any work is done.
 
     Raises:
-        VisadaptError: it is not a finite number.
+        VisadaptError: one of them is not a finite number that a seed or a size can be.
     """
-    check_non_negative(gigabytes, "--memory")
-    return int(gigabytes * 1e9)
+    check_argument(seed, int, "--seed")
+    check_non_negative(memory, "--memory")
 
 
 def number(text: str) -> int | float | str:

@@ -11,7 +11,6 @@ import torch
 import typer
 
 import visadapt
-from visadapt.arguments import check_argument
 from visadapt.checks import check_choice
 from visadapt.cli.options import (
     Build,
@@ -27,12 +26,8 @@ from visadapt.cli.options import (
     Root,
     Where,
     Width,
+    check_loading,
     check_writable,
-<<<<<<< HEAD
-    data_options,
-    memory_bytes,
-=======
->>>>>>> integration
     norm_policy,
     number,
     pairs,
@@ -159,15 +154,12 @@ def train(
     has no validation split, 10 % to select the best epoch.
     """
     target = check_writable(out, force)
-<<<<<<< HEAD
     for file, given in ((checkpoint, "--checkpoint"), (log, "--log")):
         if file is not None:
             check_writable(file, True, given)
-    check_choice(recipe, RECIPES, "recipe")
-=======
+    check_loading(seed, memory)
     if recipe is not None:
         check_choice(recipe, RECIPES, "recipe")
->>>>>>> integration
     if metric is not None:
         check_choice(metric, METRICS, "metric")
     overrides = {
@@ -185,7 +177,6 @@ def train(
     steps = RECIPES[recipe or "houlsby"].replace(**overrides)
     logs = () if log is None else (JsonLines(log),)
     adapter = parse_method(method, m, option)
-    check_argument(seed, int, "--seed")
     name = target.stem if task is None else task
     check_task_name(name)
     loading = pairs(build, "--build")
@@ -204,14 +195,6 @@ def train(
             chosen.update(made)
 
     if isinstance(inputs, ImageInputs):
-<<<<<<< HEAD
-        options |= {
-            "damaged": damaged,
-            "memory": memory_bytes(memory),
-            "training": augmentation.pixels(inputs),
-        }
-    splits = inputs.load(data, seed=seed, **options)
-=======
         found = find(data, **options)
         choose(len(found.splits.get("train", ())))
         if quick and size is None and backbone == "bundled/resnet50":
@@ -229,7 +212,6 @@ def train(
         splits = inputs.load(data, seed=seed, **options)
         choose(len(splits.train))
     steps = steps.replace(**{key: value for key, value in chosen.items() if key != "size"})
->>>>>>> integration
     for remark in splits.remarks:
         say(remark)
     metric = metric or METRIC_OF[splits.problem_type]
@@ -237,7 +219,8 @@ def train(
     if splits.problem_type == "single_label_classification" and len(present := splits.train.labels.unique()) < 2:
         one = splits.classes[int(present)]
         raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
-<<<<<<< HEAD
+    if steps.augmentation.mixes and splits.problem_type != "single_label_classification":
+        raise VisadaptError("--mixup and --cutmix need one class per image")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         visadapt.inject(
@@ -249,37 +232,6 @@ def train(
             norms=norm_policy(norms),
             where=[number(term) for term in where or ()] or None,
         )
-    collate = augmentation.collate(len(splits.classes))
-    if collate is not None and splits.problem_type != "single_label_classification":
-        raise VisadaptError("--mixup and --cutmix need one class per image")
-    shared: dict[str, Any] = {"prepare": splits.inputs, "device": device, "precision": precision}
-    history = fit(
-        model,
-        name,
-        in_batches(splits.train, steps.batch_size, seed, collate),
-        in_batches(splits.validation, max(steps.batch_size, 100)),
-        steps,
-        loss=None if collate is None else "cross_entropy",
-        metric=metric,
-        seed=seed,
-        checkpoint=checkpoint,
-        augment=augment if flips_and_shifts else None,
-        log=logs,
-        **shared,
-    )
-=======
-    if steps.augmentation.mixes and splits.problem_type != "single_label_classification":
-        raise VisadaptError("--mixup and --cutmix need one class per image")
-    torch.manual_seed(seed)
-    visadapt.inject(
-        model,
-        adapter,
-        task=name,
-        labels=splits.classes or None,
-        num_classes=len(splits.classes) or 1,
-        norms=norm_policy(norms),
-        where=[number(term) for term in where or ()] or None,
-    )
     shared: dict[str, Any] = {"device": device, "precision": precision}
     cached = None
     if quick and not changed:
@@ -305,7 +257,6 @@ def train(
     finally:
         if cached is not None:
             cached[0].prefix.close()
->>>>>>> integration
     show(history.table())
     score = measure(model, name, splits.test, (metric,), prepare=splits.inputs, **shared)[metric]
     notes = {
