@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.modules import keep_modes
 from visadapt.backbone.trace import guess_input, quiet
 from visadapt.errors import VisadaptError
@@ -23,6 +24,7 @@ from visadapt.runtime.selection import using
 FORMATS = (".onnx", ".pt2")
 
 
+@takes()
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],

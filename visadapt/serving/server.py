@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.checks import check_count, check_non_negative
@@ -91,6 +92,7 @@ class Server:
         [('birds', 2), ('flowers', 2)]
     """
 
+    @takes()
     def __init__(
         self,
         source: nn.Module | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
