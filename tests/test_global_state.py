@@ -57,7 +57,7 @@ NAMED = {
     "os.environ.clear": set(),
     "signal.signal": {"serving.cluster"},
     "locale.setlocale": set(),
-    "random.seed": set(),
+    "random.seed": {"data.augmentation"},
     "sys.setrecursionlimit": set(),
     "sys.setswitchinterval": set(),
     "set_start_method": set(),
@@ -184,8 +184,11 @@ ELSEWHERE = {
 DRAWS = {"inject", "load", "fit_decider", "training.Recipe"}
 """May draw from torch's generator, as making a module does."""
 
-PUTS = {"inject", "load", "remove", "eject", "lean", "unlean", "fold", "merge", "fit_decider", "load_decider"}
-"""Changes which modules there are."""
+PUTS = {
+    *("combine", "serving.Server", "inject", "load", "remove", "eject", "lean", "unlean", "fold", "merge"),
+    *("fit_decider", "load_decider"),
+}
+"""Changes which modules there are, or puts the model that it serves into eval mode."""
 
 
 def test_calls_leave_the_process_and_the_modes_as_they_were(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Context:
         self.model = ZOO["tiny/resnet"].make()
         for task in ("a", "b"):
             visadapt.inject(self.model, m=2, task=task, num_classes=3, labels=("x", "y", "z"), where="layer4")
+        self.bare = ZOO["tiny/resnet"].make()
         self.x = torch.randn(4, 3, 32, 32)
         self.labels = torch.tensor([0, 1, 2, 0])
         visadapt.fit_decider(self.model, {"a": [self.x], "b": [self.x + 1]}, steps=2)
@@ -79,7 +80,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "merge": (visadapt.merge, lambda c: {"model": c.model, "task": "a"}),
     "merge_error": (visadapt.merge_error, lambda c: {"model": c.model, "merged": c.model, "task": "a"}),
     "named_parameters": (lambda **k: list(visadapt.named_parameters(**k)), lambda c: {"model": c.model, "task": "a"}),
-    "open": (visadapt.open, lambda c: {"source": c.task, "backbone": ZOO["tiny/resnet"].make()}),
+    "open": (visadapt.open, lambda c: {"source": c.task, "backbone": c.bare}),
     "parameters": (visadapt.parameters, lambda c: {"model": c.model, "task": "a"}),
     "predict": (visadapt.predict, lambda c: {"model": c.model, "inputs": c.x, "task": "a"}),
     "preprocess": (visadapt.preprocess, lambda c: {"model": c.model, "task": "a"}),
