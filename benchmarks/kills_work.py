@@ -38,7 +38,7 @@ class Work:
 
 
 def _adapted(value: float, **options: Any) -> nn.Module:
-    model = visadapt.inject(network(), m=2, task="t", num_classes=3, **options)
+    model: nn.Module = visadapt.inject(network(), m=2, task="t", num_classes=3, **options)
     with torch.no_grad():
         for parameter in visadapt.parameters(model, "t"):
             parameter.fill_(value)
