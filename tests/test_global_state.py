@@ -69,7 +69,7 @@ NAMED = {
     "warnings.catch_warnings": {"backbone.trace", "cli.app"},
     # torch
     "torch.manual_seed": {
-        *("training.rng", "combining", "opening.backbones", "cli.train", "serving.backbones"),
+        *("training.rng", "combining", "opening.backbones", "cli.train"),
         *("experiments.contenders", "experiments.problems"),
     },
     "torch.seed": set(),
