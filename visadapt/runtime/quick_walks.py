@@ -122,11 +122,12 @@ def _copied_value(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _ATOMIC or (kind is tuple and all(type(each) in _ATOMIC for each in value)):
         return value
+    if kind in _EMPTY and not value and name != "_buffers":
+        # hooks, mostly; buffers may be another module's, too
+        return kind()
     if id(value) in memo:
         return memo[id(value)]
-    if kind in _EMPTY and not value:
-        found = kind()
-    elif kind is dict and name == "_modules":
+    if kind is dict and name == "_modules":
         found = {key: None if child is None else copied(child, memo) for key, child in list(value.items())}
     elif kind is dict and name in ("_parameters", "_buffers"):
         found = {key: copy.deepcopy(tensor, memo) for key, tensor in value.items()}
