@@ -20,6 +20,7 @@ from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width
 from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError, nearest
+from visadapt.frozen.lean_model import unlean
 from visadapt.methods import METHODS, Bottleneck
 from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES, HeadPolicy, NormPolicy
@@ -217,7 +218,7 @@ def remove(model: ModelT, task: str) -> ModelT:
 
 
 def eject(model: ModelT) -> ModelT:
-    """Remove all tasks and restore the original, bit for bit: classes, keys, modes and ``requires_grad``.
+    """Remove all tasks and restore the original, bit for bit: weights, classes, keys, modes and ``requires_grad``.
 
     Args:
         model: an injected model.
@@ -226,7 +227,7 @@ def eject(model: ModelT) -> ModelT:
         The same model.
 
     Raises:
-        VisadaptError: the model was never injected.
+        VisadaptError: the model was never injected; its original weights were not kept (see `visadapt.lean`).
 
     Examples:
         >>> images = torch.randn(2, 3, 32, 32)
@@ -238,6 +239,7 @@ def eject(model: ModelT) -> ModelT:
     registry = registry_of(model)
     backbone = unwrapped(model)
     with STRUCTURE:
+        unlean(model)
         for name in list(registry.tasks):
             remove(backbone, name)
         for module in own_modules(backbone).values():

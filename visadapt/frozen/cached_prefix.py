@@ -21,6 +21,7 @@ from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.frozen.prefix import Prefix
+from visadapt.runtime.registry import registry_of
 from visadapt.runtime.selection import bare, using
 from visadapt.tensor_file import raw
 
@@ -236,6 +237,7 @@ class _Source:
 
     def identity(self) -> dict[str, Any]:
         """What the features are of, without the backbone's weights, as JSON values."""
+        lean = registry_of(self.prefix.model).lean
         return {
             "place": " ".join((*self.prefix.watched, self.prefix.path)),
             "structure": hashlib.sha256("\n".join(self.prefix.structure()).encode()).hexdigest(),
@@ -244,6 +246,7 @@ class _Source:
             "views": self.views,
             "seed": self.seed,
             "inputs": self.digest,
+            **({"precision": lean.told} if lean is not None and lean.told else {}),
         }
 
     def weights(self) -> dict[str, Any]:

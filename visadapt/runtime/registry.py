@@ -19,6 +19,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
+from visadapt.runtime.symbolic import called
 from visadapt.runtime.task_modules import TaskModules
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
@@ -261,6 +262,10 @@ class Parts(TaskModules):
 
     _registry: Registry
     _path: str = ""
+
+    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
+        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
+        return called(self, what, known, *given)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made
