@@ -55,7 +55,6 @@ class Choices(TasksInUse):
         self._streams: tuple[Block, ...] = ()
         self._open: dict[int, Block] = {}
         self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._local = threading.local()
         self._logs = Logs()
         self._reserved: threading.Thread | None = None
         # a copy of the bare backbone for the decider, and the facts that it was made by
@@ -76,6 +75,10 @@ class Choices(TasksInUse):
     def blocks(self) -> tuple[Block | None, ...]:
         own: Block | None = getattr(self._local, "introduced", None)
         return (self._default, own, self._held, *list(self._open.values()), *self._streams)
+
+    def choices(self) -> tuple[Any, ...]:
+        own = getattr(self._local, "introduced", None)
+        return self._default, own, self._held, tuple(self._open), [block.number for block in self._streams]
 
     def current(self) -> Any:
         """The task meant here and now: that of the innermost block, else what ``activate`` chose.
@@ -388,8 +391,7 @@ class Choices(TasksInUse):
             return None
 
 
-_NOT_COPIED = {"_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "_reserved", "_last"}
-_NOT_COPIED |= {"listener", "lock"}
+_NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "_reserved", "listener", "lock")
 
 
 def _removed(name: str) -> VisadaptError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,11 @@ class Listing(NamedTuple):
     Attributes:
         tasks: of the model, by name.
         key: what else they were established by.
-        chosen: names of the chosen ones.
-        names: of all, in the order they came.
+        names: of those in use, in the order they came.
     """
 
     tasks: Any
     key: Any
-    chosen: Sequence[str]
     names: Sequence[str]
 
 
@@ -49,7 +48,8 @@ class TasksInUse:
         self._trained: dict[str, None] = {}
 
     def _start(self) -> None:
-        self._last = Listing(None, (), (), ())
+        # of each thread: what was chosen there, and what it last listed
+        self._local = threading.local()
 
     def ask(self, task: str) -> None:
         """Note that the parameters of a task were asked for."""
@@ -81,29 +81,29 @@ class TasksInUse:
         asked, trained = ({k: None for k in names if k != task} for names in (self._asked, self._trained))
         self._asked, self._trained = asked, trained
 
-    def chosen(self) -> Sequence[str]:
-        """The tasks that are chosen, by ``activate`` or in a block of any thread."""
-        return self._listing().chosen
+    def chosen(self) -> dict[str, None]:
+        """The tasks that are chosen, by ``activate`` or in a block of any thread; some may have been removed since."""
+        return {name: None for block in self.blocks() if block is not None for name, _ in block.taken}
 
     def listed(self) -> Sequence[str]:
         """The tasks whose modules torch's walks of the model see, in the order they came."""
-        return self._listing().names
-
-    def _listing(self) -> Listing:
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        tasks, blocks = self.tasks, self.blocks()
-        key = ([block and block.number for block in blocks], self._asked, self._trained, several)
-        last = self._last
+        tasks = self.tasks
+        key = (*self.choices(), self._asked, self._trained, several)
+        last: Listing | None = getattr(self._local, "listing", None)
         # every host asks in turn
-        if last.tasks is not tasks or last.key != key:
-            chosen = {name: None for block in blocks if block is not None for name, _ in block.taken if name in tasks}
-            names: Iterable[str] = tasks if several else {**chosen, **self._asked, **self._trained}
+        if last is None or last.tasks is not tasks or last.key != key:
+            names: Iterable[str] = tasks if several else {**self.chosen(), **self._asked, **self._trained}
             own = sorted((name for name in names if name in tasks), key=lambda name: tasks[name].number)
-            last = self._last = Listing(tasks, key, tuple(chosen), own)
-        return last
+            last = self._local.listing = Listing(tasks, key, own)
+        return last.names
 
     def blocks(self) -> tuple[Block | None, ...]:
         """The choices of tasks, of all threads."""
+        raise NotImplementedError
+
+    def choices(self) -> tuple[Any, ...]:
+        """What changes whenever `blocks` does; it keeps no frame of a generator alive."""
         raise NotImplementedError
 
     def has_gradients(self, task: str) -> bool:

@@ -23,17 +23,17 @@ def _inherits(cls: type[nn.Module], *names: str) -> bool:
 
 
 @cache
-def _saves_plainly(cls: type[nn.Module]) -> bool:
+def _saves_plainly(cls: Any) -> bool:
     return _inherits(cls, "state_dict", "_save_to_state_dict", "get_extra_state")
 
 
 @cache
-def _moves_plainly(cls: type[nn.Module]) -> bool:
+def _moves_plainly(cls: Any) -> bool:
     return _inherits(cls, "_apply")
 
 
 @cache
-def _trains_plainly(cls: type[nn.Module]) -> bool:
+def _trains_plainly(cls: Any) -> bool:
     return _inherits(cls, "train")
 
 
@@ -105,7 +105,7 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
     """
     if id(module) in memo:
         return memo[id(module)]
-    cls = type(module)
+    cls: Any = type(module)
     if not is_rebuilt_plainly(cls) or "_compiled_call_impl" in module.__dict__:
         return copy.deepcopy(module, memo)
     clone = memo[id(module)] = cls.__new__(cls)

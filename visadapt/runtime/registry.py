@@ -139,7 +139,7 @@ class Registry(Choices):
         self.digests: Digests = {}
         self.lean: Any = None
         self.source: Source | None = None
-        # up to which of the changes for all tasks a task's modules follow
+        # by task, the number of changes that its modules have
         self._followed: dict[str, int] = {}
 
     def task(self, name: Any) -> Task:

@@ -32,7 +32,7 @@ def traced(host: nn.Module, plain: type[nn.Module], parts: Any, proxy: Proxy, ar
         VisadaptError: it is the model that is traced, and a task has another input for it, or stands instead of it.
     """
     tracer = cast("Any", proxy.tracer)
-    roles = {role(part) for own in parts.values() for part in own.values()}
+    roles = {role(part) for task in parts for part in parts[task].values()}
     if roles & _INPUT:
         if host is tracer.root:
             raise VisadaptError(

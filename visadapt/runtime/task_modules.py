@@ -116,11 +116,14 @@ class TaskModules(nn.Module):
         """Set the mode of all tasks: now if they are chosen, else when they are next used."""
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        self.training = mode
-        self._modes += 1
-        if "_registry" in self.__dict__:
-            self._registry.changes += 1
-            for task in self._registry.chosen():
+        # not by setattr, which takes a module half of its time
+        own = self.__dict__
+        own["training"] = mode
+        own["_modes"] += 1
+        registry: Choices | None = own.get("_registry")
+        if registry is not None:
+            registry.changes += 1
+            for task in registry.chosen():
                 self._of(task)
         return self
 
@@ -138,7 +141,7 @@ class TaskModules(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for own in list(self._all.values()) if recurse else ():
             if not changes_nothing(own, fn):
-                own._apply(fn)
+                own._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -154,7 +157,8 @@ class TaskModules(nn.Module):
         # both are written by other threads meanwhile
         own, followed = dict(self._all), dict(self._followed)
         if only is not None:
-            own, followed = ({key: each[key] for key in (only,) if key in each} for each in (own, followed))
+            own = {only: own[only]} if only in own else {}
+            followed = {only: followed[only]} if only in followed else {}
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         memo[id(self._followed)] = followed
