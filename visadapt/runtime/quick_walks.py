@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -39,7 +39,8 @@ def _trains_plainly(cls: Any) -> bool:
 
 def set_modes(module: nn.Module, mode: bool) -> None:
     """Put a module and all in it into train or eval mode, as ``module.train(mode)`` does."""
-    if not _trains_plainly(type(module)):
+    cls: Any = type(module)
+    if not _trains_plainly(cls):
         module.train(mode)
         return
     # where a frozen class remembers it, too
@@ -58,8 +59,8 @@ def save_state(module: nn.Module, destination: Any, prefix: str, keep_vars: bool
         prefix: of all names.
         keep_vars: whether parameters are written as they are, and not detached.
     """
-    own = module.__dict__
-    if not _saves_plainly(type(module)) or own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]:
+    own, cls = module.__dict__, cast("Any", type(module))
+    if not _saves_plainly(cls) or own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]:
         module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         return
     if hasattr(destination, "_metadata"):
@@ -82,7 +83,8 @@ def changes_nothing(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
         module: the module.
         function: is not called again after the first tensor that it changes.
     """
-    if not _moves_plainly(type(module)):
+    cls: Any = type(module)
+    if not _moves_plainly(cls):
         return False
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.fingerprint import Digests
+from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, own_modules, unwrapped
 from visadapt.backbone.rows import RowFacts
@@ -19,8 +19,9 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
-from visadapt.runtime.symbolic import called
+from visadapt.runtime.symbolic import called, run_in_turn
 from visadapt.runtime.task_modules import TaskModules
+from visadapt.runtime.unfilled import Unfilled
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
@@ -69,6 +70,7 @@ class Task:
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
         number: tasks that came later have a larger one.
+        digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Task:
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
     number: int = field(default=0, compare=False, repr=False)
+    digest: str | None = field(default=None, compare=False)
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -121,6 +124,7 @@ class Registry(Choices):
         lean: how lean `visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         watch: what is looked at before and after each forward.
+        unfilled: the tasks that may have tensors without values.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
     """
@@ -133,6 +137,7 @@ class Registry(Choices):
         self.trained: frozenset[str] = frozenset()
         self.versions = Versions(facts.model)
         self.watch = Watch()
+        self.unfilled = Unfilled()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None
@@ -263,9 +268,12 @@ class Parts(TaskModules):
     _registry: Registry
     _path: str = ""
 
-    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
-        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
-        return called(self, what, known, *given)
+    def forward(self, first: Any, *given: Any) -> Any:
+        """Act for code that calls the parts by themselves: a graph of torch.fx, or what runs a container's children."""
+        return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
+
+    def _moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+        self._registry.unfilled.moved(task, before, now)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made
@@ -279,6 +287,17 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
     parts = host._modules.get(CHILD)
     own = parts._of(task) if isinstance(parts, Parts) else None
     return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
+
+
+def check_filled(registry: Registry, tasks: Iterable[Any]) -> None:
+    """Refuse tasks that were made on the meta device and have no values yet.
+
+    Raises:
+        VisadaptError: one has none, though the backbone has.
+    """
+    if registry.unfilled:
+        on_meta = any(tensor.is_meta for tensor in backbone_tensors(registry.facts.model).values())
+        registry.unfilled.check(tasks, lambda task: named_tensors(registry, task), on_meta)
 
 
 def tasks(model: nn.Module) -> dict[str, Task]:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.modules import joined
 from visadapt.runtime.choice import Choices
 from visadapt.runtime.quick_walks import changes_nothing, copied, copied_into, save_state, set_modes
 
@@ -139,10 +140,21 @@ class TaskModules(nn.Module):
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for own in list(self._all.values()) if recurse else ():
+        for task, own in list(self._all.items()) if recurse else ():
             if not changes_nothing(own, fn):
+                before = dict(_held(own))
                 own._apply(fn)  # type: ignore[no-untyped-call]
+                self._moved(task, before, dict(_held(own)))
         return self
+
+    def _moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+        """Take notice that a task's tensors were moved.
+
+        Args:
+            task: its name.
+            before: the tensors as they were.
+            now: what stands in their place.
+        """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly
@@ -166,6 +178,14 @@ class TaskModules(nn.Module):
         copied_into(twin, self, memo)
         copies.update({name: copied(each, memo) for name, each in own.items()})
         return twin
+
+
+def _held(modules: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a state dict has of a task's modules, by name."""
+    for path, module in modules.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield joined(path, name), tensor
 
 
 _COPYING_ONLY: ContextVar[str | None] = ContextVar("visadapt_copying_only", default=None)
