@@ -49,7 +49,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, de
     """Time each contender in seconds in each of ``repeats`` rounds, after one warm-up round.
 
     In a round each contender runs once, so that other load on the machine affects all of them. Once the time of
-    ``--seconds`` is spent no round is begun, but there is always one.
+    ``--budget`` is spent no round is begun, but there is always one.
     """
     times: Times = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
@@ -196,16 +196,16 @@ _END = float("inf")
 
 
 def parse_args(description: str | None, **defaults: int) -> argparse.Namespace:
-    """Parse the command line of one benchmark, with integer options, ``--device`` and ``--seconds``; seed torch."""
+    """Parse the command line of one benchmark, with integer options, ``--device`` and ``--budget``; seed torch."""
     global _END
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, help="after which nothing is repeated; default: no such time")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing is repeated; default: no such time")
     args = parser.parse_args()
-    if args.seconds is not None:
-        _END = time.perf_counter() + args.seconds
+    if args.budget is not None:
+        _END = time.perf_counter() + args.budget
     torch.manual_seed(0)
     return args
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import resource
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.models import ZOO, same, snapshot
 from visadapt import VisadaptError
 from visadapt.bounded_json import parse_json
 from visadapt.data import load_text, read_images
+from visadapt.data.bounded import unpack_zip
+from visadapt.data.inputs import ImageInputs
 from visadapt.limits import LIMITS, limit, variable
 from visadapt.tensor_file import read_described, write_described
 
@@ -205,6 +208,16 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     assert read_images([file], 8).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("options", [{}, {"crop_mode": "center"}], ids=["square", "timm"])
+def test_an_image_that_is_long_and_narrow_is_refused_before_it_is_resized(
+    size: tuple[int, int], options: dict[str, str]
+) -> None:
+    # its shorter side at 64 pixels, it would have 246 million
+    with little_memory(1), pytest.raises(VisadaptError, match="resized to 64 on its shorter side, has more than"):
+        ImageInputs(64, **options).read([Image.new("RGB", size)])
+
+
 def test_a_bomb_of_the_default_size_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(file)
@@ -235,3 +248,20 @@ def test_one_endless_line_is_refused(tmp_path: Path) -> None:
             packed.write(b"x" * (1 << 20))
     with little_memory(1), pytest.raises(VisadaptError, match="VISADAPT_MAX_UNPACKED_RATIO"):
         load_text(file)
+
+
+@pytest.mark.parametrize("content", ["bomb", "encrypted", "damaged"])
+def test_a_zip_file_is_unpacked_within_the_bound_or_refused(tmp_path: Path, content: str) -> None:
+    file, out = tmp_path / "data.zip", tmp_path / "out"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(1 << 25) if content == "bomb" else b"a few")
+    data = bytearray(file.read_bytes())
+    if content == "encrypted":
+        data[6] |= 1  # the flag in the local header, and in the directory
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    elif content == "damaged":
+        data[data.index(b"zeros") + 5] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(VisadaptError, match=r"data\.zip has more than 100|cannot unpack .*data\.zip: "):
+        unpack_zip(file, out)
+    assert not list(out.rglob("*")) or content == "damaged"

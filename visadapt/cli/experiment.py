@@ -46,7 +46,7 @@ def experiment(
             "init_scale and transfer take one; tradeoff has its own.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds, counted from 0.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run except linear probes.")] = 3,
     samples: Annotated[
         int | None, typer.Option("--train", min=1, help="Number of training samples; default: all.")

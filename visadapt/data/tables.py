@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import sys
+import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,16 @@ from visadapt.errors import VisadaptError, nearest, option
 
 Column = str | int
 
+_FIELD_SIZE = threading.Lock()
+"""Held while the limit of the whole process is another, so that two threads put back what was there before both."""
+
 SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
 """Suffixes of tables, in lower case."""
+
+_SEPARATORS = (";", "\t", "|", ",")
+
+_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".zip")
+"""Suffixes of files that hold tables, but not as text."""
 
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
@@ -94,7 +103,9 @@ class Table:
         """Describe the columns, for messages."""
         if self.names is None:
             return f"{self.width} columns without names"
-        return f"the columns {', '.join(map(repr, self.names))}"
+        columns = f"the columns {', '.join(map(repr, self.names))}"
+        other = next((mark for mark in _SEPARATORS if len(self.names) == 1 and mark in self.names[0]), None)
+        return columns if other is None else f"one column, {self.names[0]!r} ({option('delimiter')} sets its separator)"
 
     def cells(self, column: int) -> list[str]:
         """The cells of a column, without spaces around them."""
@@ -119,6 +130,8 @@ def read_table(file: Path, form: Format) -> Table:
     Raises:
         VisadaptError: the file cannot be read or decoded, has no rows, or has rows of different lengths.
     """
+    if file.suffix.lower() in _SHEETS:
+        raise VisadaptError(f"{file} must be a table as text: save it as .csv")
     lines = read_text(file, form.encoding)
     comma = file.name.lower().removesuffix(".gz").endswith(".csv")
     delimiter = form.delimiter or ("," if comma else "\t")
@@ -164,11 +177,12 @@ def read_text(file: Path, encoding: str) -> str:
 def _parsed(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:
     if delimiter == " ":  # a label, then a text that may contain spaces
         return [line.rstrip("\r").split(" ", 1) for line in text.split("\n") if line]
-    longest = csv.field_size_limit(sys.maxsize)
-    try:
-        return _strictly_quoted(text, delimiter, file, quoted_only)
-    finally:
-        csv.field_size_limit(longest)
+    with _FIELD_SIZE:
+        longest = csv.field_size_limit(sys.maxsize)
+        try:
+            return _strictly_quoted(text, delimiter, file, quoted_only)
+        finally:
+            csv.field_size_limit(longest)
 
 
 def _strictly_quoted(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:

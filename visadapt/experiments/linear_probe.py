@@ -51,7 +51,7 @@ def fit_head(
         raise VisadaptError(f"task {task!r} is not a linear probe: it must own one head and nothing else")
     ((path, owned),) = parts.items()
     with _captured_inputs(unwrapped(model).get_submodule(path)) as features:
-        predict(model, task, train, prepare=prepare, device=device)
+        predict(model, task, train, prepare=prepare, device=device, precision="bf16" if recipe.fast else None)
     return fit(
         owned["head"],
         None,
@@ -73,7 +73,7 @@ def is_probe(model: nn.Module, task: str) -> bool:
 @contextmanager
 def _captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().cpu()))
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float().cpu()))
     try:
         yield inputs
     finally:
