@@ -131,8 +131,7 @@ def test_a_file_that_was_another_while_it_was_loaded_is_loaded_again(
             finally:
                 replace(first)
 
-        visadapt.remove(server.pool.model, "flowers")
-        server.pool._loaded.pop("flowers")
+        assert "flowers" not in server.pool.loaded()
         monkeypatch.setattr(pool, "load", swapped)
         answer = (await server.predict("flowers", [png()]))[0]
         assert len(calls) == 2
