@@ -76,7 +76,7 @@ def _rows(
         elif number not in numbers:
             raise VisadaptError("a task of this batch was removed: choose tasks that the model has")
         else:
-            own = cast("nn.ModuleDict", held[numbers[number]])[part]
+            own = held[numbers[number]][part]
             *inside, last = name.split(".")
             for step in inside:
                 own = getattr(own, step)

@@ -82,9 +82,13 @@ def composed(registry: Registry, tasks: Sequence[str | None]) -> Composition:
     held = {}
     for name in dict.fromkeys(tasks):
         if name is not None:
-            task = registry.task(name)
+            task, changes = registry.task(name), registry.changes
+            if task.held is not None and task.held.changes != changes:
+                # modes that were set for all tasks reach the modules of each when it is next used
+                registry.parts(name)
             if task.held is None or task.held.hosts != task.hosts or not task.held.holds():
                 task.held = Held(registry.parts(name), registry.profiles)
+            task.held.changes = changes
             held[name] = task.held
     return Composition(registry, tasks, held)
 

@@ -81,7 +81,7 @@ class Here:
         if any(name is None or name not in parts for name in names):
             # tasks without parts here are one group, with the bare backbone
             names, number, samples = grouped([n if n is not None and n in parts else None for n in composition.tasks])
-        own = [NONE if name is None else cast("nn.ModuleDict", parts[name]) for name in names]
+        own = [NONE if name is None else parts[name] for name in names]
         return own, Division(number, self.place, samples)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class Here:
             return out
         division = Division(cluster.number, self.place, cluster.samples)
         rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
-        held = [cast("nn.ModuleDict", self.parts[cast("str", name)]) for name in cluster.names]
+        held = [self.parts[cast("str", name)] for name in cluster.names]
         fresh = fresh and not any(step.role == "watch" for step in steps)
         for step in steps:
             parts = [own[step.name] for own in held]

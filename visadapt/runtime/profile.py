@@ -88,6 +88,7 @@ class Held:
         parts: by path of the host.
         hosts: the paths.
         profile: of the task.
+        changes: of all tasks' modes that these parts had when they were last looked at.
     """
 
     def __init__(self, parts: dict[str, nn.ModuleDict], profiles: list[Profile]) -> None:
@@ -100,6 +101,7 @@ class Held:
             found.acts = next((known.acts for known in profiles if known.around == found.around), found)
             profiles.append(found)
         self.profile = found
+        self.changes = -1
         modules = [module for own in parts.values() for module in own.modules()]
         self._children = [module.__dict__["_modules"] for module in modules]
         self._were = [dict(children) for children in self._children]
