@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from visadapt.experiments.catalogue import FULL, contender
+from visadapt.experiments.catalogue import FULL, contender, is_adapter
 from visadapt.experiments.choice import MAX_EXTENSIONS
+from visadapt.experiments.compare import Compare
 from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
 from visadapt.methods import Bottleneck, Linear
 
 LENGTHS = {"image": (5, 9, 20), "text": (3, 9, 20)}
@@ -56,32 +57,40 @@ def fair_contender(
     return dataclasses.replace(settled, lengths=epochs, variants=variants).with_recipe(fast=fast)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one contender costs on one problem.
+def comparisons(
+    problems: Sequence[Problem], names: Sequence[str], seeds: tuple[int, ...], lengths: tuple[int, ...], fast: bool
+) -> list[Compare]:
+    """Build the fair comparisons of contenders on problems, one per modality.
 
-    Attributes:
-        choice: fewest and most training runs to choose the rate, the epochs and the variant.
-        epochs: fewest and most passes over the training data of these runs.
-        final: fewest and most passes of one final run.
+    Args:
+        problems: problems to compare on.
+        names: names of contenders; none for those in `COMPARED`.
+        seeds: one final training run each.
+        lengths: numbers of epochs to choose from; none for those in `LENGTHS`.
+        fast: compute in bf16 autocast.
     """
+    by_modality: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_modality.setdefault(problem.modality, []).append(problem)
+    plans = []
+    for modality, group in by_modality.items():
+        contenders = tuple(fair_contender(name, modality, lengths, fast) for name in names or COMPARED)
+        # files of adapters are small: the best trial is also the final run of its seed
+        kept = tuple(each.name for each in contenders if is_adapter(each.name))
+        plans.append(Compare(tuple(group), contenders, seeds, "both", kept))
+    return plans
 
-    choice: tuple[int, int]
-    epochs: tuple[int, int]
-    final: tuple[int, int]
 
-
-def cost(contender: Contender) -> Cost:
-    """Bound the cost of a contender on one problem; trials that diverge count as whole runs."""
-    lengths = contender.lengths or (contender.recipe.epochs,)
-    rates = len(contender.rates) if len(contender.rates) > 1 else 0
-    most_rates = rates + (MAX_EXTENSIONS if contender.extend and rates else 0)
-    variants = len(contender.variants)
-    return Cost(
-        (rates + (len(lengths) > 1) + variants, most_rates + len(lengths) - 1 + variants),
-        (
-            rates * lengths[0] + sum(lengths[1:2]) + variants * lengths[0],
-            most_rates * lengths[0] + sum(lengths[1:]) + variants * lengths[-1],
-        ),
-        (lengths[0], lengths[-1]),
-    )
+def costs(plan: Compare) -> list[str]:
+    """Describe what a fair comparison computes, one line per contender."""
+    lines = []
+    for each in plan.contenders:
+        lengths = each.lengths or (each.recipe.epochs,)
+        least = len(each.rates) + (len(lengths) > 1) + len(each.variants)
+        most = len(each.rates) + MAX_EXTENSIONS + len(lengths) - 1 + len(each.variants)
+        epochs = " or ".join(map(str, lengths))
+        lines.append(
+            f"{each.name}: per problem {least} to {most} training runs to choose by, then {len(plan.seeds)}; "
+            f"{epochs} epochs in batches of {each.recipe.batch_size}{', bf16 autocast' if each.recipe.fast else ''}"
+        )
+    return lines

@@ -174,8 +174,9 @@ def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
 
 
 def _at_best_rate(results: Sequence[Result]) -> float:
-    """Return the mean score over seeds at the learning rate with the most seeds; among equals, the best."""
-    return max((len(runs), mean(r.standing for r in runs)) for runs in group_by(results, lambda r: r.lr).values())[1]
+    """Return the mean score over seeds at the rate and epochs with the most seeds; among equals, the best."""
+    choices = group_by(results, lambda r: (r.lr, r.epochs, r.facts.get("variant")))
+    return max((len(runs), mean(r.standing for r in runs)) for runs in choices.values())[1]
 
 
 def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
