@@ -2,158 +2,152 @@
 
 python -m benchmarks                                  # everything; resumes an interrupted run
 python -m benchmarks --only train_step --again        # one benchmark, measured again
+python -m benchmarks --device cuda --budget 240       # in 240 s: first few repeats of everything, then more
 python -m benchmarks --adapters-python .adapters/bin/python
 
-Create the environment for adapter-hub's library, which pins its own version of transformers, by:
+Figures are ratios of contenders that take turns in one process. Each is written to the CSV file of its device as soon
+as it is known; a run that was interrupted, or whose budget was spent, resumes with the benchmarks that have the fewest
+repeats. Create the environment for adapter-hub's library, which pins its own version of transformers, by:
 python -m venv .adapters && .adapters/bin/pip install -e ".[bench-adapters]"
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import subprocess
+import shutil
+import signal
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.goals import GOALS, Goal, goal_of
+from benchmarks.figures import RESULTS, read, repeats_of, seconds_of, table, updated, write
+from benchmarks.jobs import FEW, JOBS, Job, device_name, missing_peers, run
 from visadapt.errors import nearest
-from visadapt.files import replacing
-from visadapt.table import Table
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("job", "figure", "setting", "value", "low", "high", "unit", "repeats", "device", "threads", "torch")
+LEAST = 5.0
+"""Seconds below which no benchmark is begun."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One benchmark with its options."""
+class Session:
+    """The runs of one command, and the file that they write.
 
-    module: str
-    options: tuple[str, ...] = ()
+    Args:
+        out: CSV file.
+        args: of the command line.
+    """
 
-    @property
-    def name(self) -> str:
-        """Name in the CSV file."""
-        return " ".join((self.module, *self.options))
+    def __init__(self, out: Path, args: argparse.Namespace) -> None:
+        self._out, self._args = out, args
+        names = {job.name(args.device) for job in JOBS}
+        # figures of benchmarks that are no longer run are not kept
+        self.rows = [row for row in read(out) if row["job"] in names]
+        self._end = None if args.budget is None else time.monotonic() + args.budget
+        self.failed: list[str] = []
 
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return float("inf") if self._end is None else self._end - time.monotonic()
 
-JOBS = (
-    Job("train_step", ("--size", "96", "--repeats", "5")),
-    Job("train_step", ("--size", "224", "--repeats", "3")),
-    Job("encoder_step", ("--repeats", "3")),
-    Job("inference"),
-    Job("mixed_batches", ("--tasks", "8")),
-    Job("mixed_batches", ("--tasks", "64", "--repeats", "5")),
-    Job("prefix"),
-    Job("bookkeeping"),
-)
+    def rounds(self, jobs: list[Job]) -> None:
+        """Run the benchmarks that have not yet been repeated as often as they should, as far as the budget goes."""
+        if self._end is None:
+            self._round(jobs, [job.repeats for job in jobs])
+            return
+        # few repeats of everything come first, so that the end of the budget finds a figure for each goal
+        self._round(jobs, [min(FEW, job.repeats) for job in jobs])
+        for factor in (1, 3, 10):
+            self._round(jobs, [factor * job.repeats for job in jobs])
 
+    def _round(self, jobs: list[Job], repeats: list[int]) -> None:
+        names = [job.name(self._args.device) for job in jobs]
+        waiting = [
+            (job, count, name)
+            for job, count, name in zip(jobs, repeats, names, strict=True)
+            if name not in self.failed and repeats_of(self.rows, name) < count
+        ]
+        for done, (job, count, name) in enumerate(waiting):
+            left = self.left()
+            if left < max(LEAST, 0.5 * seconds_of(self.rows, name)):
+                print(f"{name}: no time is left for {count} repeats", file=sys.stderr, flush=True)
+                continue
+            self._job(job, count, name, left, left / (len(waiting) - done))
 
-def device_name(device: str) -> str:
-    """Return the name of a device, for results and file names."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    def _job(self, job: Job, count: int, name: str, left: float, share: float) -> None:
+        print(f"{name}: {count} repeats", file=sys.stderr, flush=True)
+        new: list[dict[str, str]] = []
+        before = self.rows
 
+        def record(row: dict[str, str]) -> None:
+            new.append(row)
+            self.rows = updated(before, name, new)
+            write(self._out, self.rows)
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file; none if it does not exist."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows to a CSV file, atomically."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def run(job: Job, python: str, device: str) -> list[dict[str, str]]:
-    """Run one benchmark and return its rows."""
-    command = [python, "-m", f"benchmarks.{job.module}", *job.options, "--device", device]
-    root = Path(__file__).parents[1]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root).stdout
-    facts = {"device": device_name(device), "threads": str(torch.get_num_threads()), "torch": torch.__version__}
-    return [{"job": job.name, **json.loads(line), **facts} for line in output.splitlines()]
-
-
-def with_goals(rows: list[dict[str, str]]) -> list[tuple[Goal, dict[str, str]]]:
-    """Return the figures that have a goal, in the order of the goals."""
-    return [(goal, row) for goal in GOALS for row in rows if goal_of(row["figure"], row["setting"]) is goal]
-
-
-def missed(goal: Goal, row: dict[str, str]) -> bool:
-    """Whether a figure is above its goal."""
-    return float(row["value"]) > goal.most
-
-
-def table(rows: list[dict[str, str]]) -> Table:
-    """Build a table of the figures that have a goal."""
-    table_rows = []
-    for goal, row in with_goals(rows):
-        limit = next((r for r in rows if r["figure"] == goal.limit and r["setting"] == row["setting"]), None)
-        verdict = "missed" if missed(goal, row) else "met"
-        by_operations = "" if limit is None else formatted(limit)[0]
-        cells = (row["figure"], row["setting"], *formatted(row), f"≤ {goal.most:.4g}", verdict, by_operations)
-        table_rows.append(cells)
-    return Table(("figure", "measured on", "median", "quartiles", "goal", "", "by operations"), table_rows)
+        python = self._args.adapters_python if job.module == "encoder_step" else None
+        bounds: dict[str, Any] = {}
+        if self._end is not None:
+            # one benchmark that takes longer than expected may not take the time of all others
+            bounds = {"seconds": share, "limit": min(left, 4 * share)}
+        ended = run(job, self._args.device, count, record, python=python or sys.executable, **bounds)
+        if ended.error:
+            self.failed.append(name)
+            print(f"{name}: failed: {ended.error}", file=sys.stderr, flush=True)
+        elif ended.stopped:
+            print(f"{name}: stopped, as its time was spent", file=sys.stderr, flush=True)
 
 
-def formatted(row: dict[str, str]) -> tuple[str, str]:
-    """Format a row's median with its unit, and its quartiles if it was repeated."""
-    digits = {"×": 3, "ms": 2, "%": 1}[row["unit"]]
-    quartiles = "" if row["repeats"] == "1" else f"{float(row['low']):.{digits}f} to {float(row['high']):.{digits}f}"
-    return f"{float(row['value']):.{digits}f} {row['unit']}", quartiles
-
-
-def chart(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw each figure that has a goal as a bar, as a fraction of the goal."""
-    from matplotlib.figure import Figure
-
-    bars = with_goals(rows)
-    figure = Figure(figsize=(10, 0.35 * len(bars) + 1), layout="constrained")
-    axes = figure.subplots()
-    shares = [float(row["value"]) / goal.most for goal, row in bars]
-    axes.barh(range(len(bars)), shares, color=["tab:green" if share <= 1 else "tab:red" for share in shares])
-    names = [f"{row['figure']}{', ' + goal.at if goal.at else ''}: {formatted(row)[0]}" for goal, row in bars]
-    axes.set_yticks(range(len(bars)), names, fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("fraction of the goal (less is better)")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(dict.fromkeys(job.module for job in JOBS))
     parser.add_argument("--only", help=f"comma-separated list of {','.join(names)}; default: all")
     parser.add_argument("--again", action="store_true", help="measure again what an earlier run has measured")
-    parser.add_argument("--device", default="cpu", help="device to measure on")
+    parser.add_argument("--device", default="cpu", help="device to measure on: cpu, cuda or cuda:N")
+    parser.add_argument("--budget", type=float, help="seconds for everything; default: as long as it takes")
     parser.add_argument("--adapters-python", help="Python interpreter of the environment with the adapters library")
-    parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/performance-….csv")
+    parser.add_argument("--out", type=Path, help="CSV file, or folder for it; default: benchmarks/results")
     args = parser.parse_args()
-    selected = names if args.only is None else args.only.split(",")
-    if unknown := [name for name in selected if name not in names]:
+    args.modules = names if args.only is None else args.only.split(",")
+    if unknown := [name for name in args.modules if name not in names]:
         parser.error(f"no benchmark {unknown[0]!r}{nearest(unknown[0], names)}")
-    device = device_name(args.device).replace(" ", "-").lower()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"{args.device} is not available: torch {torch.__version__} finds no GPU")
+    if args.budget is not None and not args.budget > 0:
+        parser.error(f"--budget must be a positive number of seconds, got {args.budget}")
+    return args
+
+
+def target(out: Path | None, device: str) -> Path:
+    """Return the CSV file of a device; in another folder than the published one, it begins with what is published."""
     version = torch.__version__.partition("+")[0]
-    out = args.out or RESULTS / f"performance-{device}-float32-torch{version}.csv"
-    rows = read(out)
-    for job in JOBS:
-        if job.module not in selected or (not args.again and any(row["job"] == job.name for row in rows)):
-            continue
-        print(job.name, file=sys.stderr, flush=True)
-        python = args.adapters_python if job.module == "encoder_step" and args.adapters_python else sys.executable
-        rows = [row for row in rows if row["job"] != job.name] + run(job, python, args.device)
-        write(out, rows)
-    print(table(rows))
+    name = f"performance-{device_name(device).replace(' ', '-').lower()}-float32-torch{version}.csv"
+    if out is None:
+        return RESULTS / name
+    if not out.is_dir():
+        return out
+    file = out / name
+    if not file.exists() and (RESULTS / name).is_file():
+        shutil.copyfile(RESULTS / name, file)
+    return file
+
+
+def main() -> None:
+    args = parse()
+    # so that what runs is stopped with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for line in missing_peers(args.modules, args.adapters_python is not None):
+        print(line, file=sys.stderr, flush=True)
+    session = Session(target(args.out, args.device), args)
+    jobs = [job for job in JOBS if job.module in args.modules]
+    if args.again:
+        again = {job.name(args.device) for job in jobs}
+        session.rows = [row for row in session.rows if row["job"] not in again]
+    session.rounds(jobs)
+    print(table(session.rows))
+    if session.failed:
+        sys.exit(f"{len(session.failed)} of {len(jobs)} benchmarks failed")
 
 
 if __name__ == "__main__":

@@ -7,21 +7,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Goal:
-    """An upper bound for a figure.
+    """A bound for a figure.
 
     Attributes:
         figure: name of the figure in the benchmarks.
-        most: the bound, in the figure's unit.
+        bound: the largest value that meets the goal, in the figure's unit.
         at: words that the setting must contain, for figures that are measured in several settings.
         limit: name of the figure with the same ratio in operations: the result if all operations took the same time.
         why: reason why the goal is missed, where it is.
+        at_least: whether `bound` is the smallest value that meets the goal instead.
+        cpu_only: whether the goal is one for the CPU.
     """
 
     figure: str
-    most: float
+    bound: float
     at: str = ""
     limit: str = ""
     why: str = ""
+    at_least: bool = False
+    cpu_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.bound:.4g}"
 
 
 _RESNET = "operations: bottleneck / full fine-tuning"
@@ -79,6 +86,7 @@ GOALS = (
 )
 
 
-def goal_of(figure: str, setting: str) -> Goal | None:
-    """Return the goal of a figure in a setting, or None."""
-    return next((goal for goal in GOALS if goal.figure == figure and goal.at in setting), None)
+def goal_of(figure: str, setting: str, device: str = "cpu") -> Goal | None:
+    """Return the goal of a figure in a setting on a device, or None."""
+    fitting = (goal for goal in GOALS if goal.figure == figure and goal.at in setting)
+    return next((goal for goal in fitting if device == "cpu" or not goal.cpu_only), None)

@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ class Row:
         value: median over the repeats, of a ratio or a time.
         low: first quartile over the repeats.
         high: third quartile over the repeats.
-        unit: ``×``, ``ms`` or ``%``.
+        unit: ``×``, ``ms``, ``s``, ``/s``, ``MB``, ``%``, or "" for a count.
         repeats: number of repeats.
     """
 
@@ -45,10 +46,13 @@ class Row:
 def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> Times:
     """Time each contender in seconds in each of ``repeats`` rounds, after one warm-up round.
 
-    In a round each contender runs once, so that other load on the machine affects all of them.
+    In a round each contender runs once, so that other load on the machine affects all of them. Once the time of
+    ``--seconds`` is spent no round is begun, but there is always one.
     """
     times: Times = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
+        if repeat > 1 and time.perf_counter() > _END:
+            break
         for name, run in contenders.items():
             _wait(device)
             start = time.perf_counter()
@@ -179,18 +183,30 @@ class Step:
         self._optimiser.step()
 
 
+_END = float("inf")
+"""Time, by ``time.perf_counter``, after which nothing is repeated."""
+
+
 def parse_args(description: str | None, **defaults: int) -> argparse.Namespace:
-    """Parse the command line of one benchmark, with integer options and ``--device``; seed torch."""
+    """Parse the command line of one benchmark, with integer options, ``--device`` and ``--seconds``; seed torch."""
+    global _END
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, help="after which nothing is repeated; default: no such time")
     args = parser.parse_args()
+    if args.seconds is not None:
+        _END = time.perf_counter() + args.seconds
     torch.manual_seed(0)
     return args
 
 
 def print_rows(rows: Iterator[Row]) -> None:
-    """Print each row as a line of JSON as soon as it is known."""
+    """Print each row as a line of JSON as soon as it is known; on a GPU, the memory that was allocated comes last."""
     for row in rows:
         print(json.dumps(asdict(row)), flush=True)
+    if torch.cuda.is_initialized():
+        megabytes = torch.cuda.max_memory_allocated() / 1e6
+        figure = f"max_memory_allocated: {Path(sys.argv[0]).stem}"
+        print(json.dumps(asdict(exact(figure, "the whole benchmark", megabytes, "MB"))), flush=True)

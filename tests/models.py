@@ -213,6 +213,21 @@ MEMBERS = (
 ZOO = {member.name: member for member in MEMBERS}
 
 
+def short(text: bool = False) -> nn.Module:
+    """A backbone of four blocks or one layer, for what takes long by the block, as ``torch.compile`` does."""
+    if text:
+        build = _transformers("Bert", num_hidden_layers=1)
+    else:
+
+        def build() -> nn.Module:
+            from timm.models.resnet import BasicBlock, ResNet
+
+            return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 8, 16, 16))
+
+    torch.manual_seed(0)
+    return enliven(build()).eval()
+
+
 def output(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits."""
     out = model(inputs["x"]) if "x" in inputs else model(**inputs)

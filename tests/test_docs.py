@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.__main__ import RESULTS, missed, read, with_goals
+from benchmarks.figures import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
 from tests.opening.test_hub import hub  # noqa: F401
 from visadapt import METHODS, VisadaptError

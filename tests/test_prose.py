@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,3 +109,29 @@ def test_a_banned_phrase_is_found(text: str) -> None:
 )
 def test_plain_english_is_not_flagged(text: str) -> None:
     assert list(offences(text)) == []
+
+
+def message(node: ast.expr) -> str:
+    """The text of an error's message, what is filled in left out."""
+    if isinstance(node, ast.BinOp):
+        return message(node.left) + message(node.right)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(message, node.values))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+def test_errors_that_say_what_they_got_say_what_must_be() -> None:
+    errors = [
+        (path, node.lineno, message(node.exc.args[0]))
+        for path in FILES
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", "") == "VisadaptError"
+        and node.exc.args
+    ]
+    assert len(errors) > 400
+    odd = [(str(path.relative_to(ROOT)), line, text) for path, line, text in errors if " got " in text]
+    odd = [each for each in odd if " must " not in each[2]]
+    assert not odd, "the form is 'X must be Y, got Z'"

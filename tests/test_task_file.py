@@ -337,7 +337,7 @@ CHANGES = {
         r"m must be a positive integer.*got -1",
     ),
     "other site": (lambda d, t: d["placements"][0]["sites"].append("block:layer9"), r"no site 'block:layer9'"),
-    "bad name": (lambda d, t: d.update(task="a.b"), r"a task's name is made of letters.*'a\.b'"),
+    "bad name": (lambda d, t: d.update(task="a.b"), r"a task's name must be made of letters.*'a\.b'"),
     "bad norms": (lambda d, t: d.update(norms="affin"), r"no norm policy 'affin'.*did you mean 'affine'"),
     "bad head": (lambda d, t: d.update(head="newer"), r"no head policy 'newer'.*did you mean 'new'"),
     "bad width": (lambda d, t: d.update(num_classes=-3), r"num_classes must be a positive integer, got -3"),

@@ -20,6 +20,7 @@ from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width
 from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError, nearest
+from visadapt.frozen.lean_model import unlean
 from visadapt.methods import METHODS, Bottleneck
 from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES, HeadPolicy, NormPolicy
@@ -216,7 +217,7 @@ def remove(model: ModelT, task: str) -> ModelT:
 
 
 def eject(model: ModelT) -> ModelT:
-    """Remove all tasks and restore the original, bit for bit: classes, keys, modes and ``requires_grad``.
+    """Remove all tasks and restore the original, bit for bit: weights, classes, keys, modes and ``requires_grad``.
 
     Args:
         model: an injected model.
@@ -225,7 +226,7 @@ def eject(model: ModelT) -> ModelT:
         The same model.
 
     Raises:
-        VisadaptError: the model was never injected.
+        VisadaptError: the model was never injected; its original weights were not kept (see `visadapt.lean`).
 
     Examples:
         >>> images = torch.randn(2, 3, 32, 32)
@@ -237,6 +238,7 @@ def eject(model: ModelT) -> ModelT:
     registry = registry_of(model)
     backbone = unwrapped(model)
     with STRUCTURE:
+        unlean(model)
         for name in list(registry.tasks):
             remove(backbone, name)
         for module in own_modules(backbone).values():
@@ -270,12 +272,12 @@ def _method(given: Any, m: Any, budget: Any) -> Method:
     if method is None:
         method = Bottleneck()
     if not isinstance(method, Method):
-        raise VisadaptError(f"method is one of {', '.join(METHODS)} with its options, got {given!r}")
+        raise VisadaptError(f"method must be one of {', '.join(METHODS)} with its options, got {given!r}")
     if budget is not None:
         if m is not None:
             raise VisadaptError("give m= or budget=, not both")
         if isinstance(budget, bool) or not isinstance(budget, float) or not 0 < budget < 1:
-            raise VisadaptError(f"budget is a fraction of the backbone's parameters in (0, 1), got {budget!r}")
+            raise VisadaptError(f"budget must be a fraction of the backbone's parameters in (0, 1), got {budget!r}")
     if m is not None or budget is not None:
         if not any(f.name == "m" for f in dataclasses.fields(method)):
             raise VisadaptError(
@@ -293,7 +295,7 @@ def _check_options(task: Any, num_classes: Any, labels: Any, norms: Any) -> None
     check_choice(norms, NORM_POLICIES, "norm policy")
     is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
     if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
-        raise VisadaptError(f"labels is a list of the classes' names, got {labels!r}")
+        raise VisadaptError(f"labels must be a list of the classes' names, got {labels!r}")
 
 
 def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:

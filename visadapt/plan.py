@@ -164,8 +164,11 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
     registry.hosts = {**registry.hosts, **{path: facts.modules[path] for path in paths}}
     task.hosts = list(dict.fromkeys((*task.hosts, *paths)))
     registry.traced = {**registry.traced, **{site.full_name: site for site in plan.sites if site.traced}}
+    new = task.name not in registry.tasks
     # last, so that half a task cannot be chosen
     registry.tasks = {**registry.tasks, task.name: task}
+    if new and registry.lean is not None:
+        registry.lean.admit(task.name)
     registry.watch.look_at(model, registry.hosts)
     registry.introduce(task.name)
     return registry

@@ -19,11 +19,13 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
+from visadapt.frozen.precision import precision_notes
 from visadapt.methods import METHODS
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
 from visadapt.runtime.host import check_free
+from visadapt.runtime.measured import measured
 from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
 from visadapt.runtime.registry import (
     Registry,
@@ -88,7 +90,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "num_classes": spec.num_classes,
         **described(spec, tensors, facts_of(backbone).modules),
         "labels": spec.labels,
-        "notes": {**_backbone(registry), **spec.notes, **(notes or {})},
+        "notes": {**_backbone(registry), **precision_notes(registry, task), **spec.notes, **(notes or {})},
         "placements": [
             {
                 "method": type(placement.method).__name__,
@@ -243,6 +245,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
     content = read(path)
     description, tensors = content.description, content.tensors
     labels = description["labels"]
+    notes, scored = description["notes"], measured(description["notes"])
     shown = "–" if labels is None else ", ".join(labels[:12]) + (f", … ({len(labels)})" if len(labels) > 12 else "")
     rows = [
         ("task", description["task"]),
@@ -256,7 +259,8 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
         ("digest", "none (written by an earlier version)" if content.digest is None else f"{content.digest[:16]}…"),
-        *((key, json.dumps(value)) for key, value in description["notes"].items()),
+        *((f"scored: {name}", value) for name, value in scored.items()),
+        *((key, json.dumps(value)) for key, value in notes.items() if not (key == "metrics" and scored)),
     ]
     return Table(("", str(path)), rows)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.__main__ import RESULTS, chart, formatted, missed, read, table, with_goals
+from benchmarks.figures import RESULTS, TOOK, chart, formatted, missed, read, table, with_goals
 from visadapt.table import Table
 
 TARGET = Path(__file__).parent.parent / "performance.md"
@@ -32,8 +32,9 @@ def section(path: Path) -> str:
     rows = read(path)
     first = rows[0]
     title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
-    parts = [
-        title,
+    measured_on = ", ".join(filter(None, (first["machine"], first["python"] and f"Python {first['python']}")))
+    parts = [title, *([f"Measured on {measured_on}."] if measured_on else [])]
+    parts += [
         f"![figures as fractions of their goals](performance/{path.stem}.svg)",
         table(rows).markdown(),
     ]
@@ -51,7 +52,8 @@ def section(path: Path) -> str:
             profiles.setdefault(f"{contender}; {row['setting']}", []).append((operator, formatted(row)[0]))
     for step, shares in profiles.items():
         parts += [f"Profile of a step ({step}):", Table(("operator", "share"), shares).markdown()]
-    others = [(r["figure"], r["setting"], *formatted(r)) for r in rows if not r["figure"].startswith("profile: ")]
+    hidden = ("profile: ", TOOK)
+    others = [(r["figure"], r["setting"], *formatted(r)) for r in rows if not r["figure"].startswith(hidden)]
     parts += ["All measurements:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
     return "\n\n".join(parts)
 

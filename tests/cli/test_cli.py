@@ -125,6 +125,52 @@ def test_train_is_the_same_for_the_same_seed_and_resumes(place: Path, tmp_path: 
     assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], third[key]) for key in first)
 
 
+def test_quick_is_chosen_by_the_size_of_the_data_said_and_noted(place: Path, tmp_path: Path) -> None:
+    common = ("train", place / "photos", *SEES, "--size", 32, "--m", 4, "--where", "layer4", "--norms", "frozen")
+    quick, plain, given = (tmp_path / f"{name}.visadapt" for name in ("quick", "plain", "given"))
+    said = run(*common, "--lr", 3e-3, "--out", quick).stderr
+    assert (
+        "quick setting: at most 6 epochs, stop after 2 without a better score, head first, up to "
+        "layer3.1.act2 computed once (options override it; --no-quick for the recipe as it is)\n"
+    ) in said
+    notes = read(quick).description["notes"]
+    assert notes["training"] == {
+        "recipe": "houlsby", "epochs": 6, "lr": 3e-3, "patience": 2, "quick": {"epochs": 6, "patience": 2}
+    }  # fmt: skip
+    assert "quick setting" not in run(*common, "--no-quick", "--epochs", 1, "--no-head-first", "--out", plain).stderr
+    assert read(plain).description["notes"]["training"] == {"recipe": "houlsby", "epochs": 1, "head_first": False}
+    assert "setting: 1 epochs, head first" not in run(*common, "--recipe", "fine-tuning", "--epochs", 1,
+                                                     "--patience", 1, "--out", given).stderr  # fmt: skip
+    assert read(given).description["notes"]["training"] == {"recipe": "fine-tuning", "epochs": 1, "patience": 1}
+
+
+def test_the_scores_are_noted_and_shown(place: Path) -> None:
+    task = place / "photos.visadapt"
+    noted = read(task).description["notes"]["metrics"]
+    assert (noted["metric"], noted["seed"]) == ("accuracy", 0)
+    assert noted["test"]["samples"] == 12
+    (found,) = records(run("evaluate", task, place / "photos", "--split", "test", "--json"))
+    assert found["accuracy"] == noted["test"]["score"]
+    words = f"{noted['test']['score']:.4f} on 12 samples"
+    shown = run("summary", task).stdout
+    assert re.search(rf"scored: accuracy \(test\) +{words}", shown)
+    model = network()
+    visadapt.load(model, task)
+    assert words in visadapt.summary(model)["photos"].metrics
+    assert words in str(visadapt.summary(model))
+
+
+def test_the_cached_prefix_trains_the_same(place: Path, tmp_path: Path) -> None:
+    common = ("train", place / "photos", *SEES, "--size", 32, "--method", "Linear", "--norms", "frozen", "--task", "t")
+    options = ("--epochs", 2, "--patience", 2)
+    with_cache = run(*common, *options, "--out", tmp_path / "a.visadapt")
+    without = run(*common, *options, "--no-quick", "--out", tmp_path / "b.visadapt")
+    assert "computed once" in with_cache.stderr
+    assert "computed once" not in without.stderr
+    first, second = (read(tmp_path / f"{name}.visadapt").description["notes"]["metrics"] for name in "ab")
+    assert first == second
+
+
 def test_columns_by_number(place: Path, tmp_path: Path) -> None:
     options = ("--text", 0, "--label", 1, "--no-header", "--backbone", f"hf/{place / 'bert'}", "--length", 8)
     run("train", place / "plain.tsv", *options, "--m", 2, "--epochs", 1, "--out", tmp_path / "t.visadapt")
@@ -475,12 +521,12 @@ WRONG = {
     "contender of an experiment that has its own": (
         "experiment tradeoff --problem bundled/minilm:tweets --contender full --results {tmp}/r",
         1,
-        "tradeoff takes no --contender (it has its own); got 'full'",
+        "--contender of tradeoff must be left out, since it has its own, got 'full'",
     ),
     "two contenders for one": (
         "experiment transfer --problem bundled/minilm:tweets --contender lora --contender full --results {tmp}/r",
         1,
-        "transfer takes one --contender; got 'lora', 'full'",
+        "--contender of transfer must be one, with adapters, got 'lora', 'full'",
     ),
     "nothing to put at parts of the depth": (
         "experiment modality --problem bundled/minilm:tweets --contender linear --results {tmp}/r",
@@ -506,7 +552,7 @@ WRONG = {
     "metric of real values": (
         "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",
         1,
-        "pearson needs real-valued labels, got class labels",
+        "labels must be real-valued for pearson, got one class per sample",
     ),
     "no results": ("report {tmp}/nothing --out {tmp}/page", 1, "no folder or file of results"),
     "results of nothing": ("report {tmp} --out {tmp}/page", 1, "too few for a report"),
@@ -575,7 +621,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr("visadapt.cli.train.fit", interrupted)
     result = run("train", place / "photos", *SEES, "--size", 32, "--out", tmp_path / "o.visadapt", code=130)
-    assert result.stderr == "interrupted: no file was left half-written\n"
+    assert result.stderr.splitlines()[1:] == ["interrupted: no file was left half-written"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import gzip
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,13 +192,13 @@ TABLE = "words\tlabel\n" + "t\t0\n" * 12
         (TABLE, {"text": "words", "header": False}, "column 'words' must be a number"),
         (TABLE, {"header": False, "label": 1}, "2 columns without names"),
         (TABLE, {"text": -1}, "a column number must be at least 0, got -1"),
-        (TABLE, {"text": 7}, "row 2: expected 8 columns, got 2"),
+        (TABLE, {"text": 7}, "row 2 must have 8 columns, got 2"),
         (TABLE, {"text": ("words",) * 3}, "text= must be one column or a pair, got 3 columns"),
-        (TABLE + "alone\n", {"text": "words"}, "row 14: expected 2 columns, got 1"),
+        (TABLE + "alone\n", {"text": "words"}, "row 14 must have 2 columns, got 1"),
         (TABLE + "\nt\t \n", {"text": "words"}, "a.tsv, row 15: the label is empty"),
         ("text\tlabel\n", {}, "has no rows"),
         ("", {}, "has no rows"),
-        ("text\tlabel\n" + "t\t0\n" * 9, {}, "at least 10 rows are needed .*, got 9"),
+        ("text\tlabel\n" + "t\t0\n" * 9, {}, "must have at least 10 rows .*, got 9"),
         (TABLE + "caf\xe9\t0\n", {"text": "words", "encoding": "ascii"}, "as ascii text"),
     ],
 )
@@ -242,69 +243,90 @@ def test_split_checks_its_labels() -> None:
         TextSplit(["a"], torch.tensor([0, 1]))
 
 
-class FakeSplit(dict):
-    """As much of a Hugging Face split as the loader uses."""
-
-    column_names = ("sentence", "label", "idx")
-
-    def __init__(self, labels: list[int], names: list[str] | None) -> None:
-        super().__init__(sentence=[f"s{i}" for i in range(len(labels))], label=labels, idx=labels)
-        self.features = {"label": type("Feature", (), {"names": names})()}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeSplit]:
-    loaded: dict[str, FakeSplit] = {}
-
-    def load_dataset(name: str, config: str | None) -> dict[str, FakeSplit]:
-        if name != "glue" or config != "sst2":
-            raise FileNotFoundError(f"no {name}")
-        return loaded
-
-    monkeypatch.setitem(sys.modules, "datasets", type("Fake", (), {"load_dataset": staticmethod(load_dataset)}))
-    return loaded
-
-
-def test_hugging_face(hub: dict[str, FakeSplit]) -> None:
-    names = ["negative", "positive"]
-    hub |= {"train": FakeSplit([0, 1] * 10, names), "validation": FakeSplit([1, 0], names)}
-    hub["test"] = FakeSplit([-1, -1], names)  # GLUE keeps its test labels secret
-    found = load_text("hf/glue", config="sst2")
-    assert found.classes == ("negative", "positive")
-    assert found.test.labels.tolist() == [1, 0]
-    assert [len(p) for p in parts(found)] == [18, 2, 2]
-
-
-@pytest.mark.slow
-def test_hugging_face_from_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library itself, on Parquet files as the hub keeps them."""
+def stored(labels: dict[str, list[Any]], names: list[str] | None = None, several: bool = False) -> Any:
+    """A ``DatasetDict`` of sentences with these labels."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    feature = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
     features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        {"sentence": datasets.Value("string"), "label": datasets.List(feature) if several else feature}
     )
-    labels = {"train": [0, 1] * 10, "validation": [1, 0], "test": [-1, -1]}  # a secret test, as GLUE has
-    (tmp_path / "set").mkdir()
-    for split, own in labels.items():
-        rows = {"sentence": [f"{split} {i}" for i in range(len(own))], "label": own}
-        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
-    found = load_text(f"hf/{tmp_path / 'set'}")
+    rows = {
+        split: {"sentence": [f"{split} {i}" for i in range(len(own))], "label": own} for split, own in labels.items()
+    }
+    return datasets.DatasetDict({split: datasets.Dataset.from_dict(own, features) for split, own in rows.items()})
+
+
+NAMES = ["negative", "positive"]
+
+GLUE = {"train": [0, 1] * 10, "validation": [1, 0], "test": [-1, -1]}
+"""GLUE keeps its test labels secret."""
+
+
+def check_glue(found: TextSet) -> None:
     assert found.classes == ("negative", "positive")
     assert found.test.texts == ["validation 0", "validation 1"]
     assert found.test.labels.tolist() == [1, 0]
     assert [len(p) for p in parts(found)] == [18, 2, 2]
-    with pytest.raises(VisadaptError, match=r"cannot load '.*/none'"):
-        load_text(f"hf/{tmp_path / 'none'}")
 
 
-def test_hugging_face_faults(hub: dict[str, FakeSplit], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(VisadaptError, match="cannot load 'imdb': no imdb"):
-        load_text("hf/imdb")
-    hub["train"] = FakeSplit([0, 1], None)
-    with pytest.raises(VisadaptError, match="must have a train split and a labelled test or validation"):
+def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*given: Any) -> Any:
+        asked.append(given)
+        if given[0] != "glue":
+            raise FileNotFoundError(f"no {given[0]}")
+        return stored(GLUE, NAMES)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(VisadaptError, match="'hf/glue' would be downloaded: allow it with online="):
         load_text("hf/glue", config="sst2")
+    assert asked == []
+    check_glue(load_text("hf/glue", config="sst2", online=True))
+    assert asked == [("glue", "sst2")]
+    with pytest.raises(VisadaptError, match="cannot load 'hf/imdb': no imdb"):
+        load_text("hf/imdb", online=True)
     with pytest.raises(VisadaptError, match="no column 'sentense' in hf/glue; did you mean 'sentence'"):
-        load_text("hf/glue", config="sst2", text="sentense")
+        load_text("hf/glue", online=True, text="sentense")
+
+
+def test_data_sets_of_the_library(tmp_path: Path) -> None:
+    check_glue(load_text(stored(GLUE, NAMES)))
+    stored(GLUE, NAMES).save_to_disk(tmp_path / "set")
+    check_glue(load_text(tmp_path / "set"))
+    check_glue(load_text(f"hf/{tmp_path / 'set'}"))
+    whole = load_text(tmp_path / "set", whole=True, classes=("positive", "negative"))
+    assert [len(p) for p in parts(whole)] == [0, 0, 2]
+    assert (whole.classes, whole.test.labels.tolist()) == (("positive", "negative"), [0, 1])
+    tags = load_text(stored({"train": [[0], [0, 1], []] * 5, "test": [[1], []]}, NAMES, several=True))
+    assert tags.test.labels.tolist() == [[False, True], [False, False]]
+    with pytest.raises(VisadaptError, match="split 'train', row 1: the label is empty"):
+        load_text(stored({"train": [0, None, 1], "test": [1]}))
+    with pytest.raises(VisadaptError, match="the data set must have labels, got hidden ones only"):
+        load_text(stored({"train": [-1, -1]}, NAMES))
+    with pytest.raises(VisadaptError, match="no split 'trian'; did you mean 'train'"):
+        load_text(stored({"trian": [0, 1]}, NAMES))
+    with pytest.raises(VisadaptError, match="'label' must be a text, got int"):
+        load_text(stored(GLUE, NAMES), text="label")
+
+
+def test_files_of_json_and_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = stored({"train": [0, 1] * 10}, NAMES)["train"]
+    rows.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("\n".join(f'{{"text": "t{i}", "label": "{"ab"[i % 2]}"}}' for i in range(20)))
+    for file, classes in (("a.parquet", ("negative", "positive")), ("b.jsonl", ("a", "b"))):
+        found = load_text(tmp_path / file)
+        assert found.classes == classes
+        assert [len(p) for p in parts(found)] == [14, 2, 4]
+    (tmp_path / "c.jsonl").write_text("{")
+    with pytest.raises(VisadaptError, match=r"the datasets library cannot load '.*c\.jsonl'"):
+        load_text(tmp_path / "c.jsonl")
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(VisadaptError, match="pip install datasets"):
         load_text("hf/glue")

@@ -66,6 +66,54 @@ def test_feature_extractor(name, method):
         assert torch.equal(extractor(x)["out"], model(x))
 
 
+OWN_WEIGHTS = [("vit_tiny_patch16_224", "Full"), ("vit_tiny_patch16_224", "Biases"), ("test_convnext", "TopLayers")]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES + OWN_WEIGHTS)
+def test_a_graph_asks_for_the_task_when_it_runs(name, method):
+    model = backbone(name)
+    norms = "frozen" if (name, method) in OWN_WEIGHTS else "affine"
+    for task in "ab":
+        visadapt.inject(model, method, task=task, num_classes=3, norms=norms)
+        torch.manual_seed(ord(task))
+        stir(model, task)
+    x = images()
+    traced = torch.fx.symbolic_trace(model)
+    outs = []
+    with torch.no_grad():
+        for task in ("b", "a", None):
+            with visadapt.using(model, task):
+                outs.append(traced(x))
+                assert torch.equal(outs[-1], model(x))
+        with (
+            pytest.raises(visadapt.VisadaptError, match=r"forward|one task at a time"),
+            visadapt.using(model, ["a", "b"]),
+        ):
+            traced(x)
+    assert not torch.equal(outs[0], outs[1])
+    assert outs[2].shape == (2, 4)
+
+
+def test_a_task_that_a_graph_does_not_know_is_refused():
+    model, x = make("vit_tiny_patch16_224", "AdaptFormer"), images()
+    traced = torch.fx.symbolic_trace(model)
+    visadapt.inject(model, "AdaptFormer", task="later")
+    with pytest.raises(visadapt.VisadaptError, match=r"traced before task 'later' was as it is now: trace the model"):
+        traced(x)
+    visadapt.activate(model, "default")
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+
+
+def test_nodes_inside_hosts_can_be_extracted():
+    model = backbone("vit_tiny_patch16_224")
+    visadapt.inject(model, visadapt.AdaptFormer(m=4), num_classes=3)
+    stir(model)
+    names = get_graph_node_names(model)[1]
+    assert "blocks.1.mlp.fc1" in names
+    assert create_feature_extractor(model, {"blocks.1.mlp.fc1": "f"})(images())["f"].shape[-1] == 128
+
+
 def test_feature_extractor_before_and_after_inject_and_eject():
     model = backbone("test_efficientnet")
     x = images()

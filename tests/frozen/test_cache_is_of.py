@@ -33,7 +33,16 @@ BACKBONES = {
         {"early": ["stages.2", "stages.3"], "late": "stages.3"},
     ),
     "swin": (
-        lambda: enliven(timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)).eval(),
+        lambda: enliven(
+            timm.create_model(
+                "swin_tiny_patch4_window7_224",
+                img_size=64,
+                window_size=2,
+                embed_dim=16,
+                depths=(1, 1, 2, 2),
+                num_heads=(1, 2, 2, 2),
+            )
+        ).eval(),
         {"early": slice(-4, None), "late": slice(-1, None)},
     ),
 }

@@ -7,6 +7,7 @@ import torchvision
 from transformers import BertConfig, BertForSequenceClassification
 
 import visadapt
+from tests.models import ZOO
 from visadapt.backbone.modules import PREFIX
 from visadapt.data import augment
 from visadapt.frozen.prefix import Prefix
@@ -18,8 +19,7 @@ def late(name):
     if name == "resnet18":
         model, where, x = torchvision.models.resnet18(), "layer4", torch.randn(10, 3, 64, 64)
     elif name == "vgg11_bn":
-        model, where, x = timm.create_model("vgg11_bn", num_classes=10), slice(-2, None), torch.randn(10, 3, 224, 224)
-        x = x[:4]
+        model, where, x = ZOO["timm/vgg11_bn"].make(), slice(-2, None), torch.randn(4, 3, 64, 64)
     elif name == "vit":
         model = timm.create_model("vit_tiny_patch16_224", img_size=64)
         where, x = slice(-1, None), torch.randn(10, 3, 64, 64)

@@ -63,7 +63,7 @@ def test_a_switch_that_is_not_there(tiny) -> None:
         v.set_alpha(tiny, "default", 0.5)
     v.inject(tiny, v.DAN(), task="dan")
     for alpha in (2, -0.1, True, "1"):
-        with pytest.raises(v.VisadaptError, match="alpha is a number"):
+        with pytest.raises(v.VisadaptError, match="alpha must be a number"):
             v.set_alpha(tiny, "dan", alpha)
     with pytest.raises(v.VisadaptError, match="did you mean 'dan'"):
         v.set_alpha(tiny, "dann", 0.5)

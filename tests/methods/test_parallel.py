@@ -197,7 +197,7 @@ def test_tsa(tiny, image) -> None:
         named["fc.tsa.align.weight"].zero_()
         named["fc.head.weight"].mul_(2)
     torch.testing.assert_close(answer(tiny, {"x": image}, "default"), doubled)
-    with pytest.raises(v.VisadaptError, match="init is ε"):
+    with pytest.raises(v.VisadaptError, match="init, the ε in"):
         v.TSA(init=2)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import visadapt
 from tests.methods.cases import CASES, MEMBERS
-from tests.models import ZOO, answer, bare_part, output, same, snapshot, step, stir, train
+from tests.models import ZOO, answer, bare_part, output, same, short, snapshot, step, stir, train
 from visadapt.methods import METHODS
 
 # a dense adapter at a grouped convolution says that it is the larger of the two
@@ -109,17 +109,15 @@ def test_two_tasks_do_not_meet(model, inputs, case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("member", "case"),
+    ("text", "name"),
     [
-        *(marked("tiny/resnet", c, c in QUICK) for c, case in CASES.items() if case.images),
-        *(marked("transformers/bert", c, c in QUICK) for c in ("adaptformer", "full", "ssf")),
+        *(marked(False, c, c in QUICK) for c, case in CASES.items() if case.images),
+        *(marked(True, c, c in QUICK) for c in ("adaptformer", "full", "ssf")),
     ],
-    indirect=True,
-    scope="session",
 )
-def test_compiles_whole(model, inputs, case) -> None:
-    model = copy.deepcopy(model)  # dynamo leaves notes in what it compiles
-    case.put(model, num_classes=None, head="copy")
+def test_compiles_whole(text, name) -> None:
+    model, inputs = short(text), ZOO["transformers/bert" if text else "tiny/resnet"].inputs()
+    CASES[name].put(model, num_classes=None, head="copy")
     stir(model, "task")
     expected, bare = answer(model, inputs, "task"), answer(model, inputs, None)
     torch._dynamo.reset()

@@ -188,7 +188,7 @@ def test_a_backbone_of_the_callers_own(saved: Path, tmp_path: Path, photos: list
     file = visadapt.save(other, "a", tmp_path / "a.visadapt")
     with pytest.raises(VisadaptError, match=r"a.visadapt does not record its backbone: give it with backbone="):
         visadapt.open(file)
-    with pytest.raises(VisadaptError, match="build= applies to a backbone that is loaded"):
+    with pytest.raises(VisadaptError, match="build= must be left out beside a module"):
         visadapt.open(file, backbone=visadapt.eject(other), build={"weights": None})
 
 
@@ -237,7 +237,7 @@ def test_texts(tmp_path: Path) -> None:
     again = visadapt.open(file)
     (single,) = visadapt.predict(again, "a fine day", top=2)
     assert single.probabilities == pytest.approx(found[0].probabilities, abs=1e-6)
-    with pytest.raises(VisadaptError, match="the task takes texts, got Image"):
+    with pytest.raises(VisadaptError, match="inputs of this task must be texts, got Image"):
         visadapt.predict(again, Image.new("RGB", (8, 8)), "mood")
 
 

@@ -329,7 +329,7 @@ def test_real_values_need_one_output_and_a_metric_for_real_values(injected: nn.M
     data = normalize(digits.train.images), digits.train.labels.float()
     with pytest.raises(VisadaptError, match=r"the head must have 1 output for real-valued training labels, got 10$"):
         fit(injected, "digits", data, data, metric="pearson")
-    with pytest.raises(VisadaptError, match="accuracy needs class labels, got real-valued labels"):
+    with pytest.raises(VisadaptError, match="labels must be one class per sample for accuracy, got real-valued"):
         fit(injected, "digits", data, data)
     with pytest.raises(VisadaptError, match=r"the head must have 1 output for real-valued training labels, got 2$"):
         fit(nn.Linear(3, 2), None, [(torch.zeros(4, 3), torch.zeros(4))])
@@ -355,7 +355,7 @@ def test_training_stops_after_patience_epochs_without_a_better_score() -> None:
         ("digits", {"precision": "bf61"}, r"no precision 'bf61'; did you mean 'bf16'\?"),
         ("digits", {"checkpoint_every": 3}, "checkpoint_every=3 needs checkpoint=, the file to write"),
         ("digits", {"accumulate": 0}, "^accumulate .*positive int.*, got 0$"),
-        ("digits", {"metric": "f1"}, "f1 needs a head of 2 classes, got 10; macro_f1"),
+        ("digits", {"metric": "f1"}, "the head must have 2 classes for f1, got 10; macro_f1"),
         ("digits", {"device": "cpuu"}, "device 'cpuu' cannot be used here"),
         (
             "digits",

@@ -64,12 +64,12 @@ def test_top5_of_seven_and_of_three_classes() -> None:
 
 
 def test_a_metric_for_other_labels_is_refused() -> None:
-    with pytest.raises(VisadaptError, match="accuracy needs class labels, got real-valued labels"):
+    with pytest.raises(VisadaptError, match="labels must be one class per sample for accuracy, got real-valued"):
         check_metric("accuracy", torch.zeros(3))
-    with pytest.raises(VisadaptError, match="spearman needs real-valued labels, got class labels"):
+    with pytest.raises(VisadaptError, match="labels must be real-valued for spearman, got one class per sample"):
         check_metric("spearman", torch.arange(3))
     with pytest.raises(VisadaptError, match=r"no metric 'pearsons'; did you mean 'pearson'"):
         check_metric("pearsons")
     check_metric("loss", torch.zeros(3))
-    with pytest.raises(VisadaptError, match="f1 needs a head of 2 classes, got 3; macro_f1"):
+    with pytest.raises(VisadaptError, match="the head must have 2 classes for f1, got 3; macro_f1"):
         METRICS["f1"](torch.zeros(2, 3), torch.tensor([0, 1]))

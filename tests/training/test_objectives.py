@@ -253,10 +253,13 @@ def test_what_a_loss_closes_over_and_holds_tells_runs_apart(tmp_path: Path) -> N
             {"validation": (X, Y), "metric": lambda outputs, labels: outputs},
             "the metric metric must give one number, g",
         ),
-        ({"validation": (X, Y), "metric": "mean_ap"}, "mean_ap needs several labels per sample, got class labels"),
+        (
+            {"validation": (X, Y), "metric": "mean_ap"},
+            "labels must be several per sample for mean_ap, got one class per sample",
+        ),
         (
             {"train": (X, SEVERAL[:, :3]), "validation": (X, SEVERAL[:, :3])},
-            "accuracy needs class labels, got several labels per sample",
+            "labels must be one class per sample for accuracy, got several per sample",
         ),
         (
             {"metric": torchmetrics.ConfusionMatrix(task="multiclass", num_classes=3)},

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visadapt.backbone.compact import Compact
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.stored_values import packed_tensors, plain_tensors
 from visadapt.tensor_file import raw
@@ -74,17 +75,24 @@ def fingerprint(
     for name, tensor in backbone_tensors(model, packed).items():
         if name.startswith(left_out):
             continue
-        plain = plain_tensors(tensor, name)
-        look = [_look(each) for each in plain]
-        if name not in known or known[name][0] != look:
-            digest = hashlib.sha256()
-            for each in plain:
-                digest.update(raw(each))
-            known[name] = (look, digest.digest())
         group = group_of(name)
         shapes.setdefault(group, hashlib.sha256()).update(f"{name}{tuple(tensor.shape)}".encode())
-        values.setdefault(group, hashlib.sha256()).update(known[name][1])
+        values.setdefault(group, hashlib.sha256()).update(_digest(tensor, name, known))
     return {group: [shapes[group].hexdigest()[:8], values[group].hexdigest()[:16]] for group in shapes}
+
+
+def _digest(tensor: Tensor, name: str, known: Digests) -> bytes:
+    if isinstance(tensor, Compact):
+        # of the weight that it stands for
+        return tensor.stored.digest
+    plain = plain_tensors(tensor, name)
+    look = [_look(each) for each in plain]
+    if name not in known or known[name][0] != look:
+        digest = hashlib.sha256()
+        for each in plain:
+            digest.update(raw(each))
+        known[name] = (look, digest.digest())
+    return known[name][1]
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:

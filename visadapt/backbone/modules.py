@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from visadapt.backbone.compact import Compact
 from visadapt.backbone.stored_values import packed_tensors
 from visadapt.backbone.subclass import made_by, stripped
 
@@ -157,7 +158,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module of a backbone without any trace of tasks: plain classes and no parts.
+    """Copy a module of a backbone without any trace of tasks: plain classes, plain weights and no parts.
 
     Args:
         module: the backbone, or a module of it.
@@ -168,6 +169,9 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     for inner in own_modules(module).values():
         ours = (inner._modules.get(CHILD), inner.__dict__.get(LEAN), inner.__dict__.get(REGISTRY))
         memo |= {id(each): None for each in ours if each is not None}
+        for parameter in inner._parameters.values():
+            if isinstance(parameter, Compact) and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(parameter.stored.exact(), requires_grad=False)
     copied = copy.deepcopy(module, memo)
     for inner in copied.modules():
         inner._modules.pop(CHILD, None)

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visadapt.backbone.axes import channel_axis
+from visadapt.backbone.compact import Compact
 from visadapt.backbone.dataflow import Call, Flow, Value, record
 from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, unwrapped
 from visadapt.backbone.operators import CONVS, is_operator, operator_of
@@ -121,7 +122,7 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         for module in modules:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    memo[id(tensor)] = fake.from_tensor(tensor)
+                    memo[id(tensor)] = _fake(tensor, fake)
     for module in modules:
         for held in tree_leaves(
             [v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")]
@@ -130,6 +131,14 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
                 # torch does not copy what is part of a graph
                 memo[id(held)] = held.detach()
     return plain_copy(model, memo).eval()
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    if not isinstance(tensor, Compact):
+        return mode.from_tensor(tensor)
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(made, requires_grad=False)
 
 
 def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], Any]) -> tuple[Any, Any]:

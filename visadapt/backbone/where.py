@@ -84,7 +84,7 @@ def _terms(where: Any) -> list[Any]:
         if terms:
             return terms
     raise VisadaptError(
-        "where= takes a kind, a stage, a depth or range of depths, a glob, a predicate, or a list of these; "
+        "where= must be a kind, a stage, a depth or range of depths, a glob, a predicate, or a list of these; "
         f"got {where!r}"
     )
 

@@ -14,24 +14,18 @@ from visadapt.cli.options import (
     BatchSize,
     Build,
     Damaged,
-    Delimiter,
     Device,
-    Encoding,
-    Header,
-    ImageColumn,
-    Label,
     Memory,
     Online,
     OtherBackbone,
     Precision,
     Root,
     TaskFile,
-    Text,
-    data_options,
     pairs,
 )
 from visadapt.cli.output import show
-from visadapt.cli.train import METRIC_OF, in_batches
+from visadapt.cli.table_options import TableOptions, with_table
+from visadapt.cli.train import METRIC_OF
 from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
@@ -43,19 +37,15 @@ from visadapt.training.metrics import METRICS
 SPLITS = ("train", "validation", "test")
 
 
+@with_table("text", "image", "label", "header", "delimiter", "encoding")
 def evaluate(
     task: TaskFile,
     data: Annotated[str, typer.Argument(help="Labelled data, as for train.")],
+    table: TableOptions,
     metric: Annotated[list[str] | None, typer.Option(help=f"Metric: {', '.join(METRICS)}; repeatable.")] = None,
     split: Annotated[
         str | None, typer.Option(help=f"Split: {', '.join(SPLITS)}; default: test, or all rows of a single file.")
     ] = None,
-    text: Text = None,
-    image: ImageColumn = None,
-    label: Label = None,
-    header: Header = True,
-    delimiter: Delimiter = None,
-    encoding: Encoding = None,
     root: Root = None,
     damaged: Damaged = DAMAGED,
     memory: Memory = HELD / 1e9,
@@ -84,17 +74,11 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
-    options = data_options(
-        spec.notes.get("table"),
-        text=text,
-        image=image,
-        label=label,
-        header=header,
-        delimiter=delimiter,
-        encoding=encoding,
-        root=root,
-        online=online and not isinstance(inputs, TextInputs),
-    )
+    options = table.over(spec.notes.get("table")).given
+    if root is not None:
+        options["root"] = root
+    if online:
+        options["online"] = True
     if isinstance(inputs, ImageInputs):
         options |= {"damaged": damaged, "memory": int(memory * 1e9)}
     splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
@@ -108,7 +92,7 @@ def evaluate(
     scores = measure(
         model,
         name,
-        in_batches(samples, batch_size),
+        samples,
         metrics,
         prepare=inputs,
         batch_size=batch_size,

@@ -145,8 +145,8 @@ def _planned(
     """
     taken = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if "contenders" not in taken and len(names) > ("who" in taken):
-        takes = "one --contender" if "who" in taken else "no --contender (it has its own)"
-        raise VisadaptError(f"{kind.name} takes {takes}; got {', '.join(map(repr, names))}")
+        takes = "one, with adapters" if "who" in taken else "left out, since it has its own"
+        raise VisadaptError(f"--contender of {kind.name} must be {takes}, got {', '.join(map(repr, names))}")
     who = tuple(contender(name, epochs) for name in names or ["bottleneck m=8"])
     # an adapter with sites, and so with a depth; SSF has none
     deep = next((one for one in who if is_adapter(one.name) and one.method.kinds), None)

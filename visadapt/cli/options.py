@@ -68,39 +68,8 @@ Norms = Annotated[
     ),
 ]
 
-Text = Annotated[
-    list[str] | None,
-    typer.Option("--text", metavar="COLUMN", help="Text column, by name or by number from 0; give it twice for pairs."),
-]
-
-Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Label column, by name or number.")]
-
-Header = Annotated[bool, typer.Option("--header/--no-header", help="Whether the first line holds the column names.")]
-
 Root = Annotated[
     Path | None, typer.Option(help="Folder of data sets that are not bundled, or from which a table names its images.")
-]
-
-ImageColumn = Annotated[
-    str | None,
-    typer.Option("--image", metavar="COLUMN", help="Column of image files in a table, by name or by number from 0."),
-]
-
-Delimiter = Annotated[
-    str | None, typer.Option(help="Column separator of tables; default: a comma in .csv, a tab in other files.")
-]
-
-Encoding = Annotated[
-    str | None, typer.Option(help="Encoding of tables and texts, such as latin-1; default: UTF-8, or UTF-16 if marked.")
-]
-
-Regression = Annotated[bool, typer.Option("--regression", help="The labels are real values.")]
-
-MultiLabel = Annotated[
-    str | None,
-    typer.Option(
-        "--multi-label", metavar="SEPARATOR", help="A sample has any number of labels, separated by this in its cell."
-    ),
 ]
 
 Memory = Annotated[
@@ -144,54 +113,6 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def data_options(noted: Any = None, **given: Any) -> dict[str, Any]:
-    """Collect the data loader's options that were given on the command line.
-
-    Args:
-        noted: options of the table that the task was trained on, as its file notes them; those given replace them.
-        given: options by name; None, False and a header stand for the default.
-
-    Raises:
-        VisadaptError: the notes are not options of a table.
-    """
-    options = table_notes(noted)
-    for name, value in given.items():
-        if value not in (None, [], False) and not (name == "header" and value):
-            options[name] = value
-        elif name == "header" and value is False:
-            options["header"] = False
-    return options
-
-
-TABLE_OPTIONS: dict[str, type | tuple[type, ...]] = {
-    "text": list,
-    "label": str,
-    "image": str,
-    "header": bool,
-    "delimiter": str,
-    "encoding": str,
-    "multi_label": str,
-    "regression": bool,
-}
-"""What a task file may note of the table that it was trained on."""
-
-
-def table_notes(noted: Any) -> dict[str, Any]:
-    """Check the noted options of a table; an empty dict if there are none.
-
-    Raises:
-        VisadaptError: they are of another form.
-    """
-    if noted is None:
-        return {}
-    good = isinstance(noted, dict) and all(
-        name in TABLE_OPTIONS and isinstance(value, TABLE_OPTIONS[name]) for name, value in noted.items()
-    )
-    if not good or not all(isinstance(column, str) for column in noted.get("text", [])):
-        raise VisadaptError(f"the note 'table' of the task must hold options of a table, got {noted!r:.100}")
-    return dict(noted)
 
 
 def norm_policy(name: str) -> NormPolicy:

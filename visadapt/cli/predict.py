@@ -18,23 +18,19 @@ from visadapt.checks import check_choice
 from visadapt.cli.options import (
     BatchSize,
     Build,
-    Delimiter,
     Device,
-    Encoding,
     Force,
-    Header,
     Online,
     OtherBackbone,
     Precision,
-    Text,
     check_writable,
-    data_options,
     pairs,
 )
 from visadapt.cli.output import say, show
+from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.data import image_files, read_texts
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
-from visadapt.data.tables import Format, is_table, read_table, read_text
+from visadapt.data.tables import is_table, read_table, read_text
 from visadapt.data.text import TEXT_COLUMNS
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
@@ -49,6 +45,7 @@ from visadapt.training.progress import bar
 FORMATS = ("jsonl", "table")
 
 
+@with_table("text", "header", "delimiter", "encoding")
 def predict(
     inputs: Annotated[
         list[str],
@@ -57,15 +54,12 @@ def predict(
         ),
     ],
     task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
+    table: TableOptions,
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write to this file instead of standard output.")
     ] = None,
-    text: Text = None,
-    header: Header = True,
-    delimiter: Delimiter = None,
-    encoding: Encoding = None,
     batch_size: BatchSize = 100,
     device: Device = None,
     precision: Precision = None,
@@ -91,9 +85,8 @@ def predict(
         names = _images(inputs)
     else:
         noted = tasks(model)[next(iter(prepared))].notes.get("table")
-        options = data_options(noted, text=text, header=header, delimiter=delimiter, encoding=encoding)
         paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
-        names = _texts(inputs, options, paired)
+        names = _texts(inputs, table.over(noted), paired)
     unread = [name for name in names if not _is_text(name)]
     for name in unread:
         say(f"warning: the name {printable(name)} is not valid text, and is shown with escapes")
@@ -105,8 +98,8 @@ def predict(
                 print(printable_json(answer), file=file, flush=file is sys.stdout)
         else:
             rows = [(a["input"], a["task"], t["label"], f"{t['score']:.3f}") for a in answers for t in a["top"]]
-            table = Table(("input", "task", "label", "score"), rows)
-            show(table) if out is None else print(table, file=file)
+            printed = Table(("input", "task", "label", "score"), rows)
+            show(printed) if out is None else print(printed, file=file)
     if unread:
         raise typer.Exit(1)
 
@@ -123,31 +116,29 @@ def _images(places: Iterable[str]) -> list[str]:
     return [str(file) for place in places for file in image_files(place)]
 
 
-def _texts(places: Iterable[str], options: dict[str, Any], paired: bool) -> list[str]:
+def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str]:
     """The texts of tables and of files with one text per line; the two texts of a pair are separated by a tab."""
     texts: list[str] = []
     for place in places:
         path = Path(place)
         if place != "-" and is_table(path) and not path.name.lower().endswith(".txt"):
-            texts += _column(path, options, paired)
+            texts += _column(path, table, paired)
         else:
-            texts += _lines(place, options.get("encoding", "utf-8-sig"))
+            texts += _lines(place, table.form.encoding)
     if not texts:
         raise VisadaptError("the input has no text to predict on")
     return texts
 
 
-def _column(file: Path, options: dict[str, Any], paired: bool) -> list[str]:
-    form = Format(**{name: options[name] for name in ("header", "delimiter", "encoding") if name in options})
-    bare = replace(form, header=False)
-    table = read_table(file, bare)
-    wanted = options.get("text")
+def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
+    bare = replace(table.form, header=False)
+    rows = read_table(file, bare)
     usual = {name for group in TEXT_COLUMNS for name in ((group,) if isinstance(group, str) else group)}
-    if wanted is None and table.width == 1 + paired and not usual & set(table.rows[0]):
+    if table.text is None and rows.width == 1 + paired and not usual & set(rows.rows[0]):
         # no header and no other column: one text per line, or one pair
-        found: list[Any] = read_texts(file, tuple(range(table.width)), bare)
+        found: list[Any] = read_texts(file, tuple(range(rows.width)), bare)
     else:
-        found = read_texts(file, wanted, form)
+        found = read_texts(file, table.text, table.form)
     if isinstance(found[0], tuple) != paired:
         takes = "pairs of texts" if paired else "single texts"
         raise VisadaptError(f"the task takes {takes}: choose the columns of {file} with --text")

@@ -57,7 +57,7 @@ def read_image(source: Any) -> Image:
     image_module = pil()
     where = _name(source)
     if isinstance(source, Tensor):
-        return image_module.fromarray(source.permute(1, 2, 0).numpy())  # type: ignore[no-any-return]
+        return to_image(source)
     if isinstance(source, Mapping):
         content = source.get("bytes")
         source = source.get("path") if content is None else io.BytesIO(content)
@@ -88,6 +88,11 @@ def to_tensor(image: Image) -> Tensor:
     """Convert an RGB image to uint8, ``(3, H, W)``."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image:
+    """Convert uint8 values ``(3, H, W)`` to an RGB image of Pillow."""
+    return pil().fromarray(pixels.permute(1, 2, 0).contiguous().numpy())  # type: ignore[no-any-return]
 
 
 def to_square(image: Image, size: int) -> Image:

@@ -17,6 +17,7 @@ from visadapt.data.image_sources import find
 from visadapt.data.images import ImageSplit
 from visadapt.data.lazy_images import DAMAGED, HELD, ImageFiles, Pixels, checked, held, read_all
 from visadapt.data.splits import Splits
+from visadapt.data.targets import problem_type
 from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
@@ -111,7 +112,7 @@ class ImageInputs:
         """Load a data set; splits that it lacks are made: 20 % for testing, 10 % of the rest for validation.
 
         Args:
-            data: as `visadapt.data.load_images` takes it.
+            data: as `visadapt.data.load_images` takes it, or what `visadapt.data.image_sources.find` found.
             labels: class names in the task's order; None for those of the data.
             seed: seed of the splits.
             whole: make no splits: all images, or the test images where there are some, are the test split.
@@ -124,7 +125,7 @@ class ImageInputs:
         Raises:
             VisadaptError: an option applies to texts only; see `visadapt.data.load_images`.
         """
-        found = find(data, classes=labels, **options)
+        found = data if isinstance(data, Found) else find(data, classes=labels, **options)
         if labels is not None:
             found = found.renumbered(labels)
         found = found.completed(seed, whole=whole)
@@ -141,21 +142,14 @@ class ImageInputs:
                 ImageSplit(*held(files.read_as(pixels), damaged)) if small else checked(files.read_as(pixels), damaged)
             )
 
-        problem = options.get("regression"), options.get("multi_label")
         parts = {split: prepared(split) for split in ("train", "validation", "test")}
-        return Splits(found.classes, **parts, inputs=self, remarks=found.remarks, problem_type=_problem(found, problem))
+        kind = problem_type(next(iter(found.splits.values())).labels)
+        return Splits(found.classes, **parts, inputs=self, remarks=found.remarks, problem_type=kind)
 
     def _pixels_of(self, files: ImageFiles) -> Pixels:
         # small squares in memory stay small, and are resized batch by batch
         small = isinstance(files.items, Tensor) and files.items.shape[-1] == files.items.shape[-2]
         return to_tensor if self.crop_mode is None and small else self.pixels
-
-
-def _problem(found: Found, given: tuple[Any, Any]) -> str:
-    labels = next(iter(found.splits.values())).labels
-    if labels.is_floating_point():
-        return "regression"
-    return "single_label_classification" if labels.ndim == 1 else "multi_label_classification"
 
 
 def _transform(

@@ -10,19 +10,13 @@ from typing import Any
 
 import torch
 
+from visadapt.data.datasets_library import SPLITS
 from visadapt.data.image_file import SUFFIXES, is_image
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import numbers_of, relabelled
 from visadapt.data.tables import Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, held_out
 from visadapt.errors import VisadaptError, nearest, option
-
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-"""Names of the folders and of the values of a column ``split``, in lower case."""
 
 LAYOUTS = (
     "CLASS/image.jpg, or train/CLASS/image.jpg with test/ and val/ beside train/, "

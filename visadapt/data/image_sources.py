@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from visadapt.data import bundled
-from visadapt.data.image_datasets import find_in_datasets, is_stored
+from visadapt.data.datasets_library import is_stored
+from visadapt.data.image_datasets import find_in_datasets
 from visadapt.data.image_file import pil, to_tensor
 from visadapt.data.image_layouts import Found, ImageColumns, find_images
 from visadapt.data.lazy_images import ImageFiles

@@ -25,7 +25,6 @@ DAMAGED = 0.05
 """Fraction of the images of a split that may be damaged: they are listed and skipped."""
 
 Pixels = Callable[["Image"], Tensor]
-Collate = Callable[[Sequence[Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +60,16 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         """Return the same images, to be converted by another function."""
         return replace(self, pixels=pixels)
 
-    def batches(
-        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, collate: Collate | None = None
-    ) -> DataLoader[Any]:
+    def batches(self, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
         """Return a loader that reads the images in worker processes, batch by batch.
 
         Args:
             batch_size: images per batch.
             shuffle: whether the order is random, anew in each pass.
             seed: of the order, and of random transforms.
-            collate: makes a batch of samples; None stacks them.
         """
         generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            self, batch_size, shuffle=shuffle, num_workers=workers(), generator=generator, collate_fn=collate
-        )
+        return DataLoader(self, batch_size, shuffle=shuffle, num_workers=workers(), generator=generator)
 
 
 class _Taken(Sequence[Any]):

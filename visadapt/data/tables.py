@@ -85,7 +85,7 @@ class Table:
             raise VisadaptError(f"a column number must be at least 0, got {number}")
         if number >= self.width:
             raise VisadaptError(
-                f"{self.file}, row {self.numbers[0]}: expected {number + 1} columns, got {self.width} "
+                f"{self.file}, row {self.numbers[0]} must have {number + 1} columns, got {self.width} "
                 f"(columns are numbered from 0)"
             )
         return number
@@ -131,7 +131,7 @@ def read_table(file: Path, form: Format) -> Table:
     for number, row in numbered:
         if len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
             hint = "" if len(row) < width else f" ({delimiter!r} in a cell must be inside quotation marks)"
-            raise VisadaptError(f"{file}, row {number}: expected {width} columns, got {len(row)}{hint}")
+            raise VisadaptError(f"{file}, row {number} must have {width} columns, got {len(row)}{hint}")
     return Table(file, names, [row[:width] for _, row in numbered], [number for number, _ in numbered])
 
 

@@ -35,13 +35,6 @@ class Targets:
         if self.regression and self.separator is not None:
             raise VisadaptError(f"give {option('regression')} or {option('multi_label')}, not both")
 
-    @property
-    def problem_type(self) -> str:
-        """What the labels are, as transformers names it."""
-        if self.regression:
-            return "regression"
-        return "single_label_classification" if self.separator is None else "multi_label_classification"
-
     def names(self, cells: Iterable[str]) -> tuple[str, ...]:
         """Return the class names in cells: in numeric order if all are integers, alphabetically otherwise."""
         return () if self.regression else tuple(ordered(name for cell in cells for name in self.split(cell)))
@@ -106,6 +99,13 @@ class Targets:
             f"{where} has {different} different labels for {len(cells)} samples, such as {cells[0][:40]!r}: choose the "
             f"label column with {option('label')}, or give {option('multi_label')} for several labels per cell"
         )
+
+
+def problem_type(labels: Tensor) -> str:
+    """What labels of any of the forms of `Targets.encode` are, as transformers names it."""
+    if labels.is_floating_point():
+        return "regression"
+    return "single_label_classification" if labels.ndim == 1 else "multi_label_classification"
 
 
 def ordered(labels: Iterable[str]) -> list[str]:

@@ -13,18 +13,16 @@ from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
+from visadapt.data.datasets_library import SPLITS, is_stored, labels_of, open_dataset
 from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, check_form, held_out
 from visadapt.errors import VisadaptError, nearest, option
-from visadapt.optional import require
 
 Text = str | tuple[str, str]
 
 _BUNDLED = ("tweets", "movies", "products", "editorials")
 
 _SENTIMENT = ("negative", "neutral", "positive")
-
-_SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 
@@ -108,7 +106,7 @@ class TextSet:
 
 @takes()
 def load_text(
-    name_or_path: str | Path,
+    name_or_path: Any,
     *,
     root: str | Path | None = None,
     text: Column | Sequence[Column] | None = None,
@@ -122,6 +120,7 @@ def load_text(
     seed: int = 0,
     regression: bool = False,
     multi_label: str | None = None,
+    online: bool = False,
 ) -> TextSet:
     """Load a text data set into memory.
 
@@ -133,7 +132,9 @@ def load_text(
             ``"tweets"``, ``"movies"``, ``"products"``, ``"editorials"``: bundled domains with human sentiment labels
             (negative, neutral, positive);
             ``"sst2"``, ``"cola"``, ``"mrpc"``, ``"rte"``, ``"trec"``: the folder of this name in ``root``;
-            ``"hf/NAME"``: a data set of the Hugging Face hub, or a local one, loaded by the ``datasets`` library;
+            a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder that ``save_to_disk`` of the ``datasets`` library
+            wrote, or its ``Dataset`` or ``DatasetDict``;
+            ``"hf/NAME"``: another folder that this library loads, or a data set of the Hugging Face hub;
             a folder with ``train`` and ``test`` and/or ``dev`` (``validation``) files, ``.tsv`` or ``.csv``;
             a ``.tsv`` or ``.csv`` file (``.gz`` too), of which 10 % become validation and 20 % test.
         root: folder that contains the GLUE and TREC folders.
@@ -150,6 +151,7 @@ def load_text(
         seed: seed of splits that the data set does not define.
         regression: whether labels are real values.
         multi_label: the text between the labels of one cell, if a sample may have any number of them.
+        online: whether ``"hf/NAME"`` may be downloaded.
 
     Returns:
         The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
@@ -158,7 +160,7 @@ def load_text(
         VisadaptError: there is no such data set, file or column, a line has too few columns or no label, or a split has
             a label that is not one of the classes.
     """
-    name = str(name_or_path)
+    name = str(name_or_path) if isinstance(name_or_path, str | Path) else "the data set"
     if name in _BUNDLED:
         bundled.warn_of_namesake(name)
         return _bundled(name)
@@ -172,28 +174,49 @@ def load_text(
         if name == "trec":
             splits = {split: rows.relabelled(lambda y: y.split(":")[0]) for split, rows in splits.items()}
         return _assemble(name, splits, seed, Targets(), preset.classes)
-    if name.startswith("hf/"):
-        return _hugging_face(name, text, label, config, seed, targets)
     path, reader = Path(name), _Reader(text, label, Format(header, delimiter, encoding), targets)
     known = None if classes is None else {y: y for y in classes}
+    if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or is_stored(path):
+        given = path if isinstance(name_or_path, str | Path) and not name.startswith("hf/") else name_or_path
+        parts = open_dataset(given, name, online, config)
+        splits, targets, own = _of_datasets(parts, name, text, label, targets)
+        return _completed(name, splits, seed, targets, known or own, whole)
     if path.is_dir():
         return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
     if not path.is_file():
         there = [p.name for p in path.parent.iterdir() if is_table(p)] if path.parent.is_dir() else []
         known_names = (*_BUNDLED, *_PRESETS, "hf/NAME", *there)
         raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")
-    rows = reader.read(path)
+    return _completed(path.name, {"train": reader.read(path)}, seed, targets, known, whole, where=str(path))
+
+
+def _completed(
+    name: str,
+    splits: dict[str, _Rows],
+    seed: int,
+    targets: Targets,
+    known: dict[str, str] | None,
+    whole: bool,
+    where: str | None = None,
+) -> TextSet:
+    """Build the data set of these splits; of a single one, 20 % become the test split and 10 % validation."""
     if whole:
-        return _assemble(path.name, {"test": rows}, seed, targets, known, whole=True)
+        last = next(split for split in ("test", "validation", "train") if split in splits)
+        return _assemble(name, {"test": splits[last]}, seed, targets, known, whole=True)
+    if "train" not in splits:
+        raise VisadaptError(f"{name} must have a train split, got {', '.join(splits)}")
+    if len(splits) > 1:
+        return _assemble(name, splits, seed, targets, known)
+    rows, where = splits["train"], where or name
     if len(rows) < 10:
         raise VisadaptError(
-            f"{path}: at least 10 rows are needed to split into train, validation and test, got {len(rows)}"
+            f"{where}: must have at least 10 rows to split into train, validation and test, got {len(rows)}"
         )
-    targets.check_plausible(rows.labels, str(path))
-    codes = targets.encode(rows.labels, targets.names(rows.labels), str(path), rows.numbers)
+    targets.check_plausible(rows.labels, where)
+    codes = targets.encode(rows.labels, targets.names(rows.labels), where, rows.numbers)
     left, test = held_out(codes, len(rows) // 5, seed)
     parts = {"train": rows.subset(left.tolist()), "test": rows.subset(test.tolist())}
-    return _assemble(path.name, parts, seed, targets, known, validation=len(rows) // 10)
+    return _assemble(name, parts, seed, targets, known, validation=len(rows) // 10)
 
 
 def read_texts(file: Path, text: Column | Sequence[Column] | None = None, form: Format | None = None) -> list[Text]:
@@ -285,7 +308,7 @@ def _bundled(name: str) -> TextSet:
     with gzip.open(bundled.path(f"{name}.tsv.gz"), "rt", encoding="utf-8", newline="\n") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]
     parts = {}
-    for split in _SPLIT_FILES:
+    for split in SPLITS:
         own = [row for row in rows if row[0] == split]
         parts[split] = _Rows([row[3] for row in own], [row[1] for row in own])
     return _assemble(name, parts, 0, Targets(), {c: c for c in _SENTIMENT})
@@ -294,7 +317,7 @@ def _bundled(name: str) -> TextSet:
 def _folder(path: Path, reader: _Reader, whole: bool = False) -> dict[str, _Rows]:
     found = {}
     files = {file.name.lower(): file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
-    for split, stems in _SPLIT_FILES.items():
+    for split, stems in SPLITS.items():
         file = next((files[s + e] for s in stems for e in SUFFIXES if s + e in files), None)
         if file is not None:
             found[split] = reader.read(file)
@@ -303,39 +326,27 @@ def _folder(path: Path, reader: _Reader, whole: bool = False) -> dict[str, _Rows
     raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv)")
 
 
-def _hugging_face(
-    name: str,
-    text: Column | Sequence[Column] | None,
-    label: Column,
-    config: str | None,
-    seed: int,
-    targets: Targets,
-) -> TextSet:
-    datasets = require("datasets", repr(name), "datasets")
-    try:
-        loaded = datasets.load_dataset(name.removeprefix("hf/"), config)
-    except Exception as error:  # the hub's client raises many types of error
-        raise VisadaptError(f"the datasets library cannot load {name.removeprefix('hf/')!r}: {error}") from error
+def _of_datasets(
+    parts: dict[str, Any], name: str, text: Column | Sequence[Column] | None, label: Column, targets: Targets
+) -> tuple[dict[str, _Rows], Targets, dict[str, str] | None]:
+    """The rows per split of a data set of the ``datasets`` library, how its labels are read, and its classes."""
+    first = next(iter(parts.values()))
+    # its header only: the rows are read by column
+    table = Table(Path(name), tuple(first.column_names), [], [])
+    columns = [first.column_names[index] for index in text_columns(table, text)]
+    labels = labels_of(parts, first.column_names[table.column(label)], targets, name)
     splits: dict[str, _Rows] = {}
-    classes: dict[str, str] | None = None
-    for split in _SPLIT_FILES:
-        if split not in loaded:
-            continue
-        part = loaded[split]
-        # its header only: the rows are read by column
-        table = Table(Path(name), tuple(part.column_names), [], [])
-        texts, target = text_columns(table, text), table.column(label)
-        names = part.column_names
-        described = getattr(part.features[names[target]], "names", None)
-        classes = {str(i): n for i, n in enumerate(described)} if described else classes
-        sides = [list(part[names[i]]) for i in texts]
-        labels = [str(y) for y in part[names[target]]]
-        if all(y == "-1" for y in labels):  # how the hub marks hidden labels
-            continue
-        splits[split] = _Rows(sides[0] if len(sides) == 1 else list(zip(*sides, strict=True)), labels)
-    if "train" not in splits or len(splits) < 2:
-        raise VisadaptError(f"{name} must have a train split and a labelled test or validation split")
-    return _assemble(name, splits, seed, targets, classes)
+    for split, cells in labels.cells.items():
+        sides = [list(parts[split][column]) for column in columns]
+        for column, side in zip(columns, sides, strict=True):
+            wrong = next((row for row, cell in enumerate(side) if not isinstance(cell, str)), None)
+            if wrong is not None:
+                got = type(side[wrong]).__name__
+                raise VisadaptError(f"{name}, split {split!r}, row {wrong}: {column!r} must be a text, got {got}")
+        splits[split] = _Rows(sides[0] if len(sides) == 1 else list(zip(*sides, strict=True)), cells)
+    if not splits:
+        raise VisadaptError(f"{name} must have labels, got hidden ones only")
+    return splits, labels.targets, {y: y for y in labels.names} or None
 
 
 def _assemble(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from visadapt.data.samples import Samples, tokenised, trimmed
 from visadapt.data.splits import Splits, renumbered
-from visadapt.data.targets import Targets
+from visadapt.data.targets import problem_type
 from visadapt.data.text import TextSplit, load_text
 from visadapt.data.tokenizers import tokenizer_of
 from visadapt.errors import VisadaptError, option
@@ -89,7 +89,7 @@ class TextInputs:
             seed: seed of splits that the data set does not define.
             **options: passed to `visadapt.data.load_text`.
         """
-        if wrong := sorted(options.keys() & {"image", "online", "download"}):
+        if wrong := sorted(options.keys() & {"image", "download"}):
             raise VisadaptError(f"{name}: {' and '.join(map(option, wrong))} apply to images only, and these are texts")
         found = load_text(name, seed=seed, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
@@ -98,8 +98,8 @@ class TextInputs:
         if test is None:
             raise VisadaptError(f"{name} has no texts to test")
         inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
-        problem = Targets(options.get("regression", False), options.get("multi_label")).problem_type
-        return Splits(found.classes, train, validation, test, inputs, problem_type=problem)
+        kind = problem_type(found.test.labels)
+        return Splits(found.classes, train, validation, test, inputs, problem_type=kind)
 
     def _tokens(self, split: TextSplit) -> Samples:
         return tokenised(self.tokens, split, self.length)

@@ -68,6 +68,10 @@ def merge(
     """
     registry = registry_of(model)
     name = registry.task(registry.current() if task is None else task).name
+    if registry.lean is not None and registry.lean.is_compact:
+        raise VisadaptError(
+            f"this model is lean, {registry.lean.told}, and a merge is of its own weights: call visadapt.unlean first"
+        )
     source = unwrapped(model)
     plain = plain_copy(source)
     example = None if probe is False else probe

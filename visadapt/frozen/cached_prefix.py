@@ -21,6 +21,7 @@ from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.frozen.prefix import Prefix
+from visadapt.runtime.registry import registry_of
 from visadapt.runtime.selection import bare, using
 from visadapt.tensor_file import raw
 
@@ -73,11 +74,13 @@ class CachedPrefix:
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
             got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise VisadaptError(
-                f"a cache takes some of its rows, int64 of shape (n,), in place of the inputs; got {got}"
+                f"the input of a model with a cache must be some of the cache's rows, int64 of shape (n,), got {got}"
             )
         index = rows.cpu()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
-            raise VisadaptError(f"the cache has rows 0 to {count - 1}, got {int(index.min())} to {int(index.max())}")
+            raise VisadaptError(
+                f"rows of the cache must be from 0 to {count - 1}, got {int(index.min())} to {int(index.max())}"
+            )
         view: Any = 0 if len(self.features) == 1 else torch.randint(len(self.features), (len(index),))
         device = next(self.prefix.model.parameters()).device
         features = self.features[view, index].to(device)
@@ -234,6 +237,7 @@ class _Source:
 
     def identity(self) -> dict[str, Any]:
         """What the features are of, without the backbone's weights, as JSON values."""
+        lean = registry_of(self.prefix.model).lean
         return {
             "place": " ".join((*self.prefix.watched, self.prefix.path)),
             "structure": hashlib.sha256("\n".join(self.prefix.structure()).encode()).hexdigest(),
@@ -242,6 +246,7 @@ class _Source:
             "views": self.views,
             "seed": self.seed,
             "inputs": self.digest,
+            **({"precision": lean.told} if lean is not None and lean.told else {}),
         }
 
     def weights(self) -> dict[str, Any]:

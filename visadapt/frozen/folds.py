@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from functools import update_wrapper
 from typing import Any, cast
@@ -13,7 +14,10 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import folded, is_watched
+from visadapt.backbone.compact import Compact, Stored
 from visadapt.backbone.modules import LEAN
+from visadapt.backbone.norms import scale_and_shift
+from visadapt.backbone.operators import as_kernel
 from visadapt.backbone.subclass import cached, subclass
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
@@ -84,7 +88,24 @@ class Pair:
         """What is folded."""
         conv, norm = self.conv._parameters, self.norm
         found = (conv.get("weight"), conv.get("bias"), *norm._parameters.values(), norm.running_mean, norm.running_var)
-        return [t for t in found if t is not None]
+        held = (t.stored.values if isinstance(t, Compact) else t for t in found)
+        return [t for t in held if t is not None]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The kernel and bias that do what both do; the kernel is compact where the conv's is."""
+        weight = self.conv._parameters["weight"]
+        if not isinstance(weight, Compact):
+            return folded(self.conv, self.norm)
+        scale, shift = scale_and_shift(self.norm)
+        if self.conv.bias is not None:
+            shift = self.conv.bias.double() * scale + shift
+        held, factors = weight.stored, as_kernel(scale[:, None], weight.ndim - 2)
+        if held.scale is None:
+            # rounded once, where the original is there
+            kernel = (held.exact() * factors).to(held.values.dtype, memory_format=torch.preserve_format)
+            return kernel, shift.to(held.dtype)
+        # the very codes: what a norm does to a channel, its scale does
+        return Compact(Stored(held.values, (held.scale * factors).float(), held.dtype)), shift.to(held.dtype)
 
 
 class Folds:
@@ -92,10 +113,14 @@ class Folds:
 
     These are made at the first use, and again when a forward of the whole model finds that what they are made of has
     changed: replaced, moved, or written to in any way.
+
+    Attributes:
+        anchor: a module whose compact weight shows the device and dtype of the model; None if there is none.
     """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self.anchor: nn.Module | None = None
         self.pairs: list[Pair] = []
         self._made: tuple[Any, dict[Pair, tuple[Tensor, Tensor]]] | None = None
 
@@ -118,7 +143,7 @@ class Folds:
         if made is None or made[0] != now:
             # normal tensors, which a later forward may need a gradient through, even if this one needs none
             with torch.inference_mode(False):
-                new = {pair: folded(pair.conv, pair.norm) for pair in self.pairs if _is_plain(pair.conv)}
+                new = {pair: pair.folded() for pair in self.pairs if _is_plain(pair.conv)}
             # a kernel that overflows its dtype is left as it is
             made = self._made = (
                 now,
@@ -151,9 +176,20 @@ _RUN: ContextVar[_Run | None] = ContextVar("visadapt_folding", default=None)
 
 @cached
 def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
-    """A whole model during whose forward convs may do the work of their norms."""
+    """A whole model during whose forward convs may do the work of their norms, in the dtype of its frozen layers."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compute = self.__dict__[LEAN].registry.lean.compute
+        if compute is None:
+            return folding(self, *args, **kwargs)
+        weight = self.__dict__[LEAN].anchor._parameters["weight"]
+        device, given = weight.device.type, weight.dtype
+        outer = torch.is_autocast_enabled(device)
+        with torch.autocast(device, compute):
+            out = folding(self, *args, **kwargs)
+        return out if outer else _widened(out, compute, given)
+
+    def folding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_tracing() or torch._C._get_tracing_state() is not None or _is_capturing():
             return plain.forward(self, *args, **kwargs)
         run = _Run(self.__dict__[LEAN])
@@ -173,6 +209,21 @@ def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
     return subclass(plain, lean_root, forward=update_wrapper(forward, plain.forward))
 
 
+def _widened(out: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
+    """A model's output with the tensors of one dtype in another, in whatever holds them."""
+    if isinstance(out, Tensor):
+        return out.to(wide) if out.dtype == narrow else out
+    if isinstance(out, tuple | list):
+        each = [_widened(item, narrow, wide) for item in out]
+        return type(out)(*each) if hasattr(out, "_fields") else type(out)(each)
+    if isinstance(out, Mapping):
+        made = copy.copy(out)
+        for key, value in out.items():
+            made[key] = _widened(value, narrow, wide)  # type: ignore[index]
+        return made
+    return out
+
+
 def _is_capturing() -> bool:
     # the weights cannot be looked at while a CUDA graph is recorded
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -187,4 +238,4 @@ def _any_global_hook() -> bool:
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether a conv's weight is a tensor as torch keeps it, not sharded, quantised or made anew by each forward."""
-    return type(conv._parameters.get("weight")) is nn.Parameter
+    return type(conv._parameters.get("weight")) in (nn.Parameter, Compact)

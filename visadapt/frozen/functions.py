@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.compact import Compact
 from visadapt.backbone.site import is_channels_first
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.methods.bottleneck import BottleneckAdapter
@@ -37,7 +38,39 @@ def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
 
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; inference tensors do not count."""
+    tensor = tensor.stored.values if isinstance(tensor, Compact) else tensor
     return -1 if tensor.is_inference() else tensor._version
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight, compact or not, as an ordinary tensor of this dtype."""
+    return weight.dense(dtype) if isinstance(weight, Compact) else weight.to(dtype)
+
+
+def _check_unchanged(weight: Tensor, before: int, what: str) -> None:
+    if version(weight) != before:
+        raise RuntimeError(
+            f"the weight {tuple(weight.shape)} of a frozen {what}, needed for gradient computation, has been modified "
+            "by an inplace operation since the forward"
+        )
+
+
+class FrozenLinear(Function):
+    """y = W·x + b with W and b frozen: keeps nothing but a reference to W, which may be compact."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.weight, ctx.version, ctx.transposed, ctx.dtype = weight, version(weight), transposed, x.dtype
+        matrix = in_dtype(weight, x.dtype)
+        shift = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, matrix.t() if transposed else matrix, shift)
+
+    @staticmethod
+    @_gradient
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_unchanged(ctx.weight, ctx.version, "linear")
+        matrix = in_dtype(ctx.weight, ctx.dtype)
+        return grad @ (matrix.t() if ctx.transposed else matrix), None, None, None
 
 
 class FrozenConv(Function):
@@ -60,7 +93,7 @@ class FrozenConv(Function):
     ) -> Tensor:
         ctx.weight, ctx.version, ctx.settings = weight, version(weight), (stride, padding, dilation, groups)
         ctx.shape, ctx.dtype, ctx.format = x.shape, x.dtype, format_of(x)
-        kernel, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        kernel, shift = in_dtype(weight, x.dtype), None if bias is None else bias.to(x.dtype)
         y: Tensor = torch.ops.aten.convolution(
             x, kernel, shift, stride, padding, dilation, False, [0] * len(stride), groups
         )
@@ -69,22 +102,19 @@ class FrozenConv(Function):
     @staticmethod
     @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if version(ctx.weight) != ctx.version:
-            raise RuntimeError(
-                f"the weight {tuple(ctx.weight.shape)} of a frozen convolution, needed for gradient computation, has "
-                "been modified by an inplace operation since the forward"
-            )
+        _check_unchanged(ctx.weight, ctx.version, "convolution")
+        kernel = in_dtype(ctx.weight, ctx.dtype)
         stride, padding, dilation, groups = ctx.settings
         needed = [True, False, False]
         pointwise = ctx.weight.shape[2:] == (1, 1) and groups == 1 and not any(padding)
         if pointwise and (format_of(grad) is torch.channels_last or _is_large(grad)) and grad.device.type == "cpu":
-            return _spread(_products(grad, ctx.weight.to(ctx.dtype)), ctx.shape, stride), *[None] * 6
+            return _spread(_products(grad, kernel), ctx.shape, stride), *[None] * 6
         # only the shape and layout of the input are read when nothing but its own gradient is asked for
         like = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device, memory_format=ctx.format)
         found, _, _ = torch.ops.aten.convolution_backward(
             grad,
             like,
-            ctx.weight.to(ctx.dtype),
+            kernel,
             None,
             stride,
             padding,

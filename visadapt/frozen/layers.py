@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.batchnorm import carried, is_foldable
+from visadapt.backbone.compact import Compact
 from visadapt.backbone.modules import LEAN
 from visadapt.backbone.operators import CONV_FORWARDS, CONVS, Conv
 from visadapt.backbone.subclass import Maker, cached, plain_class, subclass, without
 from visadapt.backbone.tracing import is_tracing
-from visadapt.frozen.folds import FOLDED, Pair, lean_root
+from visadapt.frozen.checksums import Checksums
+from visadapt.frozen.compacting import is_embedding, is_plain_linear, is_transposed, storing_class
+from visadapt.frozen.folds import FOLDED, Folds, Pair, lean_root
 from visadapt.frozen.functions import (
     Activation,
     Bottleneck,
     FrozenConv,
+    FrozenLinear,
     FrozenNorm,
     IndexedMaxPool,
     LayerNorm,
@@ -28,6 +33,7 @@ from visadapt.frozen.functions import (
     OwnBatchNorm,
     version,
 )
+from visadapt.frozen.precision import begin
 from visadapt.methods.bottleneck import BottleneckAdapter
 from visadapt.methods.layers import is_output_hooked
 from visadapt.runtime.classes import frozen_class
@@ -43,9 +49,33 @@ class Lean:
 
     Attributes:
         keep: the dtype in which floats are kept for the backward pass, None for their own.
+        compute: the dtype in which frozen layers compute, None for that of their inputs.
+        weights: how their weights are kept: ``int8``, or None for a dtype.
+        folds: which norms are folded into which convs.
+        begun: what the tasks' tensors held when they came to a model with such weights, by task.
     """
 
     keep: torch.dtype | None = None
+    compute: torch.dtype | None = None
+    weights: str | None = None
+    folds: Folds = field(kw_only=True)
+    begun: dict[str, Checksums] = field(default_factory=dict)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether weights are kept in fewer bytes than the backbone's own."""
+        return self.compute is not None or self.weights is not None
+
+    @property
+    def told(self) -> str:
+        """In which precision frozen layers hold their weights and compute; empty if in the model's own."""
+        kept = [] if self.weights is None else [f"weights kept as {self.weights}"]
+        computed = [] if self.compute is None else [f"computing in {str(self.compute).removeprefix('torch.')}"]
+        return ", ".join((*kept, *computed))
+
+    def admit(self, task: str) -> None:
+        """Take note of a task that comes to the model."""
+        begin(self.folds.registry, [task])
 
     def apply(self, part: nn.Module) -> None:
         """Make a part of a task lean, and the activation that a norm carries, if they can be."""
@@ -80,14 +110,72 @@ def _frozen_conv(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     ordinary = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == weight.ndim
     # to a task whose own weights these are they are not frozen
     learns = _learns(weight) or (bias is not None and _learns(bias))
+    if isinstance(weight, Compact) and not is_tracing() and not learns:
+        dtype = _computes_in(conv, x)
+        given, kernel = x.to(dtype), weight
+        if ordinary and _remembers(x):
+            return _as_given(FrozenConv.apply(given, kernel, bias, *_geometry(conv)), x)
+        shift = None if bias is None else bias.to(dtype)
+        return _as_given(conv._conv_forward(given, kernel.dense(dtype), shift), x)
     if not ordinary or learns or not _remembers(x):
         return cast("Tensor", conv._conv_forward(x, weight, bias))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
         return cast("Tensor", conv._conv_forward(x, weight, bias))
-    out: Tensor = FrozenConv.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    out: Tensor = FrozenConv.apply(x, weight, bias, *_geometry(conv))
     return out
+
+
+def _geometry(conv: Conv) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype that a layer with a compact weight computes in."""
+    held: Pair | Lean = module.__dict__[LEAN]
+    lean: Lean = held.folds.registry.lean if isinstance(held, Pair) else held
+    if lean.compute is not None:
+        return lean.compute
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def _as_given(out: Tensor, x: Tensor) -> Tensor:
+    """A layer's output in the dtype of its input, but where autocast leaves it in the one that it was computed in."""
+    return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
+
+
+@cached
+def lean_linear(plain: type[nn.Module]) -> type[nn.Module]:
+    """A frozen linear whose weight is compact."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not isinstance(weight, Compact) or is_tracing() or (bias is not None and _learns(bias)):
+            return cast("Tensor", plain.forward(self, x))
+        dtype, transposed = _computes_in(self, x), is_transposed(self)
+        if _remembers(x):
+            return _as_given(FrozenLinear.apply(x.to(dtype), weight, bias, transposed), x)
+        matrix, shift = weight.dense(dtype), None if bias is None else bias.to(dtype)
+        return _as_given(F.linear(x.to(dtype), matrix.t() if transposed else matrix, shift), x)
+
+    return subclass(plain, lean_linear, forward=forward)
+
+
+@cached
+def lean_embedding(plain: type[nn.Module]) -> type[nn.Module]:
+    """A frozen table whose rows are kept as codes: those that are looked up are decoded."""
+
+    def forward(self: Any, index: Tensor) -> Tensor:
+        weight = self.weight
+        scale = weight.stored.scale if isinstance(weight, Compact) else None
+        if scale is None or is_tracing():
+            return cast("Tensor", plain.forward(self, index))
+        rows = F.embedding(index, weight.stored.values)
+        return rows.to(weight.dtype) * F.embedding(index, scale).to(weight.dtype)
+
+    return subclass(plain, lean_embedding, forward=forward)
 
 
 @cached
@@ -241,7 +329,10 @@ def _pair(value: Any) -> list[int]:
 
 
 MAKERS: tuple[Maker, ...] = (
+    storing_class,
     lean_conv,
+    lean_linear,
+    lean_embedding,
     lean_norm,
     lean_relu,
     lean_dropout,
@@ -274,6 +365,13 @@ def maker_for(module: nn.Module) -> Maker | None:
     if smooth and not module._parameters and not module._modules:
         return lean_activation
     return None
+
+
+def compact_maker_for(module: nn.Module) -> Maker | None:
+    """What makes the lean class of a module that is lean only if its weight is compact."""
+    if is_plain_linear(module):
+        return lean_linear
+    return lean_embedding if is_embedding(module) else None
 
 
 def part_maker_for(part: nn.Module) -> Maker | None:

@@ -46,7 +46,7 @@ class DAN(Method):
     def __post_init__(self) -> None:
         check_flag(self.diagonal, "diagonal")
         if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
-            raise VisadaptError(f"bits is None or an int from 2 to 8, got {self.bits!r}")
+            raise VisadaptError(f"bits must be None or an integer from 2 to 8, got {self.bits!r}")
         check_alpha(self.alpha)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
@@ -58,7 +58,7 @@ class DAN(Method):
 def check_alpha(alpha: Any) -> None:
     """Refuse anything but a number in [0, 1]."""
     if not is_real(alpha) or not 0 <= alpha <= 1:
-        raise VisadaptError(f"alpha is a number from 0 (the backbone's kernels) to 1 (the task's), got {alpha!r}")
+        raise VisadaptError(f"alpha must be a number from 0 (the backbone's kernels) to 1 (the task's), got {alpha!r}")
 
 
 class Controller(nn.Module):

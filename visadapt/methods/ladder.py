@@ -132,8 +132,8 @@ class Rung(nn.Module):
         axis = 1 if is_channels_first(self.layout) else -1
         if h.shape[axis] != self.channels:
             raise VisadaptError(
-                f"Ladder expects {self.channels} channels on axis {axis} of the output of {self.place}, got a tensor "
-                f"of shape {tuple(h.shape)}: choose other blocks with where="
+                f"the output of {self.place} must have {self.channels} channels on axis {axis} for this Ladder, "
+                f"got a tensor of shape {tuple(h.shape)}: choose other blocks with where="
             )
         return h.detach()
 

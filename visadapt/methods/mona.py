@@ -160,8 +160,8 @@ class MonaAdapter(nn.Module):
         prefix = y.shape[1] - size if grid.prefix is None else grid.prefix
         if y.ndim != 3 or prefix < 0 or y.shape[1] != prefix + size:
             raise VisadaptError(
-                f"Mona expects {grid.prefix or 'any'} tokens and a map of {grid.height}×{grid.width}, got a tensor of "
-                f"shape {tuple(y.shape)}: the images have another size than the backbone was made for"
+                f"the input of Mona must be {grid.prefix or 'any'} tokens and a map of {grid.height}×{grid.width}, "
+                f"got a tensor of shape {tuple(y.shape)}: the images have another size than the backbone was made for"
             )
         on_map = y[:, prefix:].reshape(len(y), grid.height, grid.width, -1).movedim(-1, 1)
         flat = depthwise(on_map).flatten(2).transpose(1, 2)

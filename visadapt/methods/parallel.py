@@ -55,7 +55,7 @@ class Parallel(Method):
         if self.rank is not None:
             check_width(self.rank, "rank")
         if self.factor_of is not None and not isinstance(self.factor_of, str):
-            raise VisadaptError(f"factor_of is the name of a task, got {self.factor_of!r}")
+            raise VisadaptError(f"factor_of must be the name of a task, got {self.factor_of!r}")
         if self.factor_of is not None and self.rank is None:
             raise VisadaptError("factor_of= shares a factor of a low-rank adapter: give rank= as well")
         check_probability(self.dropout)

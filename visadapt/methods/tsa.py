@@ -46,7 +46,7 @@ class TSA(Method):
 
     def __post_init__(self) -> None:
         if not is_real(self.init) or not 0 <= self.init <= 1:
-            raise VisadaptError(f"init is ε in A = ε·I, in [0, 1]; got {self.init!r}")
+            raise VisadaptError(f"init, the ε in A = ε·I, must be in [0, 1], got {self.init!r}")
         check_flag(self.align, "align")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.modules import unwrapped
-from visadapt.checks import is_real
 from visadapt.data.allowlist import objections
 from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.opening.backbones import recorded_backbone
 from visadapt.opening.preparing import preprocess
 from visadapt.optional import require
+from visadapt.runtime.measured import measured
 from visadapt.runtime.parameters_of import named_parameters
 from visadapt.runtime.registry import Task, facts_of, registry_of
 from visadapt.task_file import read
@@ -115,8 +115,7 @@ def _section(model: nn.Module, spec: Task, file: Path, metrics: Mapping[str, flo
     size = sum(parameter.numel() for _, parameter in named_parameters(model, spec.name))
     backbone, labels, inputs = _backbone(model, spec), spec.labels or (), _inputs(model, spec)
     shown = ", ".join(labels[:_SHOWN]) + (f", … ({len(labels)})" if len(labels) > _SHOWN else "")
-    noted = spec.notes.get("metrics")
-    scores = metrics or (noted if isinstance(noted, dict) else {})
+    scores = measured(spec.notes if metrics is None else {"metrics": metrics})
     rows = {
         "file": f"{file.name} ({file.stat().st_size / 1e6:.2f} MB)",
         "digest": read(file).digest,
@@ -127,7 +126,7 @@ def _section(model: nn.Module, spec: Task, file: Path, metrics: Mapping[str, flo
         "loaded with": ", ".join(f"{k}={v!r}" for k, v in backbone[1].items()) if backbone else "",
         "inputs": "" if inputs is None else _described(inputs),
         "labels": shown,
-        "metrics": ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if is_real(value)),
+        "metrics": ", ".join(f"{name} {value}" for name, value in scores.items()),
     }
     lines = [f"| {name} | {_plain(value)} |" for name, value in rows.items() if value]
     return "\n".join([f"## {spec.name}", "", "| | |", "|---|---|", *lines, ""])

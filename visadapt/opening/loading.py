@@ -90,7 +90,9 @@ def _backbone(
     """The backbone in eval mode, and what it was loaded by."""
     if isinstance(given, nn.Module):
         if build:
-            raise VisadaptError(f"build= applies to a backbone that is loaded, got a {type(given).__name__}")
+            raise VisadaptError(
+                f"build= must be left out beside a module as the backbone, got a {type(given).__name__}"
+            )
         return given.eval(), None
     if given is not None:
         options = dict(build or {})

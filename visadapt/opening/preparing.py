@@ -45,7 +45,7 @@ class Preprocess:
             forms = (str, tuple) if self.inputs.pairs else (str,)
             other = next((each for each in several if not isinstance(each, forms)), None)
             if other is not None:
-                raise VisadaptError(f"the task takes texts, got {type(other).__name__}")
+                raise VisadaptError(f"inputs of this task must be texts, got {type(other).__name__}")
             return self.inputs(self.inputs.read(several))
         return self.inputs(self.inputs.read(several))
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.structure import STRUCTURE
+from visadapt.runtime.measured import measured
 from visadapt.runtime.registry import Registry, facts_of, named_tensors, registry_of
 from visadapt.table import Table
 
@@ -28,6 +29,7 @@ class TaskSummary:
         fraction: adapters, norms and ``also``, over the backbone without its head.
         bytes: of all its tensors.
         also: parameters of its copies of further modules (``train_also``).
+        metrics: what it scored when it was trained, where its notes say so.
     """
 
     task: str
@@ -41,6 +43,7 @@ class TaskSummary:
     fraction: float
     bytes: int
     also: int = 0
+    metrics: str = ""
 
     @property
     def trained(self) -> int:
@@ -51,15 +54,17 @@ class TaskSummary:
 class Summary(dict[str, TaskSummary]):
     """Summaries by task; prints as a table."""
 
-    def __init__(self, rows: dict[str, TaskSummary], backbone: int, active: Any) -> None:
+    def __init__(self, rows: dict[str, TaskSummary], backbone: int, active: Any, precision: str = "") -> None:
         super().__init__(rows)
         self.backbone = backbone
         """Parameters of the backbone without its head."""
         self.active = active
+        self.precision = precision
+        """How `visadapt.lean` keeps the backbone's weights and computes; empty for its own precision."""
 
     def table(self) -> Table:
-        """One row per task, the active one with a star; what tasks train also has a column where there is any."""
-        also = any(row.also for row in self.values())
+        """One row per task, the active one with a star; columns that are empty for all tasks are left out."""
+        also, scored = any(row.also for row in self.values()), any(row.metrics for row in self.values())
         rows = [
             (
                 f"{row.task} *" if row.task == self.active else row.task,
@@ -71,12 +76,14 @@ class Summary(dict[str, TaskSummary]):
                 *([f"{row.also:,}"] if also else []),
                 f"{100 * row.fraction:.2f} %",
                 f"{row.bytes / 1000:,.0f} kB",
+                *([row.metrics or "–"] if scored else []),
             )
             for row in self.values()
         ]
         columns = ("task", "methods", "sites", "adapters", "norms", "head", *(("also",) if also else ()))
-        headings = (*columns, "of backbone", "size")
-        return Table(headings, rows, title=f"backbone without head: {self.backbone:,} parameters, frozen")
+        headings = (*columns, "of backbone", "size", *(("scored",) if scored else ()))
+        facts = ", ".join(filter(None, (f"{self.backbone:,} parameters", "frozen", self.precision)))
+        return Table(headings, rows, title=f"backbone without head: {facts}")
 
     def __str__(self) -> str:
         return str(self.table())
@@ -100,7 +107,8 @@ def summary(model: nn.Module) -> Summary:
     registry = registry_of(model)
     with STRUCTURE:
         whole = facts_of(model).size
-        return Summary({name: _summed(registry, name, whole) for name in registry.tasks}, whole, registry.current())
+        rows = {name: _summed(registry, name, whole) for name in registry.tasks}
+        return Summary(rows, whole, registry.current(), "" if registry.lean is None else registry.lean.told)
 
 
 def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
@@ -127,4 +135,5 @@ def _summed(registry: Registry, name: str, whole: int) -> TaskSummary:
         fraction=(count["adapters"] + count["norm"] + count["also"]) / max(whole, 1),
         bytes=size,
         also=count["also"],
+        metrics=", ".join(f"{name} {value}" for name, value in measured(task.notes).items()),
     )

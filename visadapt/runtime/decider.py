@@ -162,7 +162,7 @@ def fit_decider(
     registry = registry_of(model)
     names = tuple(registry.task(name).name for name in samples)
     if len(names) < 2:
-        raise VisadaptError(f"a decider chooses between tasks: give samples of two or more, got {len(names)}")
+        raise VisadaptError(f"a decider must have samples of two or more tasks, got {len(names)}")
     found = {name: [features(model, batch) for batch in samples[name]] for name in names}
     empty = [name for name in names if not found[name]]
     if empty:

@@ -26,6 +26,10 @@ from visadapt.runtime.registry import Mixed, Parts, Registry
 from visadapt.runtime.weights import changes
 
 
+class CacheError(VisadaptError):
+    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+
+
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
     """A subclass of a whole model's whose forward takes batches of mixed tasks."""
@@ -133,7 +137,7 @@ def _one_by_one(
     division = Division(tuple(numbers[name] for name in tasks), type(model).__name__)
     cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
     if cache is not None or kwargs.get("use_cache") is True:
-        raise VisadaptError(
+        raise CacheError(
             f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
             "call it without one (use_cache=False), or run one task at a time"
         )

@@ -33,6 +33,7 @@ from visadapt.runtime.forwards import count_given, given_class
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import Parts, Registry
 from visadapt.runtime.roles import role, run
+from visadapt.runtime.symbolic import proxy_among, traced
 from visadapt.runtime.weights import owned_members
 
 
@@ -54,6 +55,9 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
             # kept by someone since before this was a host, or before it was given another forward that calls this one
             return plain.forward(self, *args, **kwargs)
+        proxy = proxy_among(args, kwargs)
+        if proxy is not None:
+            return traced(self, plain, parts, proxy, args, kwargs)
         task = parts._registry.acting()
         if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)

@@ -23,13 +23,10 @@ from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.door import enter
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.registry import Mixed, Parts
-from visadapt.runtime.roles import around, core, role, run
+from visadapt.runtime.roles import AROUND, around, core, role, run
 
 NONE = nn.ModuleDict()
 """The parts of the bare backbone."""
-
-_AROUND = ("beside", "after", "watch")
-"""The roles of parts that act once the host's output is there."""
 
 
 class Groups:
@@ -130,7 +127,7 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
             out = groups.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
     else:
         out = plain.forward(host, *args, **kwargs)
-    acting = [[part for part in group.values() if role(part) in _AROUND] for group in groups.parts]
+    acting = [[part for part in group.values() if role(part) in AROUND] for group in groups.parts]
     for step in range(max(map(len, acting))):
         own = {g: parts[step] for g, parts in enumerate(acting) if step < len(parts)}
         out = _around(groups, own, out, args[0] if args else None)

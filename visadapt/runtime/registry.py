@@ -18,6 +18,7 @@ from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
+from visadapt.runtime.symbolic import called
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
@@ -207,7 +208,7 @@ def check_hosts(model: nn.Module, name: str) -> None:
 def check_task_name(name: Any) -> None:
     """Refuse names that cannot be a module's or a file's."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise VisadaptError(f"a task's name is made of letters, digits, '_' and '-', got {name!r}")
+        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
     if hasattr(Parts, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
@@ -242,6 +243,10 @@ class Parts(nn.ModuleDict):
 
     _registry: Registry
     _path: str = ""
+
+    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
+        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
+        return called(self, what, known, *given)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made

@@ -6,6 +6,9 @@ from typing import Any, cast
 
 from torch import nn
 
+AROUND = ("beside", "after", "watch")
+"""The roles of parts that act once the host's output is there."""
+
 
 def role(part: nn.Module) -> str:
     """How a part acts at its host; its class says so, and one that says nothing stands ``"instead"`` of it.

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from visadapt.backbone.modules import ModelT, unwrapped
-from visadapt.backbone.subclass import made_by
+from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.door import door_class
+from visadapt.runtime.generation import generates, generating_class
 from visadapt.runtime.host import dress
 from visadapt.runtime.registry import Registry, find_registry, registry_of
 
@@ -85,7 +86,7 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
     if task is None or (isinstance(task, str) and task != AUTO):
         return None if task is None else registry.task(task).name
     if not isinstance(task, Sequence) or not task:
-        raise VisadaptError(f"expected a task's name, None, or a list with one name per sample, got {task!r}")
+        raise VisadaptError(f"task must be a task's name, None, or a list with one name per sample, got {task!r}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
@@ -101,6 +102,8 @@ def _open_door(model: nn.Module) -> None:
     backbone = unwrapped(model)
     if door_class not in made_by(type(backbone)):
         dress(backbone, door_class)
+        if generates(plain_class(backbone)):
+            dress(backbone, generating_class)
 
 
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.subclass import plain_class
@@ -19,6 +21,7 @@ from visadapt.runtime.choice import AUTO
 from visadapt.runtime.division import UnfitError
 from visadapt.runtime.registry import Parts
 from visadapt.runtime.roles import role
+from visadapt.runtime.symbolic import traced_weight
 
 
 def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any]:
@@ -39,6 +42,10 @@ def _owned(name: str) -> property:
     def get(self: nn.Module) -> Any:
         own = _held(self, name)
         parts = self.__dict__["_modules"].get(CHILD)
+        if parts is not None and not torch.compiler.is_dynamo_compiling() and is_fx_symbolic_tracing():
+            proxy = traced_weight(self, parts, name)
+            if proxy is not None:
+                return proxy
         return own if parts is None else _meant(self, cast("Parts", parts), name, own)
 
     def put(self: nn.Module, value: Any) -> None:

@@ -86,7 +86,7 @@ class Catalogue:
     def __init__(self, places: Sequence[str | Path], inputs: Callable[[dict[str, Any]], Inputs]) -> None:
         paths = [Path(place) for place in places]
         if not paths:
-            raise VisadaptError("serving needs at least one task file, or a folder of them, got none")
+            raise VisadaptError("files must be at least one task file, or a folder of them, got none")
         self._folders: list[Path] = []
         self._files: dict[str, Path] = {}
         for path in paths:

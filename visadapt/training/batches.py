@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import Samples
 from visadapt.errors import VisadaptError
 from visadapt.training.engine import Engine
@@ -21,6 +22,7 @@ class Batches:
     Args:
         data: one of
             `Samples`, or an `visadapt.data.ImageSplit`;
+            `visadapt.data.ImageFiles`, in their order;
             a pair of inputs (a tensor or a mapping of tensors) and labels;
             a mapping of tensors, one of them called ``labels``;
             a ``DataLoader``, or another iterable that has a length, can be iterated repeatedly and yields such a pair
@@ -42,6 +44,8 @@ class Batches:
         self.batch_size = batch_size
         self.labelled = labelled
         self.rank, self.processes, self.pinned = 0, 1, False
+        if isinstance(data, ImageFiles):
+            data = data.batches(batch_size)
         self.samples = _samples(data, purpose)
         self.loader: Iterable[Any] | None = None
         if self.samples is None:

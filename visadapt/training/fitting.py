@@ -14,10 +14,14 @@ from torch import nn
 
 from visadapt.arguments import takes
 from visadapt.checks import check_count
+from visadapt.data.augmentation import Augmentation
+from visadapt.data.image_inputs import ImageInputs
+from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix
 from visadapt.training.alone import beside_serving, one_at_a_time, reserved
+from visadapt.training.augmenting import Augment, Changes, training_batches
 from visadapt.training.batches import Batches
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
@@ -25,7 +29,7 @@ from visadapt.training.evaluation import Prepare, scores
 from visadapt.training.head_first import start_with_head
 from visadapt.training.history import Epoch, Fit
 from visadapt.training.log import Log
-from visadapt.training.loop import Augment, Loop
+from visadapt.training.loop import Loop
 from visadapt.training.losses import Loss, Objective
 from visadapt.training.progress import bar
 from visadapt.training.recipe import Recipe
@@ -70,9 +74,9 @@ def fit(
         model: an injected model; or a plain one, for comparison.
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
-            argument names; an `visadapt.data.ImageSplit`; a mapping with ``labels``; or a ``DataLoader`` of
-            such batches. Labels are class indices, for cross entropy; floats, for the squared error of one output; or
-            what ``loss`` says.
+            argument names; an `visadapt.data.ImageSplit`; `visadapt.data.ImageFiles`, which are read in worker
+            processes; a mapping with ``labels``; or a ``DataLoader`` of such batches. Labels are class indices, for
+            cross entropy; floats, for the squared error of one output; or what ``loss`` says.
         validation: data in the same forms, to score each epoch.
         recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
@@ -113,15 +117,22 @@ def fit(
     """
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, checkpoint, accumulate, checkpoint_every)
+    augmentation = recipe.augmentation
     cached = prepare if isinstance(prepare, CachedPrefix) else None
     if cached is not None:
         cached.check(model, task)
-        if augment is not None:
-            raise VisadaptError("augment= cannot change what prepare= has cached: give it to cache_prefix instead")
+        if augment is not None or augmentation != Augmentation():
+            name = "augment=" if augment is not None else "the recipe's augmentation"
+            raise VisadaptError(f"{name} cannot change what prepare= has cached: give augment= to cache_prefix instead")
         if recipe.compile is not None:
             raise VisadaptError(f"compile={recipe.compile!r} compiles whole models, and prepare= is a cached prefix")
     target = target_of(model, task)
-    objective, score_objective = Objective(loss, recipe.label_smoothing), Objective(loss)
+    # mixed labels are shares of classes
+    training_loss = "cross_entropy" if augmentation.mixes and loss is None else loss
+    objective, score_objective = Objective(training_loss, recipe.label_smoothing), Objective(loss)
+    inputs = prepare if isinstance(prepare, ImageInputs) else None
+    changes = Changes(augment, augmentation, inputs, target.classes, isinstance(train, ImageFiles))
+    train = training_batches(train, recipe, prepare, seed)
     batches = Batches(train, recipe.batch_size, "training", objective=objective)
     held_out = None
     if validation is not None:
@@ -154,7 +165,7 @@ def fit(
     logs = (log,) if callable(log) else tuple(log)
     was_training = model.training
     with random, only_trainable(model, target, engine.processes), reserved(origin, model):
-        loop = Loop(logits_model, target, batches, recipe, augment, random)
+        loop = Loop(logits_model, target, batches, recipe, changes, random)
         try:
             if recipe.head_first and not (saved is not None and saved.resumes):
                 loop.run.head_first = start_with_head(model, task, logits_model, target, batches, seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visadapt.data.samples import Samples
+from visadapt.training.augmenting import Changes
 from visadapt.training.batches import Batches
 from visadapt.training.engine import LogitsModel
 from visadapt.training.history import Epoch
@@ -19,8 +20,6 @@ from visadapt.training.losses import Diverged, width_of
 from visadapt.training.recipe import Recipe
 from visadapt.training.rng import Randomness
 from visadapt.training.target import Target
-
-Augment = Callable[[Any, torch.Generator], Any]
 
 READ_EVERY = 32
 """Steps whose losses and gradient norms are read from an accelerator together: each reading waits for it."""
@@ -68,10 +67,10 @@ class Loop:
         target: Target,
         batches: Batches,
         recipe: Recipe,
-        augment: Augment | None,
+        changes: Changes,
         random: Randomness,
     ) -> None:
-        self.target, self.batches, self.recipe, self.augment, self.random = target, batches, recipe, augment, random
+        self.target, self.batches, self.recipe, self.changes, self.random = target, batches, recipe, changes, random
         self.engine = logits_model.engine
         batches.share(self.engine)
         random.track(batches.generator)
@@ -160,8 +159,7 @@ class Loop:
         """Take one optimiser step; return the mean loss of the whole batch and the gradient's norm, on the device."""
         engine, accelerator = self.engine, self.engine.accelerator
         inputs, labels = self.unwrapped.place(inputs), engine.place(labels)
-        if self.augment is not None:
-            inputs = self.augment(inputs, self.random.noise)
+        inputs, labels = self.changes(inputs, labels, self.random.noise)
         samples = Samples(inputs, labels)
         size = -(-len(samples) // engine.parts)
         total = torch.zeros((), device=engine.device)

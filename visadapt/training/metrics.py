@@ -149,7 +149,7 @@ def check_metric(name: str, labels: Tensor | None = None, classes: int | None = 
     """
     check_choice(name, METRICS, "metric")
     if name == "f1" and classes not in (None, 2):
-        raise VisadaptError(f"f1 needs a head of 2 classes, got {classes}; macro_f1 takes any number of classes")
+        raise VisadaptError(f"the head must have 2 classes for f1, got {classes}; macro_f1 takes any number of classes")
     if labels is None or name == "loss":
         return
     needed = "real-valued" if name in _OF_REALS else "several" if name in _OF_SEVERAL else "class"
@@ -158,8 +158,8 @@ def check_metric(name: str, labels: Tensor | None = None, classes: int | None = 
     else:
         got = "real-valued" if labels.is_floating_point() else "class"
     if needed != got:
-        words = {"several": "several labels per sample", "real-valued": "real-valued labels", "class": "class labels"}
-        raise VisadaptError(f"{name} needs {words[needed]}, got {words[got]}")
+        words = {"several": "several per sample", "real-valued": "real-valued", "class": "one class per sample"}
+        raise VisadaptError(f"labels must be {words[needed]} for {name}, got {words[got]}")
 
 
 def _torchmetrics(name: str) -> Any:

@@ -22,6 +22,7 @@ from visadapt.checks import (
     check_positive,
     is_real,
 )
+from visadapt.data.augmentation import Augmentation
 from visadapt.errors import VisadaptError
 from visadapt.training.target import Target
 
@@ -29,7 +30,15 @@ SCHEDULES = ("linear", "cosine", "step", "constant")
 
 OPTIMIZERS = ("adamw", "sgd")
 
-EARLIER: dict[str, Any] = {"head_first": False, "fast": False, "compile": None}
+EARLIER: dict[str, Any] = {
+    "head_first": False,
+    "fast": False,
+    "compile": None,
+    "random_crop": None,
+    "rand_augment": None,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+}
 """What recipes were before they had these options, for checkpoints and results of that time."""
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -69,6 +78,12 @@ class Recipe:
         fast: compute in bf16 autocast and images in the channels-last memory format, which the model keeps.
         compile: mode of ``torch.compile`` for the training steps: ``default``, ``reduce-overhead`` (CUDA graphs) or
             ``max-autotune``; None for no compiling.
+        random_crop: smallest area of a random crop of each training image, as a fraction of the image, in (0, 1]; the
+            crop is resized (RandomResizedCrop) and mirrored half of the time. None for no such crop.
+        rand_augment: timm's configuration of RandAugment (Cubuk et al. 2019, arXiv 1909.13719), such as
+            ``"rand-m9-mstd0.5"``; needs ``random_crop``.
+        mixup: alpha of mixup (Zhang et al. 2017, arXiv 1710.09412); 0 for none.
+        cutmix: alpha of CutMix (Yun et al. 2019, arXiv 1905.04899); 0 for none. With both, each batch takes one.
 
     Raises:
         VisadaptError: a value is out of range; the message names it.
@@ -94,6 +109,10 @@ class Recipe:
     head_first: bool = True
     fast: bool = False
     compile: str | None = None
+    random_crop: float | None = None
+    rand_augment: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         check_flag(self.head_first, "head_first")
@@ -113,6 +132,13 @@ class Recipe:
             raise VisadaptError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {self.milestones!r}")
+
+        _ = self.augmentation  # checks the values
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training images are changed."""
+        return Augmentation(self.random_crop, self.rand_augment, self.mixup, self.cutmix)
 
     def replace(self, **changes: Any) -> Recipe:
         """Copy the recipe with some fields changed."""
