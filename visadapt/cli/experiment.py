@@ -103,14 +103,16 @@ def experiment(
     changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
     problems = tuple(_problem(text, root, given, changed) for text in problem)
     numbers = tuple(range(seeds))
+    plans: list[Experiment] = []
     if comparing:
-        plans = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
-        for line in (line for plan in plans for line in costs(plan)):
+        fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
+        for line in (line for plan in fair for line in costs(plan)):
             say(line)
+        plans += fair
     elif fast or len(epochs or ()) > 1:
         raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
     else:
-        plans = [_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0])]
+        plans.append(_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0]))
     made = [
         result
         for plan in plans

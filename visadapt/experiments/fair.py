@@ -51,7 +51,7 @@ def fair_contender(
     )
     if isinstance(base.method, Linear):
         return settled
-    variants = ()
+    variants: tuple[Bottleneck, ...] = ()
     if isinstance(base.method, Bottleneck) and "activation" not in name:
         variants = (dataclasses.replace(base.method, activation=None),)
     return dataclasses.replace(settled, lengths=epochs, variants=variants).with_recipe(fast=fast)

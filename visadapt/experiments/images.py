@@ -17,7 +17,7 @@ from visadapt.data import ImageSet, ImageSplit, augment, load_squares
 from visadapt.data.inputs import ImageInputs, Splits
 from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples
-from visadapt.training.loop import Augment
+from visadapt.training.augmenting import Augment
 
 AUGMENTATIONS = ("shift", "shift and mirror")
 """How training images may be changed at random."""

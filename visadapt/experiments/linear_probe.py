@@ -70,6 +70,8 @@ def fit_head(
     held_out = None if validation is None else features(validation)
     start = None
     if held_out is not None and recipe.head_first and isinstance(head, nn.Linear):
+        assert isinstance(cached.inputs, Tensor)
+        assert cached.labels is not None
         fit_linear(head, cached.inputs, cached.labels, Objective(None, recipe.label_smoothing), seed)
         start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     options: dict[str, Any] = {"metric": metric, "seed": seed, "device": device, "progress": progress}

@@ -19,7 +19,7 @@ from visadapt.data.inputs import Splits
 from visadapt.experiments.digest import digest
 from visadapt.experiments.networks import network, short_name
 from visadapt.training import ready
-from visadapt.training.loop import Augment
+from visadapt.training.augmenting import Augment
 
 
 @dataclass(frozen=True)

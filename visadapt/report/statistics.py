@@ -77,6 +77,19 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return center - margin, center + margin
 
 
+def at_least(values: Sequence[float], threshold: float = 0.0) -> bool | None:
+    """Whether a mean is at least a threshold, by its 95 % confidence interval; None if that cannot be decided.
+
+    Args:
+        values: such as paired differences; fewer than two decide nothing.
+        threshold: the threshold.
+    """
+    if len(values) < 2:
+        return None
+    low, high = interval(values)
+    return True if low >= threshold else False if high < threshold else None
+
+
 @cache
 def t_quantile(freedom: int, level: float = 0.975) -> float:
     """Return a quantile of Student's t distribution, by bisection of its distribution function.
