@@ -1,6 +1,6 @@
 """Test the papers' claims on real images and texts; an interrupted run resumes.
 
-python -m benchmarks.evidence results --device cpu                       # about ten hours on two cores
+python -m benchmarks.evidence results --device cpu                       # in the background: days, resumable
 python -m benchmarks.evidence results --device cuda --budget 480 --processes 8
 python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --omniglot FILE.zip --elpv FILE.zip \
     --vgg16 FILE.safetensors

@@ -60,7 +60,7 @@ class Regime:
 
 
 REGIMES = {
-    # two cores: about ten hours
+    # two cores in the background of other work: about a day for the first stage
     "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9, 20), (5, 9)),
     # one GPU: as much as the budget allows, in order of priority
     "cuda": Regime("cuda", 4000, 4000, 500, 1500, 96, (10,), (10,), text_batch=32, image_batch=64, seeds=3),

@@ -105,8 +105,8 @@ def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
             assert 16 <= each.recipe.batch_size <= 32
     full = next(line for line in costs(plans[1]) if line.startswith("full"))
     assert full == (
-        "full fine-tuning: per problem 4 to 9 training runs to choose by, then 2; 3 or 9 or 20 epochs in batches of "
-        "16, bf16 autocast"
+        "full fine-tuning: per problem 4 to 9 training runs to choose by, then 2; epochs 3, 9, 20; batches of 16; bf16 "
+        "autocast"
     )
 
 

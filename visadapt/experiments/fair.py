@@ -88,9 +88,9 @@ def costs(plan: Compare) -> list[str]:
         lengths = each.lengths or (each.recipe.epochs,)
         least = len(each.rates) + (len(lengths) > 1) + len(each.variants)
         most = len(each.rates) + MAX_EXTENSIONS + len(lengths) - 1 + len(each.variants)
-        epochs = " or ".join(map(str, lengths))
+        epochs = ", ".join(map(str, lengths))
         lines.append(
             f"{each.name}: per problem {least} to {most} training runs to choose by, then {len(plan.seeds)}; "
-            f"{epochs} epochs in batches of {each.recipe.batch_size}{', bf16 autocast' if each.recipe.fast else ''}"
+            f"epochs {epochs}; batches of {each.recipe.batch_size}{'; bf16 autocast' if each.recipe.fast else ''}"
         )
     return lines
