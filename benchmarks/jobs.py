@@ -61,9 +61,10 @@ JOBS = (
     Job("mixed_batches", {"tasks": "64"}, 5),
     Job("prefix", {}, 3, {"images": "512", "batch": "64"}),
     Job("bookkeeping", {}, 15),
+    Job("serving", {}, 3),
 )
 
-PEERS = {"train_step": "peft", "encoder_step": "adapters"}
+PEERS = {"train_step": "peft", "encoder_step": "adapters", "serving": "peft"}
 """Libraries that a benchmark compares with; where one is not installed, its figures are left out."""
 
 
@@ -143,7 +144,7 @@ def run(
     """
     command = [python, "-m", f"benchmarks.{job.module}", *job.arguments(device)]
     command += ["--repeats", str(repeats), "--device", device]
-    command += [] if seconds is None else ["--seconds", f"{seconds:.1f}"]
+    command += [] if seconds is None else ["--budget", f"{seconds:.1f}"]
     known, start, done = facts(device), time.monotonic(), Run()
     with tempfile.TemporaryFile("w+") as said:
         # a group of its own, so that what it starts is stopped with it

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from visadapt.backbone.stored_values import plain_tensors
+
 Times = dict[str, list[float]]
 
 
@@ -47,7 +49,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, de
     """Time each contender in seconds in each of ``repeats`` rounds, after one warm-up round.
 
     In a round each contender runs once, so that other load on the machine affects all of them. Once the time of
-    ``--seconds`` is spent no round is begun, but there is always one.
+    ``--budget`` is spent no round is begun, but there is always one.
     """
     times: Times = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
@@ -96,7 +98,8 @@ def best(times: Times, names: Sequence[str]) -> str:
 
 def bytes_kept(model: nn.Module, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
     """Count the bytes that autograd keeps for the backward pass, without parameters, buffers and the batch."""
-    excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    given = (*model.parameters(), *model.buffers(), *inputs)
+    excluded = {t.untyped_storage().data_ptr() for each in given for t in plain_tensors(each, "")}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -188,16 +191,16 @@ _END = float("inf")
 
 
 def parse_args(description: str | None, **defaults: int) -> argparse.Namespace:
-    """Parse the command line of one benchmark, with integer options, ``--device`` and ``--seconds``; seed torch."""
+    """Parse the command line of one benchmark, with integer options, ``--device`` and ``--budget``; seed torch."""
     global _END
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, help="after which nothing is repeated; default: no such time")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing is repeated; default: no such time")
     args = parser.parse_args()
-    if args.seconds is not None:
-        _END = time.perf_counter() + args.seconds
+    if args.budget is not None:
+        _END = time.perf_counter() + args.budget
     torch.manual_seed(0)
     return args
 

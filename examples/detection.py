@@ -52,6 +52,7 @@ def score(model, images, targets):
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("--steps", type=int, default=100, help="training steps of 8 images")
+options.add_argument("--test", type=int, default=60, help="test images")
 args = options.parse_args()
 
 torch.manual_seed(0)
@@ -59,7 +60,7 @@ parts = ("rpn.head", "roi_heads.box_head", "roi_heads.box_predictor")
 model = visadapt.inject(detector(), m=16, task="shapes", train_also=parts)
 print(visadapt.summary(model))
 images, targets, _ = shapes(400, SIZE, seed=0)
-test_images, test_targets, _ = shapes(60, SIZE, seed=1)
+test_images, test_targets, _ = shapes(args.test, SIZE, seed=1)
 
 before = score(model, test_images, test_targets)
 optimizer = torch.optim.AdamW(visadapt.parameters(model, "shapes"), lr=1e-3)

@@ -20,6 +20,7 @@ from tests.models import ZOO, same, snapshot
 from visadapt import VisadaptError
 from visadapt.bounded_json import parse_json
 from visadapt.data import load_text, read_images
+from visadapt.data.inputs import ImageInputs
 from visadapt.limits import LIMITS, limit, variable
 from visadapt.tensor_file import read_described, write_described
 
@@ -203,6 +204,16 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
         read_images([file], 8)
     monkeypatch.setenv(variable("IMAGE_PIXELS"), "300000")
     assert read_images([file], 8).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("options", [{}, {"crop_mode": "center"}], ids=["square", "timm"])
+def test_an_image_that_is_long_and_narrow_is_refused_before_it_is_resized(
+    size: tuple[int, int], options: dict[str, str]
+) -> None:
+    # its shorter side at 64 pixels, it would have 246 million
+    with little_memory(1), pytest.raises(VisadaptError, match="resized to 64 on its shorter side, has more than"):
+        ImageInputs(64, **options).read([Image.new("RGB", size)])
 
 
 def test_a_bomb_of_the_default_size_is_refused(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def own_photos(folder: Path) -> None:
     images = load_images("cifar10")
     for label, name in ((3, "cats"), (5, "dogs"), (8, "ships")):
         (folder / name).mkdir(parents=True)
-        rows = (images.train.labels == label).nonzero().flatten()[:24].tolist()
+        rows = (images.train.labels == label).nonzero().flatten()[:8].tolist()
         for number, row in enumerate(rows):
             image = Image.fromarray(images.train.images[row].permute(1, 2, 0).numpy())
             if number % 5 == 1:

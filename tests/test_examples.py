@@ -84,7 +84,7 @@ def test_other_training_loops_train_a_task_and_write_its_file(tmp_path: Path, ex
 
 @pytest.mark.parametrize(
     ("example", "options", "gain"),
-    [("detection.py", ("--steps", "40"), 0.15), ("segmentation.py", ("--epochs", "1"), 0.4)],
+    [("detection.py", ("--steps", "40", "--test", "20"), 0.15), ("segmentation.py", ("--epochs", "1"), 0.4)],
 )
 def test_detection_and_segmentation_learn(tmp_path: Path, example: str, options: tuple[str, ...], gain: float) -> None:
     pytest.importorskip("pycocotools")

@@ -30,6 +30,7 @@ from visadapt.runtime.owned import check_nothing_else_trained, check_owned, desc
 from visadapt.runtime.registry import (
     Registry,
     Task,
+    check_filled,
     check_hosts,
     check_task_name,
     facts_of,
@@ -81,6 +82,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     check_nothing_else_trained(backbone, registry, task)
     if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
         raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
+    check_filled(registry, [task])
     tensors = named_tensors(registry, task)
     description = {
         "format": FORMAT,
@@ -180,7 +182,7 @@ def load(
         raise VisadaptError(f"{path} has {len(spec.labels)} labels for a head of {spec.num_classes} classes")
     if len(set(spec.labels or ())) < len(spec.labels or ()):
         raise VisadaptError(f"{path} has a label twice")
-    spec.notes = description["notes"]
+    spec.notes, spec.digest = description["notes"], content.digest
     if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
         raise VisadaptError(
             f"task {name!r} cannot be loaded into a model on the meta device: load the backbone's weights first"
@@ -259,7 +261,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
         ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", f"{Path(path).stat().st_size / 1000:,.0f} kB"),
         ("digest", "none (written by an earlier version)" if content.digest is None else f"{content.digest[:16]}…"),
-        *((f"scored: {name}", value) for name, value in scored.items()),
+        *([("scored", ", ".join(f"{name} {value}" for name, value in scored.items()))] if scored else []),
         *((key, json.dumps(value)) for key, value in notes.items() if not (key == "metrics" and scored)),
     ]
     return Table(("", str(path)), rows)

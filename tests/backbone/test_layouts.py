@@ -242,6 +242,32 @@ def test_channels_that_are_not_established_are_refused_by_name(function, message
     assert list(model.state_dict()) == keys
 
 
+class HalfKnown(nn.Module):
+    """Two residual branches, of which the second ends where no operator shows the channel axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.known = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.unknown = Moved(torch.linalg.inv)
+        self.unknown.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.known(x)
+        return x + self.unknown(x)
+
+
+def test_what_is_left_out_of_the_sites_is_named() -> None:
+    model, x = HalfKnown(), torch.randn(2, 3, 6, 6)
+    found = v.sites(model, example=x)
+    assert [site.host for site in found if site.kind == "block"] == ["known"]
+    assert "left out: the channel axis of unknown is not known" in str(found)
+    for where in (None, "block"):
+        with pytest.raises(VisadaptError, match=r"the channel axis of unknown is not known"):
+            v.inject(model, m=2, where=where, example=x)
+    assert v.tasks(v.inject(model, m=2, where="known", example=x))["default"].placements[0].sites == ("block:known",)
+
+
 def test_a_shared_module_with_two_layouts_is_refused() -> None:
     class Twice(Moved):
         def forward(self, x: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def test_the_scores_are_noted_and_shown(place: Path) -> None:
     assert found["accuracy"] == noted["test"]["score"]
     words = f"{noted['test']['score']:.4f} on 12 samples"
     shown = run("summary", task).stdout
-    assert re.search(rf"scored: accuracy \(test\) +{words}", shown)
+    assert re.search(rf"scored +accuracy \(validation\) .*, accuracy \(test\) {words}, seed 0", shown)
     model = network()
     visadapt.load(model, task)
     assert words in visadapt.summary(model)["photos"].metrics

@@ -105,6 +105,15 @@ GOOD: dict[str, tuple[Build, tuple[int, int, int], dict[str, Any]]] = {
     "TRAIN and TEST": (splits("TRAIN", "TEST"), (18, 2, 8), {}),
     "training and testing": (splits("training", "testing"), (18, 2, 8), {}),
     "train only": (splits("train"), (15, 1, 4), {}),
+    "flat, linked folders": (
+        lambda r: [classes(r.parent / "elsewhere"), *((r / n).symlink_to(r.parent / "elsewhere" / n) for n in COLORS)],
+        (15, 1, 4), {}),
+    "flat, a linked folder in a class": (
+        lambda r: [classes(r, 5), *((image(r.parent / "more" / n / f"{i}.png", COLORS[n])) for n in COLORS
+                                    for i in range(5)),
+                   *((r / n / "more").symlink_to(r.parent / "more" / n) for n in COLORS)], (15, 1, 4), {}),
+    "flat, a link to the folder above": (
+        lambda r: [classes(r), (r / "cat" / "all").symlink_to(r)], (15, 1, 4), {}),
     "class called train": (
         lambda r: classes(r, 10, ("train", "bus")), (15, 1, 4), {}),
     "class with spaces and accents": (lambda r: classes(r, 10, ("grüne Äpfel", "red pears")), (15, 1, 4), {}),
@@ -187,6 +196,12 @@ BAD: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "real values without regression": (
         tabled(lambda rows: [f"{rows[0].split(',')[0]},{i / 7}" for i in range(40)]),
         "40 different numbers as labels, such as 0.0: give regression=", {}),
+    "few real values without regression": (
+        tabled(lambda rows: [f"{rows[i].split(',')[0]},{i / 7}" for i in range(12)]),
+        "12 different numbers as labels, such as 0.0: give regression=", {}),
+    "another separator": (
+        tabled(lambda rows: [r.replace(",", ";") for r in rows], "file;label"),
+        r"has one column, 'file;label' \(delimiter= sets its separator\)", {}),
     "words for real values": (tabled(), "row 2: the label must be a finite number, got 'cat'", {"regression": True}),
     "a class each": (
         tabled(lambda rows: [f"{rows[0].split(',')[0]},c{i}" for i in range(40)]),
@@ -249,6 +264,14 @@ def test_damaged_images_are_named_and_skipped_up_to_a_limit(tmp_path: Path) -> N
         ImageInputs(8).load(str(tmp_path))
     with pytest.warns(UserWarning, match="skipping"):
         assert len(ImageInputs(8).load(str(tmp_path), damaged=0.9).test) >= 1
+
+
+def test_a_link_to_nothing_is_a_damaged_image(tmp_path: Path) -> None:
+    classes(tmp_path)
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning, match=r"skipping 1 of .*gone\.png is not a readable image"):
+        found = ImageInputs(8).load(str(tmp_path), labels=("cat", "dog"), whole=True)
+    assert len(found.test) == 20
 
 
 def test_sets_larger_than_the_memory_given_are_read_when_needed(tmp_path: Path) -> None:
@@ -404,6 +427,9 @@ BAD_TEXTS: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
                         "row 2 must have 2 columns, got 3 .*must be inside quotation marks"),
     "short row": ("a.csv", csv("text,label", "alone", *MANY), {}, "row 2 must have 2 columns, got 1"),
     "empty": ("a.csv", b"", {}, "has no rows"),
+    "another separator": ("a.csv", csv("text;label", *[r.replace(",", ";") for r in MANY]), {},
+                          r"one column, 'text;label' \(delimiter= sets"),
+    "a spreadsheet": ("a.xlsx", b"PK\x03\x04", {}, "must be a table as text: save it as .csv"),
     "no text column": ("a.csv", csv("words,label", *MANY), {}, "choose the text column with text="),
     "two of one name": ("a.csv", csv("text,label,label", *[f"{r},x" for r in MANY]), {},
                         "several columns 'label': choose one by its number"),
@@ -444,6 +470,14 @@ def test_folder_of_tables_in_any_case(tmp_path: Path) -> None:
     assert len(load_text(tmp_path).test) == 20
     (tmp_path / "Train.CSV").unlink()
     assert len(load_text(tmp_path, whole=True).test) == 20
+
+
+def test_folder_of_json(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for name in ("train", "test"):
+        rows = [f'{{"text": "t{i}", "label": "{"ab"[i % 2]}"}}' for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert len(load_text(tmp_path).test) == 20
 
 
 def test_images_in_memory_are_inputs_too() -> None:

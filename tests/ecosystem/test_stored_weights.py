@@ -184,3 +184,58 @@ def test_meta_then_a_checkpoint_with_the_task():
     with torch.no_grad():
         assert torch.equal(late(x), model(x))
     assert all(p.requires_grad for p in visadapt.parameters(late, "t"))
+
+
+def late_vit(method, norms):
+    """A model with a task, both made on the meta device."""
+    with torch.device("meta"):
+        late = timm.create_model("vit_tiny_patch16_224", **VIT).eval()
+    return visadapt.inject(late, method, task="t", num_classes=3, norms=norms)
+
+
+OWN = [(visadapt.Bottleneck(m=4), "affine"), (visadapt.LoRA(r=2), "frozen"), (visadapt.Full(), "frozen")]
+
+
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+@pytest.mark.parametrize(("method", "norms"), OWN, ids=str)
+def test_a_task_without_values_is_refused_until_it_has_some(method, norms, way, tmp_path):
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    late, plain = late_vit(method, norms), copy.deepcopy(model.state_dict())
+    if way == "to_empty":
+        late.to_empty(device="cpu")
+    late.load_state_dict(plain, assign=way == "assign")
+    copied = copy.deepcopy(late)
+    for each in (late, copied):
+        with torch.no_grad():
+            with pytest.raises(
+                visadapt.VisadaptError, match=r"task 't' was made on the meta device and .* has no values"
+            ):
+                each(x)
+            with visadapt.using(each, None):
+                assert torch.equal(each(x), model(x))
+    with pytest.raises(visadapt.VisadaptError, match="meta device"):
+        visadapt.save(late, "t", tmp_path / "t")
+    with pytest.raises(visadapt.VisadaptError, match="meta device"):
+        visadapt.merge(late, "t")
+    visadapt.inject(model, method, task="t", num_classes=3, norms=norms)
+    late.load_state_dict(model.state_dict(), assign=way == "assign")
+    for each in (late, copy.deepcopy(late)):
+        with torch.no_grad():
+            assert torch.equal(each(x), model(x))
+    visadapt.save(late, "t", tmp_path / "t")
+
+
+def test_a_task_is_injected_anew_where_it_had_no_values():
+    late, model = late_vit(visadapt.Bottleneck(m=4), "affine"), vit()
+    late.to_empty(device="cpu")
+    late.load_state_dict(model.state_dict())
+    visadapt.remove(late, "t")
+    visadapt.inject(late, m=4, task="t", head="copy")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(late(x), model(x))
+
+
+def test_shapes_are_told_on_the_meta_device():
+    late = late_vit(visadapt.Bottleneck(m=4), "affine")
+    assert late(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 3)

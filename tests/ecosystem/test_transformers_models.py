@@ -146,3 +146,75 @@ def test_modes_copies_and_losses(name):
     loss = model(**x, labels=torch.tensor([4, 1])).loss
     torch.testing.assert_close(loss, nn.functional.cross_entropy(expected, torch.tensor([4, 1])))
     assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in visadapt.parameters(model, "t"))
+
+
+@every
+def test_outputs_are_the_same_each_time_as_tuples_and_in_other_batches(name):
+    model, x = injected(name), inputs(name)
+    with torch.no_grad():
+        expected = model(**x).logits
+        assert torch.equal(model(**x).logits, expected)
+        tuples = model(**x, output_hidden_states=True, return_dict=False)
+        named = model(**x, output_hidden_states=True)
+        assert torch.equal(tuples[0], named.logits)
+        assert all(torch.equal(one, other) for one, other in zip(tuples[1], named.hidden_states, strict=True))
+        alone = torch.cat([model(**{key: value[i : i + 1] for key, value in x.items()}).logits for i in range(2)])
+    torch.testing.assert_close(alone, expected)
+
+
+@every
+def test_hidden_states_and_inputs_keep_their_gradients(name):
+    model = injected(name).train()
+    out = model(**inputs(name), output_hidden_states=True)
+    for hidden in out.hidden_states[1:]:
+        hidden.retain_grad()
+    out.logits.square().sum().backward()
+    assert all(hidden.grad is not None for hidden in out.hidden_states[1:-1])
+    assert all(p.grad is None for n, p in model.named_parameters() if ".visadapt." not in n)
+    assert all(p.grad is not None for p in visadapt.parameters(model, "t"))
+
+
+def test_feed_forward_in_chunks():
+    model, x = injected("bert"), inputs("bert")
+    with torch.no_grad():
+        expected = model(**x).logits
+        for layer in model.bert.encoder.layer:
+            layer.chunk_size_feed_forward, layer.seq_len_dim = 3, 1
+        torch.testing.assert_close(model(**x).logits, expected)
+
+
+def test_embedded_inputs():
+    model, x = injected("bert"), inputs("bert")
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(x["input_ids"])
+        assert torch.equal(model(inputs_embeds=embedded).logits, model(**x).logits)
+
+
+LABELS = {
+    "regression": (1, torch.tensor([[0.5], [2.0]]), nn.MSELoss()),
+    "single_label_classification": (4, torch.tensor([3, 0]), nn.CrossEntropyLoss()),
+    "multi_label_classification": (4, torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 1]]), nn.BCEWithLogitsLoss()),
+}
+
+
+@pytest.mark.parametrize("problem", LABELS)
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_losses_by_the_kind_of_problem(name, problem):
+    width, labels, loss = LABELS[problem]
+    model = plain(name)
+    model.config.problem_type = problem
+    visadapt.inject(model, m=4, task="t", num_classes=width)
+    model.config.problem_type = problem
+    out = model(**inputs(name), labels=labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels))
+    out.loss.backward()
+    assert all(p.grad is not None for p in visadapt.parameters(model, "t"))
+
+
+@every
+def test_whole_model_is_saved_and_loaded_by_torch(name, tmp_path):
+    model, x = injected(name), inputs(name)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(**x).logits, model(**x).logits)
+    assert visadapt.active(again) == "t"

@@ -11,6 +11,7 @@ import torch
 import visadapt
 from tests.models import ZOO, answer, stir
 from visadapt import VisadaptError
+from visadapt.runtime.selection import bare
 from visadapt.training import Recipe, fit
 
 SECONDS = float(os.environ.get("VISADAPT_STRESS_SECONDS", "3"))
@@ -210,3 +211,56 @@ def test_deciding_hooks_nothing() -> None:
     # its copy of the backbone follows the model
     model.double()
     assert len(visadapt.decide(model, x.double())) == 2
+
+
+def test_merging_changes_no_mode_and_hooks_nothing() -> None:
+    model = ZOO["tiny/resnet"].make()
+    visadapt.inject(model, visadapt.LoRA(r=2), task="a", num_classes=3, where="conv3x3")
+    stir(model, "a")
+    model.train()
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    changed = []
+
+    class Watched(type(model)):
+        def __setattr__(self, name, value):
+            changed.append((self, name))
+            super().__setattr__(name, value)
+
+    model.__class__ = Watched
+    visadapt.merge(model, "a")
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+    assert model.training
+    assert changed
+    assert not any(name == "training" for module, name in changed if module is model)
+
+
+def test_modes_are_changed_for_one_thread_alone() -> None:
+    model, x = ZOO["tiny/resnet"].make(), ZOO["tiny/resnet"].inputs()["x"]
+    visadapt.inject(model, m=3, task="a", num_classes=3)
+    errors: list[str] = []
+
+    def forward() -> None:
+        try:
+            with visadapt.using(model, "a"):
+                model(x)
+        except VisadaptError as error:
+            errors.append(str(error))
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=forward)
+        thread.start()
+        thread.join()
+
+    modes = [module.training for module in model.train().modules()]
+    with bare(model):
+        assert not model.training
+        elsewhere()
+        with bare(model):
+            model(x)
+    assert len(errors) == 1
+    assert "another thread has put this model into modes" in errors[0]
+    assert modes == [module.training for module in model.modules()]
+    elsewhere()
+    with bare(model.eval()):
+        elsewhere()
+    assert len(errors) == 1

@@ -178,3 +178,40 @@ def test_a_dense_block_and_a_getter_of_layers() -> None:
     getter = torchvision.models._utils.IntermediateLayerGetter(model.features, {"denseblock1": "a", "denseblock2": "b"})
     assert list(getter) == [name for name in net.features._modules if name not in ("norm5", "visadapt")]
     assert getter(x)["b"].shape[0] == 2
+
+
+class InTurn(nn.Module):
+    """Runs the children of its blocks, as checkpointing of a sequence does, without calling the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(conv(), nn.ReLU(), conv()) for _ in range(2))
+        self.fc = nn.Linear(4, 3)
+        self.apart = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = x
+            for child in block.children() if self.apart else [block]:
+                y = child(y)
+            x = x + y
+        return self.fc(x.mean((2, 3)))
+
+
+def test_parts_act_where_a_hosts_children_are_run_in_turn() -> None:
+    model, x = enliven(InTurn()).eval(), torch.randn(4, 4, 6, 6)
+    for seed, task in enumerate("ab"):
+        visadapt.inject(model, m=2, task=task, where=["blocks.0", "blocks.1"], example=x)
+        stir(model, task, seed)
+    expected = {}
+    with torch.no_grad():
+        for apart in (False, True):
+            model.apart = apart
+            for task in ("a", None, "b", ("b", "a", "b", None)):
+                with using(model, list(task) if isinstance(task, tuple) else task):
+                    out = model(x)
+                torch.testing.assert_close(out, expected.setdefault(task, out), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(expected["a"], expected["b"])
+        visadapt.inject(model, m=2, task="c", train_also=("blocks.0",), example=x)
+        with pytest.raises(visadapt.VisadaptError, match=r"children of blocks\.0 were run one after the other"):
+            model(x)

@@ -1,7 +1,11 @@
-"""Every method on backbones of every build: in a mixed batch each sample gets what its task alone gives it."""
+"""Every method on backbones of every build: in a mixed batch each sample gets what its task alone gives it.
+
+Each build meets a third of the methods, another third than its neighbours. VISADAPT_MATRIX=full lets all meet all.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,9 +26,11 @@ from visadapt import (
     AdaptFormer,
     Biases,
     Bottleneck,
+    CoLoRA,
     ConvAdapter,
     DoRA,
     Full,
+    Ladder,
     Linear,
     LoRA,
     Mona,
@@ -48,7 +54,9 @@ METHODS = (
     ConvAdapter(scheme="residual-parallel"),
     SSF(),
     LoRA(r=2),
+    CoLoRA(r=2),
     DoRA(r=2),
+    Ladder(m=3),
     Mona(m=3, dropout=0.0),
     AdaptFormer(m=3),
     Linear(),
@@ -61,6 +69,8 @@ TASKS = ["b", "a", "c", "a", "b"]
 """An odd order; c is a task of another method, with norms or a head of its own where there can be any."""
 
 TOLERANCE = 1e-5
+
+FULL = os.environ.get("VISADAPT_MATRIX") == "full"
 
 QUICK = ("encoder", "swin", "audio", "detector")
 """The builds of every run; the others are slow."""
@@ -113,7 +123,7 @@ def place(name: str, method: Method) -> dict[str, Any]:
     model = shared(name)
     args, kwargs = next(build for build in BUILDS if build.name == name).batch(2)
     facts = Facts(model)
-    norms = "frozen" if isinstance(method, Linear | Biases) or not facts.norms else "affine"
+    norms = "frozen" if isinstance(method, Linear | Biases | Ladder) or not facts.norms else "affine"
     heads = ({"num_classes": 4}, {"num_classes": None}) if facts.head is not None else ({},)
     refusals = []
     for where in (None, "linear", "conv") if method.kinds else (None,):
@@ -219,6 +229,9 @@ def outcome(build: Build, model: nn.Module, method: Method) -> Iterator[tuple[st
         put(build, model, method, "a", 1)
         put(build, model, method, "b", 2)
         put(build, model, Bottleneck(m=2, activation="relu"), "c", 3)
+        with torch.no_grad():
+            # a ladder cannot pool tokens whose map is not known, which shows when it runs
+            run(model, build.batch(2), "a")
     except VisadaptError as error:
         yield "not for this build", str(error)
         return
@@ -237,13 +250,13 @@ def judged(build: Build, model: nn.Module, training: bool) -> tuple[str, str]:
 
 @pytest.mark.filterwarnings("ignore:.*more than the .* of what it adapts")
 @pytest.mark.parametrize(
-    "build",
-    [pytest.param(b, id=b.name, marks=() if b.name in QUICK else pytest.mark.slow) for b in BUILDS],
+    ("number", "build"),
+    [pytest.param(i, b, id=b.name, marks=() if b.name in QUICK else pytest.mark.slow) for i, b in enumerate(BUILDS)],
 )
-def test_each_sample_of_a_mixed_batch_gets_what_its_task_alone_gives(build, tally):
+def test_each_sample_of_a_mixed_batch_gets_what_its_task_alone_gives(number, build, tally):
     model = shared(build.name)
     counts: Counter[str] = Counter()
-    for method in METHODS:
+    for method in METHODS if FULL else METHODS[number % 3 :: 3]:
         for kind, text in outcome(build, model, method):
             counts[kind] += 1
             tally.add(kind, build, method, text)
@@ -252,4 +265,4 @@ def test_each_sample_of_a_mixed_batch_gets_what_its_task_alone_gives(build, tall
     assert counts["wrong"] == 0, tally.lines
     assert counts["refused"] <= 0.05 * counts["right"], tally.lines
     # a decoder of texts without a head: the kernels with neighbours, what needs a map, and what trains a head alone
-    assert counts["not for this build"] <= 7, tally.lines
+    assert counts["not for this build"] <= (8 if FULL else 5), tally.lines

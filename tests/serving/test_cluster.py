@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket
 import warnings
 from pathlib import Path
@@ -61,6 +62,11 @@ def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path, monkeypa
                 for name in CLASSES:
                     assert predict(name, png()).status_code == 200
             assert client.get("/v1/tasks/birds").json()["classes"] == 5
+            counted = dict(re.findall(r"^(visadapt_\w+(?:{.*})?) ([\d.]+)$", client.get("/metrics").text, re.MULTILINE))
+            # of the front, and of both replicas: every task was loaded by one of them
+            assert float(counted['visadapt_requests_total{outcome="ok"}']) == 21
+            assert float(counted["visadapt_tasks_loaded"]) == 4
+            assert float(counted["visadapt_wait_seconds_count"]) >= 28
             wrong = predict("bird", png())
             assert (wrong.status_code, wrong.json()["error"]["name"]) == (404, "unknown_task")
             assert predict("birds", b"no image").status_code == 422

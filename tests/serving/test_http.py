@@ -28,6 +28,7 @@ from visadapt import VisadaptError
 from visadapt.serving import Limits, Server, ServingError
 from visadapt.serving.app import build_app
 from visadapt.serving.guard import Guard, log
+from visadapt.serving.metrics import Metrics, summed
 from visadapt.serving.refusal import STATUS
 from visadapt.serving.running import Options, is_loopback
 from visadapt.serving.service import LocalService
@@ -370,3 +371,21 @@ def test_images_of_other_modes_and_formats(server: Server) -> None:
         error_of(predict(server, {"task": "cars", "inputs": [encoded(file.getvalue())]}), 422)["name"] == "undecodable"
     )
     assert torch.is_grad_enabled()
+
+
+def test_metrics_of_several_processes_add_up() -> None:
+    one, other = Metrics(), Metrics()
+    one.requests.labels("ok").inc(3)
+    other.requests.labels("ok").inc(2)
+    other.requests.labels("overloaded").inc()
+    for metrics, seconds in ((one, 0.003), (other, 1.5)):
+        metrics.wait.observe(seconds)
+        metrics.loaded.set(2)
+    text = summed([one.text(), other.text()]).decode()
+    for line in (
+        'visadapt_requests_total{outcome="ok"} 5.0', 'visadapt_requests_total{outcome="overloaded"} 1.0',
+        'visadapt_wait_seconds_bucket{le="0.005"} 1.0', 'visadapt_wait_seconds_bucket{le="+Inf"} 2.0',
+        "visadapt_wait_seconds_sum 1.503", "visadapt_tasks_loaded 4.0",
+    ):  # fmt: skip
+        assert line in text.splitlines()
+    assert summed([one.text()]) == one.text()

@@ -19,7 +19,7 @@ import visadapt
 from tests.models import stir
 from tests.serving.conftest import CLASSES, LABELS, NOTES, alone, network, png, write_task, write_text_task
 from visadapt import VisadaptError
-from visadapt.serving import Limits, Server, ServingError
+from visadapt.serving import Limits, Server, ServingError, pool
 
 
 def serve(action: Callable[[Server], Awaitable[Any]], *source: Any, **options: Any) -> Any:
@@ -103,6 +103,40 @@ def test_tasks_follow_their_files(folder: Path, tmp_path: Path) -> None:
         os.utime(folder / "fruits.visadapt", (1, 1))
         await server.predict("fruits", [png()])
         assert counted(server, "loads_total") == loads
+
+    serve(action, folder, exact=True)
+
+
+def test_a_file_that_was_another_while_it_was_loaded_is_loaded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder / "flowers.visadapt"
+    first, other = file.read_bytes(), write_task(tmp_path, "flowers", seed=7).read_bytes()
+
+    def replace(data: bytes) -> None:
+        partial = folder / ".part"
+        partial.write_bytes(data)
+        os.replace(partial, file)
+
+    async def action(server: Server) -> None:
+        load, calls = pool.load, []
+
+        def swapped(model: Any, path: Path, **options: Any) -> str:
+            calls.append(path)
+            if len(calls) == 1:
+                # another version for just as long as it is loaded
+                replace(other)
+            try:
+                return load(model, path, **options)
+            finally:
+                replace(first)
+
+        visadapt.remove(server.pool.model, "flowers")
+        server.pool._loaded.pop("flowers")
+        monkeypatch.setattr(pool, "load", swapped)
+        answer = (await server.predict("flowers", [png()]))[0]
+        assert len(calls) == 2
+        assert torch.equal(answer.logits, alone(file, png()))
 
     serve(action, folder, exact=True)
 

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("user_program.py")
+BUILDERS = Path(__file__).with_name("builders.py")
 
 WRONG = {
     'visadapt.inject(Net(), norms="afine")': "norms",
@@ -61,9 +62,9 @@ def test_pyright(tmp_path: Path) -> None:
     pytest.importorskip("pyright")
     file = with_mistakes(tmp_path)
     project = tmp_path / "pyrightconfig.json"
-    project.write_text(json.dumps({"include": [str(file)], "extraPaths": [str(ROOT)]}), encoding="utf-8")
+    project.write_text(json.dumps({"include": [str(file), str(BUILDERS)], "extraPaths": [str(ROOT)]}), encoding="utf-8")
     done = run("pyright", "--project", str(project), "--pythonpath", sys.executable, "--outputjson")
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     found = json.loads(done.stdout)["generalDiagnostics"]
-    errors = {each["range"]["start"]["line"] + 1 for each in found if each["severity"] == "error"}
-    assert errors == set(lines_of_mistakes(file)), found
+    errors = {(each["file"], each["range"]["start"]["line"] + 1) for each in found if each["severity"] == "error"}
+    assert errors == {(str(file), line) for line in lines_of_mistakes(file)}, found

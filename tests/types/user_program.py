@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18
@@ -45,8 +46,10 @@ def steps(model: Net, images: Tensor, labels: Tensor) -> float:
 
 def main(folder: Path) -> list[str | None]:
     assert_type(visadapt.inject(Net, m=4, task="built", width=16), Net)
-    backbone: ResNet = resnet18()  # torchvision's decorators hide its type from mypy, though not from pyright
+    # torchvision's decorators hide the type of resnet18() from mypy, so it is Any before and after inject
+    backbone: ResNet = visadapt.inject(resnet18(), m=4)
     assert_type(visadapt.inject(backbone, m=4), ResNet)
+    assert_type(visadapt.inject(timm.create_model("resnet18"), m=4), nn.Module)
     assert_type(visadapt.inject("timm/resnet18", m=4, pretrained=False), nn.Module)
     model = assert_type(visadapt.inject(adapted("affine"), visadapt.Parallel(), task="b", num_classes=3), Net)
     steps(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))

@@ -47,7 +47,7 @@ def find_sites(model: nn.Module, modules: dict[str, nn.Module], head: Head | Non
     sites = _sorted(found)
     if not found or not covers(found, modules, head):
         try:
-            sites = _sorted(traced.find(model, modules, head, example))
+            sites = traced.find(model, modules, head, example)
         except VisadaptError:
             if not found or example is not None:
                 raise

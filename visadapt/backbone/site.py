@@ -80,10 +80,28 @@ Where: TypeAlias = "str | range | slice | int | Callable[[Site], bool] | Iterabl
 """How sites are chosen; see `select`."""
 
 
-class Sites(tuple[Site, ...]):
-    """The sites of a model, in the order of their depth; prints as a table."""
+@dataclass(frozen=True)
+class LeftOut:
+    """A place that would be a site if the channel axis there were known.
 
-    __slots__ = ()
+    Attributes:
+        kind: the kind of site.
+        reason: why it is none, with the path of the module.
+    """
+
+    kind: str
+    reason: str
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of a model, in the order of their depth; prints as a table.
+
+    Attributes:
+        left_out: what is missing among them, and why. A method that stands at these kinds of site by default refuses
+            the model; ``where=`` chooses others.
+    """
+
+    left_out: tuple[LeftOut, ...] = ()
 
     def kinds(self) -> list[str]:
         """The kinds there are, in order of appearance."""
@@ -97,7 +115,7 @@ class Sites(tuple[Site, ...]):
         )
 
     def __str__(self) -> str:
-        return str(self.table())
+        return "\n".join([str(self.table()), *(f"left out: {each.reason}" for each in self.left_out)])
 
     def __rich__(self) -> Any:
         return self.table().__rich__()

@@ -17,7 +17,7 @@ from visadapt.backbone.families.convs import conv3x3, is_batchnorm
 from visadapt.backbone.heads import Head, head_of_flow
 from visadapt.backbone.modules import is_matrix, last_name, own_modules, parameter_count, parent, within
 from visadapt.backbone.operators import is_operator
-from visadapt.backbone.site import Site, layout_named
+from visadapt.backbone.site import LeftOut, Site, Sites, layout_named
 from visadapt.backbone.trace import trace_flow, unknown_axis
 from visadapt.errors import VisadaptError
 
@@ -26,7 +26,7 @@ _ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|glu|channel_mix", re.IGNORECASE)
 
 
-def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> list[Site]:
+def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
     """``block``, ``attention`` and ``mlp``: the ends of branches; ``conv3x3``: the 3×3 convs of their blocks.
 
     ``query``, ``value`` and ``qkv``: the projections of attention in them.
@@ -40,17 +40,18 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}
     sites: list[Site] = []
-    unknown: list[End] = []
+    left_out: list[LeftOut] = []
     for end in found:
         layout = layout_named(end.axis, len(end.value.shape))
+        kind = kind_of(end, modules, alone=counts[end.block] == 1)
         if layout is None or end.axis is None:
-            unknown.append(end)
+            left_out.append(LeftOut(kind, unknown_axis(end.host, end.value.shape, end.value)))
             continue
         depth = depths.setdefault(end.block, len(depths))
         sites.append(
             Site(
                 end.host,
-                kind_of(end, modules, alone=counts[end.block] == 1),
+                kind,
                 end.value.shape[end.axis],
                 layout,
                 depth,
@@ -61,14 +62,16 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
                 traced=True,
             )
         )
-    if unknown and not sites:
-        raise VisadaptError(unknown_axis(unknown[0].host, unknown[0].value.shape, unknown[0].value))
+    if left_out and not sites:
+        raise VisadaptError(left_out[0].reason)
     called = flow.calls_of()
     for block, depth in depths.items():
         own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
         inside = Block(block, depth, own, traced=True)
         sites += conv3x3(inside) + projections(inside)
-    return sites
+    found_sites = Sites(sorted(sites, key=lambda site: site.depth))
+    found_sites.left_out = tuple(left_out)
+    return found_sites
 
 
 def block_of(path: str, blocks: Iterable[str]) -> str | None:

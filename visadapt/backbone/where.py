@@ -98,6 +98,7 @@ def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example:
         return [term]
     usual = [site for site in found if site.kind in kinds]
     if term is None:
+        _check_complete(found, kinds)
         if not usual:
             hint = f"its kinds of site are {', '.join(found.kinds())}" if found else "visadapt found no site in it"
             raise VisadaptError(
@@ -132,6 +133,7 @@ def _depths(term: range | slice | int, depths: range) -> range:
 
 def _match_name(facts: Facts, found: Sites, term: str, kinds: Sequence[str], example: Any) -> list[Site]:
     if any(site.kind == term for site in found):
+        _check_complete(found, [term])
         return [site for site in found if site.kind == term]
     if term in LAYERS:
         matched = _layers(facts, term, example)
@@ -152,6 +154,13 @@ def _match_name(facts: Facts, found: Sites, term: str, kinds: Sequence[str], exa
         names |= {name for name in facts.modules if name}
         raise VisadaptError(f"where={term!r} matches no site and no module of {facts.name}{nearest(term, names)}")
     return matched
+
+
+def _check_complete(found: Sites, kinds: Sequence[str]) -> None:
+    """Refuse to mean all sites of some kinds where some places of these kinds are none."""
+    for missing in found.left_out:
+        if missing.kind in kinds:
+            raise VisadaptError(missing.reason)
 
 
 def _layers(facts: Facts, term: str, example: Any) -> list[Site]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -33,6 +35,10 @@ class Commands(TyperGroup):
             with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
                 return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # whoever reads the output has enough; nothing more may be written when Python exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
         except (VisadaptError, OSError) as error:
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from error

@@ -109,9 +109,11 @@ def cached_data(
 
 
 def _share_below(model: nn.Module, task: str, example: Any) -> float:
-    """The share of the backbone's parameters that lies below the first site of a task."""
+    """The share of the backbone's parameters that lies below the first site of a task, tables to look up left out."""
     prefix = Prefix(model, task, example)
     try:
-        return sum(tensor.numel() for tensor in prefix.tensors().values()) / max(1, facts_of(model).size)
+        computed = [module for module in prefix.spared if not isinstance(module, nn.Embedding)]
+        own = sum(tensor.numel() for module in computed for tensor in module.parameters(recurse=False))
+        return own / max(1, facts_of(model).size)
     finally:
         prefix.close()

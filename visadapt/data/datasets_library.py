@@ -29,6 +29,11 @@ def is_stored(path: Path) -> bool:
     return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 
+def holds_data_files(folder: Path) -> bool:
+    """Whether a folder has JSON or Parquet files that the library reads."""
+    return folder.is_dir() and any(file.suffix.lower() in _BUILDERS for file in folder.iterdir() if file.is_file())
+
+
 def open_dataset(data: Any, name: str, online: bool = False, config: str | None = None) -> dict[str, Any]:
     """Open a data set of the ``datasets`` library.
 

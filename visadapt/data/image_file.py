@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visadapt.data.bounded import open_image
 from visadapt.errors import VisadaptError
+from visadapt.limits import check_limit
 from visadapt.optional import available, require
 
 if TYPE_CHECKING:
@@ -95,8 +96,20 @@ def to_image(pixels: Tensor) -> Image:
     return pil().fromarray(pixels.permute(1, 2, 0).contiguous().numpy())  # type: ignore[no-any-return]
 
 
+def check_resized(image: Image, size: int) -> None:
+    """Refuse an image that is so long and narrow that resizing its shorter side to ``size`` takes too much memory.
+
+    Raises:
+        VisadaptError: it would have more pixels than `visadapt.limits.LIMITS` allows.
+    """
+    scale = size / max(1, min(image.size))
+    what = f"an image of {image.width} × {image.height} pixels, resized to {size} on its shorter side,"
+    check_limit(image.width * scale * image.height * scale, "IMAGE_PIXELS", what)
+
+
 def to_square(image: Image, size: int) -> Image:
     """Resize the shorter side to ``size``, bilinearly, and crop the centre."""
+    check_resized(image, size)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visadapt.checks import check_choice
-from visadapt.data.image_file import square_pixels, to_tensor
+from visadapt.data.image_file import check_resized, square_pixels, to_tensor
 from visadapt.data.image_layouts import Found
 from visadapt.data.image_sources import find
 from visadapt.data.images import ImageSplit
@@ -90,6 +90,7 @@ class ImageInputs:
         """Resize and crop one RGB image; the result is uint8, ``(3, size, size)``."""
         if self.crop_mode is None:
             return square_pixels(image, self.size)
+        check_resized(image, self.size)
         transform = _transform(self.size, self.crop_pct, self.interpolation, self.crop_mode, self.mean)
         return transform(image)  # type: ignore[no-any-return]
 

@@ -1,7 +1,13 @@
-"""Find labelled images: folders of classes, with or without splits, and tables of file names."""
+"""Find labelled images: folders of classes, with or without splits, and tables of file names.
+
+torchvision's ``ImageFolder`` is not used. It lists the classes of one folder and knows nothing of splits, hidden or
+linked files or classes that a task already has; it drops files of other suffixes, among them HEIC and AVIF, without a
+word; and it takes a folder of splits for classes. All that would be left of it is ``os.scandir``.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -151,9 +157,19 @@ def find_images(path: Path, classes: Sequence[str] | None, columns: ImageColumns
 def files_below(folder: Path) -> list[Path]:
     """List the image files below a folder, sorted; hidden files and folders are left out.
 
-    A file without the suffix of an image is one if its content is.
+    A file without the suffix of an image is one if its content is. Linked folders are followed, each folder once.
     """
-    return _sorted_out(sorted(p for p in folder.rglob("*") if not _is_hidden(p, folder)))
+    files: list[Path] = []
+    seen = set(folder.resolve().parents)
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            folders.clear()  # a link to a folder above, whose images are of other classes, or a second link
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(Path(name)))
+        files += [Path(place, name) for name in names if not _is_hidden(Path(name))]
+    return _sorted_out(sorted(files))
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -164,8 +180,9 @@ def _sorted_out(paths: Sequence[Path]) -> list[Path]:
     images, others = [], []
     for file in paths:
         suffix = file.suffix.lower()
-        if suffix in _OTHER or not file.is_file():
+        if suffix in _OTHER or file.is_dir():
             continue
+        # a link to nothing is an image that cannot be read
         if suffix in SUFFIXES or is_image(file):
             images.append(file)
         else:
@@ -175,13 +192,13 @@ def _sorted_out(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
-def _is_hidden(path: Path, below: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     # .ipynb_checkpoints, ._photo.jpg and __MACOSX belong to other programs
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in path.relative_to(below).parts)
+    return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db")
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not _is_hidden(path, folder))
+    return sorted(path for path in folder.iterdir() if not _is_hidden(path))
 
 
 def _class_folders(folder: Path) -> list[Path]:

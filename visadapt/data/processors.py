@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visadapt.data.allowlist import FLAG, SIDE, Kind, real, whole
+from visadapt.data.image_file import check_resized
 from visadapt.data.image_inputs import ImageInputs
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import available, require
@@ -88,6 +89,7 @@ class ProcessorInputs(ImageInputs):
         return _pixel_values(_built(self.processor)(list(images), **options, return_tensors="pt"))
 
     def pixels(self, image: Image) -> Tensor:
+        check_resized(image, self.size)
         if self.parts == 1:
             return _pixel_values(_built(self.processor)([image], return_tensors="pt"))[0]
         return _uint8(_pixel_values(_built(self.processor)([image], **_CROP, return_tensors="pt")))[0]

@@ -18,6 +18,11 @@ Column = str | int
 SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
 """Suffixes of tables, in lower case."""
 
+_SEPARATORS = (";", "\t", "|", ",")
+
+_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".zip")
+"""Suffixes of files that hold tables, but not as text."""
+
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
@@ -94,7 +99,9 @@ class Table:
         """Describe the columns, for messages."""
         if self.names is None:
             return f"{self.width} columns without names"
-        return f"the columns {', '.join(map(repr, self.names))}"
+        columns = f"the columns {', '.join(map(repr, self.names))}"
+        other = next((mark for mark in _SEPARATORS if len(self.names) == 1 and mark in self.names[0]), None)
+        return columns if other is None else f"one column, {self.names[0]!r} ({option('delimiter')} sets its separator)"
 
     def cells(self, column: int) -> list[str]:
         """The cells of a column, without spaces around them."""
@@ -119,6 +126,8 @@ def read_table(file: Path, form: Format) -> Table:
     Raises:
         VisadaptError: the file cannot be read or decoded, has no rows, or has rows of different lengths.
     """
+    if file.suffix.lower() in _SHEETS:
+        raise VisadaptError(f"{file} must be a table as text: save it as .csv")
     lines = read_text(file, form.encoding)
     comma = file.name.lower().removesuffix(".gz").endswith(".csv")
     delimiter = form.delimiter or ("," if comma else "\t")

@@ -88,9 +88,13 @@ class Targets:
         if self.regression or self.separator is not None:
             return
         different = len(set(cells))
-        if different < _MANY or different <= len(cells) // 2:
+        if different <= max(2, len(cells) // 2):
             return
-        if all(_real(cell) is not None for cell in set(cells)):
+        numbers = all(_real(cell) is not None for cell in set(cells))
+        fractions = numbers and any(not re.fullmatch(r"[-+]?\d+", cell) for cell in set(cells))
+        if different < _MANY and not fractions:
+            return
+        if numbers:
             raise VisadaptError(
                 f"{where} has {different} different numbers as labels, such as {cells[0]}: give {option('regression')} "
                 "to train on real values"

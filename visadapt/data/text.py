@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
-from visadapt.data.datasets_library import SPLITS, is_stored, labels_of, open_dataset
+from visadapt.data.datasets_library import SPLITS, holds_data_files, is_stored, labels_of, open_dataset
 from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, check_form, held_out
 from visadapt.errors import VisadaptError, nearest, option
@@ -132,8 +132,8 @@ def load_text(
             ``"tweets"``, ``"movies"``, ``"products"``, ``"editorials"``: bundled domains with human sentiment labels
             (negative, neutral, positive);
             ``"sst2"``, ``"cola"``, ``"mrpc"``, ``"rte"``, ``"trec"``: the folder of this name in ``root``;
-            a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder that ``save_to_disk`` of the ``datasets`` library
-            wrote, or its ``Dataset`` or ``DatasetDict``;
+            a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder of such files; a folder that ``save_to_disk`` of
+            the ``datasets`` library wrote, or its ``Dataset`` or ``DatasetDict``;
             ``"hf/NAME"``: another folder that this library loads, or a data set of the Hugging Face hub;
             a folder with ``train`` and ``test`` and/or ``dev`` (``validation``) files, ``.tsv`` or ``.csv``;
             a ``.tsv`` or ``.csv`` file (``.gz`` too), of which 10 % become validation and 20 % test.
@@ -176,7 +176,8 @@ def load_text(
         return _assemble(name, splits, seed, Targets(), preset.classes)
     path, reader = Path(name), _Reader(text, label, Format(header, delimiter, encoding), targets)
     known = None if classes is None else {y: y for y in classes}
-    if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or is_stored(path):
+    stored = is_stored(path) or (holds_data_files(path) and not any(map(is_table, path.iterdir())))
+    if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or stored:
         given = path if isinstance(name_or_path, str | Path) and not name.startswith("hf/") else name_or_path
         parts = open_dataset(given, name, online, config)
         splits, targets, own = _of_datasets(parts, name, text, label, targets)
@@ -323,7 +324,7 @@ def _folder(path: Path, reader: _Reader, whole: bool = False) -> dict[str, _Rows
             found[split] = reader.read(file)
     if (whole and found) or ("train" in found and len(found) > 1):
         return found
-    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv)")
+    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv) of texts")
 
 
 def _of_datasets(

@@ -63,7 +63,7 @@ def fit_head(
 
     def features(samples: Samples) -> Samples:
         with _captured_inputs(unwrapped(model).get_submodule(path)) as inputs:
-            predict(model, task, samples, prepare=prepare, device=device)
+            predict(model, task, samples, prepare=prepare, device=device, precision="bf16" if recipe.fast else None)
         return Samples(torch.cat(inputs), samples.labels)
 
     cached = features(train)
@@ -96,7 +96,7 @@ def is_probe(model: nn.Module, task: str) -> bool:
 @contextmanager
 def _captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().cpu()))
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float().cpu()))
     try:
         yield inputs
     finally:

@@ -16,6 +16,7 @@ from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of
 from visadapt.runtime.selection import bare, using
+from visadapt.runtime.twins import task_twin
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
         VisadaptError: the model does not run on a guessed input.
     """
     paths = [path for path in facts_of(model).head_modules if path]
-    with bare(model):
-        with using(model, task):
-            expected, probe = _first_run(model, paths, probe)
-        plain = _run(model, paths, probe)
+    # modes and hooks are a copy's alone: other threads may be using the model, or have compiled it
+    twin = task_twin(model, task) or model
+    with bare(twin):
+        with using(twin, task):
+            expected, probe = _first_run(twin, paths, probe)
+        plain = _run(twin, paths, probe)
     found = _run(merged, paths, probe)
     return [
         *_compared("what goes into the head", found.features, expected.features, plain.features),

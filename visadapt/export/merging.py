@@ -16,7 +16,7 @@ from visadapt.export.comparing import differences
 from visadapt.export.folding import fold as fold_norms
 from visadapt.export.merge_rules import absorb
 from visadapt.export.weights import tolerance
-from visadapt.runtime.registry import Registry, find_registry, registry_of
+from visadapt.runtime.registry import Registry, check_filled, find_registry, registry_of
 from visadapt.runtime.root import capture_calls
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def merge(
     """
     registry = registry_of(model)
     name = registry.task(registry.current() if task is None else task).name
+    check_filled(registry, [name])
     if registry.lean is not None and registry.lean.is_compact:
         raise VisadaptError(
             f"this model is lean, {registry.lean.told}, and a merge is of its own weights: call visadapt.unlean first"

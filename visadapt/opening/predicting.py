@@ -222,25 +222,43 @@ def read_logits(task: Task, logits: Tensor, top: int | None = None, threshold: f
     Raises:
         VisadaptError: a logit is NaN or infinite, the task has another number of labels, or its note is unknown.
     """
+    return read_outputs(task.name, task.labels, problem_of(task), logits, top, threshold)
+
+
+def read_outputs(
+    name: str, labels: tuple[str, ...] | None, problem: str, logits: Tensor, top: int | None, threshold: float = 0.5
+) -> list[Prediction]:
+    """Turn logits into predictions.
+
+    Args:
+        name: of the task.
+        labels: names of the outputs; None for their numbers.
+        problem: one of ``PROBLEMS``.
+        logits: ``(N, C)``.
+        top: as `predict` takes it.
+        threshold: as `predict` takes it.
+
+    Raises:
+        VisadaptError: a logit is NaN or infinite, or there is another number of labels.
+    """
     logits = logits.detach().float().cpu()
     width = logits.shape[1]
-    labels = tuple(map(str, range(width))) if task.labels is None else task.labels
+    labels = tuple(map(str, range(width))) if labels is None else labels
     if len(labels) != width:
-        raise VisadaptError(f"task {task.name!r} has {len(labels)} labels for {width} outputs")
+        raise VisadaptError(f"task {name!r} has {len(labels)} labels for {width} outputs")
     # −inf is allowed: a network may rule out a class
     bad = int((logits.isnan() | (logits == torch.inf)).any(-1).sum())
     if bad:
-        raise VisadaptError(f"task {task.name!r} gives NaN or infinite logits for {bad} of {len(logits)} inputs")
-    problem = problem_of(task)
+        raise VisadaptError(f"task {name!r} gives NaN or infinite logits for {bad} of {len(logits)} inputs")
     if problem == "regression":
-        return [Prediction(task.name, labels, values=tuple(row)) for row in logits.tolist()]
+        return [Prediction(name, labels, values=tuple(row)) for row in logits.tolist()]
     several = problem == "multi_label_classification"
     probabilities = logits.sigmoid() if several else logits.softmax(-1)
     best = probabilities.topk(width if top is None and several else min(top or 1, width))
     found = []
     for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         kept = [(labels[i], p) for p, i in zip(values, indices, strict=True) if p >= threshold or not several or top]
-        found.append(Prediction(task.name, tuple(name for name, _ in kept), tuple(p for _, p in kept)))
+        found.append(Prediction(name, tuple(label for label, _ in kept), tuple(p for _, p in kept)))
     return found
 
 
@@ -250,9 +268,14 @@ def problem_of(task: Task) -> str:
     Raises:
         VisadaptError: the note is not one of ``PROBLEMS``.
     """
-    problem = task.notes.get("problem_type", PROBLEMS[0])
+    return problem_noted(task.name, task.notes)
+
+
+def problem_noted(name: str, notes: Mapping[str, Any]) -> str:
+    """What the outputs of a task with such notes are; see `problem_of`."""
+    problem = notes.get("problem_type", PROBLEMS[0])
     if problem not in PROBLEMS:
-        raise VisadaptError(f"task {task.name!r}: problem_type must be one of {', '.join(PROBLEMS)}, got {problem!r}")
+        raise VisadaptError(f"task {name!r}: problem_type must be one of {', '.join(PROBLEMS)}, got {problem!r:.100}")
     return str(problem)
 
 

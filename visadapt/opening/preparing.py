@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +88,32 @@ def preprocess(
     if spec.inputs is None or backbone is not None:
         source = registry.source
         given = source.name if backbone is None and source and source.by_hand else backbone
-        description = spec.notes.get("inputs")
-        if description is None:
-            name = source.name if given is None and source else given
-            description = described(_of_backbone(model, spec.name, name))
-        spec.inputs = from_description(description, backbone=given, online=online)
+        name = source.name if given is None and source else given
+        spec.inputs = noted_inputs(model, spec.name, spec.notes, given, name, online)
     return Preprocess(spec.inputs)
+
+
+def noted_inputs(
+    model: nn.Module, task: str, notes: Mapping[str, Any], by_hand: str | None, name: str | None, online: bool
+) -> Inputs:
+    """Rebuild a task's inputs from its notes, or from the backbone where they say nothing.
+
+    Args:
+        model: the backbone.
+        task: name of the task.
+        notes: of the task.
+        by_hand: name of the backbone, if it is of the caller's own choice.
+        name: name of the backbone, whoever chose it.
+        online: whether a tokenizer that only the notes name may be downloaded.
+
+    Raises:
+        VisadaptError: the notes are damaged, name a tokenizer that no file may choose, or it is not known how the
+            task's inputs are prepared.
+    """
+    description = notes.get("inputs")
+    if description is None:
+        description = described(_of_backbone(model, task, name))
+    return from_description(description, backbone=by_hand, online=online)
 
 
 def same_inputs(model: nn.Module, names: Sequence[str]) -> Preprocess | None:

@@ -23,6 +23,7 @@ import torch
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
 from visadapt.runtime.node_log import Log, Logs, now
+from visadapt.runtime.reservation import Reservation
 
 AUTO = "auto"
 """In a task's place: let the decider choose for each sample."""
@@ -57,7 +58,7 @@ class Choices:
         self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._local = threading.local()
         self._logs = Logs()
-        self._reserved: threading.Thread | None = None
+        self.reservation = Reservation()
         # a copy of the bare backbone for the decider, and the facts that it was made by
         self.listener: Any = None
 
@@ -213,11 +214,7 @@ class Choices:
         Raises:
             VisadaptError: as `acting`; or the task was removed.
         """
-        if self._reserved is not None and self._reserved is not threading.current_thread():
-            raise VisadaptError(
-                "this model is trained in another thread, in modes that all its tasks would see: wait until it is "
-                "done, or train without a cached prefix, which leaves the model's modes as they are"
-            )
+        self.reservation.check()
         self._drop_stale()
         chosen, graph = self._acting(noted=False), torch._C._current_graph_task_id()
         self.check(chosen)
@@ -226,10 +223,6 @@ class Choices:
         block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
         self._set(block)
         return block
-
-    def reserve(self, thread: threading.Thread | None) -> None:
-        """Keep forwards of the whole model for one thread; None lets all threads run it again."""
-        self._reserved = thread
 
     def finish(self, caller: FrameType) -> Block | None:
         """Let go of what was captured, where the forward ends.
@@ -380,7 +373,18 @@ class Choices:
             return None
 
 
-_NOT_COPIED = ("_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "_reserved", "listener", "lock")
+_NOT_COPIED = (
+    "_number",
+    "_held",
+    "_streams",
+    "_open",
+    "_relying",
+    "_local",
+    "_logs",
+    "reservation",
+    "listener",
+    "lock",
+)
 
 
 def _removed(name: str) -> VisadaptError:

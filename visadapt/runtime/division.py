@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, mapped, rebuilt
-from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying
+from visadapt.backbone.rows import FREE, Fact, Lying
 from visadapt.errors import VisadaptError
 from visadapt.methods.stacking import Rows, rows_for
 
@@ -128,16 +128,16 @@ class Division:
             rows = self.rows(size, moved[0].device, fact)
             joined = rows.join(moved)
             return joined if axis == 0 else joined.movedim(0, axis)
-        if fact == UNKNOWN or fact is None:
-            what = "a scalar over the whole batch (a loss)" if outs[0].ndim == 0 else "a tensor without samples"
-            name = ".".join(map(str, key)) or "its output"
-            raise UnfitError(
-                f"{name} is {what}, which cannot be put together from several tasks': leave the labels out and compute "
-                "it from the logits (visadapt.split)"
-            )
-        if any(out.shape != outs[0].shape or not torch.equal(out, outs[0]) for out in outs[1:]):
-            raise UnfitError(f"{self.place} gives a tensor without samples that is another for each task")
-        return outs[0]
+        # what looks free of the batch may not be free of the tasks
+        differ = any(out.shape != outs[0].shape or not torch.equal(out, outs[0]) for out in outs[1:])
+        if fact == FREE and not differ:
+            return outs[0]
+        what = "a scalar over the whole batch (a loss)" if outs[0].ndim == 0 else "a tensor without samples"
+        name = ".".join(map(str, key)) or "its output"
+        raise UnfitError(
+            f"{name} is {what}, which cannot be put together from several tasks': leave the labels out and compute it "
+            "from the logits (visadapt.split)"
+        )
 
 
 def padded(outs: list[Tensor], axis: int, place: str) -> list[Tensor]:

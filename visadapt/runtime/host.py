@@ -155,6 +155,7 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
             dress(host, listing_class)
         if given is not None:
             _keep_forwards(host, kept if kept and kept[-1] is given else (given,))
+    registry.unfilled.note(task, part.parameters())
     for module in part.modules():
         # a model's own init_weights() and post_init() would draw it anew
         module.__dict__["_is_hf_initialized"] = True

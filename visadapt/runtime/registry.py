@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.fingerprint import Digests
+from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
 from visadapt.backbone.rows import RowFacts
@@ -18,7 +18,8 @@ from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.choice import AUTO, Choices
-from visadapt.runtime.symbolic import called
+from visadapt.runtime.symbolic import called, run_in_turn
+from visadapt.runtime.unfilled import Unfilled
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
@@ -66,6 +67,7 @@ class Task:
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
+        digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Task:
     drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
+    digest: str | None = field(default=None, compare=False)
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -117,6 +120,7 @@ class Registry(Choices):
         lean: how lean `visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         watch: what is looked at before and after each forward.
+        unfilled: the tasks that may have tensors without values.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
     """
@@ -129,6 +133,7 @@ class Registry(Choices):
         self.trained: frozenset[str] = frozenset()
         self.versions = Versions(facts.model)
         self.watch = Watch()
+        self.unfilled = Unfilled()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None
@@ -244,9 +249,16 @@ class Parts(nn.ModuleDict):
     _registry: Registry
     _path: str = ""
 
-    def forward(self, what: str, known: dict[str, int], *given: Any) -> Any:
-        """Answer a graph of torch.fx; see `visadapt.runtime.symbolic.called`."""
-        return called(self, what, known, *given)
+    def forward(self, first: Any, *given: Any) -> Any:
+        """Act for code that calls the parts by themselves: a graph of torch.fx, or what runs a container's children."""
+        return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {task: dict(_held(own)) for task, own in self._modules.items() if own is not None}
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for task, tensors in before.items():
+            self._registry.unfilled.moved(task, tensors, dict(_held(self[task])))
+        return applied
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made
@@ -254,7 +266,7 @@ class Parts(nn.ModuleDict):
         replica.__dict__["_registry"] = self._registry.held()
         return cast("nn.Module", replica)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.
         for task, parts in self._modules.items():
             at = f"{prefix}{task}."
@@ -262,7 +274,9 @@ class Parts(nn.ModuleDict):
                 # the very tensors: neither rounded as a state dict may hold them, nor replaced where an optimiser
                 # holds them
                 state_dict.update({at + key: value for key, value in _held(parts)})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                if not metadata.get("assign_to_params_buffers"):
+                    self._registry.unfilled.loaded_from_itself(task, [value for _, value in _held(parts)])
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
 def _held(parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -279,6 +293,17 @@ def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
     parts = host._modules.get(CHILD)
     own = parts._modules.get(task) if isinstance(parts, Parts) else None
     return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
+
+
+def check_filled(registry: Registry, tasks: Iterable[Any]) -> None:
+    """Refuse tasks that were made on the meta device and have no values yet.
+
+    Raises:
+        VisadaptError: one has none, though the backbone has.
+    """
+    if registry.unfilled:
+        on_meta = any(tensor.is_meta for tensor in backbone_tensors(registry.facts.model).values())
+        registry.unfilled.check(tasks, lambda task: named_tensors(registry, task), on_meta)
 
 
 def tasks(model: nn.Module) -> dict[str, Task]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from visadapt.backbone.modules import CHILD, OURS, REGISTRY
 from visadapt.backbone.tracing import is_tracing
-from visadapt.runtime.registry import Parts, Registry
+from visadapt.runtime.registry import Parts, Registry, check_filled
 
 
 def capture_calls(model: nn.Module) -> None:
@@ -34,6 +34,8 @@ def _enter(model: nn.Module, args: Any) -> None:
         if model.__dict__.get("_is_replica"):
             registry = model.__dict__[REGISTRY] = _held(model, registry)
         block = registry.begin(sys._getframe(1))
+        if registry.unfilled:
+            check_filled(registry, block.tasks if isinstance(block.tasks, tuple) else (block.tasks,))
         if not is_tracing():
             registry.watch.before(model, registry.hosts, block.below is not None and block.below.captured)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,15 +119,26 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """The bare backbone in eval mode, whatever is active; modes are put back as they were."""
-    modes = {module: module.__dict__["training"] for module in model.modules()}
-    model.eval()
-    try:
-        if find_registry(model) is None:
-            yield
-        else:
-            with using(unwrapped(model), None):
-                yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """The bare backbone in eval mode, whatever is active; modes are put back as they were.
+
+    Modes are changed only where a module is in train mode. All threads would see it, so forwards in others are refused
+    meanwhile.
+
+    Raises:
+        VisadaptError: modes must change, and the model is kept for another thread.
+    """
+    registry = find_registry(model)
+    trains = [module for module in model.modules() if module.__dict__["training"]]
+    with contextlib.ExitStack() as stack:
+        if trains and registry is not None:
+            stack.enter_context(registry.reservation.hold())
+        stack.callback(_set_modes, trains, True)
+        _set_modes(trains, False)
+        if registry is not None:
+            stack.enter_context(using(unwrapped(model), None))
+        yield
+
+
+def _set_modes(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Proxy
 
 from visadapt.errors import VisadaptError
+from visadapt.runtime.division import UnfitError
 from visadapt.runtime.roles import AROUND, around, on_tensor, role
 
 _INPUT = {"before", "instead"}
@@ -88,4 +89,36 @@ def called(parts: Any, what: str, known: dict[str, int], *given: Any) -> Any:
         raise VisadaptError(f"this graph was traced before task {task!r} was as it is now: trace the model again")
     for part in acting:
         out = around(part, out, (first,))
+    return out
+
+
+def run_in_turn(parts: Any, out: Any) -> Any:
+    """Act at a host whose children were run one after the other, without calling the host; its parts are the last.
+
+    timm's checkpointing does so with the children of an ``nn.Sequential``.
+
+    Args:
+        parts: of all tasks at the host.
+        out: what the child before gave: the host's output.
+
+    Raises:
+        VisadaptError: the task that is meant acts on more than the host's output.
+        UnfitError: a batch of mixed tasks is meant.
+    """
+    registry = parts._registry
+    task = registry.acting()
+    if task is not None and not isinstance(task, str):
+        raise UnfitError(f"the children of {parts._path} were run one after the other, without calling it")
+    own = None if task is None else parts._modules.get(task)
+    if own is None:
+        if task is not None:
+            registry.check_current()
+        return out
+    for part in own.values():
+        if role(part) not in ("after", "watch"):
+            raise VisadaptError(
+                f"the children of {parts._path} were run one after the other, without calling it, but task {task!r} "
+                "acts on more than its output: call it, or choose other modules with where="
+            )
+        out = around(part, out, ())
     return out

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from visadapt.serving.guard import App, Guard, headers_of
 from visadapt.serving.parsing import ErrorResponse, PredictRequest, PredictResponse, parse
 from visadapt.serving.refusal import ServingError
+from visadapt.serving.server import Answer
 from visadapt.serving.service import Service
 
 _BODY = {
@@ -33,7 +34,7 @@ _BODY = {
                         "task": {"type": "array", "items": {"type": "string"}},
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
                         "text": {"type": "array", "items": {"type": "string"}},
-                        "top": {"type": "integer", "default": 1},
+                        "top": {"type": "integer"},
                     },
                 }
             },
@@ -108,10 +109,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.metrics.requests.labels("ok").inc()
         return JSONResponse(
             {
-                "predictions": [
-                    [{"label": label, "score": score} for label, score in zip(a.labels, a.scores, strict=True)]
-                    for a in answers
-                ],
+                "predictions": [_predicted(answer) for answer in answers],
                 "task": [answer.task for answer in answers],
                 "digest": [answer.digest for answer in answers],
                 "model": await service.model(),
@@ -145,7 +143,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", responses={401: _ERRORS[401]})
     async def metrics() -> Response:
         """Return the metrics in Prometheus' text format."""
-        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+        return Response(await service.metrics_text(), media_type=service.metrics.content_type)
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
@@ -193,6 +191,12 @@ def content_policy(html: str) -> str:
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data: blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _predicted(answer: Answer) -> list[dict[str, Any]]:
+    """Labels with their scores or, of a regression, names of outputs with their values."""
+    name, numbers = ("value", answer.values) if answer.values else ("score", answer.scores)
+    return [{"label": label, name: number} for label, number in zip(answer.labels, numbers, strict=True)]
 
 
 def _short(task: str | list[str]) -> str | list[str]:

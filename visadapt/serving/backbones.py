@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from visadapt.data.file_requests import vetted
-from visadapt.data.hub import resolve
-from visadapt.data.inputs import Inputs, TextInputs, described, from_description, inputs_of
+from visadapt.data.inputs import Inputs, TextInputs
 from visadapt.errors import VisadaptError
+from visadapt.opening.backbones import open_backbone, recorded_backbone
+from visadapt.opening.preparing import noted_inputs, preprocess
 from visadapt.serving.catalogue import Catalogue
 from visadapt.task_file import read
 
@@ -33,19 +33,18 @@ class Backbone:
     build: dict[str, Any]
     online: bool
     _model: nn.Module | None = None
+    _recorded: str | None = None
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, catalogue: Catalogue) -> nn.Module:
-        """Load the backbone in eval mode.
+        """Load the backbone in eval mode, as `visadapt.open` does.
 
         Raises:
             VisadaptError: it is not given, and no file records one; or it cannot be loaded.
         """
         source, loading = (self.name, self.build) if self.name is not None else self._noted(catalogue)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self._model = resolve(source, **loading).eval()
+        self._model = open_backbone(source, loading)
         return self._model
 
     def _noted(self, catalogue: Catalogue) -> tuple[str, dict[str, Any]]:
@@ -61,30 +60,33 @@ class Backbone:
     def _request(self, path: Path) -> tuple[str, dict[str, Any]] | str:
         """Name and options of the backbone of one file, or why it cannot be known."""
         try:
-            match read(path).description["notes"].get("backbone"):
-                case {"name": str(name), "build": dict(build)}:
-                    return vetted(str(path), name, build, self.build, online=self.online)
-                case {"name": str(name), **others} if "build" not in others:
-                    return vetted(str(path), name, {}, self.build, online=self.online)
-            return f"{path} does not record its backbone"
+            recorded = recorded_backbone(read(path).description["notes"])
+            if recorded is None:
+                return f"{path} does not record its backbone"
+            place = vetted(str(path), *recorded, self.build, online=self.online)
+            self._recorded = recorded[0]
+            return place
         except VisadaptError as error:
             return str(error)
 
-    def inputs(self, notes: dict[str, Any], model: nn.Module | None = None) -> Inputs:
-        """Rebuild a task's inputs from the notes of its file, or from the backbone where they say nothing.
+    def inputs(self, task: str, notes: dict[str, Any]) -> Inputs:
+        """Rebuild the inputs of a task file from its notes, as `visadapt.preprocess` does.
 
         Raises:
-            VisadaptError: the notes are damaged, or name a tokenizer that no file may choose.
+            VisadaptError: the notes are damaged, name a tokenizer that no file may choose, or say nothing where the
+                backbone does not either.
         """
-        description = notes.get("inputs")
-        if description is None:
-            backbone = self._model if model is None else model
-            assert backbone is not None
-            description = described(inputs_of(backbone, self.name or type(backbone).__name__))
-        inputs = from_description(description, backbone=self.name, online=self.online)
+        assert self._model is not None
+        return self._shared(noted_inputs(self._model, task, notes, self.name, self.name or self._recorded, self.online))
+
+    def inputs_in(self, model: nn.Module, task: str) -> Inputs:
+        """Return the inputs of a task of a model in memory; see `visadapt.preprocess`."""
+        return self._shared(preprocess(model, task, backbone=self.name, online=self.online).inputs)
+
+    def _shared(self, inputs: Inputs) -> Inputs:
+        """The same inputs with one tokenizer for all tasks: it is larger than most of them."""
         if isinstance(inputs, TextInputs):
             own = inputs.loader
-            # one tokenizer for all tasks: it is larger than most of them
             return dataclasses.replace(inputs, loader=lambda name: self._tokenizer(name, own))
         return inputs
 

@@ -13,6 +13,7 @@ from typing import Any
 from visadapt.data.inputs import Inputs
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
+from visadapt.opening.predicting import PROBLEMS, problem_noted
 from visadapt.runtime.registry import check_task_name
 from visadapt.serving.refusal import ServingError
 from visadapt.task_file import KIND, read
@@ -40,6 +41,7 @@ class Entry:
         inputs: how its inputs are prepared.
         path: of the file; None for a task of a model in memory.
         stamp: of the file when it was read.
+        problem: what its outputs are, one of `visadapt.opening.predicting.PROBLEMS`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Entry:
     inputs: Inputs = field(repr=False)
     path: Path | None = None
     stamp: Stamp | None = None
+    problem: str = PROBLEMS[0]
 
     def json(self) -> dict[str, Any]:
         """Describe the task as JSON values."""
@@ -60,6 +63,7 @@ class Entry:
             "name": self.name,
             "labels": self.labels,
             "classes": self.classes,
+            "problem_type": self.problem,
             "input": self.inputs.form[0].removesuffix("s"),
             "method": self.method,
             "norms": self.norms,
@@ -77,13 +81,13 @@ class Catalogue:
 
     Args:
         places: folders of ``*.visadapt`` files, and single files.
-        inputs: makes a task's inputs from the notes of its file.
+        inputs: makes a task's inputs from its name and the notes of its file.
 
     Raises:
         VisadaptError: a place does not exist, or two files have the same name.
     """
 
-    def __init__(self, places: Sequence[str | Path], inputs: Callable[[dict[str, Any]], Inputs]) -> None:
+    def __init__(self, places: Sequence[str | Path], inputs: Callable[[str, dict[str, Any]], Inputs]) -> None:
         paths = [Path(place) for place in places]
         if not paths:
             raise VisadaptError("files must be at least one task file, or a folder of them, got none")
@@ -192,9 +196,10 @@ class Catalogue:
                 description["norms"],
                 sum(tensor.numel() for tensor in content.tensors.values()),
                 stamp[-1],
-                self._inputs(description["notes"]),
+                self._inputs(name, description["notes"]),
                 path,
                 stamp,
+                problem_noted(name, description["notes"]),
             )
         except VisadaptError as error:
             if not path.is_file():

@@ -13,7 +13,7 @@ from visadapt.errors import VisadaptError
 from visadapt.optional import require
 from visadapt.serving.app import build_app
 from visadapt.serving.limits import Limits
-from visadapt.serving.metrics import Metrics
+from visadapt.serving.metrics import Metrics, summed
 from visadapt.serving.refusal import ServingError
 from visadapt.serving.running import Options
 from visadapt.serving.server import Answer, Server
@@ -41,7 +41,11 @@ class Replica:
         """Describe one task."""
         return {**self.server.pool.entry(name).json(), "loaded": name in self.server.pool.loaded()}
 
-    async def predict(self, names: list[str], inputs: list[Any], top: int) -> list[Answer] | ServingError:
+    def metrics_text(self) -> bytes:
+        """Return what this replica counts."""
+        return self.server.metrics.text()
+
+    async def predict(self, names: list[str], inputs: list[Any], top: int | None) -> list[Answer] | ServingError:
         """Predict the labels of some inputs; an error is returned, so that it arrives as what it is."""
         try:
             return await self.server.predict(names, inputs, top=top)
@@ -76,6 +80,17 @@ class ClusterService:
         """Do nothing: Ray Serve lets replicas end their requests."""
         self.ready = False
 
+    async def metrics_text(self) -> bytes:
+        """Return the sums over all replicas and this front, which counts requests.
+
+        Raises:
+            ServingError: this version of Ray cannot ask all replicas.
+        """
+        if not hasattr(self._handle, "broadcast"):
+            raise ServingError("failed", "this version of Ray cannot ask all replicas", "install Ray 2.60 or later")
+        parts: list[bytes] = await self._handle.broadcast("metrics_text").results_async()
+        return summed([self.metrics.text(), *parts])
+
     async def model(self) -> str:
         """Return the digest of the backbone."""
         digest: str = (await self._handle.describe.remote())[1]
@@ -94,7 +109,7 @@ class ClusterService:
         found = await self._handle.predict.remote([name], [b""], 1)
         raise found if isinstance(found, ServingError) else ServingError("not_found", "no such task", "see /v1/tasks")
 
-    async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int) -> list[Answer]:
+    async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int | None) -> list[Answer]:
         """Predict the labels of some inputs: each task's on a replica that has it."""
         if isinstance(task, str) or len(inputs) == 1 or len(task) != len(inputs):
             # one task, or what a replica refuses
@@ -114,7 +129,7 @@ class ClusterService:
             answers.update(zip(each, part, strict=True))
         return [answers[row] for row in range(len(inputs))]
 
-    async def _one(self, names: list[str], inputs: list[Any], top: int) -> list[Answer]:
+    async def _one(self, names: list[str], inputs: list[Any], top: int | None) -> list[Answer]:
         key = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
         handle = self._handle.options(multiplexed_model_id=key) if key else self._handle
         found: list[Answer] | ServingError = await handle.predict.remote(names, inputs, top)
@@ -146,7 +161,7 @@ def application(options: Options, **deployment: Any) -> Any:
             """Tell the router that this replica has a task; the pool loads it."""
             return name
 
-        async def predict(self, names: list[str], inputs: list[Any], top: int) -> list[Answer] | ServingError:
+        async def predict(self, names: list[str], inputs: list[Any], top: int | None) -> list[Answer] | ServingError:
             """Predict, and remember the task as one of this replica's."""
             key = serve.get_multiplexed_model_id()
             found = await super().predict(names, inputs, top)

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from visadapt.backbone.trace import call
-from visadapt.errors import VisadaptError
+from visadapt.opening.predicting import logits_of
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import Decider, features
 from visadapt.runtime.logits import split
 from visadapt.runtime.selection import using
 from visadapt.serving.catalogue import Entry
+from visadapt.serving.limits import Limits
 from visadapt.serving.metrics import Metrics
 from visadapt.serving.pool import Pool
-from visadapt.serving.preparing import example, prepare
+from visadapt.serving.preparing import example, prepare, sides
 from visadapt.serving.refusal import ServingError
 from visadapt.serving.waiting import Item
 
@@ -31,15 +31,35 @@ class Forward:
         pool: the tasks and their model.
         metrics: counts batches.
         device: of the model.
+        limits: upper bounds of images.
         exact: whether every sample runs alone, so that its answer does not depend on what else is in the batch.
         decider: chooses the task of items named ``"auto"``; None if there is none.
     """
 
     def __init__(
-        self, pool: Pool, metrics: Metrics, device: torch.device, exact: bool = False, decider: Decider | None = None
+        self,
+        pool: Pool,
+        metrics: Metrics,
+        device: torch.device,
+        limits: Limits,
+        exact: bool = False,
+        decider: Decider | None = None,
     ) -> None:
         self.pool, self.exact, self.decider = pool, exact, decider
-        self._metrics, self._device = metrics, device
+        self._metrics, self._device, self._limits = metrics, device, limits
+
+    def known(self, task: str) -> str:
+        """Return the task whose inputs are those of a request: for ``"auto"``, the first that the decider knows.
+
+        Raises:
+            ServingError: the decider is asked for, and there is none.
+        """
+        if task != AUTO:
+            return task
+        if self.decider is None:
+            raise ServingError("invalid_request", "task 'auto' needs a decider, and this server has none",
+                               "name a task, or start the server with a decider")  # fmt: skip
+        return self.decider.tasks[0]
 
     def answer(self, items: Sequence[Item]) -> None:
         """Give every item its answer or its error."""
@@ -72,7 +92,19 @@ class Forward:
                     item.fail(error)
                 continue
             for item in own:
-                _fit(item, entry)
+                self._fit(item, entry)
+
+    def _prepare(self, item: Item, entry: Entry) -> None:
+        """Prepare an item for this version of its task, unless it is prepared in the same way already."""
+        if item.entry is None or item.entry.inputs != entry.inputs:
+            item.prepared = prepare(entry, item.sample, self._limits)
+        item.entry = entry
+
+    def _fit(self, item: Item, entry: Entry) -> None:
+        try:
+            self._prepare(item, entry)
+        except ServingError as error:
+            item.fail(error)
 
     def _run(self, batch: list[Item]) -> None:
         """Run one forward; where it fails, every item alone, so that one sample does not harm the others."""
@@ -105,7 +137,7 @@ class Forward:
         self._metrics.batch.observe(len(batch))
         self._metrics.tasks.observe(len(set(names)))
         with torch.no_grad(), using(self.pool.model, names[0] if single else names):
-            logits = _logits_of(self.pool.model, inputs)
+            logits = logits_of(self.pool.model, inputs)
         if single:
             return list(logits.float().cpu())
         parts = {name: iter(rows) for name, rows in split(self.pool.model, logits.float().cpu(), names).items()}
@@ -113,15 +145,13 @@ class Forward:
 
     def _decide(self, items: list[Item]) -> None:
         """Let the decider choose the task of each item, by the bare backbone's features of its input."""
-        if self.decider is None:
-            for item in items:
-                item.fail(ServingError("invalid_request", "task 'auto' needs a decider, and this server has none",
-                                       "name a task, or start the server with a decider"))  # fmt: skip
-            return
+        assert self.decider is not None  # or else `known` refused the request
         try:
             # prepared as the first task's inputs are; the chosen task's own way follows
             entry = self.pool.entry(self.decider.tasks[0])
-            batch = entry.inputs.collate([prepare(entry, item.sample) for item in items])
+            for item in items:
+                self._prepare(item, entry)
+            batch = entry.inputs.collate([item.prepared for item in items])
             with torch.no_grad():
                 chosen = self.decider(features(self.pool.model, _moved(batch, self._device))).argmax(1).tolist()
         except Exception as error:  # whatever a kernel may raise
@@ -136,31 +166,35 @@ class Forward:
             item.task = self.decider.tasks[index]
 
 
-def warm_up(forward: Forward, count: int) -> int:
-    """Run batches of meaningless samples of so many tasks, so that the first request finds all facts established.
+def warm_up(forward: Forward, count: int, max_batch: int) -> int:
+    """Run batches of meaningless samples, so that no request has to establish which rows of a batch are whose.
+
+    That is established once for each pattern of sizes (see `visadapt.backbone.known_batches`): of any two sizes, of
+    lengths other than 1, and of a batch that by chance has as many samples as the input has channels, pixels or tokens.
+
+    Args:
+        forward: of the server.
+        count: tasks per batch, at most.
+        max_batch: samples per batch, at most.
 
     Returns:
         The number of tasks that answered.
     """
-    entries = [(name, state) for name, state in forward.pool.entries() if isinstance(state, Entry)][:count]
-    items = [Item(name, example(entry, seed)) for seed, (name, entry) in enumerate(entries)]
+    forms: dict[Any, list[Entry]] = {}
+    for _, state in forward.pool.entries():
+        if isinstance(state, Entry):
+            forms.setdefault(state.inputs.form, []).append(state)
     answered = set()
-    # what is found to be the same in batches of two sizes holds for every size
-    for size in (len(items), 2):
-        batch = [Item(item.task, item.sample) for item in items[:size]]
-        forward.answer(batch)
-        answered |= {item.task for item in batch if item.future.exception() is None}
+    for form, entries in forms.items():
+        # what holds for two lengths of texts holds for all
+        for length in (4, 7) if form[0] == "texts" else (1,):
+            sizes = {1} if forward.exact else {1, 2, 4, *sides(entries[0], length)}
+            for size in sorted(size for size in sizes if size <= max_batch):
+                chosen = [entries[i % min(count, len(entries))] for i in range(size)]
+                batch = [Item(entry.name, example(entry, i, length)) for i, entry in enumerate(chosen)]
+                forward.answer(batch)
+                answered |= {item.task for item in batch if item.future.exception() is None}
     return len(answered)
-
-
-def _fit(item: Item, entry: Entry) -> None:
-    """Prepare an item for this version of its task, unless it is prepared in the same way already."""
-    try:
-        if item.entry is None or item.entry.inputs != entry.inputs:
-            item.prepared = prepare(entry, item.sample)
-        item.entry = entry
-    except ServingError as error:
-        item.fail(error)
 
 
 def _parts(items: Sequence[Item], most: int) -> list[list[Item]]:
@@ -178,11 +212,3 @@ def _parts(items: Sequence[Item], most: int) -> list[list[Item]]:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, dict) else batch.to(device)
-
-
-def _logits_of(model: nn.Module, inputs: Any) -> Tensor:
-    out = call(model, inputs)
-    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise VisadaptError(f"{type(model).__name__} must give logits (N, classes), got {type(out).__name__}")
-    return logits

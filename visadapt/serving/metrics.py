@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from visadapt.optional import require
@@ -52,3 +53,46 @@ class Metrics:
             require("prometheus_client.multiprocess", "serving", "visadapt[serve]").MultiProcessCollector(registry)
         text: bytes = self._text(registry)
         return text
+
+
+class _Families:
+    """Families of metrics as a registry collects them."""
+
+    def __init__(self, families: Iterable[Any]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Any]:
+        """Return them."""
+        return self._families
+
+
+def summed(texts: Iterable[bytes]) -> bytes:
+    """Add up the metrics of several processes.
+
+    Args:
+        texts: of each process, in Prometheus' text format.
+
+    Returns:
+        One text with the sums; the time when a counter began is the earliest.
+    """
+    client = require("prometheus_client", "serving", "visadapt[serve]")
+    parser = require("prometheus_client.parser", "serving", "visadapt[serve]")
+    families: dict[str, Any] = {}
+    samples: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], Any]] = {}
+    for text in texts:
+        for family in parser.text_string_to_metric_families(text.decode()):
+            families.setdefault(family.name, family)
+            known = samples.setdefault(family.name, {})
+            for sample in family.samples:
+                key = sample.name, tuple(sorted(sample.labels.items()))
+                value = sample.value
+                if key in known:
+                    other = known[key].value
+                    value = min(other, value) if sample.name.endswith("_created") else other + value
+                known[key] = sample._replace(value=value)
+    for name, family in families.items():
+        family.samples = list(samples[name].values())
+    registry = client.CollectorRegistry()
+    registry.register(_Families(families.values()))
+    joined: bytes = client.generate_latest(registry)
+    return joined

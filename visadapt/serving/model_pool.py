@@ -9,6 +9,7 @@ from torch import nn
 
 from visadapt.data.inputs import Inputs
 from visadapt.errors import nearest
+from visadapt.opening.predicting import problem_of
 from visadapt.runtime.registry import Task, named_tensors, registry_of, tasks
 from visadapt.serving.catalogue import Entry
 from visadapt.serving.refusal import ServingError
@@ -21,17 +22,17 @@ class ModelPool:
 
     Args:
         model: an injected model.
-        inputs: makes a task's inputs from its notes.
+        inputs: returns the inputs of a task.
 
     Raises:
         VisadaptError: the model has no tasks, or it is not known how their inputs are prepared.
     """
 
-    def __init__(self, model: nn.Module, inputs: Callable[[dict[str, Any]], Inputs]) -> None:
+    def __init__(self, model: nn.Module, inputs: Callable[[str], Inputs]) -> None:
         self.model = model
         registry = registry_of(model)
         self._entries = {
-            name: _entry(spec, named_tensors(registry, name), inputs) for name, spec in tasks(model).items()
+            name: _entry(spec, named_tensors(registry, name), inputs(name)) for name, spec in tasks(model).items()
         }
         self.most = len(self._entries)
 
@@ -66,7 +67,7 @@ class ModelPool:
         """Do nothing: a forward changes nothing that a crash could leave half changed."""
 
 
-def _entry(spec: Task, tensors: dict[str, Any], inputs: Callable[[dict[str, Any]], Inputs]) -> Entry:
+def _entry(spec: Task, tensors: dict[str, Any], inputs: Inputs) -> Entry:
     return Entry(
         spec.name,
         digest_of(KIND, spec.name, tensors),
@@ -76,5 +77,6 @@ def _entry(spec: Task, tensors: dict[str, Any], inputs: Callable[[dict[str, Any]
         spec.norms,
         sum(tensor.numel() for tensor in tensors.values()),
         sum(tensor.nbytes for tensor in tensors.values()),
-        inputs(spec.notes),
+        inputs,
+        problem=problem_of(spec),
     )

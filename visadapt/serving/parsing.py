@@ -29,14 +29,19 @@ class PredictRequest(BaseModel):
     inputs: list[dict[str, str | list[str]]] = Field(
         description='each {"image": base64 of a file}, or {"text": a text or a list of two}'
     )
-    top: int = Field(default=1, description="labels per input")
+    top: int | None = Field(
+        default=None,
+        description="labels per input; by default the most likely one or, where an input may have several labels, "
+        "those with a probability of at least 0.5",
+    )
 
 
 class Score(BaseModel):
-    """A label and its probability."""
+    """A label and its probability; or an output of a regression and its value."""
 
     label: str
-    score: float
+    score: float | None = None
+    value: float | None = None
 
 
 class PredictResponse(BaseModel):
@@ -68,7 +73,7 @@ class Parsed:
 
     task: str | list[str]
     inputs: list[Any]
-    top: int
+    top: int | None
 
 
 async def parse(request: Request, limits: Limits) -> Parsed:
@@ -111,8 +116,8 @@ async def _from_form(form: FormData, limits: Limits) -> Parsed:
     tasks = [task for task in form.getlist("task") if isinstance(task, str)]
     if not tasks:
         raise _invalid("the form must have a field 'task'")
-    top = form.get("top", "1")
-    if not isinstance(top, str) or not top.isascii() or not top.isdigit() or len(top) > 6:
+    top = form.get("top")
+    if top is not None and not (isinstance(top, str) and top.isascii() and top.isdigit() and len(top) < 7):
         raise _invalid("top must be a positive integer")
     inputs: list[Any] = []
     for name, value in form.multi_items():
@@ -127,7 +132,7 @@ async def _from_form(form: FormData, limits: Limits) -> Parsed:
             if not isinstance(value, str):
                 raise _invalid("'text' must be a field, not a file")
             inputs.append(value)
-    return Parsed(tasks[0] if len(tasks) == 1 else tasks, inputs, int(top))
+    return Parsed(tasks[0] if len(tasks) == 1 else tasks, inputs, None if top is None else int(top))
 
 
 def _invalid(message: str) -> ServingError:

@@ -13,7 +13,7 @@ from torch import nn
 
 from visadapt.errors import VisadaptError
 from visadapt.injection import remove
-from visadapt.runtime.registry import find_registry
+from visadapt.runtime.registry import find_registry, registry_of
 from visadapt.serving.catalogue import Catalogue, Entry
 from visadapt.serving.metrics import Metrics
 from visadapt.serving.refusal import ServingError
@@ -79,16 +79,17 @@ class FilePool:
                     return entry
                 self._remove(name)
                 self._make_room(keep)
-                self._load(entry)
-                if self._catalogue.entry(name) == entry:
+                if self._load(entry) == entry.digest:
                     return entry
-                # the file was replaced while it was loaded
+                # the file was replaced before it was loaded: whatever it is now, other weights are in memory
+                self._remove(name)
             raise ServingError("broken_task", f"the file of task {name!r} changes while it is read", "rename it")
         except ServingError:
             self._remove(name)
             raise
 
-    def _load(self, entry: Entry) -> None:
+    def _load(self, entry: Entry) -> str:
+        """Load a task; return the digest of what was loaded."""
         assert entry.path is not None
         try:
             load(self.model, entry.path, task=entry.name)
@@ -96,9 +97,14 @@ class FilePool:
             if not entry.path.is_file():
                 raise self._catalogue.unknown(entry.name) from error
             raise ServingError("broken_task", str(error), "replace the file") from error
-        self._loaded[entry.name] = entry.digest
+        # files of earlier versions have no digest of their own: then that of the entry, if it is still the present one
+        digest = registry_of(self.model).task(entry.name).digest
+        if digest is None:
+            digest = entry.digest if self._catalogue.entry(entry.name) == entry else ""
+        self._loaded[entry.name] = digest
         self._metrics.loads.inc()
         self._metrics.loaded.set(len(self._loaded))
+        return digest
 
     def _make_room(self, keep: set[str]) -> None:
         others = [name for name in self._loaded if name not in keep]

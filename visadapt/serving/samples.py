@@ -1,4 +1,4 @@
-"""Samples: images and texts as a request gives them, decoded and within the limits."""
+"""Samples: images and texts as a request gives them, within the limits; images are decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded input.
+    """One input.
 
     Args:
         kind: ``"image"`` or ``"text"``.
-        value: a loaded image of Pillow; a text, or a pair of texts.
+        value: an encoded image (bytes) or an image of Pillow; a text, or a pair of texts.
     """
 
     kind: str
     value: Any
 
 
-def decode(given: Any, limits: Limits) -> Sample:
-    """Decode one input.
+def accept(given: Any, limits: Limits) -> Sample:
+    """Check the form and the size of one input; no image is decoded.
 
     Args:
         given: an encoded image (bytes), an image of Pillow, a uint8 tensor ``(3, H, W)``, a text, a pair of texts, or
@@ -42,14 +42,14 @@ def decode(given: Any, limits: Limits) -> Sample:
         limits: upper bounds.
 
     Raises:
-        ServingError: the input is of no such form, larger than the limits, or cannot be decoded.
+        ServingError: the input is of no such form, or larger than the limits.
     """
     if isinstance(given, Mapping):
         return _from_json(given, limits)
     if isinstance(given, str) or (isinstance(given, tuple | list) and all(isinstance(part, str) for part in given)):
         return _text(given, limits)
     if isinstance(given, bytes | bytearray):
-        return _image(bytes(given), limits)
+        return _encoded(bytes(given), limits)
     if isinstance(given, Tensor):
         if given.dtype != torch.uint8 or given.ndim != 3 or given.shape[0] != 3:
             raise _invalid(f"an image must be uint8 of shape (3, H, W), got {given.dtype} of {tuple(given.shape)}")
@@ -77,21 +77,35 @@ def _from_json(given: Mapping[str, Any], limits: Limits) -> Sample:
         if len(text) * 3 // 4 > limits.image:
             raise _too_large("an image", f"{limits.image:,} bytes", "send a smaller image")
         try:
-            return _image(base64.b64decode(text, validate=True), limits)
+            return _encoded(base64.b64decode(text, validate=True), limits)
         except binascii.Error as error:
             raise ServingError("undecodable", f"'image' is not base64: {error}", "encode the file as base64") from error
     keys = ", ".join(sorted(map(repr, given))) or "no key"
     raise _invalid(f"an input must have one key, 'image' or 'text', got {keys}")
 
 
-def _image(data: bytes, limits: Limits) -> Sample:
+def _encoded(data: bytes, limits: Limits) -> Sample:
     if len(data) > limits.image:
         raise _too_large("an image", f"{limits.image:,} bytes", "send a smaller image")
+    return Sample("image", data)
+
+
+def decode(sample: Sample, limits: Limits) -> Any:
+    """Decode the image of a sample; the sample keeps what it was given.
+
+    Returns:
+        An image of Pillow, loaded.
+
+    Raises:
+        ServingError: it cannot be decoded, or has more pixels than the limits allow.
+    """
+    data = sample.value
+    encoded = isinstance(data, bytes)
     try:
-        with _pil().open(io.BytesIO(data), formats=FORMATS) as image:
-            # known from the header, before any pixel is decoded
-            _check_pixels(image.width * image.height, limits)
-            image.load()
+        image = _pil().open(io.BytesIO(data), formats=FORMATS) if encoded else data
+        # known from the header, before any pixel is decoded
+        _check_pixels(image.width * image.height, limits)
+        image.load()
     except ServingError:
         raise
     except (_pil().DecompressionBombError, _pil().DecompressionBombWarning) as error:
@@ -100,9 +114,19 @@ def _image(data: bytes, limits: Limits) -> Sample:
     except Exception as error:  # each of Pillow's formats has its own errors for damaged files
         unknown = type(error).__name__ == "UnidentifiedImageError"
         reason = "its format is unknown" if unknown else str(error) or type(error).__name__
-        message = f"{len(data):,} bytes are not a readable image: {reason}"
+        message = f"{f'{len(data):,} bytes are' if encoded else 'this is'} not a readable image: {reason}"
         raise ServingError("undecodable", message, "send a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file") from error
-    return Sample("image", image)
+    return image
+
+
+def check_resized(image: Any, size: int, limits: Limits) -> None:
+    """Refuse an image that is so long and narrow that it has too many pixels once its shorter side is ``size``.
+
+    Raises:
+        ServingError: it is.
+    """
+    scale = size / min(image.size)
+    _check_pixels(round(image.width * scale * image.height * scale), limits)
 
 
 def _check_pixels(pixels: int, limits: Limits) -> None:

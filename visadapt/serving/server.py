@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.checks import check_count, check_non_negative
-from visadapt.runtime.choice import AUTO
+from visadapt.errors import VisadaptError
+from visadapt.opening.predicting import read_outputs
 from visadapt.runtime.decider import read_decider
 from visadapt.serving.backbones import Backbone
 from visadapt.serving.catalogue import Catalogue, Entry, model_digest
@@ -27,7 +28,7 @@ from visadapt.serving.model_pool import ModelPool
 from visadapt.serving.pool import FilePool, Pool
 from visadapt.serving.preparing import prepare
 from visadapt.serving.refusal import ServingError
-from visadapt.serving.samples import decode
+from visadapt.serving.samples import accept
 from visadapt.serving.waiting import Item, WaitingQueue
 from visadapt.serving.worker import Worker
 
@@ -39,9 +40,11 @@ class Answer:
     Attributes:
         task: name of the task.
         digest: SHA-256 of the version of the task that answered, in hex.
-        labels: most likely first.
-        scores: their probabilities, a softmax over the task's classes.
+        labels: most likely first; of a regression, the names of its outputs in their order.
+        scores: probabilities of these labels: a softmax over the task's classes, or a sigmoid each where an input may
+            have several labels; empty for a regression.
         logits: ``(classes,)``, float32, in the order of the task's classes.
+        values: outputs of a regression; empty otherwise.
     """
 
     task: str
@@ -49,6 +52,7 @@ class Answer:
     labels: tuple[str, ...]
     scores: tuple[float, ...]
     logits: Tensor
+    values: tuple[float, ...] = ()
 
 
 class Server:
@@ -70,7 +74,7 @@ class Server:
         decider: file of the decider that chooses the task of inputs for ``"auto"``.
         device: None for the CPU, or for the model's own.
         max_batch: samples per forward pass.
-        max_wait: seconds that a sample waits for others to fill the batch.
+        max_wait: seconds that a sample waits for others, at most; a server that has been idle does not wait.
         max_tasks: tasks in memory at the same time.
         exact: see above.
         limits: upper bounds of requests.
@@ -117,7 +121,8 @@ class Server:
         self.model_digest = model_digest(fingerprint(unwrapped(model)))
         chooser = None if decider is None else read_decider(model, decider)
         place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-        self._forward = Forward(self.pool, self.metrics, place, exact, chooser)
+        self._forward = Forward(self.pool, self.metrics, place, self.limits, exact, chooser)
+        self._max_batch = max_batch
         self._queue = WaitingQueue(self.limits.queue, max_batch, max_wait)
         self._worker = Worker(self._queue, self._forward, self.metrics)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="visadapt-decode")
@@ -126,7 +131,7 @@ class Server:
     def start(self) -> Server:
         """Warm up and begin to answer; return the server itself."""
         if not self.ready:
-            warm_up(self._forward, min(3, self.pool.most))
+            warm_up(self._forward, min(3, self.pool.most), self._max_batch)
             self._worker.start()
             self.ready = True
         return self
@@ -154,14 +159,17 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.stop)
 
-    async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int = 1) -> list[Answer]:
+    async def predict(
+        self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int | None = None
+    ) -> list[Answer]:
         """Predict the labels of some inputs.
 
         Args:
             task: name of the task, ``"auto"`` for the decider's choice per input, or a list with one name per input; a
                 single input may be given to a list of several tasks.
             inputs: encoded images (bytes), images of Pillow, uint8 tensors ``(3, H, W)``, texts, or pairs of texts.
-            top: labels per input, most likely first.
+            top: labels per input, most likely first. None for the most likely one or, where an input may have several
+                labels, those with a probability of at least 0.5.
 
         Returns:
             One answer per input, in their order.
@@ -188,10 +196,10 @@ class Server:
         """Iterate over all tasks by name, with the error of those whose file cannot be used."""
         return self.pool.entries()
 
-    def _checked(self, task: str | Sequence[str], inputs: Sequence[Any], top: int) -> list[str]:
+    def _checked(self, task: str | Sequence[str], inputs: Sequence[Any], top: int | None) -> list[str]:
         if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence) or not inputs:
             raise _invalid("inputs must be a list with at least one input", "send a list of inputs")
-        if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= self.limits.top:
+        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= self.limits.top):
             raise _invalid(f"top must be an integer from 1 to {self.limits.top}, got {top!r:.50}", "send another top")
         names = [task] if isinstance(task, str) else list(task)
         if not names or not all(isinstance(name, str) for name in names):
@@ -209,28 +217,34 @@ class Server:
 
     def _items(self, names: list[str], inputs: list[Any]) -> list[Item]:
         """Decode and prepare the inputs of a request; in a thread beside the worker's."""
-        entries = {name: self.pool.entry(name) for name in dict.fromkeys(names) if name != AUTO}
-        samples = [decode(given, self.limits) for given in inputs]
+        entries = {name: self.pool.entry(self._forward.known(name)) for name in dict.fromkeys(names)}
+        samples = [accept(given, self.limits) for given in inputs]
         samples = samples * len(names) if len(samples) == 1 else samples
-        items = []
+        items: list[Item] = []
         for name, sample in zip(names, samples, strict=True):
-            entry = entries.get(name)
-            items.append(Item(name, sample, entry, None if entry is None else prepare(entry, sample)))
+            entry = entries[name]
+            # one input for several tasks is prepared once for all that take it alike
+            alike = (i for i in items if i.sample is sample and i.entry is not None and i.entry.inputs == entry.inputs)
+            made = next(alike, None)
+            prepared = prepare(entry, sample, self.limits) if made is None else made.prepared
+            items.append(Item(name, sample, entry, prepared))
         return items
 
 
 def _pool(source: Any, backbone: Backbone, most: int, metrics: Metrics) -> Pool:
     if isinstance(source, nn.Module):
-        return ModelPool(source, lambda notes: backbone.inputs(notes, source))
+        return ModelPool(source, lambda task: backbone.inputs_in(source, task))
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
     catalogue = Catalogue([Path(place) for place in places], backbone.inputs)
     return FilePool(backbone.open(catalogue), catalogue, most, metrics)
 
 
-def _answer(entry: Entry, logits: Tensor, top: int) -> Answer:
-    best = logits.softmax(-1).topk(min(top, len(logits)))
-    labels = tuple(str(i) if entry.labels is None else entry.labels[i] for i in best.indices.tolist())
-    return Answer(entry.name, entry.digest, labels, tuple(best.values.tolist()), logits)
+def _answer(entry: Entry, logits: Tensor, top: int | None) -> Answer:
+    try:
+        (found,) = read_outputs(entry.name, entry.labels, entry.problem, logits[None], top)
+    except VisadaptError as error:
+        raise ServingError("failed", str(error), "train or save the task again") from error
+    return Answer(entry.name, entry.digest, found.labels, found.probabilities, logits, found.values)
 
 
 def _invalid(message: str, remedy: str) -> ServingError:

@@ -28,7 +28,7 @@ class Service(Protocol):
     async def model(self) -> str:
         """Return the digest of the backbone."""
 
-    async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int) -> list[Answer]:
+    async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int | None) -> list[Answer]:
         """Predict the labels of some inputs."""
 
     async def tasks(self) -> list[dict[str, Any]]:
@@ -36,6 +36,9 @@ class Service(Protocol):
 
     async def task(self, name: str) -> dict[str, Any]:
         """Describe one task, or raise a ServingError."""
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics of all that answers, in Prometheus' text format."""
 
     async def start(self) -> None:
         """Warm up."""
@@ -73,6 +76,10 @@ class LocalService:
     async def task(self, name: str) -> dict[str, Any]:
         """Describe one task."""
         return await _in_thread(lambda: {**self.server.pool.entry(name).json(), "loaded": name in _loaded(self.server)})
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics of this process or, of one of several, of all of them."""
+        return self.metrics.text()
 
     async def start(self) -> None:
         """Warm up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -45,10 +46,13 @@ class Item:
 class WaitingQueue:
     """Items in order of arrival, taken in batches by a worker.
 
+    A worker that has been idle takes what there is at once: waiting would only delay it. Just after a batch, the
+    clients that it answered may ask again: then the oldest item waits until as many items have come as that batch had.
+
     Args:
         most: items that may wait at the same time.
         max_batch: items per batch.
-        max_wait: seconds that the oldest item waits for others to fill a batch.
+        max_wait: seconds that the oldest item waits for others, at most.
     """
 
     def __init__(self, most: int, max_batch: int, max_wait: float) -> None:
@@ -57,6 +61,8 @@ class WaitingQueue:
         self._changed = threading.Condition()
         self._closed = False
         self._pace = 0.01
+        # as if a full batch had just been answered
+        self._size, self._ended = max_batch, math.inf
 
     def __len__(self) -> int:
         return len(self._items)
@@ -84,14 +90,19 @@ class WaitingQueue:
                 self._changed.wait()
             if self._items:
                 until = self._items[0].since + self._max_wait
-                while len(self._items) < self._max_batch and not self._closed:
+                expected = self._size if time.monotonic() < self._ended + self._max_wait else 1
+                while len(self._items) < expected and not self._closed:
                     left = until - time.monotonic()
                     if left <= 0 or not self._changed.wait(left):
                         break
             return [self._items.popleft() for _ in range(min(len(self._items), self._max_batch))]
 
     def note(self, items: int, seconds: float) -> None:
-        """Note how long a batch took; the pace is a moving average, for the estimate of ``Retry-After``."""
+        """Note the size of a batch that was answered just now, and how long it took.
+
+        The pace is a moving average, for the estimate of ``Retry-After``.
+        """
+        self._size, self._ended = items, time.monotonic()
         self._pace += 0.1 * (seconds / max(1, items) - self._pace)
 
     def close(self) -> None:

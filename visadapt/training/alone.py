@@ -62,8 +62,5 @@ def reserved(model: nn.Module, trained: nn.Module) -> Iterator[None]:
     if registry is None:
         yield
         return
-    registry.reserve(threading.current_thread())
-    try:
+    with registry.reservation.hold():
         yield
-    finally:
-        registry.reserve(None)
