@@ -69,7 +69,7 @@ def test_the_claim_is_tested_with_the_adapter_that_is_best_on_validation_data() 
     (holds,), (fails,) = (compare(of_seeds(results(score))).claims for score in (89.7, 89.5))
     assert (holds.holds, fails.holds) == (True, False)
     assert holds.measured == ("bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problem, 95 % interval −0.3 to −0.3")
-    assert holds.trainings == 6
+    assert holds.training_runs == 6
     (open_claim,) = compare(results(89.7)).claims
     assert (open_claim.holds, open_claim.verdict) == (None, "cannot be decided")
     # parallel is better on both splits, but trains 5.35 %
@@ -105,7 +105,7 @@ def test_a_nonlinear_bottleneck_against_a_linear_one_of_its_size(points: float, 
         f"bottleneck m=8: {sign}1.0 points at equal parameters, mean of 2 pairs; better in {better}, 95 % interval "
         f"{sign}1.0 to {sign}1.0"
     )
-    assert claim.trainings == 4
+    assert claim.training_runs == 4
 
 
 def test_a_contender_without_validation_results_on_all_problems_is_not_chosen() -> None:
@@ -152,7 +152,7 @@ def test_tradeoff() -> None:
     assert (flat.holds, flat.measured) == (None, "0.5 points between m = 256 and m = 8, of 2 widths")
     assert (fewer.holds, fewer.measured) == (None, "top 2: −1.5 points at 40 %; adapters reach it at 0.8 %")
     assert [claim.holds for claim in tradeoff(of_seeds(results(89.5))).claims] == [True, True]
-    assert [claim.trainings for claim in tradeoff(of_seeds(results(89.5))).claims] == [6, 6]
+    assert [claim.training_runs for claim in tradeoff(of_seeds(results(89.5))).claims] == [6, 6]
     assert [row[0] for row in section.tables[0].rows][:3] == ["bottleneck m=1", "norms only", "bottleneck m=8"]
     flat, _ = tradeoff(results(87)).claims
     assert flat.measured == "2.0 points between m = 8 and m = 256, of 2 widths"
@@ -173,7 +173,7 @@ def test_ablation() -> None:
     assert {claim.holds for claim in ablation(results).claims} == {None}
     section = ablation(of_seeds(results))
     single, lower, majority = section.claims
-    assert {claim.trainings for claim in section.claims} == {3}
+    assert {claim.training_runs for claim in section.claims} == {3}
     assert (single.holds, single.measured) == (False, "−3.0 points at worst")
     assert (lower.holds, lower.measured) == (True, "mean per lower layer −0.5 points, per upper layer −3.0")
     assert (majority.holds, majority.measured) == (True, "62.0 %; the majority class has 60.0 %")
@@ -270,7 +270,7 @@ def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
     (claim,) = modality(results).claims
     assert claim.holds is None
     (claim,) = modality(of_seeds(results)).claims
-    assert (claim.holds, claim.trainings) == (holds, 6)
+    assert (claim.holds, claim.training_runs) == (holds, 6)
     assert claim.measured == f"last 2 of 4 layers: {signed(upper - 90)} points, first 2: −10.0"
 
 

@@ -113,7 +113,7 @@ def _claims(claims: list[Claim]) -> str:
     for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):
         cases = "".join(
             f"<li class='{CLASSES[claim.holds]}'><strong>{claim.verdict.capitalize()}</strong> "
-            f"({escape(claim.case)}; {pluralize(claim.trainings, 'training run')}): {escape(claim.measured)}</li>"
+            f"({escape(claim.case)}; {pluralize(claim.training_runs, 'training run')}): {escape(claim.measured)}</li>"
             for claim in claims
             if claim.text == text
         )

@@ -46,7 +46,7 @@ def _claims(claims: list[Claim]) -> str:
             claim.case,
             claim.verdict if claim.holds is not False else f"**{claim.verdict}**",
             claim.measured,
-            str(claim.trainings),
+            str(claim.training_runs),
         )
         for claim in claims
     ]

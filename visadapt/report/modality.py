@@ -140,13 +140,13 @@ def _upper(network: str, results: Sequence[Result]) -> Claim | None:
     measured = f"last {k} of {layers} layers: {signed(last[k])} points, first {k}: {signed(first[k])}"
     upper, whole = ([r for r in results if r.facts["where"] == where] for where in (f"last {k}", "all"))
     differences = paired_differences(upper, whole)
-    enough, trainings = at_least(differences, -MAX_LOSS), 2 * len(differences)
+    enough, training_runs = at_least(differences, -MAX_LOSS), 2 * len(differences)
     missing = None if enough is None else not enough
     if results[0].modality == "text":
         text = f"The upper half of the layers suffices on text: within {MAX_LOSS:g} point of all layers"
-        return Claim(text, "Houlsby et al. 2019, §3.6", network, enough, measured, trainings)
+        return Claim(text, "Houlsby et al. 2019, §3.6", network, enough, measured, training_runs)
     text = f"Both ends need adapting on images: the upper half alone is more than {MAX_LOSS:g} point below all layers"
-    return Claim(text, "Rebuffi et al. 2018, §4.2", network, missing, measured, trainings)
+    return Claim(text, "Rebuffi et al. 2018, §4.2", network, missing, measured, training_runs)
 
 
 def _table(networks: Networks, gaps: dict[str, dict[str, float]]) -> Table:

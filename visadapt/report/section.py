@@ -18,7 +18,7 @@ class Claim:
         case: the network, problem and method that it is tested on.
         holds: whether the claim holds in this case, by the 95 % interval of a mean; None if that cannot be decided.
         measured: the figures behind the verdict.
-        trainings: number of training runs behind the verdict.
+        training_runs: number of training runs behind the verdict.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Claim:
     case: str
     holds: bool | None
     measured: str
-    trainings: int
+    training_runs: int
 
     @property
     def verdict(self) -> str:
