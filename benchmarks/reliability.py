@@ -1,6 +1,7 @@
-"""Damage every kind of file many times, and write what reading it did to docs/reliability.md.
+"""Damage every kind of file many times, kill what writes them, and write what happened to docs/reliability.md.
 
 python -m benchmarks.reliability --mutants 20000
+python -m benchmarks.reliability --kills 20
 
 Half of the copies have bytes changed; the other half have their description or tensors changed and a digest of their
 own, as if by an author who means harm. Reading must refuse a copy with a VisadaptError and change nothing, or give the
@@ -21,6 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from benchmarks import kills
 from benchmarks.mutants import changed, damaged, resealed
 from benchmarks.reliability_subjects import Subject, subjects
 from visadapt import VisadaptError
@@ -85,7 +89,7 @@ def measure(subject: Subject, mutants: int, seed: int, folder: Path) -> Tally:
         else:
             copy.write_text(json.dumps(changed(json.loads(data), rng)), encoding="utf-8")
         mutant = copy.read_bytes()
-        begun = time.perf_counter()
+        begun, waited = time.process_time(), time.perf_counter()
         try:
             same = subject.use(copy) == expected
             outcome = "same outputs" if same else "other outputs"
@@ -94,11 +98,12 @@ def measure(subject: Subject, mutants: int, seed: int, folder: Path) -> Tally:
             outcome, wrong = "refused", False
         except Exception as error:  # what must not be
             outcome, wrong = f"{type(error).__name__}: {error}"[:200], True
-        seconds = time.perf_counter() - begun
+        # of the processor, so that other programs do not count; and not for ever on anything else
+        seconds, waited = time.process_time() - begun, time.perf_counter() - waited
         if subject.state() != state:
             outcome, wrong = f"{outcome}, and something was changed", True
             state = subject.state()
-        wrong = wrong or seconds > SECONDS
+        wrong = wrong or seconds > SECONDS or waited > 20 * SECONDS
         tally.mutants += 1
         tally.outcomes[outcome] += 1
         tally.seconds = max(tally.seconds, seconds)
@@ -148,33 +153,52 @@ def table(tallies: dict[str, Tally]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Damage every kind of file and write what happens to a page.")
-    parser.add_argument("--mutants", type=int, default=20_000, help="number of damaged copies in total")
+    parser = argparse.ArgumentParser(description="Damage files, kill what writes them, and write the tables to a page.")
+    parser.add_argument("--mutants", type=int, default=0, help="number of damaged copies in total, such as 20000")
+    parser.add_argument("--kills", type=int, default=0, help="number of kills per kind of work, such as 20")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, default=PAGE)
     chosen = parser.parse_args(arguments)
+    if not chosen.mutants and not chosen.kills:
+        parser.error("give --mutants, --kills or both")
+    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="reliability-"))
-    tallies = run(chosen.mutants, chosen.seed, folder)
-    wrong = [line for tally in tallies.values() for line in tally.wrong]
-    print(table(tallies))
-    print("\n".join(wrong) + f"\n{len(wrong)} wrong; copies in {folder}")
-    write_page(chosen.page, tallies, chosen.mutants, chosen.seed)
+    if chosen.kills:
+        # first: what is forked must not have computed anything
+        (folder / "kills").mkdir()
+        killed = kills.run(chosen.kills, chosen.seed, folder / "kills")
+        lost = [line for each in killed.values() for line in each.lost or ()]
+        print(kills.table(killed), *lost, sep="\n")
+        command = f"`python -m benchmarks.reliability --kills {chosen.kills} --seed {chosen.seed}`"
+        total = sum(each.kills for each in killed.values())
+        write_page(chosen.page, "--kills", f"{total} kills, {len(lost)} with a loss ({command}):", kills.table(killed))
+    if chosen.mutants:
+        tallies = run(chosen.mutants, chosen.seed, folder)
+        wrong = [line for tally in tallies.values() for line in tally.wrong]
+        print(table(tallies))
+        print("\n".join(wrong) + f"\n{len(wrong)} wrong; copies in {folder}")
+        command = f"`python -m benchmarks.reliability --mutants {chosen.mutants} --seed {chosen.seed}`"
+        total = sum(t.mutants for t in tallies.values())
+        said = f"{total:,} damaged copies, {len(wrong):,} wrong ({command}):"
+        write_page(chosen.page, "--mutants", said, table(tallies))
 
 
-BEGIN, END = "<!-- table: python -m benchmarks.reliability -->", "<!-- end of table -->"
+def write_page(page: Path, option: str, said: str, rows: Table) -> None:
+    """Put a table between its marks on a page.
 
-
-def write_page(page: Path, tallies: dict[str, Tally], mutants: int, seed: int) -> None:
-    """Put the table between its marks on a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    total, wrong = sum(t.mutants for t in tallies.values()), sum(len(t.wrong) for t in tallies.values())
-    command = f"`python -m benchmarks.reliability --mutants {mutants} --seed {seed}`"
-    said = f"{total:,} damaged copies, {wrong:,} wrong ({command}):"
+    Args:
+        page: the page.
+        option: of the command that makes the table; it is in the table's mark.
+        said: the sentence above the table.
+        rows: the table.
+    """
+    begin, end = f"<!-- table: python -m benchmarks.reliability {option} -->", "<!-- end of table -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        raise VisadaptError(f"{page} must have the line {begin}")
+    after = rest.partition(end)[2]
     with replacing(page) as partial:
-        partial.write_text(
-            f"{before}{BEGIN}\n\n{said}\n\n{table(tallies).markdown()}\n\n{END}{after}", encoding="utf-8"
-        )
+        partial.write_text(f"{before}{begin}\n\n{said}\n\n{rows.markdown()}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

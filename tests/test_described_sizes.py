@@ -7,6 +7,7 @@ import gzip
 import json
 import resource
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.models import ZOO, same, snapshot
 from visadapt import VisadaptError
 from visadapt.bounded_json import parse_json
 from visadapt.data import load_text, read_images
+from visadapt.data.bounded import unpack_zip
 from visadapt.data.inputs import ImageInputs
 from visadapt.limits import LIMITS, limit, variable
 from visadapt.tensor_file import read_described, write_described
@@ -246,3 +248,20 @@ def test_one_endless_line_is_refused(tmp_path: Path) -> None:
             packed.write(b"x" * (1 << 20))
     with little_memory(1), pytest.raises(VisadaptError, match="VISADAPT_MAX_UNPACKED_RATIO"):
         load_text(file)
+
+
+@pytest.mark.parametrize("content", ["bomb", "encrypted", "damaged"])
+def test_a_zip_file_is_unpacked_within_the_bound_or_refused(tmp_path: Path, content: str) -> None:
+    file, out = tmp_path / "data.zip", tmp_path / "out"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(1 << 25) if content == "bomb" else b"a few")
+    data = bytearray(file.read_bytes())
+    if content == "encrypted":
+        data[6] |= 1  # the flag in the local header, and in the directory
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    elif content == "damaged":
+        data[data.index(b"zeros") + 5] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(VisadaptError, match=r"data\.zip has more than 100|cannot unpack .*data\.zip: "):
+        unpack_zip(file, out)
+    assert not list(out.rglob("*")) or content == "damaged"

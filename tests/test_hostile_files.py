@@ -317,11 +317,11 @@ def test_an_option_given_by_hand_replaces_the_files(traps: Traps) -> None:
 @pytest.mark.parametrize(
     ("name", "build", "expected"),
     [
-        ("timm/vit_tiny_patch16_224", {"pretrained": False, "depth": 1024, "embed_dim": 6144}, "bytes of parameters"),
+        ("timm/vit_tiny_patch16_224", {"pretrained": False, "depth": 64, "embed_dim": 6144}, "bytes of parameters"),
         ("timm/resnet18", {"pretrained": False, "channels": [65536] * 4}, "bytes of parameters"),
         ("timm/vit_tiny_patch16_224", {"pretrained": False, "num_heads": 5}, "cannot be built with num_heads=5"),
         ("torchvision/vit_b_16", {"weights": None, "image_size": 8192, "num_classes": 65536}, "bytes of parameters"),
-        ("bundled/minilm", {"max_position_embeddings": 65536, "num_hidden_layers": 1024}, "bytes of parameters"),
+        ("bundled/minilm", {"max_position_embeddings": 65536, "num_hidden_layers": 256}, "bytes of parameters"),
     ],
 )  # fmt: skip
 def test_a_backbone_that_a_file_makes_too_large_is_never_built(
@@ -333,6 +333,13 @@ def test_a_backbone_that_a_file_makes_too_large_is_never_built(
     assert name in line
     assert expected in line
     traps.assert_quiet()
+
+
+def test_a_file_chooses_no_more_blocks_than_networks_have() -> None:
+    assert objections("timm/resnet18", {"layers": [3, 44, 87, 4], "pretrained": False}) == []
+    (said,) = objections("timm/resnet18", {"layers": [256] * 4})
+    assert said.endswith("(layers must be an integer from 1 to 256, or a list of up to 16 of them, 256 in total)")
+    assert len(objections("hf/bert", {"num_hidden_layers": 257})) == 1
 
 
 INPUTS = {

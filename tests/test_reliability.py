@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +16,9 @@ import torch
 from benchmarks import reliability
 from benchmarks.mutants import altered, changed, damaged
 from benchmarks.reliability_subjects import Subject, subjects
+from visadapt import VisadaptError
+
+ROOT = Path(__file__).parents[1]
 
 MUTANTS = {"prefix cache": 12, "task of": 120, "checkpoint": 150, "decider": 200}
 OTHERS = 200
@@ -62,10 +69,42 @@ def test_damage_is_seeded_and_never_nothing() -> None:
 
 def test_the_page_has_the_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{reliability.BEGIN}\nold\n{reliability.END}\nafter\n", encoding="utf-8")
-    reliability.write_page(page, {"decider": reliability.Tally(3)}, 3, 0)
+    mark = "<!-- table: python -m benchmarks.reliability --mutants -->"
+    page.write_text(f"before\n{mark}\nold\n<!-- end of table -->\nafter\n", encoding="utf-8")
+    reliability.write_page(page, "--mutants", "3 copies:", reliability.table({"decider": reliability.Tally(3)}))
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| decider | 3 |" in text
+    with pytest.raises(VisadaptError, match="must have the line"):
+        reliability.write_page(page, "--kills", "", reliability.table({}))
+
+
+def test_the_real_page_has_both_tables() -> None:
+    text = reliability.PAGE.read_text(encoding="utf-8")
+    for option, subject in (("--mutants", "| decider |"), ("--kills", "| visadapt train |")):
+        table = text.partition(f"<!-- table: python -m benchmarks.reliability {option} -->")[2]
+        assert subject in table.partition("<!-- end of table -->")[0]
+
+
+KILL = """
+import json, pathlib, sys, tempfile
+import torch
+torch.set_num_threads(1)
+from benchmarks import kills
+folder = pathlib.Path(sys.argv[1])
+found = kills.run(int(sys.argv[2]), 0, folder, steps=True)
+print(json.dumps({name: [each.kills, each.lost] for name, each in found.items()}))
+"""
+
+
+def test_work_that_is_killed_at_its_steps_loses_nothing(tmp_path: Path) -> None:
+    """One process, which forks: each kind of work is killed at steps from its first to its last."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", KILL, str(tmp_path), "3"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [line for _, lost in found.values() for line in lost] == []
+    assert [count for count, _ in found.values()] == [3] * 5

@@ -2,38 +2,24 @@
 
 import copy
 import random
+import time
 
 import pytest
 import torch
 
 import visadapt
+from benchmarks.mutants import damaged
 from tests.models import ZOO, stir
 from visadapt import VisadaptError
+from visadapt.bounded_json import parse_json
 from visadapt.runtime.decider import KIND as DECIDER
 from visadapt.tensor_file import read_described, write_described
 
 
 def mutants(data: bytes, count: int, seed: int):
-    """Damaged copies of a file: bytes changed, cut out, doubled and swapped, mostly in the header."""
+    """Damaged copies of a file."""
     rng = random.Random(seed)
-    header = 8 + int.from_bytes(data[:8], "little")
-    for _ in range(count):
-        mutant = bytearray(data)
-        start = rng.randrange(header if rng.random() < 0.6 else len(data))
-        length = rng.choice((1, 1, 1, 2, 8, 64))
-        match rng.randrange(5):
-            case 0:
-                mutant[start] ^= 1 << rng.randrange(8)
-            case 1:
-                mutant[start : start + length] = rng.randbytes(length)
-            case 2:
-                del mutant[start : start + length]
-            case 3:
-                mutant[start:start] = mutant[start : start + length]
-            case 4:
-                del mutant[start:]
-        if mutant != data:
-            yield bytes(mutant)
+    return (damaged(data, rng) for _ in range(count))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +77,20 @@ def test_deep_json_is_refused(tmp_path, depth) -> None:
     (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + data[-4:])
     with pytest.raises(VisadaptError):
         read_described(tmp_path / "f", "visadapt", "task file")
+
+
+def test_a_string_that_is_never_closed_is_refused_at_once() -> None:
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="Unterminated string"):
+        parse_json("[" * 17 + '"' + '\\"' * 300_000)
+    assert time.process_time() - begun < 2
+
+
+def test_a_file_of_holes_that_no_memory_can_hold_is_refused(tmp_path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(VisadaptError, match=r"cannot read .*f: it does not fit into memory"):
+        read_described(tmp_path / "f", DECIDER, "decider")
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path) -> None:

@@ -17,6 +17,8 @@ import visadapt
 from tests.models import ZOO, anatomy, same, snapshot
 from visadapt import VisadaptError, data, experiments, report, training
 from visadapt.experiments import Result
+from visadapt.export.program import export
+from visadapt.serving import Limits, Server
 
 
 class Context:
@@ -27,6 +29,7 @@ class Context:
         self.model = ZOO["tiny/resnet"].make()
         for task in ("a", "b"):
             visadapt.inject(self.model, m=2, task=task, num_classes=3, labels=("x", "y", "z"), where="layer4")
+        self.bare = ZOO["tiny/resnet"].make()
         self.x = torch.randn(4, 3, 32, 32)
         self.labels = torch.tensor([0, 1, 2, 0])
         visadapt.fit_decider(self.model, {"a": [self.x], "b": [self.x + 1]}, steps=2)
@@ -62,6 +65,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "activate": (visadapt.activate, lambda c: {"model": c.model, "task": "a"}),
     "active": (visadapt.active, lambda c: {"model": c.model}),
     "cache_prefix": (visadapt.cache_prefix, lambda c: {"model": c.model, "task": "a", "inputs": c.x}),
+    "combine": (
+        visadapt.combine,
+        lambda c: {"model": c.model, "weights": {"a": 0.5, "b": 0.5}, "into": "c"},
+    ),
     "decide": (visadapt.decide, lambda c: {"model": c.model, "inputs": c.x}),
     "eject": (visadapt.eject, lambda c: {"model": c.model}),
     "fit_decider": (visadapt.fit_decider, lambda c: {"model": c.model, "samples": {"a": [c.x], "b": [c.x]}}),
@@ -73,6 +80,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "merge": (visadapt.merge, lambda c: {"model": c.model, "task": "a"}),
     "merge_error": (visadapt.merge_error, lambda c: {"model": c.model, "merged": c.model, "task": "a"}),
     "named_parameters": (lambda **k: list(visadapt.named_parameters(**k)), lambda c: {"model": c.model, "task": "a"}),
+    "open": (visadapt.open, lambda c: {"source": c.task, "backbone": c.bare}),
     "parameters": (visadapt.parameters, lambda c: {"model": c.model, "task": "a"}),
     "predict": (visadapt.predict, lambda c: {"model": c.model, "inputs": c.x, "task": "a"}),
     "preprocess": (visadapt.preprocess, lambda c: {"model": c.model, "task": "a"}),
@@ -89,6 +97,12 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "unlean": (visadapt.unlean, lambda c: {"model": c.model}),
     "unmerge": (visadapt.unmerge, lambda c: {"model": c.model}),
     "using": (lambda **k: visadapt.using(**k).__enter__(), lambda c: {"model": c.model, "task": "a"}),
+    "export.program": (
+        export,
+        lambda c: {"model": c.model, "path": c.folder / "new.pt2", "task": "a", "example": c.x},
+    ),
+    "serving.Server": (Server, lambda c: {"source": c.model}),
+    "serving.Limits": (Limits, lambda c: {}),
     "training.evaluate": (training.evaluate, lambda c: {"model": c.model, "task": "a", "data": (c.x, c.labels)}),
     "training.predict": (training.predict, lambda c: {"model": c.model, "task": "a", "data": c.x}),
     "training.fit": (training.fit, lambda c: {"model": c.model, "task": "a", "train": (c.x, c.labels)}),
@@ -111,6 +125,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "data.read_images": (data.read_images, lambda c: {"files": [], "size": 8}),
     "data.renumbered": (data.renumbered, lambda c: {"data": c.set, "labels": ["b", "a"]}),
     "data.load_text": (data.load_text, lambda c: {"name_or_path": "tweets"}),
+    "data.read_texts": (data.read_texts, lambda c: {"file": c.folder / "none.csv"}),
     "data.augment": (data.augment, lambda c: {"images": c.x, "generator": torch.Generator()}),
     "data.normalize": (data.normalize, lambda c: {"images": c.images.images}),
     "data.dequantise": (data.dequantise, lambda c: {"file": c.folder / "none"}),
@@ -231,7 +246,16 @@ def test_a_wrong_argument_is_an_error_that_names_it_and_changes_nothing(context:
     assert not failures, "\n".join(failures)
 
 
-NAMED = {"task": "task", "norms": "norm policy", "head": "head", "path": "file", "place": "image", "device": "device"}
+NAMED = {
+    "task": "task",
+    "into": "task's name",
+    "how": "way to combine",
+    "norms": "norm policy",
+    "head": "head",
+    "path": "file",
+    "place": "image",
+    "device": "device",
+}
 """How messages call some arguments."""
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from visadapt.limits import check_limit
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# a string that is not closed ends with the text: to look for its end from each of its quotes takes quadratic time
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 _BRACKET = re.compile(r"[\[\]{}]")
 

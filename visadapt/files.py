@@ -56,6 +56,18 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and the folders that it is in, if there is none.
+
+    Raises:
+        VisadaptError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VisadaptError(f"cannot create the folder {folder}: {error.strerror or error}") from error
+
+
 def _sweep(target: Path) -> None:
     """Delete partial files of a target that have not been written to for long."""
     name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.partial")

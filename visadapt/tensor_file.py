@@ -93,6 +93,8 @@ def read_described(path: Path, kind: str, what: str) -> Content:
         raise
     except OSError as error:
         raise VisadaptError(f"cannot read {path}: {error.strerror or error}") from error
+    except MemoryError as error:  # a file with holes can be larger than the memory, and than the disk
+        raise VisadaptError(f"cannot read {path}: it does not fit into memory") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise VisadaptError(f"{path} is not a whole {what}: {error or type(error).__name__}") from error
     if text is None:

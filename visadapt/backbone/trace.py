@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -184,18 +185,37 @@ def _told(error: Exception | None) -> str:
     return lines[0][:300]
 
 
+_QUIET = threading.Lock()
+_quiet: tuple[int, ExitStack] = (0, ExitStack())
+"""How many blocks are quiet now, in all threads, and what puts back what the first of them found."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and torch's log while a model runs on a guessed input."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+    """Silence warnings and torch's log while a model runs on a guessed input.
+
+    Both settings are of the whole process. The first block sets them and the last one puts them back: if each block put
+    back what it had found, two that overlap in two threads would leave warnings off for good.
+    """
+    global _quiet
+    with _QUIET:
+        blocks, restore = _quiet
+        if not blocks:
+            restore = ExitStack()
+            restore.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            logger = logging.getLogger("torch._subclasses.fake_tensor")
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        _quiet = blocks + 1, restore
+    try:
+        yield
+    finally:
+        with _QUIET:
+            blocks, restore = _quiet
+            _quiet = blocks - 1, restore
+            if blocks == 1:
+                restore.close()
 
 
 def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:

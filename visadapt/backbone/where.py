@@ -112,7 +112,7 @@ def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example:
         matched = [site for site in found if term(site)]
         what = f"predicate {getattr(term, '__name__', term)!r}"
     elif isinstance(term, bool) or not isinstance(term, range | slice | int):
-        raise VisadaptError(f"where= cannot hold {term!r}: give a kind, a stage, a depth, a glob or a predicate")
+        raise VisadaptError(f"where= cannot hold {term!r:.60}: give a kind, a stage, a depth, a glob or a predicate")
     else:
         depths = range(1 + max((site.depth for site in usual), default=-1))
         wanted = _depths(term, depths)

@@ -21,6 +21,7 @@ from visadapt.cli.options import (
     Precision,
     Root,
     TaskFile,
+    check_loading,
     pairs,
 )
 from visadapt.cli.output import show
@@ -65,6 +66,7 @@ def evaluate(
     Classes are matched to the task's labels by name. Data without a test split is used whole; to use only the samples
     that train held out, give --split test and train's --seed. A table is read as train read its own.
     """
+    check_loading(seed, memory)
     if split is not None:
         check_choice(split, SPLITS, "split")
     for name in metric or ():

@@ -49,7 +49,7 @@ def experiment(
             "has its own.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds, counted from 0.")] = 3,
     epochs: Annotated[
         list[int] | None,
         typer.Option(

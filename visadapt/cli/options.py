@@ -9,7 +9,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from visadapt.checks import check_choice
+from visadapt.arguments import check_argument
+from visadapt.checks import check_choice, check_non_negative
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
 from visadapt.methods import Method as AnyMethod
@@ -102,6 +103,16 @@ def pairs(given: Iterable[str] | None, what: str) -> dict[str, Any]:
     return options
 
 
+def check_loading(seed: int, memory: float) -> None:
+    """Check ``--seed`` and ``--memory`` before any work is done.
+
+    Raises:
+        VisadaptError: one of them is not a finite number that a seed or a size can be.
+    """
+    check_argument(seed, int, "--seed")
+    check_non_negative(memory, "--memory")
+
+
 def number(text: str) -> int | float | str:
     """Parse an int or a float; return any other text unchanged."""
     value = _value(text)
@@ -125,19 +136,25 @@ def norm_policy(name: str) -> NormPolicy:
     return cast("NormPolicy", name)
 
 
-def check_writable(path: Path, force: bool) -> Path:
+def check_writable(path: Path, force: bool, given: str = "--out") -> Path:
     """Check that a path can be written to, before any work is done.
+
+    Args:
+        path: the path.
+        force: whether it may exist.
+        given: the option that names it.
 
     Raises:
         VisadaptError: the path exists and ``force`` is off, it is a folder, or its parent folder does not exist.
     """
     if path.is_dir():
-        raise VisadaptError(f"--out must be a file, got the folder {path}")
+        raise VisadaptError(f"{given} must be a file, got the folder {path}")
     if path.exists() and not force:
         raise VisadaptError(f"{path} already exists: use --force to overwrite it")
     if not path.parent.is_dir():
         siblings = path.parent.parent.iterdir() if path.parent.parent.is_dir() else ()
-        raise VisadaptError(f"no folder {path.parent}{nearest(path.parent.name, (p.name for p in siblings))}")
+        hint = nearest(path.parent.name, (p.name for p in siblings))
+        raise VisadaptError(f"no folder {path.parent} for {given}{hint}")
     return path
 
 

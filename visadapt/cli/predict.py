@@ -14,7 +14,7 @@ import typer
 from torch import nn
 
 import visadapt
-from visadapt.checks import check_choice
+from visadapt.checks import check_choice, check_count
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -74,6 +74,7 @@ def predict(
     tasks of one backbone can predict at once; the backbone is in memory only once.
     """
     check_choice(form, FORMATS, "format")
+    check_count(batch_size, "--batch-size")
     if out is not None:
         check_writable(out, force)
     model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)

@@ -9,6 +9,7 @@ import typer
 
 from visadapt.cli.options import Force, check_writable
 from visadapt.cli.output import say
+from visadapt.errors import VisadaptError
 from visadapt.report import write
 
 
@@ -24,6 +25,8 @@ def report(
 
     Writes OUT.md with its figures in OUT/, and a self-contained OUT.html.
     """
+    if not out.name:
+        raise VisadaptError(f"--out must have the name of a file, got {str(out)!r}")
     for suffix in (".md", ".html"):
         check_writable(Path(f"{out}{suffix}"), force)
     for path in write(results, out, title):

@@ -26,6 +26,7 @@ from visadapt.cli.options import (
     Root,
     Where,
     Width,
+    check_loading,
     check_writable,
     norm_policy,
     number,
@@ -153,6 +154,10 @@ def train(
     has no validation split, 10 % to select the best epoch.
     """
     target = check_writable(out, force)
+    for file, given in ((checkpoint, "--checkpoint"), (log, "--log")):
+        if file is not None:
+            check_writable(file, True, given)
+    check_loading(seed, memory)
     if recipe is not None:
         check_choice(recipe, RECIPES, "recipe")
     if metric is not None:
@@ -216,16 +221,17 @@ def train(
         raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
     if steps.augmentation.mixes and splits.problem_type != "single_label_classification":
         raise VisadaptError("--mixup and --cutmix need one class per image")
-    torch.manual_seed(seed)
-    visadapt.inject(
-        model,
-        adapter,
-        task=name,
-        labels=splits.classes or None,
-        num_classes=len(splits.classes) or 1,
-        norms=norm_policy(norms),
-        where=[number(term) for term in where or ()] or None,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        visadapt.inject(
+            model,
+            adapter,
+            task=name,
+            labels=splits.classes or None,
+            num_classes=len(splits.classes) or 1,
+            norms=norm_policy(norms),
+            where=[number(term) for term in where or ()] or None,
+        )
     shared: dict[str, Any] = {"device": device, "precision": precision}
     cached = None
     if quick and not changed:

@@ -53,6 +53,16 @@ def _several(one: Kind) -> Kind:
     return Kind(f"{one.what}, or a list of up to 16 of them", holds)
 
 
+def _together(one: Kind, most: int) -> Kind:
+    """One value, or a list of them, of at most ``most`` in total."""
+    several = _several(one)
+
+    def holds(value: Any) -> bool:
+        return several.holds(value) and (sum(value) if isinstance(value, list | tuple) else value) <= most
+
+    return Kind(f"{several.what}, {most} in total", holds)
+
+
 def _one_of(*choices: str) -> Kind:
     return Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str) and v in choices)
 
@@ -63,9 +73,12 @@ _WORD = Kind(
     lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", v) is not None,
 )
 _WORD_OR_NONE = Kind(f"null or {_WORD.what}", lambda v: v is None or _WORD.holds(v))
-_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, 1024), whole(1, 8192)
+_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, 256), whole(1, 8192)
 _RATE, _SCALE = real(0, 1), real(0, 100)
-_LISTS = (_SIDES, _COUNTS, _DEPTHS, _SCALES) = tuple(map(_several, (SIDE, _COUNT, _DEPTH, _SCALE)))
+_SIDES, _COUNTS, _SCALES = map(_several, (SIDE, _COUNT, _SCALE))
+# each block takes time to be built even without memory; the deepest networks of timm have less than 200
+_DEPTHS = _together(_DEPTH, 256)
+_SIZE_KINDS = {_CLASSES, _COUNT, _DEPTH, SIDE, _SCALE, _SIDES, _COUNTS, _SCALES, _DEPTHS}
 
 _TIMM: dict[str, Kind] = {
     **dict.fromkeys(("pretrained", "qkv_bias", "class_token", "no_embed_class", "pre_norm", "avg_down"), FLAG),
@@ -109,12 +122,7 @@ OPTIONS: dict[str, dict[str, Kind]] = {
 }
 """Options that a file may ask for, by the place of the backbone."""
 
-SIZES = frozenset(
-    key
-    for options in OPTIONS.values()
-    for key, kind in options.items()
-    if kind in {_CLASSES, _COUNT, _DEPTH, SIDE, _SCALE} or kind in _LISTS
-)
+SIZES = frozenset(key for options in OPTIONS.values() for key, kind in options.items() if kind in _SIZE_KINDS)
 """Options that decide how large a backbone is."""
 
 _NAMES = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,3 +79,25 @@ def read_gzip(file: Path) -> bytes:
     """
     with _BoundedGzip(file) as unpacked:
         return b"".join(iter(unpacked.read, b""))
+
+
+def unpack_zip(file: Path, folder: Path) -> None:
+    """Unpack a zip file into a folder.
+
+    Args:
+        file: path of the zip file.
+        folder: an empty folder.
+
+    Raises:
+        VisadaptError: it cannot be read, or grows by more than `visadapt.limits.LIMITS` allows, by its own account of
+            the sizes, beyond which nothing is unpacked.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > _SMALL:
+                check_limit(size / max(1, file.stat().st_size), "UNPACKED_RATIO", str(file))
+            archive.extractall(folder)
+    # encrypted files are a RuntimeError, unknown compression a NotImplementedError
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError, OSError) as error:
+        raise VisadaptError(f"cannot unpack {file}: {error}") from error

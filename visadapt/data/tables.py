@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import sys
+import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from visadapt.data.bounded import read_gzip
 from visadapt.errors import VisadaptError, nearest, option
 
 Column = str | int
+
+_FIELD_SIZE = threading.Lock()
+"""Held while the limit of the whole process is another, so that two threads put back what was there before both."""
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
 """Suffixes of tables, in lower case."""
@@ -173,11 +177,12 @@ def read_text(file: Path, encoding: str) -> str:
 def _parsed(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:
     if delimiter == " ":  # a label, then a text that may contain spaces
         return [line.rstrip("\r").split(" ", 1) for line in text.split("\n") if line]
-    longest = csv.field_size_limit(sys.maxsize)
-    try:
-        return _strictly_quoted(text, delimiter, file, quoted_only)
-    finally:
-        csv.field_size_limit(longest)
+    with _FIELD_SIZE:
+        longest = csv.field_size_limit(sys.maxsize)
+        try:
+            return _strictly_quoted(text, delimiter, file, quoted_only)
+        finally:
+            csv.field_size_limit(longest)
 
 
 def _strictly_quoted(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:

@@ -220,6 +220,7 @@ def _completed(
     return _assemble(name, parts, seed, targets, known, validation=len(rows) // 10)
 
 
+@takes()
 def read_texts(file: Path, text: Column | Sequence[Column] | None = None, form: Format | None = None) -> list[Text]:
     """Read the texts of a table, or the pairs of texts, without labels.
 

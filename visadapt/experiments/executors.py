@@ -106,8 +106,12 @@ def _completed(futures: Sequence[Future[list[Result]]]) -> Iterator[Result]:
 
 
 def _execute_all(run: Run, missing: Collection[str], workspace: Workspace, threads: int) -> list[Result]:
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    return list(execute(run, missing, workspace))
+    try:
+        return list(execute(run, missing, workspace))
+    finally:
+        torch.set_num_threads(before)  # a cluster gives the process to others
 
 
 def _exit_with_parent() -> None:

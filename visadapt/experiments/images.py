@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visadapt.checks import check_choice
 from visadapt.data import ImageSet, ImageSplit, augment, load_squares
+from visadapt.data.bounded import unpack_zip
 from visadapt.data.inputs import ImageInputs, Splits
 from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples
@@ -92,8 +93,8 @@ class ImageProblem(Problem):
             return load_squares(self.data, self.size, root=self.root)
         if not zipfile.is_zipfile(path):
             return load_squares(path, self.size)
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
-            archive.extractall(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            unpack_zip(path, Path(folder))
             train_folders = (train for train in sorted(Path(folder).rglob("train")) if train.is_dir())
             return load_squares(next((train.parent for train in train_folders), Path(folder)), self.size)
 

@@ -18,7 +18,7 @@ from visadapt.arguments import takes
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.experiments.result_check import check_result
-from visadapt.files import replacing
+from visadapt.files import make_folder, replacing
 from visadapt.typed import from_json
 
 STOPPED = "stopped"
@@ -125,7 +125,9 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     source = Path(path)
     if not source.exists():
         raise VisadaptError(f"no folder or file of results {str(source)!r}")
-    files = [source] if source.is_file() else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
+    found = [source] if source.is_file() else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
+    # not a named pipe, which would be waited for
+    files = [file for file in found if file.is_file()]
     results: dict[tuple[str, str], Result] = {}
     for file in files:
         if file.name.startswith("."):  # partial file of an interrupted write
@@ -154,7 +156,7 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
     if other is not None:
         raise VisadaptError(f"results must be results of experiments, got {type(other).__name__}")
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with replacing(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_FIELDS)
@@ -209,7 +211,7 @@ def write(result: Result, folder: Path) -> Path:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise VisadaptError(f"experiment and key must be plain names, got {name!r}")
     target = folder / result.experiment / f"{result.key}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with replacing(target) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
     return target

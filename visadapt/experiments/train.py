@@ -14,6 +14,7 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.linear_probe import fit_head, is_probe
 from visadapt.experiments.problems import Problem
+from visadapt.files import make_folder
 from visadapt.frozen import CachedPrefix, cache_prefix
 from visadapt.runtime.costs import summary
 from visadapt.runtime.registry import tasks
@@ -48,7 +49,7 @@ class Workspace:
     def task_file(self, key: str) -> Path:
         """Return the path of the task file of this key; create its folder."""
         folder = self.folder / "tasks"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return folder / f"{key}.visadapt"
 
 

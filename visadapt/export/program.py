@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
+from visadapt.backbone.modules import keep_modes
 from visadapt.backbone.trace import guess_input, quiet
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
@@ -22,6 +24,7 @@ from visadapt.runtime.selection import using
 FORMATS = (".onnx", ".pt2")
 
 
+@takes()
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -59,22 +62,21 @@ def export(
     named = dict(given) if isinstance(given, Mapping) else {}
     positional = () if named else (given,)
     shapes = {name: _free(value, model) for name, value in named.items()} if named else (_free(given, model),)
-    was = model.training
-    model.eval()
     try:
-        with using(model, task) if task is not None else nullcontext(), quiet():
+        with keep_modes(model), using(model, task) if task is not None else nullcontext(), quiet():
+            model.eval()
             program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
     except VisadaptError:
         raise
     except Exception as error:
         raise VisadaptError(f"torch cannot export this {type(model).__name__}: {error}") from error
-    finally:
-        model.train(was)
     kept = {} if labels is None else {"labels": json.dumps(list(labels))}
     with replacing(target) as partial:
         if target.suffix == ".pt2":
-            with partial.open("wb") as file:
-                torch.export.save(program, file, extra_files=kept)  # type: ignore[arg-type]
+            with _Sink(partial, "wb") as sink:
+                torch.export.save(program, sink, extra_files=kept)  # type: ignore[arg-type]
+            if sink.error is not None:
+                raise sink.error
         else:
             _onnx(program, partial, kept)
     return target
@@ -89,10 +91,25 @@ def _free(value: Tensor, model: nn.Module) -> dict[int, Any]:
     return free
 
 
+class _Sink(io.FileIO):
+    """A file that keeps its first error for later: torch's writer ends the process if a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        rest = view
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return view.nbytes
+
+
 def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     require("onnxscript", "ONNX", "visadapt[export]")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's, about its own parts
+    with quiet():  # its warnings are about its own parts
         made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
     assert made is not None
     made.model.metadata_props.update(metadata)

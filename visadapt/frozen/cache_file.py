@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.tensor_file import raw
 
@@ -53,8 +54,8 @@ class CacheFile:
     def _recorded(self) -> dict[str, Any]:
         """What the key says; nothing if there is none, or one of another format."""
         try:
-            found = json.loads(self.key.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = parse_json(self.key.read_text(encoding="utf-8"), str(self.key))
+        except (OSError, ValueError, RecursionError):  # a VisadaptError is a ValueError
             return {}
         return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else {}
 

@@ -259,6 +259,11 @@ class SideBlock(nn.Module):
 
 def _resized(z: Tensor, like: Tensor, rank: int) -> Tensor:
     """z pooled to the positions of the next rung."""
+    if len(z) != len(like):
+        raise VisadaptError(
+            f"a Ladder cannot join outputs whose first axes are {len(z)} and {len(like)} long, as those of an encoder "
+            "and a decoder may be: choose blocks of one of them with where="
+        )
     if rank:
         size = like.shape[2:]
         return z if z.shape[2:] == size else _POOLS[rank - 1](z, size)

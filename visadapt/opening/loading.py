@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.arguments import takes
 from visadapt.data.file_requests import vetted
 from visadapt.data.inputs import Inputs, from_description
 from visadapt.errors import VisadaptError
@@ -20,6 +21,7 @@ from visadapt.runtime.selection import activate
 from visadapt.task_file import load, read
 
 
+@takes()
 def open(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from visadapt.arguments import takes
 from visadapt.experiments.catalogue import is_adapter
 from visadapt.experiments.record import Result
-from visadapt.files import replacing
+from visadapt.files import make_folder, replacing
 from visadapt.report.formatting import mean_and_std
 from visadapt.report.statistics import group_by, mean_score, score_std
 from visadapt.report.style import Drawing, Look, plain_ticks
@@ -35,7 +35,7 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "
         VisadaptError: matplotlib is not installed, or the folder cannot be written to.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     image = size_scatter(results, title).render(Look(width=6), target.suffix.removeprefix("."))
     with replacing(target) as partial:
         partial.write_bytes(image)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from visadapt.arguments import takes
+from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
 from visadapt.report.formatting import mean_and_std
 from visadapt.report.statistics import group_by, percent_trained
@@ -53,10 +54,15 @@ def sweep_table(results: Sequence[Result], title: str = "") -> Table:
 
     Returns:
         The table, with one row per contender.
+
+    Raises:
+        VisadaptError: a contender has no result on validation data.
     """
     rows = []
     for name, group in group_by(results, lambda r: r.contender).items():
         trials = sorted((r for r in group if r.split == "validation"), key=lambda r: (r.epochs, r.lr))
+        if not trials:
+            raise VisadaptError(f"results must have trials on validation data, got none of {name!r}")
         several = len({r.epochs for r in trials}) > 1
         best = max(trials, key=lambda result: result.standing)
         cells = [_trial(r, several) + (" *" if r == best else "") for r in trials]

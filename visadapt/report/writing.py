@@ -7,7 +7,7 @@ from pathlib import Path
 
 from visadapt.arguments import takes
 from visadapt.experiments.record import read_results
-from visadapt.files import replacing
+from visadapt.files import make_folder, replacing
 from visadapt.report.assembly import build
 from visadapt.report.html_page import page
 from visadapt.report.markdown_page import markdown
@@ -42,7 +42,7 @@ def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: s
             for drawing in section.drawings
         },
     }
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for path, content in files.items():
         with replacing(path) as partial:
             partial.write_bytes(content)

@@ -205,7 +205,11 @@ def run(options: Options, say: Callable[[str], None]) -> None:
     serve.run(application(dataclasses.replace(options)), name=NAME, route_prefix="/")
     say(f"listening at http://{options.host}:{options.port}")
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
-    serve.shutdown()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+    try:
+        stopped.wait()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        serve.shutdown()

@@ -65,8 +65,8 @@ class Options:
             raise VisadaptError(f"port must be an integer from 0 to 65535, got {self.port!r}")
         if self.token_file is None and not is_loopback(self.host):
             raise VisadaptError(
-                f"{self.host} can be reached from other machines: give the token that they need with --token-file, or "
-                "listen at 127.0.0.1"
+                f"host {self.host!r} can be reached from other machines: give the token that they need with "
+                "--token-file, or listen at 127.0.0.1"
             )
 
     def token(self) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.checks import check_count, check_non_negative
@@ -31,6 +32,7 @@ from visadapt.serving.refusal import ServingError
 from visadapt.serving.samples import accept
 from visadapt.serving.waiting import Item, WaitingQueue
 from visadapt.serving.worker import Worker
+from visadapt.training.engine import check_device
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Server:
         [('birds', 2), ('flowers', 2)]
     """
 
+    @takes()
     def __init__(
         self,
         source: nn.Module | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -115,6 +118,8 @@ class Server:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.pool = _pool(source, Backbone(backbone, dict(build or {}), online), max_tasks, self.metrics)
+        if device is not None:
+            check_device(device)
         model = self.pool.model.eval()
         if device is not None:
             model.to(device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.arguments import takes
+from visadapt.backbone.modules import keep_modes
 from visadapt.checks import check_count
 from visadapt.data.samples import ready
 from visadapt.training.batches import Batches
@@ -155,20 +156,16 @@ def run_epoch(
     """
     engine, bad, count = logits_model.engine, 0, 0
     batches.share(engine)
-    was_training = logits_model.model.training
-    logits_model.eval()
-    try:
-        with torch.no_grad(), target.context() if target else nullcontext():
-            for inputs, batch_labels, rows in batches.epoch():
-                outputs = engine.gather(logits_model(logits_model.place(inputs)))[:rows].cpu()
-                labels = None if batch_labels is None else engine.gather(engine.place(batch_labels))[:rows].cpu()
-                # −inf is allowed: a network may rule out a class, and softmax handles it
-                bad += int((~(outputs < math.inf)).reshape(len(outputs), -1).any(-1).sum())
-                count += len(outputs)
-                if not bad:
-                    use(outputs, labels)
-    finally:
-        logits_model.model.train(was_training)
+    with keep_modes(logits_model.model), torch.no_grad(), target.context() if target else nullcontext():
+        logits_model.eval()
+        for inputs, batch_labels, rows in batches.epoch():
+            outputs = engine.gather(logits_model(logits_model.place(inputs)))[:rows].cpu()
+            labels = None if batch_labels is None else engine.gather(engine.place(batch_labels))[:rows].cpu()
+            # −inf is allowed: a network may rule out a class, and softmax handles it
+            bad += int((~(outputs < math.inf)).reshape(len(outputs), -1).any(-1).sum())
+            count += len(outputs)
+            if not bad:
+                use(outputs, labels)
     if bad:
         name = target.name if target else type(logits_model.model).__name__
         raise Diverged(f"{name} gives NaN or infinite logits for {bad} of {count} {batches.purpose} samples")

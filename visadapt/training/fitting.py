@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from visadapt.arguments import takes
+from visadapt.backbone.modules import keep_modes
 from visadapt.checks import check_count
 from visadapt.data.augmentation import Augmentation
 from visadapt.data.image_inputs import ImageInputs
@@ -163,8 +164,7 @@ def fit(
     logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
-    was_training = model.training
-    with random, only_trainable(model, target, engine.processes), reserved(origin, model):
+    with keep_modes(model), random, only_trainable(model, target, engine.processes), reserved(origin, model):
         loop = Loop(logits_model, target, batches, recipe, changes, random)
         try:
             if recipe.head_first and not (saved is not None and saved.resumes):
@@ -209,7 +209,6 @@ def fit(
             target.restore(loop.kept)
             raise
         finally:
-            model.train(was_training)
             for parameter in target.parameters.values():
                 parameter.grad = None
     return history()
