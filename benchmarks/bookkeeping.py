@@ -20,7 +20,8 @@ import torch
 import torchvision
 
 import visadapt
-from benchmarks.measure import Row, exact, milliseconds, parse_args, print_rows
+from benchmarks.measure import Row, exact, interleaved, milliseconds, parse_args, print_rows, ratio
+from visadapt.runtime.registry import registry_of
 
 
 def seconds(run: Callable[[Any], object], repeats: int, prepare: Callable[[], Any] = lambda: None) -> list[float]:
@@ -90,8 +91,62 @@ def _measure_beside(model: torch.nn.Module, tasks: int, repeats: int, file: Path
     for name, share in profile_callees(lambda: visadapt.load(model, file, task=remove_new()), visadapt.load):
         yield exact(f"profile: load: {name}", setting, share, "%")
     remove_new()
+    yield from _measure_calls(model, torchvision.models.resnet50(weights=None), setting, repeats)
     yield milliseconds("save", setting, seconds(lambda _: visadapt.save(model, "first", file), repeats))
     yield milliseconds("switch", setting, seconds(lambda _: visadapt.activate(model, "first"), repeats))
+
+
+_CALLS: dict[str, Callable[[torch.nn.Module], object]] = {
+    "train()": lambda model: model.train(),
+    "zero_grad()": lambda model: model.zero_grad(),
+    "named_parameters()": lambda model: list(model.named_parameters()),
+    "modules()": lambda model: list(model.modules()),
+    "state_dict()": lambda model: model.state_dict(),
+    "to() where it is": lambda model: model.to(next(model.parameters()).device),
+}
+
+
+def _measure_calls(model: torch.nn.Module, plain: torch.nn.Module, setting: str, repeats: int) -> Iterator[Row]:
+    """Compare the calls that visit all modules with those of a plain model, the bare backbone and a task active."""
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        for active in (None, "first"):
+            visadapt.activate(model, active)
+            at = f"{setting}, {'no task' if active is None else 'one task'} active"
+            for name, call in _CALLS.items():
+                times = interleaved({"tasks": lambda c=call: c(model), "plain": lambda c=call: c(plain)}, repeats)  # type: ignore[misc]
+                yield ratio(f"call: {name} / plain", at, times, "tasks", "plain")
+            forwards = {"tasks": lambda: model.eval()(x), "plain": lambda: plain.eval()(x)}
+            yield ratio("call: forward / plain", at, interleaved(forwards, repeats), "tasks", "plain")
+        copies = {"tasks": lambda: copy.deepcopy(model), "plain": lambda: copy.deepcopy(plain)}
+        yield ratio("call: deepcopy / plain", setting, interleaved(copies, min(repeats, 3)), "tasks", "plain")
+        names = tuple(visadapt.tasks(model))[:500]
+        inputs = {name: [torch.randn(4, 3, 64, 64)] for name in names[:2]}
+        if len(names) > 1:
+            _decide_among(model, names, inputs)
+            choose = {
+                "auto": lambda: _forward(model, "auto", x),
+                "decide": lambda: visadapt.decide(model, x),
+                "plain": lambda: plain(x),
+            }
+            times = interleaved(choose, repeats)
+            at = f"ResNet-50, 224 px, batch 1, {len(names)} tasks"
+            yield ratio("call: auto / plain forward", at, times, "auto", "plain")
+            yield ratio("call: decide / plain forward", at, times, "decide", "plain")
+
+
+def _decide_among(model: torch.nn.Module, names: tuple[str, ...], inputs: dict[str, list[torch.Tensor]]) -> None:
+    """Give a model a decider between many tasks, of which two are fitted."""
+    two = visadapt.fit_decider(model, inputs, steps=1)
+    decider = type(two)(names, two.mean, two.std)
+    torch.nn.init.normal_(decider.linear.weight, std=0.01)
+    registry_of(model).decider = decider.requires_grad_(False).eval()
+
+
+def _forward(model: torch.nn.Module, task: str, x: torch.Tensor) -> torch.Tensor:
+    with visadapt.using(model, task):
+        logits: torch.Tensor = model(x)
+    return logits
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +33,10 @@ from benchmarks.measure import (
 M = 64
 
 
-def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+def adapted(net: nn.Module, norms: str, **lean: Any) -> tuple[nn.Module, list[nn.Parameter]]:
     """Inject Houlsby's two adapters per layer, lean; return the model and its trained parameters."""
     visadapt.inject(net, m=M, task="t", norms=norms)
-    return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
+    return visadapt.lean(net, **lean), visadapt.parameters(net, "t")
 
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -58,8 +59,10 @@ CONTENDERS = {
     "full fine-tuning": full,
     "bottleneck": lambda net: adapted(net, "frozen"),
     "bottleneck, own norms": lambda net: adapted(net, "affine"),
-    "bottleneck, own norms, bfloat16 kept": lambda net: adapted(net, "affine", torch.bfloat16),
+    "bottleneck, own norms, bfloat16 kept": lambda net: adapted(net, "affine", keep=torch.bfloat16),
     "adapter-hub": adapter_hub,
+    "full fine-tuning, bfloat16": full,
+    "bottleneck, bfloat16": lambda net: adapted(net, "frozen", compute=torch.bfloat16, keep=torch.bfloat16),
 }
 
 
@@ -74,7 +77,8 @@ def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> 
     steps = {}
     for name in names:
         model, parameters = CONTENDERS[name](copy.deepcopy(net).to(device))
-        steps[name] = Step(model, parameters, lambda net: net(tokens, attention_mask=mask).logits, labels)
+        autocast = name == "full fine-tuning, bfloat16"
+        steps[name] = Step(model, parameters, lambda net: net(tokens, attention_mask=mask).logits, labels, autocast)
     kept = {name: bytes_kept(step.model, step.loss, [tokens, mask]) for name, step in steps.items()}
     for name in names[1:]:
         yield exact(f"bytes kept: {name} / full fine-tuning, BERT", setting, kept[name] / kept["full fine-tuning"])
@@ -87,6 +91,8 @@ def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> 
     yield from profile("bottleneck, BERT", setting, steps["bottleneck"])
     for name in names[1:]:
         yield ratio(f"step: {name} / full fine-tuning, BERT", setting, times, name, "full fine-tuning")
+    figure = "step: bottleneck / full fine-tuning, both bfloat16, BERT"
+    yield ratio(figure, setting, times, "bottleneck, bfloat16", "full fine-tuning, bfloat16")
     if "adapter-hub" in names:
         for name in ("bottleneck", "bottleneck, own norms"):
             trained = f"{steps[name].trained:,} / {steps['adapter-hub'].trained:,} trained"

@@ -1,4 +1,4 @@
-"""A forward pass of ResNet-50 without gradients: merged and folded, or with adapters / the plain backbone.
+"""A forward pass of ResNet-50 without gradients: merged and folded, or with adapters / the plain backbone in fp32.
 
 python -m benchmarks.inference
 """
@@ -25,10 +25,10 @@ def merged(net: nn.Module) -> nn.Module:
     return visadapt.merge(net, "t", fold=True)
 
 
-def unmerged(net: nn.Module, norms: str, lean: bool) -> nn.Module:
+def unmerged(net: nn.Module, norms: str, lean: bool, compute: torch.dtype | None = None) -> nn.Module:
     """Inject a bottleneck of width 32 after every block."""
     visadapt.inject(net, m=32, task="t", num_classes=1000, norms=norms)
-    return visadapt.lean(net) if lean else net
+    return visadapt.lean(net, compute=compute) if lean else net
 
 
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -37,6 +37,8 @@ CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bottleneck m=32": lambda net: unmerged(net, "affine", False),
     "bottleneck m=32, own norms, lean": lambda net: unmerged(net, "affine", True),
     "bottleneck m=32, lean": lambda net: unmerged(net, "frozen", True),
+    "merged and folded, bfloat16": lambda net: merged(net).to(torch.bfloat16),
+    "bottleneck m=32, lean, bfloat16": lambda net: unmerged(net, "frozen", True, torch.bfloat16),
 }
 
 
@@ -48,7 +50,8 @@ def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     for name, make in CONTENDERS.items():
         for kind, chosen in FORMATS.items():
             model = make(copy.deepcopy(net)).eval().to(device, memory_format=chosen)
-            runs[f"{name}, {kind}"] = partial(model, x.to(device, memory_format=chosen))
+            given = x.to(device, next(iter(model.state_dict().values())).dtype, memory_format=chosen)
+            runs[f"{name}, {kind}"] = partial(model, given)
     with torch.no_grad():
         counted = {name: operations(run) for name, run in runs.items()}
         times = interleaved(runs, repeats, device)

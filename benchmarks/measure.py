@@ -163,7 +163,10 @@ def in_new_process(function: Callable[..., int], *arguments: object) -> int:
 
 
 class Step:
-    """A training step: forward, backward and an AdamW step on the same batch."""
+    """A training step: forward, backward and an AdamW step on the same batch.
+
+    With ``autocast`` the forward pass runs under autocast to bfloat16.
+    """
 
     def __init__(
         self,
@@ -171,14 +174,16 @@ class Step:
         parameters: Sequence[nn.Parameter],
         forward: Callable[[nn.Module], Tensor],
         labels: Tensor,
+        autocast: bool = False,
     ) -> None:
-        self.model, self._forward, self._labels = model.train(), forward, labels
+        self.model, self._forward, self._labels, self._autocast = model.train(), forward, labels, autocast
         self.trained = sum(p.numel() for p in parameters)
         self._optimiser = torch.optim.AdamW(parameters, lr=1e-5)
 
     def loss(self) -> Tensor:
         """Compute the loss on the batch."""
-        return nn.functional.cross_entropy(self._forward(self.model), self._labels)
+        with torch.autocast(self._labels.device.type, torch.bfloat16, enabled=self._autocast):
+            return nn.functional.cross_entropy(self._forward(self.model), self._labels)
 
     def __call__(self) -> None:
         self._optimiser.zero_grad(set_to_none=True)

@@ -26,10 +26,12 @@ def epoch(cached: CachedPrefix, labels: Tensor, batch: int, optimiser: torch.opt
         optimiser.step()
 
 
-def epochs(where: object, x: Tensor, labels: Tensor, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def epochs(
+    method: object, where: object, x: Tensor, labels: Tensor, batch: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return functions that run the first epoch, which fills the cache, and a later one."""
     model = torchvision.models.resnet50(weights=None).to(x.device)
-    visadapt.inject(model, m=32, where=where, task="t", num_classes=10, norms="frozen")
+    visadapt.inject(model, method, where=where, task="t", num_classes=10, norms="frozen")
     visadapt.lean(model).train()
     optimiser = torch.optim.AdamW(visadapt.parameters(model, "t"))
     caches: list[CachedPrefix] = []
@@ -56,18 +58,23 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def measure(size: int, images: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
-    """Measure ResNet-50 with adapters in its last stage, and in its last block."""
+    """Measure ResNet-50 with adapters in its last stage and in its last block, and with a side network beside it."""
     x, labels = torch.randn(images, 3, size, size, device=device), torch.arange(images, device=device) % 10
-    setting = f"ResNet-50, m=32, {images} images, batch {batch}, {size} px"
-    for where, part in (("layer4", "last stage"), (slice(-1, None), "last block")):
-        arguments = (where, x, labels, batch)
-        figure = f"a later epoch on the prefix cache / the first ({part} adapted)"
+    methods = (
+        (visadapt.Bottleneck(m=32), "layer4", "last stage adapted"),
+        (visadapt.Bottleneck(m=32), slice(-1, None), "last block adapted"),
+        (visadapt.Ladder(), None, "ladder"),
+    )
+    for method, where, part in methods:
+        setting = f"ResNet-50, m={method.m}, {images} images, batch {batch}, {size} px"
+        arguments = (method, where, x, labels, batch)
+        figure = f"a later epoch on the prefix cache / the first ({part})"
         yield exact(f"operations: {figure}", setting, later_over_first(operations, *arguments))
         ratios = [later_over_first(seconds, *arguments) for _ in range(repeats)]
-        yield spread(f"prefix cache: a later epoch / the first ({part} adapted)", setting, ratios, "×")
+        yield spread(f"prefix cache: a later epoch / the first ({part})", setting, ratios, "×")
         first, later = epochs(*arguments)
         first()
-        yield from profile(f"a later epoch on the prefix cache, {part} adapted", setting, later)
+        yield from profile(f"a later epoch on the prefix cache, {part}", setting, later)
 
 
 if __name__ == "__main__":

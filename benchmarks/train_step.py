@@ -1,4 +1,4 @@
-"""A training step of ResNet-50: bottleneck adapters on the lean backbone / full fine-tuning and peft's LoRA.
+"""A training step of ResNet-50: adapters on the lean backbone / full fine-tuning and peft's LoRA, in fp32 and bfloat16.
 
 python -m benchmarks.train_step --size 96
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -34,10 +36,16 @@ CLASSES, M = 10, 32
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def adapted(net: nn.Module, norms: str, keep: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+def adapted(net: nn.Module, norms: str, **lean: Any) -> tuple[nn.Module, list[nn.Parameter]]:
     """Inject a bottleneck after every block, lean; return the model and its trained parameters."""
     visadapt.inject(net, m=M, task="t", num_classes=CLASSES, norms=norms)
-    return visadapt.lean(net, keep=keep), visadapt.parameters(net, "t")
+    return visadapt.lean(net, **lean), visadapt.parameters(net, "t")
+
+
+def ladder(net: nn.Module, **lean: Any) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Put a side network of width 64 beside the backbone, lean; return the model and its trained parameters."""
+    visadapt.inject(net, visadapt.Ladder(), task="t", num_classes=CLASSES)
+    return visadapt.lean(net, **lean), visadapt.parameters(net, "t")
 
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -58,14 +66,30 @@ def lora(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-CONTENDERS = {
+Make = Callable[[nn.Module], tuple[nn.Module, list[nn.Parameter]]]
+
+CONTENDERS: dict[str, Make] = {
     "full fine-tuning": full,
-    "bottleneck": lambda net: adapted(net, "frozen"),
-    "bottleneck, bfloat16 kept": lambda net: adapted(net, "frozen", torch.bfloat16),
-    "bottleneck, own norms": lambda net: adapted(net, "affine"),
-    "bottleneck, own norms, bfloat16 kept": lambda net: adapted(net, "affine", torch.bfloat16),
+    "bottleneck": partial(adapted, norms="frozen"),
+    "bottleneck, bfloat16 kept": partial(adapted, norms="frozen", keep=torch.bfloat16),
+    "bottleneck, own norms": partial(adapted, norms="affine"),
+    "bottleneck, own norms, bfloat16 kept": partial(adapted, norms="affine", keep=torch.bfloat16),
+    "ladder": ladder,
     "peft LoRA": lora,
+    "full fine-tuning, bfloat16": full,
+    "bottleneck, bfloat16": partial(adapted, norms="frozen", compute=torch.bfloat16, keep=torch.bfloat16),
+    "bottleneck, bfloat16 of int8": partial(
+        adapted, norms="frozen", compute=torch.bfloat16, keep=torch.bfloat16, weights="int8"
+    ),
+    "ladder, bfloat16": partial(ladder, compute=torch.bfloat16),
+    "peft LoRA, bfloat16": lora,
 }
+"""By name; fine-tuning and LoRA in bfloat16 run under autocast."""
+
+AUTOCAST = ("full fine-tuning, bfloat16", "peft LoRA, bfloat16")
+
+PRECISIONS = {name: (name, f"{name}, bfloat16") for name in ("full fine-tuning", "bottleneck", "ladder", "peft LoRA")}
+"""What may be chosen from where each takes its best format and precision."""
 
 
 def step(name: str, memory_format: str, size: int, batch: int, device: str) -> tuple[Step, torch.Tensor]:
@@ -76,7 +100,7 @@ def step(name: str, memory_format: str, size: int, batch: int, device: str) -> t
     net = torchvision.models.resnet50(weights=None).to(device, memory_format=chosen)
     model, parameters = CONTENDERS[name](net)
     labels = torch.arange(batch, device=device) % CLASSES
-    return Step(model, parameters, lambda net: net(x), labels), x
+    return Step(model, parameters, lambda net: net(x), labels, name in AUTOCAST), x
 
 
 def peak(name: str, size: int, batch: int, device: str) -> int:
@@ -93,7 +117,7 @@ def peak(name: str, size: int, batch: int, device: str) -> int:
 def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     """Measure all figures for one image size."""
     setting = f"ResNet-50, m={M}, batch {batch}, {size} px"
-    names = [name for name in CONTENDERS if name != "peft LoRA" or importlib.util.find_spec("peft")]
+    names = [name for name in CONTENDERS if "peft" not in name or importlib.util.find_spec("peft")]
     kept = {}
     for name in names:
         made, x = step(name, "channels_last", size, batch, device)
@@ -115,11 +139,20 @@ def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     for name in names[1:]:
         figure = f"step: {name} / full fine-tuning, each in its best format"
         yield ratio(figure, setting, times, quickest[name], quickest["full fine-tuning"])
-    yield from profile("bottleneck", f"{setting}, {quickest['bottleneck']}", steps[quickest["bottleneck"]])
+    for name in ("bottleneck", "bottleneck, bfloat16", "ladder, bfloat16"):
+        yield from profile(name, f"{setting}, {quickest[name]}", steps[quickest[name]])
+    finest = {name: best(times, [quickest[each] for each in PRECISIONS[name]]) for name in names if name in PRECISIONS}
+    for name in finest:
+        if name != "full fine-tuning":
+            figure = f"step: {name} / full fine-tuning, each in its best format and precision"
+            at = f"{setting}: {finest[name]} / {finest['full fine-tuning']}"
+            yield ratio(figure, at, times, finest[name], finest["full fine-tuning"])
     if "peft LoRA" in names:
         counts = " / ".join(f"{steps[f'{name}, contiguous'].trained:,}" for name in ("bottleneck", "peft LoRA"))
         figure = "step: bottleneck / peft LoRA, each in its best format"
         yield ratio(figure, f"{setting}, {counts} trained", times, quickest["bottleneck"], quickest["peft LoRA"])
+        figure = "step: bottleneck / peft LoRA, each in its best format and precision"
+        yield ratio(figure, f"{setting}, {counts} trained", times, finest["bottleneck"], finest["peft LoRA"])
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def remove(model: ModelT, task: str) -> ModelT:
         # first, so that whoever misses its parts finds out why
         registry.tasks = {name: other for name, other in registry.tasks.items() if name != task}
         registry.withdraw(task)
+        registry.forget(task)
         hosts = registry.hosts
         for path in gone.hosts:
             host.detach(hosts[path], task)

@@ -152,6 +152,8 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
         capture_calls(model)
         model.__dict__["_visadapt"] = registry
     task = plan.task
+    if task.name not in registry.tasks:
+        task.number = 1 + max((other.number for other in list(registry.tasks.values())[-1:]), default=0)
     if task.head != "frozen" and hf_config.is_labelled(model):
         registry.configs[task.name] = hf_config.task_config(model, task)
     for path, name, part in plan.parts:
@@ -171,6 +173,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
         registry.lean.admit(task.name)
     registry.watch.look_at(model, registry.hosts)
     registry.introduce(task.name)
+    registry.settle()
     return registry
 
 

@@ -131,8 +131,7 @@ def test_a_file_that_was_another_while_it_was_loaded_is_loaded_again(
             finally:
                 replace(first)
 
-        visadapt.remove(server.pool.model, "flowers")
-        server.pool._loaded.pop("flowers")
+        assert "flowers" not in server.pool.loaded()
         monkeypatch.setattr(pool, "load", swapped)
         answer = (await server.predict("flowers", [png()]))[0]
         assert len(calls) == 2
@@ -417,7 +416,7 @@ def test_a_model_in_memory_is_served_too() -> None:
         ("nowhere", {}, "no file or folder nowhere"),
         (".", {}, "no task file: name the backbone"),
         (".", {"max_batch": 0}, "max_batch must be a positive integer"),
-        (".", {"max_tasks": "2"}, "max_tasks must be a positive integer"),
+        (".", {"max_tasks": "2"}, "max_tasks must be an integer, got '2'"),
         (".", {"max_wait": -1}, "max_wait must be"),
     ],
 )

@@ -44,6 +44,19 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, (root, makers), getattr(self, "__getstate__", lambda: self.__dict__)()
 
 
+_COPYING = {"__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__reduce__", "__reduce_ex__"}
+"""Methods by which a class changes how it is copied."""
+
+
+@cache
+def is_rebuilt_plainly(cls: ModuleClass) -> bool:
+    """Whether a copy of a module of this class is a new object with a copy of its ``__dict__``, and nothing else."""
+    bases = [base for base in cls.__mro__ if base is not object and vars(base).get("__reduce_ex__") is not _reduce]
+    own = [base for base in bases if base is not nn.Module]
+    on_top = hasattr(cls, _RECIPE) and _RECIPE not in vars(cls)
+    return not on_top and cls.__setstate__ is nn.Module.__setstate__ and not any(_COPYING & vars(c).keys() for c in own)
+
+
 def _refuse_script(self: nn.Module) -> nn.Module:
     """Called by ``torch.jit.script`` on every module that it is about to compile."""
     raise VisadaptError(

@@ -71,6 +71,9 @@ def truncated_normal_(weight: Tensor, std: float) -> None:
 
     Unlike rejection it takes one random number an element, and a fraction of the time.
     """
+    if weight.is_meta:
+        # torch has no kernels for this there, and interprets each operation in Python
+        return
     bound = math.erf(2 / math.sqrt(2))
     weight.uniform_(-bound, bound).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)
 

@@ -84,7 +84,7 @@ class Parallel(Method):
 
     def _factor(self, host: nn.Module, task: str | None = None) -> Tensor | None:
         parts = host._modules.get(CHILD)
-        parts = None if parts is None else parts._modules.get(task or self.factor_of or "")
+        parts = None if parts is None else parts.__dict__["_modules"].get(task or self.factor_of or "")
         part = None if parts is None else parts._modules.get(self.part)
         return part.beta.weight if isinstance(part, ParallelAdapter) and part.beta is not None else None
 

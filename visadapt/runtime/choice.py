@@ -22,6 +22,7 @@ import torch
 
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
+from visadapt.runtime.in_use import TasksInUse
 from visadapt.runtime.node_log import Log, Logs, now
 from visadapt.runtime.reservation import Reservation
 
@@ -34,21 +35,20 @@ _TRACED: list[tuple[int, Any]] = []
 """What is meant within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
 
 
-class Choices:
+class Choices(TasksInUse):
     """The choices of tasks for one model. A copy of it (by ``deepcopy`` or pickle) starts with ``active`` only.
 
     Attributes:
-        tasks: the model's tasks by name. The dict is replaced, never changed, when a task comes or goes.
         lock: held by whoever adds or removes tasks, or copies the model.
     """
 
-    tasks: dict[str, Any]
-
     def __init__(self) -> None:
+        super().__init__()
         self._default = Block(None)
         self._start()
 
     def _start(self) -> None:
+        super()._start()
         self.lock = threading.RLock()
         self._number = next(_NUMBERS)
         self._held: Block | None = None
@@ -56,7 +56,6 @@ class Choices:
         self._streams: tuple[Block, ...] = ()
         self._open: dict[int, Block] = {}
         self._relying: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._local = threading.local()
         self._logs = Logs()
         self.reservation = Reservation()
         # a copy of the bare backbone for the decider, and the facts that it was made by
@@ -73,6 +72,14 @@ class Choices:
     def active(self) -> Any:
         """What threads without a choice of their own mean."""
         return self._default.tasks
+
+    def blocks(self) -> tuple[Block | None, ...]:
+        own: Block | None = getattr(self._local, "introduced", None)
+        return (self._default, own, self._held, *list(self._open.values()), *self._streams)
+
+    def choices(self) -> tuple[Any, ...]:
+        own = getattr(self._local, "introduced", None)
+        return self._default, own, self._held, tuple(self._open), [block.number for block in self._streams]
 
     def current(self) -> Any:
         """The task meant here and now: that of the innermost block, else what ``activate`` chose.
@@ -136,6 +143,7 @@ class Choices:
         self._drop_stale()
         self._relying.add(threading.current_thread())
         self._default = Block(tasks, self._taken(tasks))
+        self.follow(self._default)
         self._note_choice()
 
     def introduce(self, task: str) -> None:
@@ -171,6 +179,7 @@ class Choices:
         block = Block(tasks, self._taken(tasks), self._top(), owner, graph=torch._C._current_graph_task_id())
         block.waiting = elsewhere(self._streams)
         block.opener, block.threads = threading.current_thread(), tuple(threading.enumerate())
+        self.follow(block)
         if owner is None:
             self._open[block.number] = block
             self._set(block)
@@ -220,6 +229,7 @@ class Choices:
         self.check(chosen)
         if graph == -1:
             self._log().add(chosen.tasks)
+            self.note_forward(chosen.taken)
         block = Block(chosen.tasks, chosen.taken, self._top(), call, captured=True, graph=graph)
         self._set(block)
         return block
@@ -291,6 +301,7 @@ class Choices:
         if noted and not meant.captured:
             # a module called by itself: when its nodes end is not seen
             self._note(meant.tasks).bounded = False
+            self.note_forward(meant.taken)
         return meant
 
     def _top(self) -> Block | None:
@@ -373,18 +384,8 @@ class Choices:
             return None
 
 
-_NOT_COPIED = (
-    "_number",
-    "_held",
-    "_streams",
-    "_open",
-    "_relying",
-    "_local",
-    "_logs",
-    "reservation",
-    "listener",
-    "lock",
-)
+_NOT_COPIED = {"_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "listener", "lock"}
+_NOT_COPIED |= {"reservation"}
 
 
 def _removed(name: str) -> VisadaptError:

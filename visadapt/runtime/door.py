@@ -69,6 +69,7 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     """
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
+        registry.note_forward((name, None) for name in tasks)
     distinct = tuple(dict.fromkeys(tasks))
     batches = registry.facts.batches
     training = bool(model.__dict__["training"])
@@ -108,8 +109,7 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
         # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
         return bool(owners)
     if path in facts.hosts:
-        held = parts._modules
-        return len({name if name in held else None for name in distinct}) > 1
+        return len({name if name in parts else None for name in distinct}) > 1
     # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
     # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.modules import FORWARDS
+from visadapt.backbone.modules import FORWARDS, own_modules
 from visadapt.backbone.subclass import ModuleClass, cached, is_made_by, made_by, subclass
 from visadapt.errors import VisadaptError
 
@@ -67,7 +67,7 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
     Raises:
         VisadaptError: such a forward is a function that keeps hold of the original, which no copy can change.
     """
-    originals = dict(original.named_modules())
+    originals = own_modules(original)
     for name, inner in part.named_modules():
         source = originals.get(name)
         if "forward" not in inner.__dict__ or source is None:

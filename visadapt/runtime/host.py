@@ -61,12 +61,12 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         task = parts._registry.acting()
         if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)
-        own = None if task is None else parts._modules.get(task)
+        own = None if task is None else parts._of(task)
         if own is None:
             if task is not None:
                 parts._registry.check_current()
             return plain.forward(self, *args, **kwargs)
-        return run(self, plain, cast("nn.ModuleDict", own), args, kwargs)
+        return run(self, plain, own, args, kwargs)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
@@ -146,7 +146,7 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
     """Give ``host`` a part of ``task``, swapping the host's class if it is the first."""
     if CHILD not in host._modules:
         parts = Parts()
-        parts._registry, parts._path = registry, path
+        parts._registry, parts._path, parts.training = registry, path, part.training
         given = host.__dict__.pop("forward", None)
         _put_child(host, CHILD, parts)
         host.__class__ = rebuilt(type(host), hosting_class)
@@ -160,10 +160,7 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
         # a model's own init_weights() and post_init() would draw it anew
         module.__dict__["_is_hf_initialized"] = True
     parts = cast("Parts", host._modules[CHILD])
-    if task not in parts:
-        _put_child(parts, task, nn.ModuleDict().train(part.training))
-    parts.training = part.training
-    own = cast("nn.ModuleDict", parts[task])
+    own = parts._put(task, part.training)
     if role(part) == "weights":
         _answer_for(host, part)
     # what changes weights changes the task's own
@@ -194,8 +191,8 @@ def _answer_for(host: nn.Module, part: nn.Module) -> None:
 def detach(host: nn.Module, task: str) -> None:
     """Take all parts of ``task`` away; a host left without any is what it was before the first."""
     parts = cast("Parts", host._modules[CHILD])
-    _drop_child(parts, task)
-    if not parts._modules:
+    parts._drop(task)
+    if not len(parts):
         _drop_child(host, CHILD)
         undress(host, hosting_class, given_class, listing_class)
         release_forward(host)

@@ -8,7 +8,7 @@ that train-mode statistics see their own task's samples only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,9 @@ class Groups:
 
     def __init__(self, host: nn.Module, parts: Parts, tasks: tuple[str | None, ...]) -> None:
         # tasks without parts here are one group, with the bare backbone
-        held = parts._modules
-        here = {task: task if task is not None and task in held else None for task in tasks}
+        here = {task: task if task is not None and task in parts else None for task in tasks}
         names = {name: number for number, name in enumerate(dict.fromkeys(here.values()))}
-        self.parts = [NONE if name is None else cast("nn.ModuleDict", held[name]) for name in names]
+        self.parts = [NONE if name is None else parts[name] for name in names]
         if len(names) == 1:
             return
         self.division = Division(tuple([names[here[task]] for task in tasks]), parts._path or type(host).__name__)

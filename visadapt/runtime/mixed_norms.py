@@ -14,6 +14,7 @@ from visadapt.backbone.batchnorm import carried
 from visadapt.backbone.modules import is_stateful, parameter_count
 from visadapt.backbone.subclass import plain_class
 from visadapt.methods.stacking import Rows
+from visadapt.runtime.registry import Parts
 from visadapt.runtime.roles import role
 
 
@@ -75,7 +76,7 @@ def _batch_norm(host: nn.Module, norms: Sequence[Any], rows: Rows, x: Tensor) ->
     y = y.to(x.dtype)
     for child in host.children():
         # the dropout and the activation that some norms carry
-        y = y if isinstance(child, nn.ModuleDict) else child(y)
+        y = y if isinstance(child, Parts) else child(y)
     return y
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import nn
 
-from visadapt.runtime.registry import check_hosts, prefix_of, registry_of
+from visadapt.backbone.modules import CHILD
+from visadapt.backbone.structure import STRUCTURE
+from visadapt.runtime.registry import Parts, check_hosts, prefix_of, registry_of
 from visadapt.runtime.selection import active
 
 
@@ -17,6 +20,7 @@ def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Para
         VisadaptError: there is no such task, or a module that holds its parts was replaced.
     """
     check_hosts(model, task)
+    registry_of(model).ask(task)
     seen: set[nn.Parameter] = set()
     for path, parts in registry_of(model).parts(task).items():
         for name, part in parts.items():
@@ -69,7 +73,11 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
     registry = registry_of(model)
     several = isinstance(task, Sequence) and not isinstance(task, str)
     wanted = {registry.task(name).name for name in (task if several else [task])}
-    for name in registry.tasks:
-        for parts in registry.parts(name).values():
-            parts.requires_grad_(name in wanted)
+    with STRUCTURE:
+        for host in registry.hosts.values():
+            cast("Parts", host._modules[CHILD])._let_flow(frozenset(wanted))
+        registry.train_only(wanted)
+        for name in registry.listed():
+            # the parts of a task that is in use may be held by an optimiser
+            registry.parts(name)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
-from visadapt.backbone.modules import CHILD, joined, own_modules, unwrapped
+from visadapt.backbone.modules import CHILD, own_modules, unwrapped
 from visadapt.backbone.rows import RowFacts
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
+from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.symbolic import called, run_in_turn
+from visadapt.runtime.task_modules import TaskModules
 from visadapt.runtime.unfilled import Unfilled
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
@@ -67,6 +69,7 @@ class Task:
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
+        number: tasks that came later have a larger one.
         digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
@@ -83,6 +86,7 @@ class Task:
     drawn: int | None = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
+    number: int = field(default=0, compare=False, repr=False)
     digest: str | None = field(default=None, compare=False)
 
     @property
@@ -140,6 +144,8 @@ class Registry(Choices):
         self.digests: Digests = {}
         self.lean: Any = None
         self.source: Source | None = None
+        # by task, the number of changes that its modules have
+        self._followed: dict[str, int] = {}
 
     def task(self, name: Any) -> Task:
         """The task of that name.
@@ -155,10 +161,23 @@ class Registry(Choices):
     def parts(self, name: str) -> dict[str, nn.ModuleDict]:
         """A task's parts by host path, in the order they were put in."""
         with STRUCTURE:
-            return {
-                path: cast("nn.ModuleDict", cast("Parts", self.hosts[path]._modules[CHILD])[name])
-                for path in self.task(name).hosts
-            }
+            return {path: cast("Parts", self.hosts[path]._modules[CHILD])[name] for path in self.task(name).hosts}
+
+    def follow(self, block: Block) -> None:
+        for name, task in block.taken:
+            changes = self.changes
+            if task is not None and self._followed.get(name) != changes:
+                for path in task.hosts:
+                    host = self.hosts.get(path)
+                    parts = None if host is None else host._modules.get(CHILD)
+                    if isinstance(parts, Parts):
+                        parts._of(name)
+                self._followed[name] = changes
+
+    def has_gradients(self, name: str) -> bool:
+        with STRUCTURE:
+            own = self.parts(name).values() if name in self.tasks else ()
+            return any(p.grad is not None for parts in own for p in parts.parameters())
 
 
 def find_registry(model: Any) -> Registry | None:
@@ -214,7 +233,7 @@ def check_task_name(name: Any) -> None:
     """Refuse names that cannot be a module's or a file's."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
-    if hasattr(Parts, name) or name in ("training", AUTO):
+    if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
 
@@ -243,7 +262,7 @@ def named_tensors(registry: Registry, name: str) -> dict[str, Tensor]:
     return found
 
 
-class Parts(nn.ModuleDict):
+class Parts(TaskModules):
     """The parts of all tasks at one host: task name → part name → module."""
 
     _registry: Registry
@@ -253,12 +272,8 @@ class Parts(nn.ModuleDict):
         """Act for code that calls the parts by themselves: a graph of torch.fx, or what runs a container's children."""
         return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = {task: dict(_held(own)) for task, own in self._modules.items() if own is not None}
-        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for task, tensors in before.items():
-            self._registry.unfilled.moved(task, tensors, dict(_held(self[task])))
-        return applied
+    def _moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+        self._registry.unfilled.moved(task, before, now)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # a replica runs in another thread, for the task that is meant where it was made
@@ -266,32 +281,11 @@ class Parts(nn.ModuleDict):
         replica.__dict__["_registry"] = self._registry.held()
         return cast("nn.Module", replica)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        # A checkpoint that says nothing of a task leaves that task as it is: vanilla checkpoints still load, strictly.
-        for task, parts in self._modules.items():
-            at = f"{prefix}{task}."
-            if parts is not None and not any(key.startswith(at) for key in state_dict):
-                # the very tensors: neither rounded as a state dict may hold them, nor replaced where an optimiser
-                # holds them
-                state_dict.update({at + key: value for key, value in _held(parts)})
-                if not metadata.get("assign_to_params_buffers"):
-                    self._registry.unfilled.loaded_from_itself(task, [value for _, value in _held(parts)])
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-
-
-def _held(parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that loading a state dict asks a module for, by name."""
-    for path, module in parts.named_modules(remove_duplicate=False):
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for name, tensor in {**module._parameters, **buffers}.items():
-            if tensor is not None:
-                yield joined(path, name), tensor
-
 
 def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
     """A task's parts at a module, by name; it may well have none."""
     parts = host._modules.get(CHILD)
-    own = parts._modules.get(task) if isinstance(parts, Parts) else None
+    own = parts._of(task) if isinstance(parts, Parts) else None
     return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)
 
 

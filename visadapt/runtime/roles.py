@@ -45,11 +45,12 @@ def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: An
 
 def around(part: nn.Module, out: Any, args: Any) -> Any:
     """What a part makes of the host's output, if it acts on that at all."""
-    if role(part) == "beside":
+    acts = role(part)
+    if acts == "beside":
         return on_tensor(out, lambda y: y + part(args[0]))
-    if role(part) == "watch":
+    if acts == "watch":
         on_tensor(out, part)
-    return on_tensor(out, part) if role(part) == "after" else out
+    return on_tensor(out, part) if acts == "after" else out
 
 
 def on_tensor(out: Any, function: Any) -> Any:

@@ -43,6 +43,7 @@ def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
     """
     registry = registry_of(model)
     registry.choose(_checked(model, registry, task))
+    registry.settle()
     return model
 
 

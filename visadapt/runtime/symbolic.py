@@ -33,7 +33,7 @@ def traced(host: nn.Module, plain: type[nn.Module], parts: Any, proxy: Proxy, ar
         VisadaptError: it is the model that is traced, and a task has another input for it, or stands instead of it.
     """
     tracer = cast("Any", proxy.tracer)
-    roles = {role(part) for own in parts.values() for part in own.values()}
+    roles = {role(part) for task in parts for part in parts[task].values()}
     if roles & _INPUT:
         if host is tracer.root:
             raise VisadaptError(
@@ -83,7 +83,7 @@ def called(parts: Any, what: str, known: dict[str, int], *given: Any) -> Any:
     if not isinstance(task, str) or task not in registry.tasks:
         registry.check_current()
         raise VisadaptError("a graph of torch.fx runs one task at a time: give batches of mixed tasks to the model")
-    own = parts._modules.get(task)
+    own = parts._of(task)
     acting = [] if own is None else list(own.values())
     if known.get(task) != len(registry.tasks[task].hosts) or any(role(part) in _INPUT for part in acting):
         raise VisadaptError(f"this graph was traced before task {task!r} was as it is now: trace the model again")
@@ -109,7 +109,7 @@ def run_in_turn(parts: Any, out: Any) -> Any:
     task = registry.acting()
     if task is not None and not isinstance(task, str):
         raise UnfitError(f"the children of {parts._path} were run one after the other, without calling it")
-    own = None if task is None else parts._modules.get(task)
+    own = None if task is None else parts._of(task)
     if own is None:
         if task is not None:
             registry.check_current()

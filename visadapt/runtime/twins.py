@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.backbone.modules import CHILD, own_modules, plain_copy, unwrapped
+from visadapt.backbone.modules import own_modules, plain_copy, unwrapped
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.runtime.registry import registry_of
+from visadapt.runtime.task_modules import copying_only
 
 
 def task_twin(model: nn.Module, task: str) -> nn.Module | None:
@@ -30,22 +31,17 @@ def task_twin(model: nn.Module, task: str) -> nn.Module | None:
         registry.task(task)
         backbone = unwrapped(model)
         memo = _shared(backbone)
-        for parts in (module._modules.get(CHILD) for module in registry.hosts.values()):
-            for name, own in (parts._modules if parts is not None else {}).items():
-                if name != task and own is not None:
-                    memo[id(own)] = _NONE
-                elif own is not None:
-                    memo.update(_shared(own))
+        for own in registry.parts(task).values():
+            memo.update(_shared(own))
+        # what a model knows of its other tasks is not copied, only to be left out
+        for known in (registry.tasks, registry.configs):
+            memo[id(known)] = {name: copy.deepcopy(value, memo) for name, value in known.items() if name == task}
         try:
-            twin = copy.deepcopy(backbone, memo)
+            with copying_only(task):
+                twin = copy.deepcopy(backbone, memo)
         except Exception:  # whatever a module raises that holds a lock, a file, or a part of a graph
             return None
         own_registry = registry_of(twin)
-        for module in own_registry.hosts.values():
-            child = module._modules[CHILD]
-            assert child is not None
-            child.__dict__["_modules"] = {n: m for n, m in child._modules.items() if n == task}
-        own_registry.tasks = {task: own_registry.tasks[task]}
         own_registry.choose(task)
         own_registry.watch.look_at(twin, own_registry.hosts)
         return twin
@@ -66,7 +62,3 @@ def _shared(module: nn.Module) -> dict[int, Any]:
         held = (*inner._parameters.values(), *inner._buffers.values(), *inner.__dict__.values())
         memo |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
     return memo
-
-
-_NONE = nn.ModuleDict()
-"""In the place of the parts of other tasks."""

@@ -42,13 +42,6 @@ class Unfilled:
             self._tasks.setdefault(task, []).extend((tensor, _version(tensor)) for tensor in given)
         self.note(task, now.values())
 
-    def loaded_from_itself(self, task: str, tensors: Iterable[Tensor]) -> None:
-        """Allow for one copy of some of a task's tensors onto themselves, which gives them no values."""
-        if task in self._tasks:
-            copied = {id(tensor) for tensor in tensors}
-            given = _empty(self._tasks[task])
-            self._tasks[task] = [(t, version + (id(t) in copied and version >= 0)) for t, version in given]
-
     def check(self, tasks: Iterable[Any], tensors: Callable[[str], Mapping[str, Tensor]], on_meta: bool) -> None:
         """Refuse tasks without values.
 

@@ -93,16 +93,16 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
 
 def changes(parts: Parts, task: str) -> bool:
     """Whether a task has weights of its own at a host."""
-    own = parts._modules.get(task)
-    return own is not None and any(role(part) == "weights" for part in cast("nn.ModuleDict", own).values())
+    own = parts._of(task)
+    return own is not None and any(role(part) == "weights" for part in own.values())
 
 
 def _changed(parts: Parts, task: str, name: str, own: Any) -> Any:
     value = own
-    held = parts._modules.get(task)
+    held = parts._of(task)
     if held is None:
         parts._registry.check_current()
-    for part in () if held is None else cast("nn.ModuleDict", held).values():
+    for part in () if held is None else held.values():
         if role(part) == "weights":
             value = part({name: value}).get(name, value)
     # a task's fp32 weights beside a half-precision backbone

@@ -164,11 +164,13 @@ def fit(
     logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
+    title, show = task or type(model).__name__, progress and engine.rank == 0
     with keep_modes(model), random, only_trainable(model, target, engine.processes), reserved(origin, model):
         loop = Loop(logits_model, target, batches, recipe, changes, random)
         try:
             if recipe.head_first and not (saved is not None and saved.resumes):
-                loop.run.head_first = start_with_head(model, task, logits_model, target, batches, seed)
+                with bar(len(batches), title, show) as advance:
+                    loop.run.head_first = start_with_head(model, task, logits_model, target, batches, seed, advance)
                 if held_out is not None and not loop.run.head_first.startswith("no "):
                     loop.run.start = _score(logits_model, target, held_out, metric)
                 loop.begin_again()
@@ -188,9 +190,8 @@ def fit(
             if saved is not None and checkpoint_every is not None and loop.run.steps % checkpoint_every == 0:
                 saved.write(loop)
 
-        title = task or type(model).__name__
         try:
-            with bar(loop.steps, title, progress and engine.rank == 0, loop.run.steps) as advance:
+            with bar(loop.steps, title, show, loop.run.steps) as advance:
                 while not loop.finished:
                     start = time.perf_counter()
                     mean_loss = loop.epoch(after_step)

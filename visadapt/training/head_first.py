@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,13 @@ class Unsuited(Exception):  # noqa: N818  a reason, not an error
 
 
 def start_with_head(
-    model: nn.Module, task: str | None, logits_model: LogitsModel, target: Target, batches: Batches, seed: int
+    model: nn.Module,
+    task: str | None,
+    logits_model: LogitsModel,
+    target: Target,
+    batches: Batches,
+    seed: int,
+    after_batch: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Fit the head of a task to the features that the model computes now, in eval mode, without augmentation.
 
@@ -52,13 +59,14 @@ def start_with_head(
         target: what training may change.
         batches: the training data.
         seed: of the samples that the penalty is chosen on.
+        after_batch: called after each batch of features, with a text to display.
 
     Returns:
         What was done, in words, or why nothing was.
     """
     try:
         head = _new_head(model, task)
-        features, labels = _features(head, logits_model, target, batches)
+        features, labels = _features(head, logits_model, target, batches, after_batch)
         loss = fit_linear(head, features, labels, batches.objective, seed)
     except Unsuited as reason:
         return f"no linear probe: {reason}"
@@ -89,7 +97,9 @@ def _new_head(model: nn.Module, task: str | None) -> nn.Linear:
     return layer
 
 
-def _features(head: nn.Linear, logits_model: LogitsModel, target: Target, batches: Batches) -> tuple[Tensor, Tensor]:
+def _features(
+    head: nn.Linear, logits_model: LogitsModel, target: Target, batches: Batches, after_batch: Callable[[str], None]
+) -> tuple[Tensor, Tensor]:
     """What enters the head, ``(N, D)``, for all samples, with their labels, on the CPU."""
     seen: list[Tensor] = []
     features: list[Tensor] = []
@@ -118,6 +128,7 @@ def _features(head: nn.Linear, logits_model: LogitsModel, target: Target, batche
         count = sum(map(len, features)) if batches.samples is None else len(batches.samples)
         if count * part.shape[1] > LIMIT:
             raise Unsuited(f"the features of {count:,} samples take more than {LIMIT * 8 / 1e9:.1f} GB")
+        after_batch("features of the head")
 
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:

@@ -1,0 +1,115 @@
+"""Which tasks are in use, so that torch's walks of a model see their modules."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+
+from visadapt.runtime.blocks import Block
+
+
+class Listing(NamedTuple):
+    """The tasks in use at one moment.
+
+    Attributes:
+        tasks: of the model, by name.
+        key: what else they were established by.
+        names: of those in use, in the order they came.
+    """
+
+    tasks: Any
+    key: Any
+    names: Sequence[str]
+
+
+class TasksInUse:
+    """The tasks that are chosen, and those that train or may be about to.
+
+    A task whose parameters were asked for is in use until another task comes or is chosen, and longer while it has
+    gradients. One that ran with gradients enabled is in use until `visadapt.trainable` names others: a backward pass
+    may come at any time. Where there are several processes, all tasks are in use: DDP and FSDP look for parameters
+    once.
+
+    Attributes:
+        tasks: the model's tasks by name. The dict is replaced, never changed, when a task comes or goes.
+        changes: how often something was set for the modules of all tasks, which follow when they are next used.
+    """
+
+    tasks: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.changes = 0
+        # dicts for their order, replaced and never changed
+        self._asked: dict[str, None] = {}
+        self._trained: dict[str, None] = {}
+
+    def _start(self) -> None:
+        # of each thread: what was chosen there, and what it last listed
+        self._local = threading.local()
+
+    def ask(self, task: str) -> None:
+        """Note that the parameters of a task were asked for."""
+        self._asked = {**self._asked, task: None}
+
+    def note_forward(self, taken: Iterable[tuple[str, Any]]) -> None:
+        """Note the tasks of a forward if a backward pass may follow.
+
+        Args:
+            taken: their names, each with its task.
+        """
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            new = {name: None for name, _ in taken if name not in self._trained}
+            if new:
+                self._trained = {**self._trained, **new}
+
+    def settle(self) -> None:
+        """Forget the tasks whose parameters were asked for and have no gradients."""
+        if self._asked:
+            self._asked = dict.fromkeys(filter(self.has_gradients, self._asked))
+
+    def train_only(self, tasks: Iterable[str]) -> None:
+        """Forget the tasks that trained but these and those with gradients."""
+        self._asked = dict.fromkeys((*filter(self.has_gradients, {**self._asked, **self._trained}), *tasks))
+        self._trained = {}
+
+    def forget(self, task: str) -> None:
+        """Forget a task that was removed."""
+        asked, trained = ({k: None for k in names if k != task} for names in (self._asked, self._trained))
+        self._asked, self._trained = asked, trained
+
+    def chosen(self) -> dict[str, None]:
+        """The tasks that are chosen, by ``activate`` or in a block of any thread; some may have been removed since."""
+        return {name: None for block in self.blocks() if block is not None for name, _ in block.taken}
+
+    def listed(self) -> Sequence[str]:
+        """The tasks whose modules torch's walks of the model see, in the order they came."""
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        tasks = self.tasks
+        key = (*self.choices(), self._asked, self._trained, several)
+        last: Listing | None = getattr(self._local, "listing", None)
+        # every host asks in turn
+        if last is None or last.tasks is not tasks or last.key != key:
+            names: Iterable[str] = tasks if several else {**self.chosen(), **self._asked, **self._trained}
+            own = sorted((name for name in names if name in tasks), key=lambda name: tasks[name].number)
+            last = self._local.listing = Listing(tasks, key, own)
+        return last.names
+
+    def blocks(self) -> tuple[Block | None, ...]:
+        """The choices of tasks, of all threads."""
+        raise NotImplementedError
+
+    def choices(self) -> tuple[Any, ...]:
+        """What changes whenever `blocks` does; it keeps no frame of a generator alive."""
+        raise NotImplementedError
+
+    def has_gradients(self, task: str) -> bool:
+        """Whether any parameter of a task has a gradient; there may be no such task any more."""
+        raise NotImplementedError
+
+    def follow(self, block: Block) -> None:
+        """Let the modules of chosen tasks have what was set for those of all."""
+        raise NotImplementedError
