@@ -1,265 +1,154 @@
 """Test the papers' claims on real images and texts; an interrupted run resumes.
 
-python -m benchmarks.evidence results --out bundled.csv                  # on the bundled data
-python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --vgg16 FILE.safetensors --processes 2
-visadapt report benchmarks/results/evidence.csv --out docs/results
+python -m benchmarks.evidence results --device cpu                       # in the background: days, resumable
+python -m benchmarks.evidence results --device cuda --budget 480 --processes 8
+python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --omniglot FILE.zip --elpv FILE.zip \
+    --vgg16 FILE.safetensors
+visadapt report benchmarks/results/evidence-cpu.csv --out docs/results
 
-The folder of --glue contains sst2, cola, mrpc, rte and trec as they are distributed, --gtsrb is a zip file of a folder
-of images, --vgg16 contains the convolutions of VGG-16; experiments on missing data are left out. Without --glue other
-learning rates are chosen, and a report refuses to mix them with the published results.
+The folder of --glue contains sst2, cola, mrpc, rte and trec as they are distributed; --gtsrb, --omniglot and --elpv are
+zip files of folders of images; --vgg16 contains the convolutions of VGG-16. Problems on missing data are left out.
+
+The device chooses the regime: sizes, epochs and precision (see benchmarks/regimes.py). Results carry its name, and a
+report refuses those of two regimes. Stages run in order of priority; the first answers whether small adapters reach
+full fine-tuning, one seed after another on all problems, so that whatever is done when the budget ends is balanced.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 
+from benchmarks.regimes import REGIMES, Data, Lab
 from visadapt.errors import nearest
 from visadapt.experiments import (
     Ablation,
     Compare,
-    Contender,
-    Experiment,
     InitScale,
     Modality,
     Problem,
-    Result,
     Sequence,
     Tradeoff,
     Transfer,
-    contender,
-    problem,
     read_results,
-    run_experiment,
     write_csv,
 )
 
-PUBLISHED = Path(__file__).parent / "results" / "evidence.csv"
-SEEDS = (0, 1, 2)
-HEAD_FIRST = False
-"""The published results are of heads that started from random values; True computes all of them anew."""
+RESULTS = Path(__file__).parent / "results"
 
-IMAGE_EPOCHS, TEXT_EPOCHS = 1, 3
-# 3 epochs of 500 texts are 375 steps in batches of 4, but only 48 in the catalogue's batches of 32: see `steps`
-TEXT_BATCH = 4
-# each method has one learning rate for all problems of a modality: the best on average over these problems
-SWEPT = ("sst2", "movies", "cifar10")
+FULL = "full fine-tuning"
 
-IMAGE = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=32", "bottleneck m=8 activation=None",
-         "parallel rank=0.125", "full fine-tuning")  # fmt: skip
-TEXT = ("linear probe", "norms only", "bottleneck m=8", "bottleneck m=64", "lora r=8", "full fine-tuning")
-MORE_IMAGE = ("biases", "bottleneck m=64", "series", "dan", "convadapter", "lora r=8", "top layers n=2")
-# VGG-16 has no norms
-VGG = tuple(name for name in (*IMAGE, *MORE_IMAGE) if name != "norms only")
-MORE_TEXT = ("biases", "bottleneck m=32", "adaptformer m=64 scale=1", "top layers n=2")
+BARS = {
+    "image": (FULL, "linear probe", "bottleneck m=8", "convadapter", "bottleneck m=32"),
+    "text": (FULL, "linear probe", "bottleneck m=8", "lora r=8", "bottleneck m=32"),
+}
+"""What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning."""
+
+MORE = {
+    "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
+              "mona", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
+    "text": ("norms only", "bottleneck m=64", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
+}  # fmt: skip
+
+Stage = Callable[[Data, Lab], None]
 
 
-@dataclass(frozen=True)
-class Data:
-    """Data and weights that are not bundled.
+def alternating(data: Data, lab: Lab) -> list[Problem]:
+    """Return texts and images in turn, so that an interrupted run has results of both."""
+    pairs = zip_longest(data.texts(lab.regime), data.images(lab.regime))
+    return [each for pair in pairs for each in pair if each is not None]
 
-    Attributes:
-        glue: folder of the GLUE and TREC sets.
-        gtsrb: zip file of the traffic signs.
-        vgg16: file of VGG-16's convolutions.
+
+def compared(data: Data, lab: Lab, names: dict[str, tuple[str, ...]]) -> None:
+    """Compare contenders on all problems, seed by seed.
+
+    One process takes one problem after another; several share all problems of a modality.
     """
-
-    glue: Path | None = None
-    gtsrb: Path | None = None
-    vgg16: Path | None = None
-
-    def images(self, network: str = "bundled/resnet50", size: int = 48) -> tuple[Problem, ...]:
-        """Return problems on photographs, clothes, traffic signs and digits."""
-        names = ("cifar10", "fashion-mnist", *(() if self.gtsrb is None else (str(self.gtsrb),)), "mnist")
-        return tuple(problem(network, name, train=2000, validation=300, test=1000, size=size) for name in names)
-
-    def images_for_vgg(self) -> tuple[Problem, ...]:
-        """Return problems for VGG-16 on smaller photographs and clothes; none without its weights."""
-        return () if self.vgg16 is None else self.images(str(self.vgg16), size=32)[:2]
-
-    def texts(self) -> tuple[Problem, ...]:
-        """Return problems on sentiment, grammar and questions, then longer texts, then pairs of texts."""
-        glue = None if self.glue is None else str(self.glue)
-        names = ["tweets", "products", "movies", "editorials"]
-        if glue is not None:
-            names = ["sst2", "tweets", "cola", "trec", "products", "movies", "editorials", "mrpc", "rte"]
-        lengths = {"mrpc": 64, "rte": 64}
-        return tuple(
-            problem(
-                "bundled/minilm", name, train=500, validation=300, test=1000, root=glue, length=lengths.get(name, 32)
-            )
-            for name in names
-        )
+    problems = alternating(data, lab)
+    groups = [[each] for each in problems]
+    if lab.processes > 1:
+        groups = [[each for each in problems if each.modality == modality] for modality in names]
+    for count in range(1, len(lab.seeds) + 1):
+        for group in groups:
+            contenders = lab.contenders(names[group[0].modality], group[0])
+            kept = tuple(each.name for each in contenders)
+            lab.run(Compare(tuple(group), contenders, lab.seeds[:count], "both", kept))
 
 
-def contenders(names: Iterable[str], problem: Problem) -> tuple[Contender, ...]:
-    """Return contenders of the catalogue, for texts with smaller batches.
-
-    `init_scale`, `ablation` and `tradeoff` use the catalogue's batches.
-    """
-    if problem.modality == "image":
-        return tuple(contender(name, IMAGE_EPOCHS, HEAD_FIRST) for name in names)
-    return tuple(contender(name, TEXT_EPOCHS, HEAD_FIRST).with_recipe(batch_size=TEXT_BATCH) for name in names)
-
-
-Stage = Callable[[Data, "Lab"], None]
-
-
-@dataclass(frozen=True)
-class Lab:
-    """The folder, processes and device that experiments run with.
-
-    Attributes:
-        folder: folder of the results.
-        processes: number of parallel processes.
-        device: device to compute on.
-    """
-
-    folder: Path
-    processes: int
-    device: str
-
-    def run(self, experiment: Experiment) -> list[Result]:
-        """Compute the missing results of an experiment, and return all of them."""
-        return run_experiment(experiment, self.folder, processes=self.processes, device=self.device)
-
-    def tuned(self, names: Iterable[str], problems: tuple[Problem, ...]) -> tuple[Contender, ...]:
-        """Return contenders with the learning rate that is best on validation data of the problems in SWEPT."""
-        swept = tuple(problem for problem in problems if problem.name in SWEPT)
-        rated = contenders(names, problems[0])
-        results = self.run(Compare(swept, rated, SEEDS[:1], "validation", _kept(rated)))
-        tuned = []
-        for each in rated:
-            scores = {
-                rate: sum(result.standing for result in results if (result.contender, result.lr) == (each.name, rate))
-                for rate in each.rates
-            }
-            best = max(scores, key=lambda rate: (scores[rate], -rate))
-            tuned.append(replace(each.with_recipe(lr=best), rates=()))
-        return tuple(tuned)
-
-    def compare(self, problem: Problem, compared: tuple[Contender, ...]) -> None:
-        """Compare on validation data, then on test data; except for full fine-tuning, one training run serves both."""
-        kept = _kept(compared)
-        self.run(Compare((problem,), tuple(each for each in compared if each.name in kept), SEEDS, "validation", kept))
-        self.run(Compare((problem,), compared, SEEDS, "test", kept))
-
-
-def _kept(compared: Iterable[Contender]) -> tuple[str, ...]:
-    """Return the names of the contenders whose task files are kept: all but full fine-tuning, whose files are large."""
-    return tuple(each.name for each in compared if not each.name.startswith("full fine-tuning"))
-
-
-def compare_first(data: Data, lab: Lab) -> None:
-    compare(data, lab, 1)
-
-
-def compare(data: Data, lab: Lab, limit: int | None = None) -> None:
-    texts, images = data.texts(), data.images()
-    for_texts, for_images = lab.tuned(TEXT, texts), lab.tuned(IMAGE, images)
-    # alternating, so that an interrupted run has some results of both
-    for text, image in zip_longest(texts[:limit], images[:limit]):
-        lab.compare(text, for_texts)
-        if image is not None:
-            lab.compare(image, for_images)
-
-
-def steps(data: Data, lab: Lab) -> None:
-    """Compare other numbers of steps: a quarter, by batches four times as large, and three times the epochs."""
-    texts, fewer = data.texts(), ("a quarter of the steps", {"batch_size": 4 * TEXT_BATCH})
-    # every method on the first problem, with its own sweep; two methods on all other problems
-    lab.compare(texts[0], _varied(contenders((*TEXT[1:], *MORE_TEXT), texts[0]), *fewer))
-    two = _varied(lab.tuned(("bottleneck m=64", "full fine-tuning"), texts), *fewer)
-    for text in texts[1:]:
-        lab.compare(text, two)
-    longer = _longer(lab, texts)
-    for text in texts:
-        lab.compare(text, longer)
-
-
-def _longer(lab: Lab, texts: tuple[Problem, ...]) -> tuple[Contender, ...]:
-    """Return the best adapter on validation data of texts, and full fine-tuning, with three times the epochs."""
-    best = lab.tuned(("lora r=8", "full fine-tuning"), texts)
-    return _varied(best, "three times the epochs", {"epochs": 3 * TEXT_EPOCHS})
-
-
-def _varied(originals: Iterable[Contender], suffix: str, changes: dict[str, int]) -> tuple[Contender, ...]:
-    """Return contenders with changed recipes, and a suffix to their names."""
-    return tuple(replace(each.with_recipe(**changes), name=f"{each.name}, {suffix}") for each in originals)
-
-
-def vgg(data: Data, lab: Lab) -> None:
-    for image in data.images_for_vgg():
-        lab.compare(image, contenders(VGG, image))
-
-
-def more_methods(data: Data, lab: Lab) -> None:
-    for problems, names in ((data.texts(), MORE_TEXT), (data.images(), MORE_IMAGE)):
-        tuned = lab.tuned(names, problems)
-        for each in problems:
-            lab.compare(each, tuned)
-
-
-def init_scale(data: Data, lab: Lab) -> None:
-    lab.run(InitScale(data.texts()[:1], contender("bottleneck m=64", TEXT_EPOCHS, HEAD_FIRST), seeds=SEEDS[:2]))
-    lab.run(InitScale(data.images()[:1], contender("bottleneck m=8", IMAGE_EPOCHS, HEAD_FIRST), seeds=SEEDS[:1]))
-
-
-def ablation(data: Data, lab: Lab) -> None:
-    lab.run(Ablation(data.texts()[:2], (contender("bottleneck m=64", TEXT_EPOCHS, HEAD_FIRST),)))
-    lab.run(Ablation(data.images()[:1], (contender("bottleneck m=8", IMAGE_EPOCHS, HEAD_FIRST),)))
-
-
-def tradeoff(data: Data, lab: Lab) -> None:
-    # one learning rate for all widths, so that tuning does not hide the effect of the width
-    settled, text_widths, image_widths = ("bottleneck",), (1, 4, 8, 16, 64, 256), (2, 8, 32, 128, 256)
-    lab.run(Tradeoff(data.texts()[:1], widths=text_widths, epochs=TEXT_EPOCHS, settled=settled, head_first=HEAD_FIRST))
-    lab.run(
-        Tradeoff(data.images()[:1], widths=image_widths, epochs=IMAGE_EPOCHS, settled=settled, head_first=HEAD_FIRST)
-    )
-
-
-def sequence(data: Data, lab: Lab) -> None:
-    for problems in (data.texts(), data.images()):
-        bottleneck, full = lab.tuned(("bottleneck m=8", "full fine-tuning"), problems)
-        lab.run(Sequence(problems[:5], (bottleneck,), full))
+def bars(data: Data, lab: Lab) -> None:
+    compared(data, lab, BARS)
 
 
 def transfer(data: Data, lab: Lab) -> None:
-    for problems in (data.texts(), data.images()):
-        lab.run(Transfer(problems[:5], *lab.tuned(("bottleneck m=8",), problems), SEEDS[:1]))
+    """Start every problem from the adapters of every other one: the two transplant matrices."""
+    for problems in (data.texts(lab.regime), data.images(lab.regime)):
+        lab.run(Transfer(problems[:6], lab.regime.settled("bottleneck m=8", problems[0]), lab.seeds[:3]))
+
+
+def sequence(data: Data, lab: Lab) -> None:
+    for problems in (data.texts(lab.regime), data.images(lab.regime)):
+        bottleneck, full = (lab.regime.settled(name, problems[0]) for name in ("bottleneck m=8", FULL))
+        lab.run(Sequence(problems[:6], (bottleneck,), full, lab.seeds[:3]))
 
 
 def modality(data: Data, lab: Lab) -> None:
-    """Compare a bottleneck in some of the layers only; and everything that was compared, on one axis."""
-    texts, image_names, text_names = data.texts(), (*IMAGE, *MORE_IMAGE), (*TEXT, *MORE_TEXT)
-    for problems, names, more in ((data.images(), image_names, ()), (texts, text_names, _longer(lab, texts))):
-        tuned = lab.tuned(names, problems)
-        lab.run(Modality(problems[:1], (), tuned[names.index("bottleneck m=8")], SEEDS[:1]))
-        for each in problems:
-            lab.run(Modality((each,), (*tuned, *more), None, SEEDS))
-    for image in data.images_for_vgg():
-        lab.run(Modality((image,), contenders(VGG, image), None, SEEDS))
+    """Put a bottleneck into the first and into the last layers only."""
+    for problems in (data.texts(lab.regime), data.images(lab.regime)):
+        lab.run(Modality(problems[:2], (), lab.regime.settled("bottleneck m=8", problems[0]), lab.seeds[:3]))
 
 
-# in this order: first every claim on one problem, then the same methods on more problems
+def ablation(data: Data, lab: Lab) -> None:
+    for problems in (data.texts(lab.regime), data.images(lab.regime)):
+        settled = lab.regime.settled("bottleneck m=32", problems[0])
+        lab.run(Ablation(problems[:2], (settled,), lab.seeds[:3]))
+
+
+def init_scale(data: Data, lab: Lab) -> None:
+    for problems in (data.texts(lab.regime), data.images(lab.regime)):
+        lab.run(InitScale(problems[:2], lab.regime.settled("bottleneck m=32", problems[0]), seeds=lab.seeds[:3]))
+
+
+def tradeoff(data: Data, lab: Lab) -> None:
+    for problems, widths in ((data.texts(lab.regime), (1, 8, 64, 256)), (data.images(lab.regime), (2, 8, 32, 128))):
+        epochs = lab.regime.settled(FULL, problems[0]).recipe.epochs
+        lab.run(Tradeoff(problems[:2], widths=widths, seeds=lab.seeds[:3], epochs=epochs))
+
+
+def crossmodal(data: Data, lab: Lab) -> None:
+    """Compare one bottleneck with the probe and full fine-tuning on backbones of several families."""
+    problems = [data.texts(lab.regime)[0], data.images(lab.regime)[0]]
+    if data.vgg16 is not None:
+        problems.append(data.images(lab.regime, str(data.vgg16))[0])
+    problems += [data.images(lab.regime, name, options=(("pretrained", False),))[0] for name in RANDOM]
+    for each in problems:
+        names = (FULL, "linear probe", "bottleneck m=8", "bottleneck m=32")
+        lab.run(Compare((each,), lab.contenders(names, each), lab.seeds[:3], "both"))
+
+
+RANDOM = ("timm/convnext_atto", "timm/vit_tiny_patch16_224")
+"""Backbones with random weights."""
+
+
+def more_methods(data: Data, lab: Lab) -> None:
+    compared(data, lab, MORE)
+
+
 STAGES: tuple[Stage, ...] = (
-    compare_first,
-    init_scale,
+    bars,
+    transfer,
     ablation,
-    tradeoff,
-    compare,
-    steps,
-    vgg,
-    more_methods,
     modality,
     sequence,
-    transfer,
+    init_scale,
+    tradeoff,
+    crossmodal,
+    more_methods,
 )
+"""In order of priority."""
 
 
 def main() -> None:
@@ -267,27 +156,38 @@ def main() -> None:
     stages = {stage.__name__: stage for stage in STAGES}
     parser.add_argument("results", type=Path, help="folder of the results; existing ones are not computed again")
     parser.add_argument("--only", help=f"comma-separated list of {','.join(stages)}; default: all")
+    parser.add_argument("--device", default="cpu", help="device to compute on; its kind chooses the regime")
+    parser.add_argument("--regime", choices=REGIMES, help="sizes, epochs and precision; default: the device's")
+    parser.add_argument("--budget", type=float, help="seconds after which no training run is begun")
+    parser.add_argument("--processes", type=int, default=1, help="number of parallel processes")
     parser.add_argument("--glue", type=Path, help="folder of sst2, cola, mrpc, rte and trec")
     parser.add_argument("--gtsrb", type=Path, help="zip file of a folder of traffic signs")
+    parser.add_argument("--omniglot", type=Path, help="zip file of a folder of characters")
+    parser.add_argument("--elpv", type=Path, help="zip file of a folder of solar cells")
     parser.add_argument("--vgg16", type=Path, help="safetensors file of VGG-16's convolutions")
-    parser.add_argument("--processes", type=int, default=1, help="number of parallel processes")
-    parser.add_argument("--device", default="cpu", help="device to compute on")
-    parser.add_argument("--out", type=Path, default=PUBLISHED, help="CSV file of all results")
+    parser.add_argument("--out", type=Path, help="CSV file of all results; default: evidence-REGIME.csv")
     args = parser.parse_args()
     selected = list(stages) if args.only is None else args.only.split(",")
     if unknown := [name for name in selected if name not in stages]:
         parser.error(f"no stage {unknown[0]!r}{nearest(unknown[0], stages)}")
+    kind = args.device.partition(":")[0]
+    if args.regime is None and kind not in REGIMES:
+        parser.error(f"no regime for device {args.device!r}: name one with --regime")
+    regime = REGIMES[args.regime or kind]
+    out = RESULTS / f"evidence-{regime.name}.csv" if args.out is None else args.out
     args.results.mkdir(parents=True, exist_ok=True)
-    if args.out.is_file():
+    if out.is_file():
         # published results are not computed again
-        shutil.copyfile(args.out, args.results / "published.csv")
-    data, lab = Data(args.glue, args.gtsrb, args.vgg16), Lab(args.results, args.processes, args.device)
+        shutil.copyfile(out, args.results / "published.csv")
+    data = Data(args.glue, args.gtsrb, args.omniglot, args.elpv, args.vgg16)
+    deadline = None if args.budget is None else time.time() + args.budget
+    lab = Lab(args.results, args.processes, args.device, regime, deadline)
     for name in selected:
         print(f"{name}:", flush=True)
         try:
             stages[name](data, lab)
         finally:
-            write_csv(read_results(args.results), args.out)
+            write_csv([result for result in read_results(args.results) if result.regime == regime.name], out)
 
 
 if __name__ == "__main__":

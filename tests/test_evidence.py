@@ -1,13 +1,15 @@
-"""The evidence: its experiments, how it tunes contenders, and that it resumes from the published results."""
+"""The evidence: its experiments, that it resumes from what is published, and that regimes stay apart."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 
-from benchmarks import evidence
-from benchmarks.evidence import STAGES, Data, Lab
+from benchmarks import evidence, regimes
+from benchmarks.evidence import BARS, MORE, RANDOM, STAGES
+from benchmarks.regimes import REGIMES, Data, Lab
 from tests.report import fake_results
 from visadapt import inject, tasks
 from visadapt.data.hub import resolve
@@ -15,68 +17,40 @@ from visadapt.experiments import Compare, contender, read_results, write_csv
 from visadapt.experiments.run import TrainingRun
 
 
-def score(run: TrainingRun) -> float:
-    """Return a score that is best at the highest rate, except on films, where the lowest is best by more."""
-    return 0.5 + run.contender.recipe.lr * (-2 if run.problem.name == "movies" else 1)
-
-
 @pytest.fixture
 def requested(monkeypatch):
-    """Collect the requested experiments; a comparison returns invented results."""
+    """Collect the requested experiments, with the options that they are run with."""
     experiments = []
 
     def run(experiment, folder, **options):
-        experiments.append(experiment)
-        if not isinstance(experiment, Compare):
-            return []
-        return [
-            dataclasses.replace(
-                fake_results.result("compare", "resnet50", "cifar10", run.contender.name, run.seed, 0),
-                lr=run.contender.recipe.lr,
-                score=score(run),
-            )
-            for run in experiment.runs(lambda key: None)
-        ]
+        experiments.append((experiment, options))
+        return []
 
-    monkeypatch.setattr(evidence, "run_experiment", run)
+    monkeypatch.setattr(regimes, "run_experiment", run)
     return experiments
 
 
-def test_contenders_get_the_rate_that_is_best_on_average_over_the_swept_problems(requested, tmp_path):
-    lab, names = Lab(tmp_path, 1, "cpu"), ("linear probe", "bottleneck m=8")
-    images, texts = Data().images(), Data(tmp_path).texts()
-    tuned = [(who.name, who.recipe.lr, who.rates) for problems in (images, texts) for who in lab.tuned(names, problems)]
-    assert tuned == [
-        ("linear probe", 0.1, ()),
-        ("bottleneck m=8", 1e-2, ()),
-        ("linear probe", 1e-3, ()),
-        ("bottleneck m=8", 1e-3, ()),
-    ]
-    assert [[problem.name for problem in sweep.problems] for sweep in requested] == [["cifar10"], ["sst2", "movies"]]
-    for sweep in requested:
-        assert (sweep.split, sweep.seeds, sweep.keep) == ("validation", (0,), names)
-        assert all(len(one.rates) > 2 for one in sweep.contenders)
+def lab(folder, regime="cpu", **changes) -> Lab:
+    return Lab(**{"folder": folder, "processes": 1, "device": "cpu", "regime": REGIMES[regime], **changes})
 
 
-def test_tuned_contenders_are_not_swept_again(requested, tmp_path):
-    evidence.compare(Data(tmp_path), Lab(tmp_path, 1, "cpu"))
-    swept = {problem.name for each in requested for problem in each.problems for who in each.contenders if who.rates}
-    assert swept == {"sst2", "movies", "cifar10"}
-    compared = {problem.name for each in requested for problem in each.problems if each.split == "test"}
-    assert compared == {problem.name for problem in (*Data(tmp_path).texts(), *Data(tmp_path).images())}
+def all_data(folder) -> Data:
+    for name in ("signs.zip", "characters.zip", "cells.zip"):
+        (folder / name).touch()
+    return Data(folder / "glue", *(folder / name for name in ("signs.zip", "characters.zip", "cells.zip", "vgg.st")))
 
 
-@pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # VGG's first convolutions are small
+@pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # random backbones are small
 @pytest.mark.parametrize(
     ("network", "names"),
     [
-        ("bundled/minilm", (*evidence.TEXT, *evidence.MORE_TEXT)),
-        ("bundled/resnet50", (*evidence.IMAGE, *evidence.MORE_IMAGE)),
-        ("timm/vgg16", evidence.VGG),
+        ("bundled/minilm", (*BARS["text"], *MORE["text"])),
+        ("bundled/resnet50", (*BARS["image"], *MORE["image"])),
+        *((name, ("full fine-tuning", "linear probe", "bottleneck m=8", "bottleneck m=32")) for name in RANDOM),
     ],
 )
 def test_every_contender_can_be_injected(network, names):
-    model = resolve(network, pretrained=False) if network == "timm/vgg16" else resolve(network)
+    model = resolve(network, pretrained=False) if network in RANDOM else resolve(network)
     for number, name in enumerate(names):
         each = contender(name)
         inject(model, each.method, task=f"task{number}", num_classes=2, norms=each.norms)
@@ -85,78 +59,125 @@ def test_every_contender_can_be_injected(network, names):
 
 def test_by_default_only_bundled_data_is_used(requested, tmp_path):
     for stage in STAGES:
-        stage(Data(), Lab(tmp_path, 1, "cpu"))
-    problems = {problem for experiment in requested for problem in experiment.problems}
-    assert {p.network for p in problems} == {"bundled/resnet50", "bundled/minilm"}
+        stage(Data(), lab(tmp_path))
+    problems = {problem for experiment, _ in requested for problem in experiment.problems}
+    assert {p.network for p in problems} == {"bundled/resnet50", "bundled/minilm", *RANDOM}
     assert {p.name for p in problems} == {
         "cifar10", "fashion-mnist", "mnist", "tweets", "products", "movies", "editorials",
     }  # fmt: skip
-    assert {type(experiment).name for experiment in requested} == {
+    assert {type(experiment).name for experiment, _ in requested} == {
         "compare", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
     }  # fmt: skip
 
 
+def test_other_data_is_used_if_given(requested, tmp_path):
+    for stage in STAGES:
+        stage(all_data(tmp_path), lab(tmp_path))
+    problems = {problem for experiment, _ in requested for problem in experiment.problems}
+    assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "characters", "cells"} <= {p.name for p in problems}
+    assert any(problem.backbone == "vgg" for problem in problems)
+    images = {p.name: p.augment for p in problems if p.modality == "image"}
+    mirrored = {name for name, augment in images.items() if augment == "shift and mirror"}
+    assert mirrored == {"cifar10", "fashion-mnist", "cells"}
+    assert None not in images.values()
+    assert next(p for p in problems if p.name == "cola").train is None
+
+
+def test_full_fine_tuning_is_really_trained():
+    for regime in REGIMES.values():
+        assert regime.texts >= 2000
+        assert min(regime.image_epochs) >= 5
+        assert 64 <= regime.side <= 96
+        for problem in (Data().images(regime)[0], Data().texts(regime)[0]):
+            full = regime.contender("full fine-tuning", problem)
+            assert full.recipe.fast
+            assert full.recipe.head_first
+            assert full.validated
+            assert full.extend
+            assert regime.settled("full fine-tuning", problem).recipe.epochs in full.lengths
+
+
+def test_a_partial_run_is_balanced_over_problems(requested, tmp_path):
+    evidence.bars(all_data(tmp_path), lab(tmp_path))
+    order = [(experiment.problems[0].name, len(experiment.seeds)) for experiment, _ in requested]
+    names = [name for name, count in order if count == 1]
+    assert len(names) == 9 + 6
+    assert order == [(name, count) for count in range(1, 6) for name in names]
+    assert {experiment.split for experiment, _ in requested} == {"both"}
+
+
+def test_several_processes_share_the_problems_of_a_modality(requested, tmp_path):
+    evidence.bars(Data(), lab(tmp_path, "cuda", processes=4))
+    assert [len(experiment.problems) for experiment, _ in requested] == [3, 4] * 3
+
+
 def test_the_names_in_one_experiment_have_one_setting(requested, tmp_path):
     for stage in STAGES:
-        stage(Data(), Lab(tmp_path, 1, "cpu"))
+        stage(Data(), lab(tmp_path))
     settings = {}
-    for experiment in requested:
+    for experiment, _ in requested:
         for run in experiment.runs(lambda key: None):
             if isinstance(run, TrainingRun):
-                name = experiment.name, run.problem.backbone, run.problem.name, run.contender.name, str(run.facts)
+                facts = {name: fact for name, fact in run.facts.items() if name != "variant"}
+                name = experiment.name, run.problem.backbone, run.problem.name, run.contender.name, str(facts)
                 settings.setdefault(name, set()).add(run.setting)
     assert len(settings) > 100
     assert [name for name, hashes in settings.items() if len(hashes) > 1] == []
 
 
-def test_other_data_is_used_if_given(requested, tmp_path):
-    (tmp_path / "signs.zip").touch()
-    data = Data(tmp_path / "glue", tmp_path / "signs.zip", tmp_path / "vgg.safetensors")
-    for stage in STAGES:
-        stage(data, Lab(tmp_path, 1, "cpu"))
-    names = {problem.name for experiment in requested for problem in experiment.problems}
-    assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "tweets", "mnist"} <= names
-    assert any(problem.backbone == "vgg16" for experiment in requested for problem in experiment.problems)
+def test_files_of_full_fine_tuning_are_not_kept(requested, tmp_path, monkeypatch):
+    monkeypatch.setattr(regimes, "LARGE", 100)
+    (tmp_path / "tasks").mkdir()
+    for name, size in (("small", 100), ("large", 101)):
+        (tmp_path / "tasks" / f"{name}.visadapt").write_bytes(bytes(size))
+    problem = Data().texts(REGIMES["cpu"])[0]
+    lab(tmp_path).run(Compare((problem,), (contender("lora"),), (0,)))
+    assert [file.name for file in (tmp_path / "tasks").iterdir()] == ["small.visadapt"]
 
 
-def test_published_results_are_found_by_their_keys(requested, tmp_path):
-    known = {(result.experiment, result.key) for result in read_results(evidence.PUBLISHED)}
-    for stage in (evidence.init_scale, evidence.tradeoff, evidence.ablation):
-        stage(Data(), Lab(tmp_path, 1, "cpu"))
-    # on texts the published runs use data that is not bundled
-    runs = {
-        key: (experiment.name, key)
-        for experiment in requested
-        if experiment.problems[0].modality == "image"
-        for run in experiment.runs(lambda key: None)
-        for key in run.keys
-    }
-    keys = [key for key in runs.values() if key in known]
-    assert {experiment for experiment, _ in keys} == {"init_scale", "tradeoff", "ablation"}
-    assert len(keys) > 0.9 * len(runs)
+def run_main(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["evidence", *map(str, arguments)])
+    evidence.main()
 
 
-def test_published_results_are_reused_and_new_ones_are_published(requested, tmp_path, monkeypatch):
+def test_published_results_are_reused_and_only_those_of_the_regime_are_published(tmp_path, monkeypatch):
     published = tmp_path / "evidence.csv"
-    write_csv(fake_results.all_results(), published)
+    of_cpu = [dataclasses.replace(result, regime="cpu") for result in fake_results.compare()]
+    write_csv(of_cpu, published)
     files = []
 
     def stage(data, lab):
         files.extend(path.name for path in lab.folder.iterdir())
+        write_csv(fake_results.transfer(), lab.folder / "other.csv")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evidence, "STAGES", (stage,))
-    monkeypatch.setattr("sys.argv", ["evidence", str(tmp_path / "results"), "--out", str(published)])
-    before = published.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        evidence.main()
+        run_main(monkeypatch, tmp_path / "results", "--out", published)
     assert files == ["published.csv"]
-    assert published.read_bytes() == before
+    assert {result.regime for result in read_results(published)} == {"cpu"}
+    assert len(read_results(published)) == len(of_cpu)
 
 
-def test_an_unknown_stage_is_an_error_with_the_nearest_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["evidence", str(tmp_path / "results"), "--only", "compair"])
+def test_the_device_chooses_the_regime_and_the_budget_ends_it(requested, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "STAGES", (evidence.bars,))
+    options = ("--device", "cuda:0", "--budget", 480, "--processes", 4, "--out", tmp_path / "out.csv")
+    run_main(monkeypatch, tmp_path / "results", *options)
+    for _, options in requested:
+        assert (options["regime"], options["device"], options["processes"]) == ("cuda", "cuda:0", 4)
+        assert 470 < options["deadline"] - time.time() <= 480
+    assert read_results(tmp_path / "out.csv") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "barss"), "no stage 'barss'; did you mean 'bars'"),
+        (("--device", "mps"), "no regime for device 'mps'"),
+    ],
+)
+def test_a_wrong_option_is_an_error_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        evidence.main()
-    assert "no stage 'compair'; did you mean 'compare'" in capsys.readouterr().err
+        run_main(monkeypatch, tmp_path / "results", *arguments)
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

@@ -32,12 +32,22 @@ Start with `Linear()`, which takes a minute and is the baseline that any adapter
 
 ## Measured
 
-The tables show points above or below full fine-tuning on test data, paired with full fine-tuning of the
-same backbone on the same problem and seed, in the order of what is trained. The interval is the 95 % confidence
-interval of the mean over problems and seeds (bootstrap); where it contains 0, no difference could be seen. Training
-sets are small: 500 texts or 2,000 images; learning rates were chosen on validation data. [What the results
-decide](analysis.md) says what that does and does not show, and which methods are best on validation data.
+All figures are points above or below full fine-tuning on test data, paired with full fine-tuning of the same backbone
+on the same problem and seed. The interval is the 95 % confidence interval of the mean over problems and seeds
+(Student's t); where it contains 0, no difference could be seen. Training sets are small: 500 texts or 2,000 images;
+learning rates were chosen on validation data. [What the results decide](analysis.md) says what that does and does not
+show.
+
+Compare methods on your own data with `visadapt experiment compare --problem BACKBONE:FOLDER --results FOLDER`: it
+chooses rate, epochs and activation of every method on validation data, and prints the same intervals.
+
+### Which method for which budget
+
+The best mean among the methods that train at most so much of the backbone:
 """
+
+BUDGETS = (0.1, 0.5, 1.5, 3.6, 15.0)
+"""Trained parameters in % of the backbone."""
 
 OUTRO = """
 ## Beyond accuracy
@@ -70,14 +80,34 @@ def table(results: list[Result]) -> Table:
     return Table(headings, rows)
 
 
+def budgets(networks: dict[str, list[Result]]) -> Table:
+    """Build the decision table: the best method of each network within each budget."""
+    rows = []
+    for network, results in networks.items():
+        comparisons = [each for each in against_full(results) if "fine-tuning" not in each.name]
+        last = None
+        for budget in BUDGETS:
+            within = [each for each in comparisons if 0 < each.percent <= budget]
+            best = max(within, key=lambda each: each.points, default=None)
+            if best is None or best == last:
+                # a larger budget buys nothing
+                continue
+            last = best
+            figures = (signed(best.points), best.interval, best.verdict)
+            rows.append((network, f"{budget:g} %", best.name, f"{best.bytes / 1e6:.2f} MB", *figures))
+    headings = ("network", "at most", "take", "file", "points", "95 % interval", "against full fine-tuning")
+    return Table(headings, rows)
+
+
 def page() -> str:
     """Make the page."""
     compared = drop_superseded([r for r in read_results(EVIDENCE) if r.experiment == "compare"])
     results = [result for result in compared if result.split == "test"]
-    parts = [INTRO]
-    for network, group in group_by(results, lambda r: r.network).items():
+    networks = group_by(results, lambda r: r.network)
+    parts = [INTRO, f"{budgets(networks).markdown()}\n"]
+    for network, group in networks.items():
         count = len({r.problem for r in group})
-        parts.append(f"### {network}, {count} problems\n\n{table(group).markdown()}\n")
+        parts.append(f"### {network}, {count} problems, {len(group)} training runs\n\n{table(group).markdown()}\n")
     return "\n".join(parts) + OUTRO
 
 

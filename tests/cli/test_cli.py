@@ -385,7 +385,13 @@ def test_experiment_and_report(place: Path, tmp_path: Path) -> None:
     sizes = ("--seeds", 1, "--epochs", 1, "--train", 16, "--length", 8, "--results", tmp_path / "results")
     who = ("--contender", "linear probe", "--contender", "full fine-tuning")
     command = ("experiment", "compare", "--problem", f"hf/{place / 'bert'}:{place / 'tweets.tsv'}", *who, *sizes)
-    assert "results in" in run(*command).stderr
+    compared = run(*command)
+    assert "results in" in compared.stderr
+    assert (
+        "full fine-tuning: per problem 3 to 7 training runs to choose by, then 1; epochs 1; batches of 16"
+        in compared.stderr
+    )
+    assert "the reference" in compared.stdout
     files = sorted((tmp_path / "results" / "compare").glob("*.json"))
     times = [file.stat().st_mtime_ns for file in files]
     run(*command)

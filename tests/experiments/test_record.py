@@ -63,15 +63,16 @@ def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
     assert all(Record(tmp_path).get("tradeoff", key) for key in ("k0", "k1")), "results in a table count as results"
 
 
-def test_older_results_have_no_setting(tmp_path: Path) -> None:
-    known = result(setting="s0")
-    fields = {name: value for name, value in dataclasses.asdict(known).items() if name != "setting"}
+def test_older_results_have_no_setting_and_no_regime(tmp_path: Path) -> None:
+    known = result(setting="s0", regime="cpu")
+    later = ("setting", "regime")
+    fields = {name: value for name, value in dataclasses.asdict(known).items() if name not in later}
     (tmp_path / "old.json").write_text(json.dumps(fields))
     assert read_results(tmp_path / "old.json") == [result()]
     table = write_csv([known], tmp_path / "old.csv").read_text().splitlines()
-    assert table[0].endswith(",setting")
-    assert table[1].endswith(",s0")
-    (tmp_path / "old.csv").write_text("\n".join(line.rpartition(",")[0] for line in table))
+    assert table[0].endswith(",setting,regime")
+    assert table[1].endswith(",s0,cpu")
+    (tmp_path / "old.csv").write_text("\n".join(line.rsplit(",", 2)[0] for line in table))
     assert read_results(tmp_path / "old.csv") == [result()]
 
 

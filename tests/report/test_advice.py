@@ -9,7 +9,7 @@ import pytest
 from tests.report import fake_results
 from visadapt.experiments.record import Result
 from visadapt.report.advice import advice, against_full
-from visadapt.report.statistics import interval
+from visadapt.report.statistics import interval, t_quantile
 
 SEEDS = range(3)
 PROBLEMS = ("a", "b", "c")
@@ -34,8 +34,14 @@ FULL = runs("full fine-tuning", 0, 1000)
 def test_an_interval_holds_the_mean_and_narrows_with_agreement() -> None:
     wide, narrow = interval([-3.0, 0.0, 3.0]), interval([0.9, 1.0, 1.1])
     assert wide[0] < 0 < wide[1]
-    assert 0.9 <= narrow[0] < 1 < narrow[1] <= 1.1
+    # Student's t: 1 ± 4.3027 · 0.1 / √3
+    assert narrow == pytest.approx((0.7516, 1.2484), abs=1e-4)
     assert interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (26, 2.0555), (100, 1.9840)])
+def test_quantiles_of_students_distribution(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
 
 
 def test_differences_are_paired_by_problem_and_seed() -> None:
@@ -50,7 +56,7 @@ def test_differences_are_paired_by_problem_and_seed() -> None:
     ("contenders", "taken", "verdict"),
     [
         ({"lora r=8": (-1, 10, 0), "bottleneck m=8": (2, 20, 0), "series": (4, 90, 0)}, "bottleneck m=8", "above"),
-        ({"lora r=8": (-3, 10, 0), "bottleneck m=8": (0.1, 20, 4)}, "bottleneck m=8", "no difference seen"),
+        ({"lora r=8": (-3, 10, 0), "bottleneck m=8": (0.1, 20, 4)}, "bottleneck m=8", "no difference could be seen"),
         ({"lora r=8": (-3, 10, 0), "bottleneck m=8": (-5, 20, 0)}, "lora r=8", "below"),
     ],
 )

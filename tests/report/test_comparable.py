@@ -34,6 +34,20 @@ def test_results_of_two_settings_are_refused(experiment: str) -> None:
         build(results)
 
 
+def test_results_of_two_regimes_are_refused() -> None:
+    results = [at("compare", "lora", 80, seed=seed, regime=regime) for seed, regime in enumerate(("cpu", "cuda"))]
+    with pytest.raises(VisadaptError, match="the results are of regimes cpu and cuda"):
+        build(results)
+    with pytest.raises(VisadaptError, match="the results are of regimes cpu and none"):
+        build([results[0], at("compare", "lora", 80, seed=1)])
+
+
+def test_a_rate_may_have_several_numbers_of_epochs() -> None:
+    trials = [*trials_at({1e-3: 81}), *trials_at({1e-3: 84}, epochs=9)]
+    old, new = [final(1e-3, seed) for seed in (0, 1)], [final(1e-3, seed, epochs=9) for seed in (0, 1)]
+    assert drop_superseded([*trials, *old, *new]) == [*trials, *new]
+
+
 def test_other_coordinates_may_have_another_setting() -> None:
     results = [
         at("init_scale", "b", 80, split="validation", facts={"std": std}, setting=f"s{std}") for std in (1e-2, 1e-1)

@@ -130,7 +130,7 @@ def test_names_in_results_are_escaped() -> None:
 
 GOLDEN = """# Results &lt;of&gt; tests
 ## Claims
-| claim | source | case | verdict | measured |
+| claim | source | case | verdict | measured | training runs |
 ## Which layers' adapters matter
 ![Triangular heat map for bottleneck m=64 on minilm, tweets
 ![Triangular heat map for bottleneck m=64 on resnet50, cifar10

@@ -28,6 +28,11 @@ def at(experiment: str, contender: str, score: float, **more) -> fake_results.Re
     return fake_results.result(experiment, contender=contender, points=0, score=score / 100, **options)
 
 
+def of_seeds(results: list[fake_results.Result], count: int = 3) -> list[fake_results.Result]:
+    """Repeat results of one seed for others, so that intervals are narrow."""
+    return [dataclasses.replace(r, seed=seed) for r in results for seed in range(count)]
+
+
 def test_compare_takes_the_mean_over_problems() -> None:
     results = [
         at("compare", "full fine-tuning", 90),
@@ -61,9 +66,12 @@ def test_the_claim_is_tested_with_the_adapter_that_is_best_on_validation_data() 
             for split, score in zip(("validation", "test"), pair, strict=True)
         ]
 
-    (holds,), (fails,) = compare(results(89.7)).claims, compare(results(89.5)).claims
+    (holds,), (fails,) = (compare(of_seeds(results(score))).claims for score in (89.7, 89.5))
     assert (holds.holds, fails.holds) == (True, False)
-    assert holds.measured == "bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problem"
+    assert holds.measured == ("bottleneck m=8: −0.3 points at 1.3 %, mean of 1 problem, 95 % interval −0.3 to −0.3")
+    assert holds.training_runs == 6
+    (open_claim,) = compare(results(89.7)).claims
+    assert (open_claim.holds, open_claim.verdict) == (None, "cannot be decided")
     # parallel is better on both splits, but trains 5.35 %
     assert holds.case == "image"
 
@@ -94,8 +102,10 @@ def test_a_nonlinear_bottleneck_against_a_linear_one_of_its_size(points: float, 
     assert claim.holds is holds
     sign, better = ("+", 2) if holds else ("−", 0)
     assert claim.measured == (
-        f"bottleneck m=8: {sign}1.0 points at equal parameters, mean of 2 pairs; better in {better}"
+        f"bottleneck m=8: {sign}1.0 points at equal parameters, mean of 2 pairs; better in {better}, 95 % interval "
+        f"{sign}1.0 to {sign}1.0"
     )
+    assert claim.training_runs == 4
 
 
 def test_a_contender_without_validation_results_on_all_problems_is_not_chosen() -> None:
@@ -139,11 +149,14 @@ def test_tradeoff() -> None:
 
     section = tradeoff(results(89.5))
     flat, fewer = section.claims
-    assert (flat.holds, flat.measured) == (True, "0.5 points between m = 256 and m = 8, of 2 widths")
-    assert (fewer.holds, fewer.measured) == (True, "top 2: −1.5 points at 40 %; adapters reach it at 0.8 %")
+    assert (flat.holds, flat.measured) == (None, "0.5 points between m = 256 and m = 8, of 2 widths")
+    assert (fewer.holds, fewer.measured) == (None, "top 2: −1.5 points at 40 %; adapters reach it at 0.8 %")
+    assert [claim.holds for claim in tradeoff(of_seeds(results(89.5))).claims] == [True, True]
+    assert [claim.training_runs for claim in tradeoff(of_seeds(results(89.5))).claims] == [6, 6]
     assert [row[0] for row in section.tables[0].rows][:3] == ["bottleneck m=1", "norms only", "bottleneck m=8"]
     flat, _ = tradeoff(results(87)).claims
-    assert (flat.holds, flat.measured) == (False, "2.0 points between m = 8 and m = 256, of 2 widths")
+    assert flat.measured == "2.0 points between m = 8 and m = 256, of 2 widths"
+    assert tradeoff(of_seeds(results(87))).claims[0].holds is False
     second_seed = at("tradeoff", "bottleneck m=8", 87, facts={"m": 8}, fraction=8 / 1000, seed=1)
     flat, _ = tradeoff([*results(87), second_seed]).claims
     assert flat.measured == ("1.0 points between m = 8 and m = 256, of 2 widths; standard deviation over seeds ± 1.4")
@@ -157,13 +170,15 @@ def test_ablation() -> None:
         for norms in ("kept", "reverted")
         for span, score in spans.items()
     ]  # fmt: skip
-    section = ablation(results)
+    assert {claim.holds for claim in ablation(results).claims} == {None}
+    section = ablation(of_seeds(results))
     single, lower, majority = section.claims
+    assert {claim.training_runs for claim in section.claims} == {3}
     assert (single.holds, single.measured) == (False, "−3.0 points at worst")
     assert (lower.holds, lower.measured) == (True, "mean per lower layer −0.5 points, per upper layer −3.0")
     assert (majority.holds, majority.measured) == (True, "62.0 %; the majority class has 60.0 %")
     assert section.tables[0].rows[0][3:] == ("−3.0 (layer 1)", "−0.5", "−3.0", "−28.0")
-    images = [dataclasses.replace(r, modality="image") for r in results]
+    images = [dataclasses.replace(r, modality="image") for r in of_seeds(results)]
     assert [claim.text for claim in ablation(images).claims] == [single.text, majority.text]
 
 
@@ -191,7 +206,9 @@ def test_init_scale() -> None:
     stopped = at("init_scale", "b", 30, seed=1, split="validation", facts={"std": 1.0, "stopped": "nan"})
     section = init_scale([*results, stopped])
     (claim,) = section.claims
-    assert (claim.holds, claim.measured) == (True, "range of the means 0.5 points; above it −55.0 points at worst")
+    assert (claim.holds, claim.measured) == (None, "range of the means 0.5 points; above it −55.0 points at worst")
+    assert init_scale(of_seeds(results)).claims[0].holds is True
+    assert init_scale(of_seeds([*results[1:], dataclasses.replace(results[0], score=0.5)])).claims[0].holds is False
     assert "1 of 4 training runs ended" in section.finding
     second_seed = [dataclasses.replace(r, seed=2, score=r.score - 0.02) for r in results[:2]]
     (claim,) = init_scale([*results, *second_seed]).claims
@@ -251,7 +268,9 @@ def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
     ]
     results += [at("modality", name, 90, modality=kind) for name in ("full fine-tuning", "bottleneck m=8")]
     (claim,) = modality(results).claims
-    assert claim.holds == holds
+    assert claim.holds is None
+    (claim,) = modality(of_seeds(results)).claims
+    assert (claim.holds, claim.training_runs) == (holds, 6)
     assert claim.measured == f"last 2 of 4 layers: {signed(upper - 90)} points, first 2: −10.0"
 
 

@@ -23,9 +23,10 @@ from visadapt.data import ImageSet, normalize
 from visadapt.methods import Full, Linear
 from visadapt.runtime.registry import registry_of
 from visadapt.tensor_file import read_described, write_described
-from visadapt.training import Fit, Recipe, evaluate, fit
+from visadapt.training import Fit, Recipe, evaluate, fit, head_first
 from visadapt.training.checkpoint import KIND
-from visadapt.training.head_first import PENALTIES
+from visadapt.training.head_first import KEPT, PENALTIES, fit_linear
+from visadapt.training.losses import Objective
 
 SHORT = Recipe(epochs=1, lr=1e-3)
 
@@ -289,3 +290,23 @@ def test_a_checkpoint_of_an_earlier_version_resumes_as_it_began(digits: ImageSet
     assert all(torch.equal(t, state(model)[name]) for name, t in state(resumed).items())
     with pytest.raises(VisadaptError, match="recipe: head_first was True, is False"):
         fit(make(), "digits", (images, labels), checkpoint=file, **options)
+
+
+def test_the_same_features_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+    choose = head_first._choose
+    monkeypatch.setattr(head_first, "_SOLVED", type(head_first._SOLVED)())
+    monkeypatch.setattr(head_first, "_choose", lambda *args: solved.append(args[2]) or choose(*args))
+    features, labels = torch.randn(40, 6), torch.arange(40) % 3
+    heads = [nn.Linear(6, 3) for _ in range(4)]
+    losses = [
+        fit_linear(head, features, labels, Objective(), seed) for head, seed in zip(heads, (0, 0, 1), strict=False)
+    ]
+    assert solved == [0, 1]
+    assert losses[0] == losses[1]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    fit_linear(heads[3], features + 1e-3, labels, Objective(), 0)
+    assert solved == [0, 1, 0]
+    for seed in range(2, 3 + KEPT):
+        fit_linear(heads[3], features, labels, Objective(), seed)
+    assert len(head_first._SOLVED) == KEPT

@@ -11,10 +11,12 @@ import typer
 from visadapt import experiments
 from visadapt.checks import check_choice
 from visadapt.cli.options import Device, Root
-from visadapt.cli.output import say
+from visadapt.cli.output import say, show
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
 from visadapt.experiments.catalogue import FULL, is_adapter
+from visadapt.experiments.fair import comparisons, costs
+from visadapt.report.paired import paired_tables
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
@@ -42,59 +44,93 @@ def experiment(
         list[str] | None,
         typer.Option(
             "--contender",
-            help="What to compare, such as 'bottleneck m=8' (default) or 'full fine-tuning'; repeatable. "
-            "init_scale and transfer take one; tradeoff has its own.",
+            help="What to compare, such as 'bottleneck m=8' or 'full fine-tuning'; repeatable. Default: 'bottleneck "
+            "m=8', of compare also 'linear probe' and 'full fine-tuning'. init_scale and transfer take one; tradeoff "
+            "has its own.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds, counted from 0.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training run except linear probes.")] = 3,
+    epochs: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Epochs of every training run except linear probes. compare chooses among several on validation data: "
+            "repeatable; default: 3, 9 and 20, of images 5, 9 and 20. Default of the others: 3.",
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option("--train", min=1, help="Number of training samples; default: all.")
     ] = None,
     validation: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Number of validation samples; default: {ImageProblem.validation} images, all texts."
+            min=1,
+            help="Number of validation samples; default: all of the set's own, or of images a fifth of the training "
+            "samples (at most 500), of texts a tenth.",
         ),
     ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Number of test samples; default: all.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels.")] = None,
+    augment: Annotated[
+        bool | None,
+        typer.Option(help="Move training images at random by up to an eighth of their side; default: in compare only."),
+    ] = None,
+    mirror: Annotated[
+        bool,
+        typer.Option("--mirror", help="Also mirror half of them: not for signs, digits and characters."),
+    ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Train in bf16 autocast: faster where the hardware computes in bf16.")
+    ] = False,
     length: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per text.")] = None,
     root: Root = None,
     engine: Annotated[str, typer.Option(help="Where runs execute: local, or ray.")] = "local",
     processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 1,
     device: Device = "cpu",
 ) -> None:
-    """Run an experiment from the papers; resumes if interrupted."""
+    """Run an experiment from the papers; resumes if interrupted.
+
+    compare gives every contender the same care. With the first seed and on validation data of each problem it chooses
+    the learning rate (from a grid that is extended while its best is at an edge), the number of epochs, and whether a
+    bottleneck has an activation; every run keeps the state after its best epoch on validation data, the linear probe
+    that the head starts as among them. At the end it prints the differences from full fine-tuning, paired by problem
+    and seed, with 95 % intervals.
+    """
     check_choice(name, EXPERIMENTS, "experiment")
-    problems = tuple(_problem(text, samples, validation, test, size, length, root) for text in problem)
-    plan = _planned(EXPERIMENTS[name], problems, who or [], tuple(range(seeds)), epochs)
-    made = run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
+    comparing = EXPERIMENTS[name] is experiments.Compare
+    shifted = mirror or (comparing if augment is None else augment)
+    given = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
+    changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
+    problems = tuple(_problem(text, root, given, changed) for text in problem)
+    numbers = tuple(range(seeds))
+    plans: list[Experiment] = []
+    if comparing:
+        fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
+        for line in (line for plan in fair for line in costs(plan)):
+            say(line)
+        plans += fair
+    elif fast or len(epochs or ()) > 1:
+        raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
+    else:
+        plans.append(_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0]))
+    made = [
+        result
+        for plan in plans
+        for result in run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
+    ]
     say(f"{len(made)} results in {results}")
+    if comparing:
+        for table in paired_tables(made):
+            show(table)
 
 
-def _problem(
-    text: str,
-    train: int | None,
-    validation: int | None,
-    test: int | None,
-    size: int | None,
-    length: int | None,
-    root: Path | None,
-) -> Problem:
+def _problem(text: str, root: Path | None, given: dict[str, int | None], changed: dict[str, str | None]) -> Problem:
     backbone, colon, data = text.rpartition(":")
     if not colon or not backbone or not data:
         raise VisadaptError(f"--problem must be BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
-    return experiments.problem(
-        backbone,
-        data,
-        train=train,
-        validation=validation,
-        test=test,
-        size=size,
-        length=length,
-        root=None if root is None else str(root),
-    )
+    folder = None if root is None else str(root)
+    plain = experiments.problem(backbone, data, root=folder, **given)
+    return dataclasses.replace(plain, **changed) if isinstance(plain, ImageProblem) else plain  # type: ignore[arg-type]
 
 
 def _planned(

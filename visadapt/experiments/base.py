@@ -64,6 +64,8 @@ def run_experiment(
     *,
     device: str = "cpu",
     progress: bool = False,
+    regime: str | None = None,
+    deadline: float | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Result]:
     """Compute the results of an experiment that do not exist yet.
@@ -78,29 +80,34 @@ def run_experiment(
         processes: number of parallel processes, which share the CPU threads.
         device: device to compute on.
         progress: show a progress bar per training run on a terminal.
+        regime: name that results carry (see `Result`); existing results of another one are not used.
+        deadline: value of ``time.time()`` from which no run is begun; those in progress are finished.
         say: called with one line per new result.
 
     Returns:
-        All results of the experiment, in the order of its runs.
+        All results of the experiment, in the order of its runs; those that exist if the deadline passed.
 
     Raises:
         VisadaptError: the engine is unknown, the folder holds files that are not results, or a training run failed.
     """
     check_count(processes, "processes")
-    workspace = Workspace(Path(results_folder), device, progress)
+    workspace = Workspace(Path(results_folder), device, progress, regime, deadline)
     execute = get_engine(engine)
     record = Record(results_folder)
 
     def lookup(key: str) -> Result | None:
-        return record.get(experiment.name, key)
+        return of_regime(record.get(experiment.name, key))
+
+    def of_regime(result: Result | None) -> Result | None:
+        return result if result is not None and result.regime == regime else None
 
     while True:
         runs = experiment.runs(lookup)
         missing = [(run, key) for run in runs for key in run.keys if lookup(key) is None]
-        if not missing:
+        if not missing or workspace.is_over:
             return [result for run in runs for key in run.keys if (result := lookup(key)) is not None]
         for run, key in missing:
-            if known := record.find(key):
+            if known := of_regime(record.find(key)):
                 record.add(run.adopt(known))
         pending = {run.keys: run for run in runs if any(lookup(key) is None for key in run.keys)}
         if not pending:

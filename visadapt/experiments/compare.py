@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from visadapt.experiments.base import Experiment
+from visadapt.experiments.choice import choose
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.run import Lookup, TrainingRun, Trial
+from visadapt.experiments.record import Result
+from visadapt.experiments.run import BothSplits, Lookup, TrainingRun, Trial
 
 
 @dataclass(frozen=True)
 class Compare(Experiment):
     """Contenders × problems × seeds.
 
-    A contender with several ``rates`` is first trained at each of them with the first seed, measured on validation
-    data, and then uses the best one; test data is not used for this choice. A trial that diverges is never chosen, and
-    its result has the fact ``stopped``.
+    A contender with several ``rates`` or ``lengths`` is first trained at several of them with the first seed, measured
+    on validation data, and then uses the best (see `visadapt.experiments.choice.choose`); test data is not used for
+    this choice. A trial that diverges is never chosen, and its result has the fact ``stopped``.
 
     Args:
         problems: problems to compare on.
         contenders: contenders to compare.
         seeds: one training run each.
-        split: split that the final runs are measured on; with ``validation`` the experiment is a sweep.
+        split: split that the final runs are measured on: ``test``, ``validation``, with which the experiment is a
+            sweep, or ``both``.
         keep: names of contenders whose task files are kept, so that another split can be measured without training
             again.
     """
@@ -59,27 +62,35 @@ def sweep_runs(
     facts: dict[str, Any] | None = None,
     keep: bool = False,
 ) -> list[TrainingRun]:
-    """Return a contender's training runs on a problem: one per learning rate, then, given their results, one per seed.
+    """Return a contender's training runs on a problem: those to choose by, then, given their results, one per seed.
 
     Args:
         experiment: name of the experiment.
         problem: problem to train on.
-        contender: contender to train; its ``rates`` are tried with the first seed on validation data.
+        contender: contender to train; its ``rates`` and ``lengths`` are tried with the first seed on validation data.
         seeds: seeds of the final runs.
         lookup: returns the result of a key, or None.
-        split: split that the final runs are measured on.
+        split: split that the final runs are measured on: ``test``, ``validation`` or ``both``.
         facts: the experiment's coordinates.
         keep: keep the task files, including those of the trials: the best trial is also the final run of that seed.
     """
     facts = facts or {}
-    trials: list[TrainingRun] = []
-    if len(contender.rates) > 1:
-        rates = [contender.with_recipe(lr=rate) for rate in contender.rates]
-        trials = [Trial(experiment, problem, rated, seeds[0], "validation", facts, keep=keep) for rated in rates]
-        scores = [result.standing for trial in trials if (result := lookup(trial.key)) is not None]
-        if len(scores) < len(trials):
-            return trials
-        contender = rates[scores.index(max(scores))]
-    finals = [TrainingRun(experiment, problem, contender, seed, split, facts, keep=keep) for seed in seeds]
-    keys = {final.key for final in finals}
+    tried: dict[str, TrainingRun] = {}
+
+    def facts_of(candidate: Contender) -> dict[str, Any]:
+        return facts if candidate.method == contender.method else {**facts, "variant": str(candidate.method)}
+
+    def result_of(candidate: Contender) -> Result | None:
+        trial = Trial(experiment, problem, candidate, seeds[0], "validation", facts_of(candidate), keep=keep)
+        tried[trial.key] = trial
+        return lookup(trial.key)
+
+    _, chosen = choose(contender, result_of)
+    trials = list(tried.values())
+    if chosen is None:
+        return trials
+    kind = BothSplits if split == "both" else TrainingRun
+    measured = "test" if split == "both" else split
+    finals = [kind(experiment, problem, chosen, seed, measured, facts_of(chosen), keep=keep) for seed in seeds]
+    keys = {key for final in finals for key in final.keys}
     return [*(trial for trial in trials if trial.key not in keys), *finals]

@@ -37,9 +37,11 @@ def get_engine(name: str) -> Engine:
 
 
 def execute(run: Run, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
-    """Compute a run's missing results, and write each to disk before it is yielded."""
+    """Compute a run's missing results, and write each to disk before it is yielded; none after the deadline."""
     # checked where the run is executed: a cluster's driver may lack the devices of its nodes
     check_device(workspace.device)
+    if workspace.is_over:
+        return
     for result in run.results(missing, workspace):
         write(result, workspace.folder)
         yield result

@@ -5,17 +5,23 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from visadapt.data import ImageSet, ImageSplit, load_squares
+from visadapt.checks import check_choice
+from visadapt.data import ImageSet, ImageSplit, augment, load_squares
 from visadapt.data.bounded import unpack_zip
 from visadapt.data.inputs import ImageInputs, Splits
 from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples
+from visadapt.training.augmenting import Augment
+
+AUGMENTATIONS = ("shift", "shift and mirror")
+"""How training images may be changed at random."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +32,46 @@ class ImageProblem(Problem):
         network: name of the backbone, or path of a file; see `visadapt.experiments.networks.network`.
         data: name or path of the data set.
         train: number of training images; None for all that are not held out.
-        validation: number of images held out from the training images.
+        validation: number of images held out from the training images; None for the set's own validation split, or for
+            a fifth of the training images, at most 500.
         test: number of test images; None for all.
         root: folder that contains the data set, if ``data`` is relative to one.
         options: options of the backbone's builder, as pairs.
         size: side in pixels that images are resized to; images that are not square are cropped to their centre.
+        augment: ``shift`` to move training images at random by up to an eighth of their side, ``shift and mirror`` to
+            mirror half of them too, which is wrong where left and right differ in meaning, as in signs and characters;
+            None for neither. All contenders get the same.
+
+    Raises:
+        VisadaptError: the augmentation is unknown.
     """
 
-    validation: int = 500
     size: int = 64
+    augment: str | None = None
 
     modality: ClassVar[str] = "image"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augment is not None:
+            check_choice(self.augment, AUGMENTATIONS, "augmentation")
+
+    def described(self) -> dict[str, Any]:
+        facts = super().described()
+        if self.augment is None:
+            # results from before there was augmentation keep their keys
+            del facts["augment"]
+        return facts
+
+    def augmentation(self) -> Augment | None:
+        if self.augment is None:
+            return None
+        shift = max(1, self.splits.train.inputs.shape[-1] // 8)
+        return partial(augment, flip=self.augment != AUGMENTATIONS[0], crop_padding=shift)
+
     def load(self) -> Splits:
         data = self._read()
-        rest, validation = data.holdout(self.validation)
+        rest, validation = self._held_out(data)
         return Splits(
             data.classes,
             _samples(rest.subset(subset_indices(len(rest), self.train))),
@@ -48,6 +79,13 @@ class ImageProblem(Problem):
             _samples(data.test if self.test is None else data.test.subset(subset_indices(len(data.test), self.test))),
             ImageInputs(self.size),
         )
+
+    def _held_out(self, data: ImageSet) -> tuple[ImageSplit, ImageSplit]:
+        if self.validation is not None:
+            return data.holdout(self.validation)
+        if data.validation is not None:
+            return data.train, data.validation
+        return data.holdout(min(500, len(data.train) // 5))
 
     def _read(self) -> ImageSet:
         path = Path(self.root or "", self.data)

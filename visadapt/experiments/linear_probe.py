@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from visadapt.backbone.modules import unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import registry_of
-from visadapt.training import Fit, Recipe, Samples, fit, predict
+from visadapt.training import Fit, Recipe, Samples, evaluate, fit, predict
+from visadapt.training.head_first import fit_linear
+from visadapt.training.losses import Objective
+from visadapt.training.scoring import Metric
 
 
 def fit_head(
@@ -21,6 +25,8 @@ def fit_head(
     train: Samples,
     recipe: Recipe,
     *,
+    validation: Samples | None = None,
+    metric: Metric = "accuracy",
     prepare: Callable[[Any], Any] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -35,6 +41,9 @@ def fit_head(
         task: a task that owns one head module and nothing else.
         train: labelled samples.
         recipe: how to train the head.
+        validation: labelled samples; with a recipe that is ``head_first``, the head starts as the solution of the
+            regularised problem (see `visadapt.training.head_first`), and no epoch is kept that is not better than it.
+        metric: score that selects the best epoch.
         prepare: as in `visadapt.training.fit`.
         seed: seed of the order of samples.
         device: device to compute on; None for the model's.
@@ -50,18 +59,32 @@ def fit_head(
     if not is_probe(model, task):
         raise VisadaptError(f"task {task!r} is not a linear probe: it must own one head and nothing else")
     ((path, owned),) = parts.items()
-    with _captured_inputs(unwrapped(model).get_submodule(path)) as features:
-        predict(model, task, train, prepare=prepare, device=device, precision="bf16" if recipe.fast else None)
-    return fit(
-        owned["head"],
-        None,
-        Samples(torch.cat(features), train.labels),
-        None,
-        recipe,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    head = owned["head"]
+
+    def features(samples: Samples) -> Samples:
+        with _captured_inputs(unwrapped(model).get_submodule(path)) as inputs:
+            predict(model, task, samples, prepare=prepare, device=device, precision="bf16" if recipe.fast else None)
+        return Samples(torch.cat(inputs), samples.labels)
+
+    cached = features(train)
+    held_out = None if validation is None else features(validation)
+    start = None
+    if held_out is not None and recipe.head_first and isinstance(head, nn.Linear):
+        assert isinstance(cached.inputs, Tensor)
+        assert cached.labels is not None
+        fit_linear(head, cached.inputs, cached.labels, Objective(None, recipe.label_smoothing), seed)
+        start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    options: dict[str, Any] = {"metric": metric, "seed": seed, "device": device, "progress": progress}
+    before = -math.inf if start is None else _score(head, held_out, metric)
+    history = fit(head, None, cached, held_out, recipe, **options)
+    if start is not None and history.score is not None and history.score <= before:
+        head.load_state_dict(start)
+    return history
+
+
+def _score(head: nn.Module, samples: Samples | None, metric: Metric) -> float:
+    (score,) = evaluate(head, None, samples, (metric,)).values()
+    return score
 
 
 def is_probe(model: nn.Module, task: str) -> bool:

@@ -19,6 +19,7 @@ from visadapt.data.inputs import Splits
 from visadapt.experiments.digest import digest
 from visadapt.experiments.networks import network, short_name
 from visadapt.training import ready
+from visadapt.training.augmenting import Augment
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Problem(ABC):
     def prepare(self, batch: Any) -> Any:
         """Convert a batch of inputs to the backbone's input, in training and evaluation."""
         return ready(batch)
+
+    def augmentation(self) -> Augment | None:
+        """Return how batches of training inputs are changed at random; None for not at all."""
+        return None
 
     def fresh(self) -> nn.Module:
         """Build the pretrained backbone, in eval mode.

@@ -52,6 +52,8 @@ class Result:
         machine: environment that it was computed in: ``device``, versions, commit.
         setting: hash of the full definition of problem and contender, without ``lr``. Results with the same names but
             different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
+        regime: name of the sizes, epochs and precision of a collection of experiments; results of two regimes are never
+            in one report. None if they have none.
     """
 
     key: str
@@ -74,6 +76,7 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
     machine: dict[str, str] = field(default_factory=dict, hash=False)
     setting: str | None = None
+    regime: str | None = None
 
     @property
     def fraction(self) -> float:

@@ -74,9 +74,8 @@ class TrainingRun(Run):
 
     @property
     def setting(self) -> str:
-        """Key of the problem and the contender, the same for all seeds, learning rates, splits and starts."""
-        without_rate = self.contender.with_recipe(lr=1.0)
-        return key_of(problem=self.problem.described(), contender=without_rate.described())
+        """Key of the problem and the contender, the same for all seeds, splits, starts, and what validation chooses."""
+        return key_of(problem=self.problem.described(), contender=self.contender.setting())
 
     @property
     def key(self) -> str:
@@ -116,6 +115,7 @@ class TrainingRun(Run):
             facts=self.facts,
             machine=machine(workspace.device),
             setting=self.setting,
+            regime=workspace.regime,
             **task_costs,
         )
 
@@ -155,6 +155,25 @@ class TrainingRun(Run):
         if not file.is_file():
             dataclasses.replace(self, keep=True).trained(workspace)
         return read(file).tensors
+
+
+@dataclass(frozen=True)
+class BothSplits(TrainingRun):
+    """A training run that is measured on test data, and on validation data to choose between contenders."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(run.key for run in self._measurements())
+
+    def _measurements(self) -> tuple[TrainingRun, ...]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return tuple(TrainingRun(**{**fields, "split": split}) for split in ("validation", "test"))
+
+    def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        model, seconds = self.trained(workspace)
+        for run in self._measurements():
+            if run.key in missing:
+                yield run.measured(model, seconds, workspace)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,20 @@ class Workspace:
             access to it.
         device: device to compute on.
         progress: show a progress bar per training run on a terminal.
+        regime: name that results carry; see `visadapt.experiments.Result`.
+        deadline: value of ``time.time()`` from which no run is begun.
     """
 
     folder: Path
     device: str = "cpu"
     progress: bool = False
+    regime: str | None = None
+    deadline: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed, so that no further run is begun."""
+        return self.deadline is not None and time.time() >= self.deadline
 
     def task_file(self, key: str) -> Path:
         """Return the path of the task file of this key; create its folder."""
@@ -47,8 +56,8 @@ class Workspace:
 def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, workspace: Workspace) -> float:
     """Train in place the task that `Contender.put` added.
 
-    A linear probe is trained on cached features. For images, the part of the network below the first trained module is
-    also run only once, and its outputs are cached if they fit in memory.
+    A linear probe is trained on cached features. For images that are not augmented, the part of the network below the
+    first trained module is also run only once, and its outputs are cached if they fit in memory.
 
     Returns:
         The duration in seconds.
@@ -59,12 +68,17 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     task, data, recipe = problem.name, problem.splits.train, contender.recipe
     start = time.perf_counter()
     options: dict[str, Any] = {"seed": seed, "device": workspace.device, "progress": workspace.progress}
+    validation = problem.splits.validation if contender.validated else None
+    if validation is not None:
+        options["metric"] = problem.metric
     if is_probe(model, task):
-        fit_head(model, task, data, recipe, prepare=problem.prepare, **options)
+        fit_head(model, task, data, recipe, validation=validation, prepare=problem.prepare, **options)
         return time.perf_counter() - start
-    cached = _cached(model, problem, workspace)
+    augment = problem.augmentation()
+    # rows of a cache are of one set of samples
+    cached = None if augment is not None or validation is not None else _cached(model, problem, workspace)
     if cached is None:
-        fit(model, task, data, None, recipe, prepare=problem.prepare, **options)
+        fit(model, task, data, validation, recipe, prepare=problem.prepare, augment=augment, **options)
     else:
         try:
             fit(model, task, (cached.rows, data.labels), None, recipe, prepare=cached, **options)

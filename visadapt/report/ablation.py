@@ -10,7 +10,7 @@ from visadapt.experiments.record import Result
 from visadapt.report.formatting import file_name, signed
 from visadapt.report.heatmap import heatmaps
 from visadapt.report.section import Claim, Section
-from visadapt.report.statistics import group_by, mean_score
+from visadapt.report.statistics import at_least, group_by, mean_score
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
@@ -132,30 +132,41 @@ def _table(cases: dict[Case, Drops]) -> Table:
 def _claims(case: Case, results: Sequence[Result], drops: Drops) -> list[Claim]:
     network, problem, contender = case
     where = f"{contender} on {network}, {problem}"
-    worst = min(_single(drops).values())
+    seeds = dict(sorted(group_by(results, lambda r: r.seed).items()))
+    by_seed = [each for task in seeds.values() if (each := _drops(task, "kept"))]
+    single = _single(drops)
+    layer = min(single, key=lambda layer: single[layer])
+    worst = single[layer]
     claims = [
         Claim(
             f"Removing one layer's adapters costs at most {MAX_DROP:g} points",
             SOURCE,
             where,
-            worst >= -MAX_DROP,
+            at_least([each[layer, layer] for each in by_seed], -MAX_DROP),
             f"{signed(worst)} points at worst",
+            len(by_seed),
         )
     ]
     if results[0].modality == "text":
         lower, upper = _halves(drops)
         measured = f"mean per lower layer {signed(lower)} points, per upper layer {signed(upper)}"
-        claims.append(Claim("Lower layers matter less than upper ones on text", SOURCE, where, lower > upper, measured))
+        differences = [below - above for below, above in map(_halves, by_seed)]
+        holds = at_least(differences)
+        text = "Lower layers matter less than upper ones on text"
+        claims.append(Claim(text, SOURCE, where, holds, measured, len(by_seed)))
     majority = 100 * results[0].facts["majority"]
     untouched = [r for r in results if r.facts["norms"] == "kept" and r.facts["first"] is None]
     remaining = mean_score(untouched) + _whole(drops)
+    above = [mean_score([r for r in untouched if r.seed == seed]) for seed in sorted({r.seed for r in untouched})]
+    margins = [majority + MAJORITY_MARGIN - score - _whole(d) for score, d in zip(above, by_seed, strict=True)]
     claims.append(
         Claim(
             f"Without any adapter the score drops to that of the majority class, within {MAJORITY_MARGIN:g} points",
             SOURCE,
             where,
-            remaining <= majority + MAJORITY_MARGIN,
+            at_least(margins),
             f"{remaining:.1f} %; the majority class has {majority:.1f} %",
+            len(by_seed),
         )
     )
     return claims

@@ -43,7 +43,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Whether the interval is below, above or across 0."""
-        return "below" if self.high < 0 else "above" if self.low > 0 else "no difference seen"
+        return "below" if self.high < 0 else "above" if self.low > 0 else "no difference could be seen"
 
 
 def against_full(results: Sequence[Result]) -> list[Comparison]:

@@ -1,4 +1,4 @@
-"""Comparable results, which may be averaged: one setting, one learning rate, each seed once."""
+"""Comparable results, which may be averaged: one setting, one learning rate and length, each seed once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNSWEPT = ("ablation", "init_scale")
 
 
 def drop_superseded(results: Sequence[Result]) -> list[Result]:
-    """Remove final results at learning rates that a longer sweep on validation data no longer chooses.
+    """Remove final results at learning rates and epochs that a longer sweep on validation data no longer chooses.
 
     Args:
         results: results of any experiments.
@@ -27,9 +27,15 @@ def drop_superseded(results: Sequence[Result]) -> list[Result]:
         The remaining results, in the same order.
 
     Raises:
-        VisadaptError: results with the same names have different settings, the same seed twice, or several learning
-            rates that validation data does not choose between.
+        VisadaptError: results are of several regimes, or results with the same names have different settings, the same
+            seed twice, or several learning rates that validation data does not choose between.
     """
+    regimes = sorted({result.regime or "none" for result in results})
+    if len(regimes) > 1:
+        raise VisadaptError(
+            f"the results are of regimes {join_words(regimes)}, which differ in sizes, epochs and precision: report "
+            "each by itself"
+        )
     superseded: set[Result] = set()
     for group in group_by(results, _coordinates).values():
         # the setting of older results is unknown
@@ -39,11 +45,11 @@ def drop_superseded(results: Sequence[Result]) -> list[Result]:
         trials = [result for result in group if not _is_final(result)]
         if len({result.seed for result in finals}) < len(finals):
             chosen = _chosen(finals, trials)
-            superseded.update(result for result in finals if result.lr != chosen)
-            finals = [result for result in finals if result.lr == chosen]
-        for (_, seed, rate), same in group_by([*finals, *trials], lambda r: (r.split, r.seed, r.lr)).items():
+            superseded.update(result for result in finals if _choice(result) != chosen)
+            finals = [result for result in finals if _choice(result) == chosen]
+        for same in group_by([*finals, *trials], lambda r: (r.split, r.seed, *_choice(r))).values():
             if len(same) > 1:
-                raise _mixed(same[0], f"have seed {seed} at lr {rate:g} more than once")
+                raise _mixed(same[0], f"have seed {same[0].seed} at lr {same[0].lr:g} more than once")
     return [result for result in results if result not in superseded]
 
 
@@ -58,15 +64,20 @@ def _is_final(result: Result) -> bool:
     return result.split == "test" or result.experiment in UNSWEPT
 
 
-def _chosen(finals: Sequence[Result], trials: Iterable[Result]) -> float:
-    """Return the learning rate that an experiment would choose now: the best of the first seed's trials."""
-    rates = sorted({result.lr for result in finals})
+def _choice(result: Result) -> tuple[float, int]:
+    """Return what validation data chooses: the learning rate and the number of epochs."""
+    return result.lr, result.epochs
+
+
+def _chosen(finals: Sequence[Result], trials: Iterable[Result]) -> tuple[float, int]:
+    """Return the rate and epochs that an experiment would choose now: the best of the first seed's trials."""
+    choices = sorted({_choice(result) for result in finals})
     first_seed = min(group_by(trials, lambda r: r.seed).items(), default=(0, []))[1]
-    scores = {result.lr: result.standing for result in first_seed}
-    if len(rates) > 1 and not scores.keys() >= set(rates):
-        rates_text = join_words([f"{rate:g}" for rate in rates])
+    scores = {_choice(result): result.standing for result in first_seed}
+    if len(choices) > 1 and not scores.keys() >= set(choices):
+        rates_text = join_words([f"{rate:g}" for rate in dict.fromkeys(rate for rate, _ in choices)])
         raise _mixed(finals[0], f"have one seed at lr {rates_text}, and no validation results to choose between them")
-    return max(rates, key=lambda rate: scores.get(rate, 0))
+    return max(choices, key=lambda choice: scores.get(choice, 0))
 
 
 def _mixed(result: Result, reason: str) -> VisadaptError:

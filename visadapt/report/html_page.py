@@ -6,6 +6,7 @@ import base64
 from html import escape
 
 from visadapt.report.assembly import Report
+from visadapt.report.formatting import pluralize
 from visadapt.report.section import Claim, Section
 from visadapt.report.style import Drawing, Look, for_both_themes
 from visadapt.table import Table
@@ -46,10 +47,15 @@ summary { cursor: pointer; padding: 0.5rem 0; }
                font-weight: 600; }
 .claims cite, .claims ul { font-weight: 400; font-style: normal; color: var(--quiet); font-size: 0.92rem; }
 .claims ul li { margin: 0.25rem 0; padding-left: 0.7rem; border-left: 3px solid var(--good); }
+.claims ul li.open { border-left-color: var(--quiet); }
 .claims ul li.fails { border-left-color: var(--bad); }
 .holds strong { color: var(--good); }
 .fails strong { color: var(--bad); }
 """
+
+
+CLASSES = {True: "holds", False: "fails", None: "open"}
+"""Class of a claim's line by its verdict."""
 
 
 def page(report: Report) -> str:
@@ -106,8 +112,8 @@ def _claims(claims: list[Claim]) -> str:
     cards = []
     for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):
         cases = "".join(
-            f"<li class='{'holds' if claim.holds else 'fails'}'><strong>{claim.verdict.capitalize()}</strong> "
-            f"({escape(claim.case)}): {escape(claim.measured)}</li>"
+            f"<li class='{CLASSES[claim.holds]}'><strong>{claim.verdict.capitalize()}</strong> "
+            f"({escape(claim.case)}; {pluralize(claim.training_runs, 'training run')}): {escape(claim.measured)}</li>"
             for claim in claims
             if claim.text == text
         )

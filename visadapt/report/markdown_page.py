@@ -40,7 +40,14 @@ def _section(section: Section, figures: str) -> str:
 
 def _claims(claims: list[Claim]) -> str:
     rows = [
-        (claim.text, claim.source, claim.case, claim.verdict if claim.holds else f"**{claim.verdict}**", claim.measured)
+        (
+            claim.text,
+            claim.source,
+            claim.case,
+            claim.verdict if claim.holds is not False else f"**{claim.verdict}**",
+            claim.measured,
+            str(claim.training_runs),
+        )
         for claim in claims
     ]
-    return Table(("claim", "source", "case", "verdict", "measured"), rows).markdown()
+    return Table(("claim", "source", "case", "verdict", "measured", "training runs"), rows).markdown()

@@ -16,20 +16,22 @@ class Claim:
         text: the claim, with the threshold that is applied.
         source: the paper.
         case: the network, problem and method that it is tested on.
-        holds: whether the claim holds in this case.
+        holds: whether the claim holds in this case, by the 95 % interval of a mean; None if that cannot be decided.
         measured: the figures behind the verdict.
+        training_runs: number of training runs behind the verdict.
     """
 
     text: str
     source: str
     case: str
-    holds: bool
+    holds: bool | None
     measured: str
+    training_runs: int
 
     @property
     def verdict(self) -> str:
         """``holds`` as words."""
-        return "holds" if self.holds else "does not hold"
+        return "cannot be decided" if self.holds is None else "holds" if self.holds else "does not hold"
 
 
 @dataclass(frozen=True)

@@ -194,4 +194,5 @@ def _unforgotten(network: str, results: Several[Result]) -> Claim | None:
         network,
         same == len(pairs),
         f"{same} of {len(pairs)} later measurements",
+        len({(r.contender, r.seed, r.facts["after"]) for r in results if r.contender != SHARED}),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from statistics import mean, quantiles, stdev
+from functools import cache
+from statistics import mean, stdev
 from typing import TypeVar
 
 from visadapt.experiments.catalogue import FULL
@@ -63,14 +64,50 @@ def paired_differences(results: Sequence[Result], others: Sequence[Result]) -> l
     ]
 
 
-def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a mean: percentiles of means of resampled differences, always the same.
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a mean by Student's t distribution.
+
+    It is honest for few values too, unlike percentiles of resampled means, which are too narrow then.
 
     Args:
         differences: at least two values, such as those of `paired_differences`.
-        draws: number of resamples.
     """
-    rng = random.Random(0)
-    means = [mean(rng.choices(differences, k=len(differences))) for _ in range(draws)]
-    cuts = quantiles(means, n=40)
-    return cuts[0], cuts[-1]
+    center = mean(differences)
+    margin = t_quantile(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    return center - margin, center + margin
+
+
+def at_least(values: Sequence[float], threshold: float = 0.0) -> bool | None:
+    """Whether a mean is at least a threshold, by its 95 % confidence interval; None if that cannot be decided.
+
+    Args:
+        values: such as paired differences; fewer than two decide nothing.
+        threshold: the threshold.
+    """
+    if len(values) < 2:
+        return None
+    low, high = interval(values)
+    return True if low >= threshold else False if high < threshold else None
+
+
+@cache
+def t_quantile(freedom: int, level: float = 0.975) -> float:
+    """Return a quantile of Student's t distribution, by bisection of its distribution function.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+        level: probability below the quantile, in (0.5, 1).
+    """
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    # with t = sqrt(freedom) tan(angle) the density is a power of the cosine on a bounded interval
+
+    def below(angle: float, parts: int = 200) -> float:
+        points = [math.cos(angle * i / parts) ** (freedom - 1) for i in range(parts + 1)]
+        weighted = points[0] + points[-1] + 4 * sum(points[1:-1:2]) + 2 * sum(points[2:-1:2])
+        return 0.5 + constant * angle / (3 * parts) * weighted
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)

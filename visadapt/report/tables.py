@@ -46,6 +46,8 @@ def table(results: Sequence[Result], title: str = "") -> Table:
 def sweep_table(results: Sequence[Result], title: str = "") -> Table:
     """Build a table of validation scores in % at each learning rate, with the best marked by ``*``.
 
+    Where several numbers of epochs were tried, each score names its own.
+
     Args:
         results: results on one problem; those on test data are ignored.
         title: title of the table.
@@ -58,13 +60,16 @@ def sweep_table(results: Sequence[Result], title: str = "") -> Table:
     """
     rows = []
     for name, group in group_by(results, lambda r: r.contender).items():
-        trials = sorted((r for r in group if r.split == "validation"), key=lambda r: r.lr)
+        trials = sorted((r for r in group if r.split == "validation"), key=lambda r: (r.epochs, r.lr))
         if not trials:
             raise VisadaptError(f"results must have trials on validation data, got none of {name!r}")
+        several = len({r.epochs for r in trials}) > 1
         best = max(trials, key=lambda result: result.standing)
-        cells = [
-            f"{r.lr:g}: {'diverged' if r.diverged else f'{100 * r.score:.1f}'}{' *' if r == best else ''}"
-            for r in trials
-        ]
+        cells = [_trial(r, several) + (" *" if r == best else "") for r in trials]
         rows.append((name, best.epochs, "   ".join(cells), f"{best.lr:g}"))
     return Table(("method", "epochs", "validation score in % by learning rate", "chosen"), rows, title)
+
+
+def _trial(result: Result, with_epochs: bool) -> str:
+    epochs = f" × {result.epochs} epochs" if with_epochs else ""
+    return f"{result.lr:g}{epochs}: {'diverged' if result.diverged else f'{100 * result.score:.1f}'}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,10 @@ LIMIT = 1 << 28
 
 PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """L2 penalties on scaled features to choose from, strongest first, on a fifth of the samples."""
+
+
+KEPT = 8
+"""Number of solutions to remember, of at most a few MB each."""
 
 
 class Unsuited(Exception):  # noqa: N818  a reason, not an error
@@ -61,7 +67,7 @@ def start_with_head(
     try:
         head = _new_head(model, task)
         features, labels = _features(head, logits_model, target, batches, after_batch)
-        loss = _fit(head, features, labels, batches.objective, seed)
+        loss = fit_linear(head, features, labels, batches.objective, seed)
     except Unsuited as reason:
         return f"no linear probe: {reason}"
     logits_model.engine.broadcast([p.data for p in head.parameters()])
@@ -144,12 +150,14 @@ class _Problem:
     def loss(self, weight: Tensor, bias: Tensor) -> Tensor:
         return self.objective.losses(F.linear(self.features, weight, bias if self.bias else None), self.labels).mean()
 
-    def solve(self, penalty: float, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def solve(self, penalty: float, start: tuple[Tensor, Tensor], steps: int = 100) -> tuple[Tensor, Tensor]:
         """Minimise the mean loss and half the penalty times the squared weights, over the number of features."""
         weight, bias = (t.clone().requires_grad_(True) for t in start)
         optimizer = torch.optim.LBFGS(
             [weight, bias] if self.bias else [weight],
-            max_iter=100,
+            max_iter=steps,
+            # with torch's 100 the updates of a wide head take most of the time
+            history_size=10,
             tolerance_grad=1e-6,
             tolerance_change=1e-9,
             line_search_fn="strong_wolfe",
@@ -170,7 +178,22 @@ class _Problem:
 
 
 @torch.no_grad()
-def _fit(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective, seed: int) -> float:
+def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective, seed: int) -> float:
+    """Set a linear layer to the minimum of the regularised loss on features.
+
+    Args:
+        head: the layer, changed in place.
+        features: what enters it, ``(N, D)``.
+        labels: as the objective takes them.
+        objective: the loss.
+        seed: of the samples that the penalty is chosen on.
+
+    Returns:
+        The mean loss, without the penalty.
+
+    Raises:
+        Unsuited: the loss is not finite, or not smaller than that of a layer of zeros; nothing is changed then.
+    """
     device = head.weight.device
     # the caller's own loss may hold tensors of the usual dtype
     exact = device.type != "mps" and not callable(objective.loss)
@@ -186,8 +209,11 @@ def _fit(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective
     whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
     zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
     start = float(whole.loss(*zero))
-    penalty = _choose(whole, zero, seed)
-    weight, bias = whole.solve(penalty, zero)
+    key = _digest(head, x, labels, objective, seed)
+    known = None if key is None else _SOLVED.get(key)
+    weight, bias = whole.solve(*_choose(whole, zero, seed)) if known is None else (t.to(device) for t in known)
+    if key is not None:
+        _remember(key, (weight, bias))
     loss = float(whole.loss(weight, bias))
     if not math.isfinite(loss) or loss > start:
         raise Unsuited(f"the loss on the features became {loss:.4g}, from {start:.4g}")
@@ -197,23 +223,44 @@ def _fit(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective
     return loss
 
 
-def _choose(whole: _Problem, zero: tuple[Tensor, Tensor], seed: int) -> float:
-    """The penalty with the smallest loss on a fifth of the samples; 10 for fewer than twenty samples.
+_SOLVED: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+"""The latest solutions: training runs at several learning rates start from the same one."""
 
-    Weaker ones are tried until two in a row are worse than the best.
+
+def _digest(head: nn.Linear, features: Tensor, labels: Tensor, objective: Objective, seed: int) -> str | None:
+    """What a solution depends on; None with a loss of the caller's own."""
+    if callable(objective.loss):
+        return None
+    digest = hashlib.sha256(repr((head.out_features, head.bias is None, features.shape, objective, seed)).encode())
+    for tensor in (features, labels):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _remember(key: str, solved: tuple[Tensor, Tensor]) -> None:
+    weight, bias = solved
+    _SOLVED[key] = weight.cpu(), bias.cpu()
+    while len(_SOLVED) > KEPT:
+        _SOLVED.popitem(last=False)
+
+
+def _choose(whole: _Problem, zero: tuple[Tensor, Tensor], seed: int) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The penalty with the smallest loss on a fifth of the samples, and the solution on the others.
+
+    Weaker ones are tried until two in a row are worse than the best. With fewer than twenty samples, 10 and zero.
     """
     count = len(whole.labels)
     if count < 20:
-        return 10.0
+        return 10.0, zero
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(whole.labels.device)
     held_out, rest = whole.part(order[: count // 5]), whole.part(order[count // 5 :])
-    best, chosen, worse, solution = math.inf, PENALTIES[0], 0, zero
+    best, chosen, worse, solution = math.inf, (PENALTIES[0], zero), 0, zero
     for penalty in PENALTIES:
-        solution = rest.solve(penalty, solution)
+        solution = rest.solve(penalty, solution, steps=30)
         loss = float(held_out.loss(*solution))
         worse = 0 if loss < best else worse + 1
         if loss < best:
-            best, chosen = loss, penalty
+            best, chosen = loss, (penalty, solution)
         if worse == 2:
             break
     return chosen

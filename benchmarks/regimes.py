@@ -1,0 +1,163 @@
+"""What the evidence is measured with: sizes, epochs and precision by regime, data by option, and where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from visadapt.experiments import Contender, Experiment, Problem, Result, problem, run_experiment
+from visadapt.experiments.fair import fair_contender
+
+LARGE = 20_000_000
+"""Bytes from which the file of a finished task is deleted: that of full fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Sizes, epochs and precision; results of two regimes are never in one report.
+
+    Attributes:
+        name: name that the results carry.
+        texts: training texts per problem, or all where there are fewer; of CoLA all.
+        images: training images per problem, or all where there are fewer.
+        validation: validation samples per problem.
+        test: test samples per problem, or all where there are fewer.
+        side: side of images in pixels.
+        text_epochs: numbers of epochs to choose from.
+        image_epochs: numbers of epochs to choose from.
+        text_batch: texts per step.
+        image_batch: images per step.
+        seeds: number of seeds.
+    """
+
+    name: str
+    texts: int
+    images: int
+    validation: int
+    test: int
+    side: int
+    text_epochs: tuple[int, ...]
+    image_epochs: tuple[int, ...]
+    text_batch: int = 16
+    image_batch: int = 32
+    seeds: int = 5
+
+    def contender(self, name: str, problem: Problem) -> Contender:
+        """Build a contender whose rate, epochs and activation are chosen on validation data, in bf16 autocast."""
+        texts = problem.modality == "text"
+        lengths = self.text_epochs if texts else self.image_epochs
+        batch_size = self.text_batch if texts else self.image_batch
+        return fair_contender(name, problem.modality, lengths, fast=True, batch_size=batch_size)
+
+    def settled(self, name: str, problem: Problem) -> Contender:
+        """Build a contender without choices, for experiments that vary something else: the catalogue's rate, and the
+        middle number of epochs."""
+        chosen = self.contender(name, problem)
+        lengths = chosen.lengths or (chosen.recipe.epochs,)
+        middle = chosen.with_recipe(epochs=lengths[len(lengths) // 2])
+        return replace(middle, rates=(), lengths=(), variants=(), extend=False)
+
+
+REGIMES = {
+    # two cores in the background of other work: about a day for the first stage
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9, 20), (5, 9)),
+    # one GPU: as much as the budget allows, in order of priority
+    "cuda": Regime("cuda", 4000, 4000, 500, 1500, 96, (10,), (10,), text_batch=32, image_batch=64, seeds=3),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data and weights that are not bundled; problems on missing ones are left out.
+
+    Attributes:
+        glue: folder of the GLUE and TREC sets.
+        gtsrb: zip file of the traffic signs.
+        omniglot: zip file of the characters.
+        elpv: zip file of the solar cells.
+        vgg16: file of VGG-16's convolutions.
+    """
+
+    glue: Path | None = None
+    gtsrb: Path | None = None
+    omniglot: Path | None = None
+    elpv: Path | None = None
+    vgg16: Path | None = None
+
+    def images(self, regime: Regime, network: str = "bundled/resnet50", **options: object) -> tuple[Problem, ...]:
+        """Return problems on photographs, signs, clothes, digits, characters and solar cells."""
+        mirrored: dict[str, bool] = {"cifar10": True, "fashion-mnist": True, "mnist": False}
+        mirrored |= {} if self.gtsrb is None else {str(self.gtsrb): False}
+        mirrored |= {} if self.omniglot is None else {str(self.omniglot): False}
+        mirrored |= {} if self.elpv is None else {str(self.elpv): True}
+        sizes = {"train": regime.images, "validation": regime.validation, "test": regime.test, "size": regime.side}
+        # left and right differ in digits, signs and characters
+        return tuple(
+            problem(network, name, **sizes, **options, augment="shift and mirror" if mirror else "shift")
+            for name, mirror in mirrored.items()
+        )
+
+    def texts(self, regime: Regime) -> tuple[Problem, ...]:
+        """Return problems on questions, sentiment and grammar, then longer texts, then pairs of texts."""
+        glue = None if self.glue is None else str(self.glue)
+        names = ["tweets", "products", "movies", "editorials"]
+        if glue is not None:
+            names = ["trec", "tweets", "sst2", "products", "cola", "mrpc", "movies", "editorials", "rte"]
+        lengths = {"mrpc": 64, "rte": 64}
+        sizes = {"validation": regime.validation, "test": regime.test}
+        return tuple(
+            problem(
+                "bundled/minilm",
+                name,
+                train=None if name == "cola" else regime.texts,
+                root=glue,
+                length=lengths.get(name, 32),
+                **sizes,
+            )
+            for name in names
+        )
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The folder, processes, device and regime that experiments run with.
+
+    Attributes:
+        folder: folder of the results.
+        processes: number of parallel processes.
+        device: device to compute on.
+        regime: sizes, epochs and precision.
+        deadline: value of ``time.time()`` from which no run is begun.
+    """
+
+    folder: Path
+    processes: int
+    device: str
+    regime: Regime
+    deadline: float | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds."""
+        return tuple(range(self.regime.seeds))
+
+    def run(self, experiment: Experiment) -> list[Result]:
+        """Compute the missing results of an experiment, and return all of them."""
+        results = run_experiment(
+            experiment,
+            self.folder,
+            processes=self.processes,
+            device=self.device,
+            regime=self.regime.name,
+            deadline=self.deadline,
+            say=lambda line: print(line, flush=True),
+        )
+        for file in (self.folder / "tasks").glob("*.visadapt"):
+            if file.stat().st_size > LARGE:
+                file.unlink()
+        return results
+
+    def contenders(self, names: Sequence[str], problem: Problem) -> tuple[Contender, ...]:
+        """Build contenders whose rate, epochs and activation are chosen on validation data of their own problem."""
+        return tuple(self.regime.contender(name, problem) for name in names)

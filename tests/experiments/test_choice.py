@@ -1,0 +1,180 @@
+"""How a contender's rate, epochs and variant are chosen, and what a fair comparison consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from tests.experiments.conftest import small
+from tests.report import fake_results
+from visadapt import VisadaptError
+from visadapt.experiments import Compare, Contender, Result, contender, run_experiment
+from visadapt.experiments.choice import MAX_EXTENSIONS, choose, next_rate
+from visadapt.experiments.fair import COMPARED, LENGTHS, comparisons, costs, fair_contender
+from visadapt.experiments.problem_names import problem
+from visadapt.experiments.run import TrainingRun
+from visadapt.report import build, sweep_table
+from visadapt.report.paired import paired_tables
+
+
+def scored(score: Callable[[Contender], float]) -> Callable[[Contender], Result]:
+    return lambda each: fake_results.result("compare", "resnet50", "cifar10", each.name, 0, 0, score=score(each))
+
+
+BASE = dataclasses.replace(contender("lora r=8"), rates=(1e-3, 3e-3, 1e-2), extend=True, lengths=(3, 9, 20))
+
+
+def tried(candidates: list[Contender]) -> list[tuple[float, int]]:
+    return [(each.recipe.lr, each.recipe.epochs) for each in candidates]
+
+
+def test_the_grid_extends_itself_while_its_best_is_at_an_edge() -> None:
+    candidates, chosen = choose(BASE, scored(lambda each: 1 - abs(each.recipe.lr - 0.1)))
+    assert tried(candidates)[3:6] == [(3e-2, 3), (1e-1, 3), (3e-1, 3)]
+    assert chosen is not None
+    assert chosen.recipe.lr == 1e-1
+    candidates, chosen = choose(BASE, scored(lambda each: 1 - each.recipe.lr))
+    assert len({rate for rate, _ in tried(candidates)}) == len(BASE.rates) + MAX_EXTENSIONS
+    assert chosen is not None
+    assert chosen.recipe.lr == 1e-5
+    fixed = dataclasses.replace(BASE, extend=False)
+    assert choose(fixed, scored(lambda each: 1 - each.recipe.lr))[1].recipe.lr == 1e-3
+
+
+def test_an_edge_that_is_no_better_than_its_neighbour_is_not_extended() -> None:
+    candidates, chosen = choose(BASE, scored(lambda each: 0.5))
+    assert tried(candidates) == [(1e-3, 3), (3e-3, 3), (1e-2, 3), (1e-3, 9)]
+    assert (chosen.recipe.lr, chosen.recipe.epochs) == (1e-3, 3)
+
+
+def test_more_epochs_are_tried_while_they_help() -> None:
+    for best, expected in ((3, [9]), (9, [9, 20]), (20, [9, 20])):
+        candidates, chosen = choose(
+            BASE, scored(lambda each, best=best: -abs(each.recipe.lr - 3e-3) - abs(each.recipe.epochs - best))
+        )
+        assert chosen.recipe.epochs == best
+        assert tried(candidates)[3:] == [(3e-3, epochs) for epochs in expected]
+
+
+def test_a_variant_is_taken_if_it_is_better() -> None:
+    bottleneck = fair_contender("bottleneck m=8", "image")
+    for wanted in ("gelu", None):
+        _, chosen = choose(bottleneck, scored(lambda each, wanted=wanted: float(each.method.activation == wanted)))
+        assert chosen.method.activation == wanted
+        assert chosen.name == "bottleneck m=8"
+        assert chosen.setting() == bottleneck.setting()
+    assert fair_contender("bottleneck m=8 activation=gelu", "image").variants == ()
+
+
+def test_nothing_is_chosen_before_all_results_are_there() -> None:
+    candidates, chosen = choose(BASE, lambda each: None)
+    assert tried(candidates) == [(rate, 3) for rate in BASE.rates]
+    assert chosen is None
+    single = dataclasses.replace(BASE, rates=(), lengths=())
+    assert choose(single, lambda each: None) == ([], single)
+
+
+@pytest.mark.parametrize(
+    ("rate", "up", "down"), [(1e-3, 3e-3, 3e-4), (3e-3, 1e-2, 1e-3), (2e-3, 1e-2, 1e-3), (0.1, 0.3, 3e-2)]
+)
+def test_rates_continue_the_series(rate: float, up: float, down: float) -> None:
+    assert (next_rate(rate, True), next_rate(rate, False)) == (up, down)
+
+
+def test_lengths_must_increase() -> None:
+    with pytest.raises(VisadaptError, match=r"lengths must be numbers of epochs in increasing order, got \(9, 3\)"):
+        dataclasses.replace(BASE, lengths=(9, 3))
+
+
+def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
+    problems = (small(), problem("bundled/minilm", "tweets"))
+    plans = comparisons(problems, (), (0, 1), (), fast=True)
+    assert [plan.problems for plan in plans] == [(problems[0],), (problems[1],)]
+    for plan in plans:
+        assert [each.name for each in plan.contenders] == list(COMPARED)
+        assert len({each.recipe.batch_size for each in plan.contenders}) == 1
+        trained = [each for each in plan.contenders if each.name != "linear probe"]
+        assert {each.lengths for each in trained} == {LENGTHS[plan.problems[0].modality]}
+        assert all(each.recipe.fast for each in trained)
+        for each in plan.contenders:
+            assert each.validated
+            assert each.extend
+            assert each.recipe.head_first
+            assert 16 <= each.recipe.batch_size <= 32
+    full = next(line for line in costs(plans[1]) if line.startswith("full"))
+    assert full == (
+        "full fine-tuning: per problem 4 to 9 training runs to choose by, then 2; epochs 3, 9, 20; batches of 16; bf16 "
+        "autocast"
+    )
+
+
+def test_no_task_ends_below_its_own_probe_on_validation_data(tmp_path) -> None:
+    # at such a rate training only does harm
+    wild = dataclasses.replace(
+        fair_contender("bottleneck m=4 activation=relu", "image", (1,)), rates=(1.0,), lengths=()
+    ).with_recipe(lr=1.0)
+    probe = dataclasses.replace(fair_contender("linear probe", "image"), rates=(1e-7,), extend=False).with_recipe(
+        lr=1e-7, epochs=1
+    )
+    results = run_experiment(
+        Compare((small(),), (probe, wild), (0,), "both"), tmp_path, say=lambda line: None, regime="tiny"
+    )
+    scores = {(r.contender, r.split): r.score for r in results}
+    assert scores["bottleneck m=4 activation=relu", "validation"] == scores["linear probe", "validation"] > 0.3
+    assert {r.regime for r in results} == {"tiny"}
+
+
+def test_a_fair_comparison_is_chosen_run_and_reported(tmp_path) -> None:
+    names = ("linear probe", "bottleneck m=2", "full fine-tuning")
+    (plan,) = comparisons((small(augment="shift"),), names, (0, 1), (1, 2), fast=False)
+    results = run_experiment(plan, tmp_path, say=lambda line: None)
+    assert len([r for r in results if r.split == "test"]) == 6
+    (table,) = paired_tables(results)
+    assert [row[0] for row in table.rows] == list(names)
+    assert [row[-1] for row in table.rows][-1] == "the reference"
+    assert table.rows[1][-2] == "2"
+    assert build(results).sections
+    assert "epochs" in str(sweep_table(results))
+    again: list[str] = []
+    assert run_experiment(plan, tmp_path, say=again.append) == results
+    assert again == []
+
+
+def test_both_splits_are_measured_after_one_training_run(problem, workspace) -> None:
+    plan = Compare((problem,), (dataclasses.replace(BASE, rates=(), lengths=()),), (0,), "both")
+    (run,) = plan.runs(lambda key: None)
+    assert len(run.keys) == 2
+    alone = TrainingRun("compare", problem, plan.contenders[0], 0, "test")
+    assert run.keys[1] == alone.key
+
+
+def test_after_the_deadline_no_run_begins(tmp_path) -> None:
+    plan = Compare((small(),), (dataclasses.replace(BASE, rates=(), lengths=()),), (0,))
+    assert run_experiment(plan, tmp_path, deadline=0.0) == []
+
+
+def test_results_of_another_regime_are_not_used(problem, tmp_path) -> None:
+    plan = Compare((problem,), (fair_contender("linear probe", "image"),), (0,))
+    plan = dataclasses.replace(plan, contenders=(dataclasses.replace(plan.contenders[0], rates=(), extend=False),))
+    lines: list[str] = []
+    for regime in ("a", "b", "b"):
+        run_experiment(plan, tmp_path, regime=regime, say=lines.append)
+    assert len(lines) == 2
+
+
+def test_images_are_shifted_and_only_mirrored_if_that_is_wanted() -> None:
+    plain, shifted, mirrored = small(), small(augment="shift"), small(augment="shift and mirror")
+    assert plain.augmentation() is None
+    assert [each.augmentation().keywords["flip"] for each in (shifted, mirrored)] == [False, True]
+    assert shifted.augmentation().keywords["crop_padding"] == 1
+    assert "augment" not in plain.described()
+    with pytest.raises(VisadaptError, match="no augmentation 'shifts'; did you mean 'shift'"):
+        small(augment="shifts")
+
+
+def test_a_fifth_of_few_images_is_held_out() -> None:
+    splits = small(validation=None, train=None).splits
+    assert len(splits.validation.labels) == 1437 // 5
+    assert len(splits.train.labels) == 1437 - 1437 // 5

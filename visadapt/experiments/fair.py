@@ -1,0 +1,96 @@
+"""Fair comparisons: contenders whose rate, epochs and activation are chosen on validation data, all with equal care."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from visadapt.experiments.catalogue import FULL, contender, is_adapter
+from visadapt.experiments.choice import MAX_EXTENSIONS
+from visadapt.experiments.compare import Compare
+from visadapt.experiments.contenders import Contender
+from visadapt.experiments.problems import Problem
+from visadapt.methods import Bottleneck, Linear
+
+LENGTHS = {"image": (5, 9, 20), "text": (3, 9, 20)}
+"""Numbers of epochs to choose from, by modality."""
+
+BATCH_SIZES = {"image": 32, "text": 16}
+
+COMPARED = ("linear probe", "bottleneck m=8", FULL)
+"""Contenders of a comparison that names none."""
+
+
+def fair_contender(
+    name: str, modality: str, lengths: Sequence[int] | None = None, fast: bool = False, batch_size: int | None = None
+) -> Contender:
+    """Build a contender of the catalogue that is chosen and trained like all others of a comparison.
+
+    The learning rates are extended while the best is at an edge, the number of epochs is chosen, the state after the
+    best epoch on validation data is kept, and a new head starts as the linear probe. A bottleneck that names no
+    activation is also tried without one. A linear probe is the better of the regularised solution and 30 epochs of
+    training, on features in single precision.
+
+    Args:
+        name: as `visadapt.experiments.contender` takes it.
+        modality: ``image`` or ``text``.
+        lengths: numbers of epochs to choose from; None for those in `LENGTHS`.
+        fast: compute in bf16 autocast.
+        batch_size: samples per step; None for that in `BATCH_SIZES`.
+
+    Returns:
+        The contender.
+
+    Raises:
+        VisadaptError: as `visadapt.experiments.contender`.
+    """
+    epochs = tuple(lengths or LENGTHS[modality])
+    base = contender(name, epochs[0])
+    settled = dataclasses.replace(base, extend=True, validated=True).with_recipe(
+        batch_size=batch_size or BATCH_SIZES[modality]
+    )
+    if isinstance(base.method, Linear):
+        return settled
+    variants: tuple[Bottleneck, ...] = ()
+    if isinstance(base.method, Bottleneck) and "activation" not in name:
+        variants = (dataclasses.replace(base.method, activation=None),)
+    return dataclasses.replace(settled, lengths=epochs, variants=variants).with_recipe(fast=fast)
+
+
+def comparisons(
+    problems: Sequence[Problem], names: Sequence[str], seeds: tuple[int, ...], lengths: tuple[int, ...], fast: bool
+) -> list[Compare]:
+    """Build the fair comparisons of contenders on problems, one per modality.
+
+    Args:
+        problems: problems to compare on.
+        names: names of contenders; none for those in `COMPARED`.
+        seeds: one final training run each.
+        lengths: numbers of epochs to choose from; none for those in `LENGTHS`.
+        fast: compute in bf16 autocast.
+    """
+    by_modality: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_modality.setdefault(problem.modality, []).append(problem)
+    plans = []
+    for modality, group in by_modality.items():
+        contenders = tuple(fair_contender(name, modality, lengths, fast) for name in names or COMPARED)
+        # files of adapters are small: the best trial is also the final run of its seed
+        kept = tuple(each.name for each in contenders if is_adapter(each.name))
+        plans.append(Compare(tuple(group), contenders, seeds, "both", kept))
+    return plans
+
+
+def costs(plan: Compare) -> list[str]:
+    """Describe what a fair comparison computes, one line per contender."""
+    lines = []
+    for each in plan.contenders:
+        lengths = each.lengths or (each.recipe.epochs,)
+        least = len(each.rates) + (len(lengths) > 1) + len(each.variants)
+        most = len(each.rates) + MAX_EXTENSIONS + len(lengths) - 1 + len(each.variants)
+        epochs = ", ".join(map(str, lengths))
+        lines.append(
+            f"{each.name}: per problem {least} to {most} training runs to choose by, then {len(plan.seeds)}; "
+            f"epochs {epochs}; batches of {each.recipe.batch_size}{'; bf16 autocast' if each.recipe.fast else ''}"
+        )
+    return lines

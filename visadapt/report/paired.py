@@ -1,0 +1,48 @@
+"""Contenders beside full fine-tuning: scores, what validation data chose, and paired differences with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from visadapt.experiments.catalogue import FULL
+from visadapt.experiments.record import Result
+from visadapt.report.advice import against_full
+from visadapt.report.formatting import join_words, mean_and_std, pluralize, signed, two_digits
+from visadapt.report.statistics import group_by, mean_score, percent_trained
+from visadapt.table import Table
+
+
+def paired_tables(results: Sequence[Result]) -> list[Table]:
+    """Build one table per network of the test results of a comparison.
+
+    Args:
+        results: results of one comparison; those on validation data are ignored.
+
+    Returns:
+        The tables: a row per contender with its mean score, the learning rates and epochs that were chosen, and its
+        difference from full fine-tuning, paired by problem and seed, where that was compared too.
+    """
+    tests = [r for r in results if r.experiment == "compare" and r.split == "test"]
+    return [_table(network, group) for network, group in group_by(tests, lambda r: r.network).items()]
+
+
+def _table(network: str, results: Sequence[Result]) -> Table:
+    compared = {comparison.name: comparison for comparison in against_full(results)}
+    problems = group_by(results, lambda r: r.problem)
+    rows = []
+    for name, runs in group_by(results, lambda r: r.contender).items():
+        own = group_by(runs, lambda r: r.problem)
+        score = mean_and_std(runs) if len(problems) == 1 else f"{sum(map(mean_score, own.values())) / len(own):.1f}"
+        if name in compared:
+            each = compared[name]
+            difference = (signed(each.points), each.interval, str(each.pairs), each.verdict)
+        else:
+            difference = ("–", "–", "–", "the reference" if name == FULL else "not compared")
+        rates = join_words(sorted({f"{r.lr:g}" for r in runs}))
+        epochs = join_words([str(n) for n in sorted({r.epochs for r in runs})])
+        trained = f"{two_digits(max(map(percent_trained, runs)))} %"
+        rows.append((name, trained, score, rates, epochs, *difference))
+    chosen, differences = ("lr", "epochs"), ("points", "95 % interval", "pairs", "against full fine-tuning")
+    headings = ("method", "of backbone", "score", *chosen, *differences)
+    title = f"{network}: test score in %, mean over {pluralize(len(problems), 'problem')} and seeds"
+    return Table(headings, rows, title)
