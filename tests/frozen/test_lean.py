@@ -311,6 +311,28 @@ def test_norms_and_activations_pass_gradcheck():
     assert gradcheck(lambda x: Activation.apply(x, F.silu, x.dtype), x)
 
 
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", (2, 6, 3, 3)), ("NHWC", (2, 3, 3, 6)), ("NLC", (2, 5, 6))])
+def test_what_follows_a_bottleneck_may_write_to_its_output(layout, shape):
+    adapter = BottleneckAdapter(visadapt.Bottleneck(m=4, init_std=1.0), Site("at", "block", 6, layout, 0))
+    weights = (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
+    h = torch.randn(shape)
+    y = Bottleneck.apply(h, adapter, h.dtype, None, *weights).relu_()
+    plain = adapter(h).relu()
+    assert torch.equal(y, plain)
+    found, wanted = (torch.autograd.grad(out.square().sum(), weights) for out in (y, plain))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_lean_bottleneck_behind_a_linear_computes_without_autograd():
+    """There the output of the linear is nobody else's, and the adapter is told that it may write to it."""
+    model, x = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval(), torch.randn(2, 3, 32, 32)
+    visadapt.inject(model, m=4, task="t", num_classes=3, where="module:blocks.*.mlp.fc2")
+    stir(model, "t")
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(lean(model)(x), expected)
+
+
 def test_a_norms_output_is_kept_by_nobody():
     adapter = BottleneckAdapter(visadapt.Bottleneck(m=1), Site("at", "block", 8, "NCHW", 0))
     x, weight = torch.randn(2, 8, 16, 16), torch.ones(8, requires_grad=True)

@@ -20,7 +20,6 @@ from visadapt.backbone.compact import Compact
 from visadapt.backbone.site import is_channels_first
 from visadapt.frozen.bits import format_of, masked, pack, unpack
 from visadapt.methods.bottleneck import BottleneckAdapter
-from visadapt.methods.layers import in_dtype_of
 
 
 def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
@@ -314,12 +313,12 @@ class Bottleneck(Function):
     def forward(
         ctx: Any, h: Tensor, adapter: BottleneckAdapter, keep: torch.dtype, source: NormInput | None, *weights: Tensor
     ) -> Tensor:
-        z = adapter.down(in_dtype_of(weights[0], h))
+        y, z = adapter.with_inner(h)
         ctx.adapter, ctx.dtype, ctx.source = adapter, z.dtype, None if source is None else source[5:]
         kept = (h.to(keep),) if source is None else source[:5]
         ctx.save_for_backward(z if keep == h.dtype or z.dtype != h.dtype else None, *weights, *kept)
-        y: Tensor = adapter.up(adapter.activation(z))
-        return y.to(h.dtype).add_(h)
+        # torch forbids to write in place to a view that a function returns, as the sum of a residual block does
+        return y.detach()
 
     @staticmethod
     @_gradient

@@ -292,11 +292,11 @@ def lean_own_norm(plain: type[nn.Module]) -> type[nn.Module]:
 def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
     """An adapter that keeps its input once, or not at all where the norm before it does."""
 
-    def forward(self: BottleneckAdapter, h: Tensor) -> Tensor:
+    def forward(self: BottleneckAdapter, h: Tensor, fresh: bool = False) -> Tensor:
         # autograd sees one function, and hooks on the projections inside it would see no gradient
         hooked = is_output_hooked(self.down) or is_output_hooked(self.up)
         if hooked or not self.is_bare or not _learns(self.down.weight):
-            return cast("Tensor", plain.forward(self, h))
+            return cast("Tensor", plain.forward(self, h, fresh))
         weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         source, written = getattr(h, SOURCE, (None, 0))
         if written != version(h):

@@ -114,9 +114,19 @@ class BottleneckAdapter(nn.Module):
             h: the site's tensor.
             fresh: whether nothing else holds ``h``, so that the output may take its memory.
         """
+        return self.with_inner(h, fresh)[0]
+
+    def with_inner(self, h: Tensor, fresh: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute the output and W1·h + b1: beside ``h`` and the parameters, all that a backward pass needs.
+
+        Args:
+            h: the site's tensor.
+            fresh: as in `forward`.
+        """
         if self._fuses(h):
             return self._fused(h, Single(self), fresh)
-        z = self.down(in_dtype_of(self.down.weight, h))
+        inner: Tensor = self.down(in_dtype_of(self.down.weight, h))
+        z = inner
         if self.depthwise is not None:
             z = as_channels_first(self.depthwise, z, self.layout)
         z = F.dropout(self.activation(z), self.dropout, self.training)
@@ -126,7 +136,8 @@ class BottleneckAdapter(nn.Module):
             delta = delta * self.scale.view(-1, *ones)
         delta = drop_rows(delta, self.drop_path, self.training)
         # in the branch's own memory, unless a hook holds it
-        return h + delta.to(h.dtype) if is_output_hooked(self.up) else delta.to(h.dtype).add_(h)
+        y = h + delta.to(h.dtype) if is_output_hooked(self.up) else delta.to(h.dtype).add_(h)
+        return y, inner
 
     def _fuses(self, h: Tensor) -> bool:
         """Whether two products, the second of which adds to ``h``, compute it: nothing converts, drops or looks."""
@@ -138,8 +149,8 @@ class BottleneckAdapter(nn.Module):
         hooked = any(map(is_hooked, (self.down, self.up))) or self.depthwise is not None
         return not (drops or hooked or torch.is_autocast_enabled(h.device.type)) and is_dense(h)
 
-    def _fused(self, h: Tensor, own: Own, fresh: bool) -> Tensor:
-        """h + (W2, b2)·(φ(W1·h + b1), 1): the output is written once, and read before only as ``h``."""
+    def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
+        """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1: the output is written once, and read before only as ``h``."""
         up, shift = own("up.weight", False), own("up.bias", False)
         if self.scale is not None:
             scale = own("scale", False)
@@ -157,13 +168,15 @@ class BottleneckAdapter(nn.Module):
             # one product per row
             x = h.flatten(2)
             down, offset, up = (self._spread(own, x, tensor) for tensor in (down, offset, up))
-            return add(x, up, act(torch.baddbmm(offset[:, :, None], down, x), 1)).view(h.shape)
+            z = torch.baddbmm(offset[:, :, None], down, x)
+            return add(x, up, act(z, 1)).view(h.shape), z.view(len(h), down.shape[1], *h.shape[2:])
         # one product per sample: its windows are one long sequence
         last = h.movedim(1, -1) if is_channels_first(self.layout) else h
         x = last.reshape(own.samples, -1, last.shape[-1])
-        z = act(torch.baddbmm(offset[:, None], x, down.transpose(1, 2)), 2)
-        y = add(x, z, up.transpose(1, 2)).view(last.shape)
-        return y.movedim(-1, 1) if is_channels_first(self.layout) else y
+        z = torch.baddbmm(offset[:, None], x, down.transpose(1, 2))
+        y = add(x, act(z, 2), up.transpose(1, 2)).view(last.shape)
+        z = z.view(*last.shape[:-1], down.shape[1])
+        return (y.movedim(-1, 1), z.movedim(-1, 1)) if is_channels_first(self.layout) else (y, z)
 
     @staticmethod
     def _spread(own: Own, x: Tensor, tensor: Tensor) -> Tensor:
@@ -194,7 +207,7 @@ class BottleneckAdapter(nn.Module):
     def rowwise(self, h: Tensor, own: Own, fresh: bool = False) -> Tensor:
         """The same for a batch whose rows have tensors of their own."""
         if self._fuses(h):
-            return self._fused(h, own, fresh)
+            return self._fused(h, own, fresh)[0]
         z = pointwise(own.of("down"), in_dtype_of(own("down.weight"), h), self.layout)
         if self.depthwise is not None:
             z = as_channels_first(lambda maps: depthwise(own.of("depthwise"), maps), z, self.layout)
