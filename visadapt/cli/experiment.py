@@ -15,8 +15,10 @@ from visadapt.cli.output import say, show
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
 from visadapt.experiments.catalogue import FULL, is_adapter
+from visadapt.experiments.executors import get_engine
 from visadapt.experiments.fair import comparisons, costs
 from visadapt.report.paired import paired_tables
+from visadapt.training.engine import check_device
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
@@ -106,13 +108,16 @@ def experiment(
     plans: list[Experiment] = []
     if comparing:
         fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
-        for line in (line for plan in fair for line in costs(plan)):
-            say(line)
         plans += fair
     elif fast or len(epochs or ()) > 1:
         raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
     else:
         plans.append(_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0]))
+    get_engine(engine)
+    if engine == "local":
+        check_device(device or "cpu")
+    for line in (line for plan in plans if comparing for line in costs(plan)):
+        say(line)
     made = [
         result
         for plan in plans

@@ -28,6 +28,8 @@ LIMIT = 1 << 28
 PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """L2 penalties on scaled features to choose from, strongest first, on a fifth of the samples."""
 
+RESOLUTION = 1e-3
+"""Share of the features' size that they are at least taken to vary by."""
 
 KEPT = 8
 """Number of solutions to remember, of at most a few MB each."""
@@ -204,8 +206,11 @@ def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, objective: Obj
     spread = (x - mean).square().mean(0).sqrt()
     # at least the average one: weights of features that hardly vary would be large, and any change of these features,
     # by augmentation, dropout or adapters, would be magnified
-    average = spread.square().mean().sqrt()
-    spread = spread.clamp(min=float(average)) if average > 0 else torch.ones_like(spread)
+    average = float(spread.square().mean().sqrt())
+    # what varies less than that is rounding: it differs from one batch size to the next
+    noise = RESOLUTION * float(x.square().mean().sqrt())
+    least = max(average, noise)
+    spread = spread.clamp(min=least) if least > 0 else torch.ones_like(spread)
     whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
     zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
     start = float(whole.loss(*zero))
@@ -215,7 +220,8 @@ def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, objective: Obj
     if key is not None:
         _remember(key, (weight, bias))
     loss = float(whole.loss(weight, bias))
-    if not math.isfinite(loss) or loss > start:
+    # where the features say nothing, the two are equal up to rounding
+    if not math.isfinite(loss) or loss > start + 1e-6 * max(1.0, abs(start)):
         raise Unsuited(f"the loss on the features became {loss:.4g}, from {start:.4g}")
     head.weight.copy_(weight / spread)
     if has_bias:
