@@ -271,7 +271,9 @@ def test_no_web_page_reaches_it_by_another_name(server: Server, base: str) -> No
 def test_state_and_metrics(server: Server, written: Path) -> None:
     assert ask(server, "GET", "/healthz").json() == {"status": "ok"}
     assert ask(server, "GET", "/readyz").json() == {"status": "ready"}
-    predict(server, {"task": "maps", "inputs": IMAGE})
+    answer = predict(server, {"task": "maps", "inputs": IMAGE})
+    assert answer.status_code == 200, answer.text
+    error_of(predict(server, {"task": "flower", "inputs": IMAGE}), 404)
     response = ask(server, "GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     text = response.text

@@ -126,8 +126,9 @@ class Forward:
             message = f"task {item.task!r} gives NaN or infinite logits for this input"
             item.fail(ServingError("failed", message, "check the input, or train the task again"))
             return
-        item.future.set_result((item.entry, logits))
+        # first, so that whoever has the answer finds it counted
         self._metrics.latency.labels(item.task).observe(time.monotonic() - item.since)
+        item.future.set_result((item.entry, logits))
 
     def _logits(self, batch: Sequence[Item]) -> list[Tensor]:
         entries = [item.entry for item in batch if item.entry is not None]
