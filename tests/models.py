@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visadapt
+from visadapt.runtime.task_modules import TaskModules
 
 Inputs = dict[str, Tensor]
 
@@ -289,14 +290,42 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
+def every_module(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by path with those of all its tasks, in use or not; no task comes into use by this."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found[path] = module
+        # a task is asked for by its name, which lets it have the modes that were set for all
+        tasks = isinstance(module, TaskModules)
+        children = {task: module[task] for task in module} if tasks else module._modules
+        for name, child in children.items():
+            if child is not None:
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
 def anatomy(model: nn.Module) -> dict[str, Any]:
-    """All that makes a module itself besides its tensors' values."""
+    """All that makes a module itself besides its tensors' values; of all tasks, in use or not."""
+    modules = every_module(model)
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
     return {
-        "classes": {name: type(module) for name, module in model.named_modules()},
-        "modes": {name: module.training for name, module in model.named_modules()},
-        "trained": {name: p.requires_grad for name, p in model.named_parameters()},
-        "identities": {name: id(p) for name, p in model.named_parameters()},
+        "classes": {name: type(module) for name, module in modules.items()},
+        "modes": {name: module.training for name, module in modules.items()},
+        "trained": {name: p.requires_grad for name, p in parameters.items()},
+        "identities": {name: id(p) for name, p in parameters.items()},
         "keys": list(model.state_dict()),
-        "hooks": {name: list(module._forward_hooks.values()) for name, module in model.named_modules()},
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "hooks": {name: list(module._forward_hooks.values()) for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
     }

@@ -26,10 +26,11 @@ from PIL import Image
 from torch import nn
 
 import visadapt
-from tests.models import short
+from tests.models import every_module, short
 from tests.test_structure import FILES
 from tests.test_wrong_calls import CALLS, Context
 from visadapt.backbone.trace import quiet
+from visadapt.export.program import export
 from visadapt.training import Recipe, evaluate, fit
 
 NAMED = {
@@ -191,6 +192,11 @@ PUTS = {
 """Changes which modules there are, or puts the model that it serves into eval mode."""
 
 
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    """The mode of each module, those of all tasks included."""
+    return {path: module.training for path, module in every_module(model).items()}
+
+
 def test_calls_leave_the_process_and_the_modes_as_they_were(tmp_path: Path) -> None:
     importlib.import_module("accelerate")  # it silences a warning of torch for good when it is imported
     context = Context(tmp_path)
@@ -205,7 +211,7 @@ def test_calls_leave_the_process_and_the_modes_as_they_were(tmp_path: Path) -> N
             mine.folder.mkdir()
             mine.model.train()
             mine.model.layer1.eval()  # a part that its user keeps in eval mode
-            modes = {path: module.training for path, module in mine.model.named_modules()}
+            modes = modes_of(copy.deepcopy(mine.model))  # tasks that are not in use have not followed yet
             before, drawn = state(), generators()
             with suppress(visadapt.VisadaptError):  # what is refused changes nothing either
                 call(**arguments(mine))
@@ -213,7 +219,7 @@ def test_calls_leave_the_process_and_the_modes_as_they_were(tmp_path: Path) -> N
             failures += [f"{name}: {key}" for key in before if before[key] != after[key]]
             if name not in DRAWS and generators() != drawn:
                 failures.append(f"{name}: random numbers")
-            if name not in PUTS and {path: m.training for path, m in mine.model.named_modules()} != modes:
+            if name not in PUTS and modes_of(mine.model) != modes:
                 failures.append(f"{name}: modes")
     assert not failures, "\n".join(failures)
 
@@ -228,6 +234,32 @@ def test_training_and_measuring_keep_the_mode_of_each_module() -> None:
     assert [module.training for module in model.modules()] == modes
     fit(model, "t", data, data, Recipe(epochs=1, batch_size=2), progress=False)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("active", ["idle", "t"])
+def test_the_modes_of_tasks_that_are_not_in_use_are_kept(tmp_path: Path, active: str) -> None:
+    model = short()
+    for task in ("idle", "t", "other"):
+        visadapt.inject(model, m=2, task=task, num_classes=3)
+    model.train()
+    all_train, modules = modes_of(model), every_module(model)
+    for task in ("idle", "t"):
+        # one module of a task that its user keeps in eval mode
+        next(module for path, module in modules.items() if path.endswith(f".visadapt.{task}")).eval()
+    visadapt.activate(model, active)
+    modes = modes_of(model)
+    data = torch.randn(4, 3, 32, 32), torch.arange(4) % 3
+    evaluate(model, "t", data)
+    assert modes_of(model) == modes
+    fit(model, "t", data, data, Recipe(epochs=1, batch_size=2), progress=False)
+    assert modes_of(model) == modes
+    export(model, tmp_path / "t.pt2", task="t", example=data[0])
+    assert modes_of(model) == modes
+    # what is set for all afterwards reaches all
+    model.eval()
+    assert not any(modes_of(model).values())
+    model.train()
+    assert modes_of(model) == all_train
 
 
 def test_blocks_that_overlap_in_threads_put_warnings_back(recwarn: pytest.WarningsRecorder) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import visadapt
-from tests.models import ZOO, enliven, stir
+from tests.models import ZOO, enliven, same, snapshot, stir
 from visadapt import VisadaptError, cache_prefix, using
 from visadapt.backbone.modules import PREFIX
 from visadapt.training import Recipe, evaluate, fit
@@ -94,6 +94,20 @@ def test_other_tasks_go_on_from_it_only_if_nothing_of_theirs_lies_below(name):
     for tasks in ("early", ["late", "early", "late", "late", "late", None]):
         with pytest.raises(VisadaptError, match=r"is of task 'late'.*'early' acts at"), using(model, tasks):
             late(ROWS).resume()
+
+
+@pytest.mark.parametrize("active", ["early", "late", None])
+def test_a_cache_of_a_task_in_train_mode_whichever_is_active(active):
+    """Its dropout is off while the cache is compared with the model, and its norms' statistics stay."""
+    model = ZOO["tiny/resnet"].make()
+    for task in ("early", "late"):
+        visadapt.inject(model, visadapt.Bottleneck(m=2, dropout=0.5), task=task, where="layer4", num_classes=3)
+        stir(model, task)
+    visadapt.activate(model, active)
+    model.train()
+    before = snapshot(model)
+    cache_prefix(model, "late", torch.randn(4, 3, 32, 32))
+    assert same(model.state_dict(), before)
 
 
 def test_fit_takes_a_cache_of_its_own_task_and_model_only():

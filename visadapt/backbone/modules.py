@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -76,17 +75,6 @@ def release_forward(module: nn.Module) -> None:
         if len(forwards) == 1:
             # of several, the outer ones may call the inner ones by way of what the host's forward was
             del module.__dict__[FORWARDS]
-
-
-@contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Put each module back into the mode that it was in, train or eval, when the block ends."""
-    modes = [(module, module.__dict__["training"]) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def drop_hooks(module: nn.Module) -> None:

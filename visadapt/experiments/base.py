@@ -88,9 +88,12 @@ def run_experiment(
         All results of the experiment, in the order of its runs; those that exist if the deadline passed.
 
     Raises:
-        VisadaptError: the engine is unknown, the folder holds files that are not results, or a training run failed.
+        VisadaptError: the engine is unknown, the deadline is negative, the folder holds files that are not results,
+            or a training run failed.
     """
     check_count(processes, "processes")
+    if deadline is not None and deadline < 0:
+        raise VisadaptError(f"deadline must be a value of time.time(), which is 0 or more, got {deadline!r}")
     workspace = Workspace(Path(results_folder), device, progress, regime, deadline)
     execute = get_engine(engine)
     record = Record(results_folder)

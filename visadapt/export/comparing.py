@@ -64,10 +64,10 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
     paths = [path for path in facts_of(model).head_modules if path]
     # modes and hooks are a copy's alone: other threads may be using the model, or have compiled it
     twin = task_twin(model, task) or model
-    with bare(twin):
-        with using(twin, task):
-            expected, probe = _first_run(twin, paths, probe)
-        plain = _run(twin, paths, probe)
+    with bare(twin, task):
+        expected, probe = _first_run(twin, paths, probe)
+        with using(twin, None):
+            plain = _run(twin, paths, probe)
     found = _run(merged, paths, probe)
     return [
         *_compared("what goes into the head", found.features, expected.features, plain.features),

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.arguments import takes
-from visadapt.backbone.modules import keep_modes
 from visadapt.backbone.trace import guess_input, quiet
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.optional import require
+from visadapt.runtime.modes import keep_modes
 from visadapt.runtime.selection import using
 
 FORMATS = (".onnx", ".pt2")
@@ -63,7 +63,7 @@ def export(
     positional = () if named else (given,)
     shapes = {name: _free(value, model) for name, value in named.items()} if named else (_free(given, model),)
     try:
-        with keep_modes(model), using(model, task) if task is not None else nullcontext(), quiet():
+        with using(model, task) if task is not None else nullcontext(), keep_modes(model), quiet():
             model.eval()
             program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
     except VisadaptError:

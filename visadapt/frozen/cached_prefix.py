@@ -22,7 +22,7 @@ from visadapt.errors import VisadaptError
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.frozen.prefix import Prefix
 from visadapt.runtime.registry import registry_of
-from visadapt.runtime.selection import bare, using
+from visadapt.runtime.selection import bare
 from visadapt.tensor_file import raw
 
 Prepare = Callable[[Any], Any]
@@ -335,7 +335,7 @@ def _take(inputs: Any, index: Tensor) -> Any:
 
 def _check(prefix: Prefix, inputs: Any, features: Tensor) -> None:
     refusal = f"going on from {prefix.path} does not give what the whole model gives: it cannot be kept"
-    with bare(prefix.model), using(prefix.model, prefix.task):
+    with bare(prefix.model, prefix.task):
         expected = _tensors(call(prefix.model, inputs))
         try:
             # cloned: what lies above may write to it, an in-place ReLU say

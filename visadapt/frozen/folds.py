@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.batchnorm import folded, is_watched
 from visadapt.backbone.compact import Compact, Stored
 from visadapt.backbone.modules import LEAN
@@ -184,7 +185,7 @@ def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
             return folding(self, *args, **kwargs)
         weight = self.__dict__[LEAN].anchor._parameters["weight"]
         device, given = weight.device.type, weight.dtype
-        outer = torch.is_autocast_enabled(device)
+        outer = is_autocast(device)
         with torch.autocast(device, compute):
             out = folding(self, *args, **kwargs)
         return out if outer else _widened(out, compute, given)

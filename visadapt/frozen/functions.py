@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.compact import Compact
 from visadapt.backbone.site import is_channels_first
 from visadapt.frozen.bits import format_of, masked, pack, unpack
@@ -26,7 +27,7 @@ def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
     """A backward pass that is differentiated no further, and computes in its own dtypes whatever autocast is on."""
 
     def run(ctx: Any, grad: Tensor) -> Any:
-        if not torch.is_autocast_enabled(grad.device.type):
+        if not is_autocast(grad.device.type):
             return backward(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):
             return backward(ctx, grad)

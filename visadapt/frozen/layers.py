@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.batchnorm import carried, is_foldable
 from visadapt.backbone.compact import Compact
 from visadapt.backbone.modules import LEAN
@@ -119,7 +120,7 @@ def _frozen_conv(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         return _as_given(conv._conv_forward(given, kernel.dense(dtype), shift), x)
     if not ordinary or learns or not _remembers(x):
         return cast("Tensor", conv._conv_forward(x, weight, bias))
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if is_autocast(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
         return cast("Tensor", conv._conv_forward(x, weight, bias))
@@ -137,13 +138,13 @@ def _computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
     lean: Lean = held.folds.registry.lean if isinstance(held, Pair) else held
     if lean.compute is not None:
         return lean.compute
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = is_autocast(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def _as_given(out: Tensor, x: Tensor) -> Tensor:
     """A layer's output in the dtype of its input, but where autocast leaves it in the one that it was computed in."""
-    return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
+    return out if is_autocast(x.device.type) else out.to(x.dtype)
 
 
 @cached
@@ -321,7 +322,7 @@ def _learns(weight: Tensor) -> bool:
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether a function of both computes in the one dtype that they have."""
-    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype and not is_autocast(x.device.type)
 
 
 def _pair(value: Any) -> list[int]:

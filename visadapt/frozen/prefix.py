@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.dataflow import Call, Flow
 from visadapt.backbone.modules import PREFIX, ancestors, inside, joined, own_modules, unwrapped, within
 from visadapt.backbone.subclass import cached, plain_class, subclass
@@ -23,7 +24,7 @@ from visadapt.runtime.choice import AUTO
 from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import Registry, registry_of
 from visadapt.runtime.roles import role
-from visadapt.runtime.selection import bare, using
+from visadapt.runtime.selection import bare
 
 
 @dataclass(eq=False)
@@ -223,7 +224,7 @@ class Prefix:
         token = _CALL.set(at)
         try:
             # what watches would wait in vain for the forward to go on
-            with bare(self.model), using(self.model, None if self.watched else self.task):
+            with bare(self.model, None if self.watched else self.task):
                 call(self.model, inputs)
         except _EndOfPrefix:
             pass
@@ -297,7 +298,7 @@ def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _autocast(model: nn.Module) -> torch.dtype | None:
     device = next((p.device.type for p in model.parameters()), "cpu")
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if is_autocast(device) else None
 
 
 def _told(autocast: torch.dtype | None) -> str:

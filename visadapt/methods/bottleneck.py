@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import has_torch_function_unary
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
@@ -147,7 +148,7 @@ class BottleneckAdapter(nn.Module):
             return False
         drops = self.training and self.drop_path > 0
         hooked = any(map(is_hooked, (self.down, self.up))) or self.depthwise is not None
-        return not (drops or hooked or torch.is_autocast_enabled(h.device.type)) and is_dense(h)
+        return not (drops or hooked or is_autocast(h.device.type)) and is_dense(h)
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
         """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1: the output is written once, and read before only as ``h``."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.operators import as_kernel, convolve
 from visadapt.backbone.site import is_channels_first, rank_of
 
@@ -87,7 +88,7 @@ def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
     if has_torch_function_unary(x):
         converted: Tensor = handle_torch_function(in_dtype_of, (x,), weight, x)
         return converted
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or is_autocast(x.device.type):
         return x
     return x.to(weight.dtype)
 

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.operators import convolve
 from visadapt.backbone.site import is_channels_first
 from visadapt.backbone.tracing import is_tracing
@@ -185,7 +186,7 @@ def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True) -> Tensor:
     if maps and x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
         return pointwise(own, x.movedim(1, -1), "NLC", bias).movedim(-1, 1)
     weight, shift = own("weight", maps), own("bias", maps) if bias else None
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast(x.device.type):
         weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
     if maps:
         flat = x.flatten(2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.batchnorm import carried
 from visadapt.backbone.modules import is_stateful, parameter_count
 from visadapt.backbone.subclass import plain_class
@@ -83,7 +84,7 @@ def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
 
 def _batch_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
     mean, var, weight, bias = (cast("Tensor", own(name)) for name in ("running_mean", "running_var", "weight", "bias"))
-    wide = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    wide = x if x.dtype == weight.dtype or is_autocast(x.device.type) else x.to(weight.dtype)
     eps = cast("float", host.eps)
     if wide.is_contiguous():
         # samples × channels as so many channels: the kernel that a task alone would use, and so its very bits
@@ -107,7 +108,7 @@ def _layer_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor)
     view = (x.shape[0], *[1] * (x.ndim - 1 - len(shape)), *shape)
     weight, bias = own("weight"), own("bias")
     wide = x
-    if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and x.dtype != weight.dtype and not is_autocast(x.device.type):
         wide = x.to(weight.dtype)
     y = F.layer_norm(wide, shape, eps=cast("float", host.eps))
     if weight is None:

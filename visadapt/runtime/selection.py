@@ -21,6 +21,7 @@ from visadapt.runtime.door import door_class
 from visadapt.runtime.generation import generates, generating_class
 from visadapt.runtime.host import dress
 from visadapt.runtime.registry import Registry, find_registry, registry_of
+from visadapt.runtime.task_modules import TaskModules
 
 
 def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
@@ -122,24 +123,31 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
 
 
 @contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """The bare backbone in eval mode, whatever is active; modes are put back as they were.
+def bare(model: nn.Module, task: str | None = None) -> Iterator[None]:
+    """The bare backbone, or a task, in eval mode, whatever is active; modes are put back as they were.
 
     Modes are changed only where a module is in train mode. All threads would see it, so forwards in others are refused
     meanwhile.
+
+    Args:
+        model: the model.
+        task: name of a task of it; None for the bare backbone.
 
     Raises:
         VisadaptError: modes must change, and the model is kept for another thread.
     """
     registry = find_registry(model)
-    trains = [module for module in model.modules() if module.__dict__["training"]]
     with contextlib.ExitStack() as stack:
+        if registry is not None:
+            # first: a task's modules are among the model's while it is in use
+            stack.enter_context(using(unwrapped(model), task))
+        # what holds the modules of all tasks is in the mode that the others follow
+        modules = (module for module in model.modules() if not isinstance(module, TaskModules))
+        trains = [module for module in modules if module.__dict__["training"]]
         if trains and registry is not None:
             stack.enter_context(registry.reservation.hold())
         stack.callback(_set_modes, trains, True)
         _set_modes(trains, False)
-        if registry is not None:
-            stack.enter_context(using(unwrapped(model), None))
         yield
 
 

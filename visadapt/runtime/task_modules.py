@@ -9,7 +9,7 @@ model. A model may have thousands of tasks, so the tree of modules contains the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -35,8 +35,9 @@ class TaskModules(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # how often a mode, and which gradients flow, were set for all tasks, and how many of these each task has
+        # numbers of the mode, and of which gradients flow, that were set for all tasks, and those that each task has
         self._modes = 0
+        self._last_mode = 0
         self._flows = 0
         self._flowing: frozenset[str] = frozenset()
         self._followed: dict[str, tuple[int, int]] = {}
@@ -120,13 +121,33 @@ class TaskModules(nn.Module):
         # not by setattr, which takes a module half of its time
         own = self.__dict__
         own["training"] = mode
-        own["_modes"] += 1
+        # no number is given twice: `_as_set` goes back to an older one
+        own["_last_mode"] += 1
+        own["_modes"] = own["_last_mode"]
         registry: Choices | None = own.get("_registry")
         if registry is not None:
             registry.changes += 1
             for task in registry.chosen():
                 self._of(task)
         return self
+
+    def _modes_set(self) -> tuple[int, Collection[str]]:
+        """The number of the mode that was set last for all tasks, and the tasks in use, which have it."""
+        return self._modes, list(self._modules)
+
+    def _as_set(self, before: tuple[int, Collection[str]]) -> None:
+        """Take back which mode was set last for all tasks.
+
+        A task that is not in use has not followed meanwhile, and keeps the modes that its modules have.
+
+        Args:
+            before: what `_modes_set` returned; the modules of its tasks are in their modes of then again.
+        """
+        self._modes, tasks = before
+        for task in tasks:
+            if task in self._followed:
+                self._followed[task] = self._modes, self._followed[task][1]
+        self._registry.changes += 1
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Write the tensors of all tasks into a state dict; see ``nn.Module.state_dict``."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.arguments import takes
-from visadapt.backbone.modules import keep_modes
 from visadapt.checks import check_count
 from visadapt.data.samples import ready
+from visadapt.runtime.modes import keep_modes
 from visadapt.training.batches import Batches
 from visadapt.training.engine import Engine, LogitsModel
 from visadapt.training.losses import Diverged, Loss, Objective, width_of
@@ -156,7 +156,7 @@ def run_epoch(
     """
     engine, bad, count = logits_model.engine, 0, 0
     batches.share(engine)
-    with keep_modes(logits_model.model), torch.no_grad(), target.context() if target else nullcontext():
+    with target.context() if target else nullcontext(), keep_modes(logits_model.model), torch.no_grad():
         logits_model.eval()
         for inputs, batch_labels, rows in batches.epoch():
             outputs = engine.gather(logits_model(logits_model.place(inputs)))[:rows].cpu()

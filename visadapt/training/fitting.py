@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from visadapt.arguments import takes
-from visadapt.backbone.modules import keep_modes
 from visadapt.checks import check_count
 from visadapt.data.augmentation import Augmentation
 from visadapt.data.image_inputs import ImageInputs
@@ -21,6 +20,7 @@ from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix
+from visadapt.runtime.modes import keep_modes
 from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.augmenting import Augment, Changes, training_batches
 from visadapt.training.batches import Batches
