@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.errors import VisadaptError
@@ -76,7 +77,7 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
         return time.perf_counter() - start
     augment = problem.augmentation()
     # rows of a cache are of one set of samples
-    cached = None if augment is not None or validation is not None else _cached(model, problem, workspace)
+    cached = None if augment is not None or validation is not None else _cached(model, problem, recipe.fast, workspace)
     if cached is None:
         fit(model, task, data, validation, recipe, prepare=problem.prepare, augment=augment, **options)
     else:
@@ -87,8 +88,10 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     return time.perf_counter() - start
 
 
-def _cached(model: nn.Module, problem: Problem, workspace: Workspace) -> CachedPrefix | None:
+def _cached(model: nn.Module, problem: Problem, fast: bool, workspace: Workspace) -> CachedPrefix | None:
     """Cache the feature maps below the first trained module; None if there are none or they do not fit in memory.
+
+    A recipe that is ``fast`` computes in bf16, and so does its cache.
 
     Texts are padded per batch, so theirs are not cached.
     """
@@ -100,7 +103,8 @@ def _cached(model: nn.Module, problem: Problem, workspace: Workspace) -> CachedP
         return problem.prepare(batch.to(workspace.device))
 
     try:
-        return cache_prefix(model, problem.name, problem.splits.train.inputs, prepare=prepare, limit=2e8)
+        with torch.autocast(torch.device(workspace.device).type, torch.bfloat16, enabled=fast):
+            return cache_prefix(model, problem.name, problem.splits.train.inputs, prepare=prepare, limit=2e8)
     except VisadaptError:
         return None
 
