@@ -214,7 +214,9 @@ class Child:
         app = require("visadapt.serving.app", "serving", "visadapt[serve]")
         service = require("visadapt.serving.service", "serving", "visadapt[serve]").LocalService(self.server)
         uvicorn = require("uvicorn", "serving", "visadapt[serve]")
-        config = uvicorn.Config(app.build_app(service), port=0, log_level="error", lifespan="off", interface="asgi3")
+        config = uvicorn.Config(
+            app.build_app(service), port=0, log_level="error", lifespan="off", interface="asgi3", timeout_keep_alive=600
+        )
         http = uvicorn.Server(config)
         running = asyncio.create_task(http.serve())
         while not http.started:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch._dynamo
 import torchvision
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import visadapt
 from benchmarks.measure import Row, exact, interleaved, parse_args, print_rows, ratio
@@ -69,16 +69,19 @@ def graphs(tasks: int, batches: int = 100) -> int:
     model = torchvision.models.resnet18(weights=None)
     for i in range(tasks):
         visadapt.inject(model, m=8, task=f"task{i}", num_classes=10)
-    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
-    x = torch.randn(tasks, 3, 32, 32)
+    model.eval()
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    draw = random.Random(0)
+    counter, draw = CompileCounter(), random.Random(0)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    names = [f"task{i}" for i in range(tasks)]
+    x = torch.randn(tasks, 3, 32, 32)
     with torch.no_grad():
+        with visadapt.using(model, names):
+            model(x)  # shows which rows belong to which sample
         for _ in range(batches):
-            with visadapt.using(model, draw.choices([f"task{i}" for i in range(tasks)], k=tasks)):
+            with visadapt.using(model, draw.choices(names, k=tasks)):
                 compiled(x)
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return counter.frame_count
 
 
 if __name__ == "__main__":
