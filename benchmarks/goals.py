@@ -80,8 +80,8 @@ _BERT = (
 _HUB = "Both run the same products of the same backbone; what lean layers save is memory more than time."
 
 _TASKS = (
-    "The tensors of 64 tasks are 80 MB; what else the process holds, such as weights gathered for a batch, has not been "
-    "taken apart."
+    "The tensors of 64 tasks are 80 MB; what else the process holds, such as weights gathered for a batch, has not "
+    "been taken apart."
 )
 
 _P95 = "serving: mixed tasks, p95 in Python at half load"
