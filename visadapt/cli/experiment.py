@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,18 +106,19 @@ def experiment(
     changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
     problems = tuple(_problem(text, root, given, changed) for text in problem)
     numbers = tuple(range(seeds))
-    plans: list[Experiment] = []
+    plans: Sequence[Experiment]
+    lines: list[str] = []
     if comparing:
-        fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
-        plans += fair
+        plans = fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
+        lines = [line for plan in fair for line in costs(plan)]
     elif fast or len(epochs or ()) > 1:
         raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
     else:
-        plans.append(_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0]))
+        plans = [_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0])]
     get_engine(engine)
     if engine == "local":
         check_device(device or "cpu")
-    for line in (line for plan in plans if comparing for line in costs(plan)):
+    for line in lines:
         say(line)
     made = [
         result
