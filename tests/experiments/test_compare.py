@@ -18,6 +18,7 @@ from visadapt.experiments import (
     Contender,
     ImageProblem,
     Result,
+    linear_probe,
     read_results,
     run_experiment,
 )
@@ -28,6 +29,7 @@ from visadapt.experiments.train import Workspace
 from visadapt.methods import Bottleneck, Linear
 from visadapt.report import sweep_table, table
 from visadapt.training import Diverged, Recipe, evaluate, fit
+from visadapt.training.head_first import Unsuited
 
 
 def run(experiment: Compare, folder: Path) -> tuple[list[Result], int]:
@@ -222,6 +224,17 @@ def test_training_on_cached_features_equals_training_on_images(problem: ImagePro
         assert torch.allclose(parameter, plain[name], atol=1e-5), name
     with pytest.raises(VisadaptError, match="task 'digits' is not a linear probe"):
         fit_head(CONTENDERS[1].put(problem, 0), "digits", data, recipe)
+
+
+def test_a_probe_without_a_solution_starts_at_random(problem: ImageProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> float:
+        raise Unsuited("the loss is not finite")
+
+    monkeypatch.setattr(linear_probe, "fit_linear", none)
+    model, data = CONTENDERS[0].put(problem, 0), problem.splits
+    recipe = Recipe(epochs=2, lr=1e-2)
+    history = fit_head(model, "digits", data.train, recipe, validation=data.validation, prepare=problem.prepare)
+    assert history.score is not None
 
 
 def test_training_on_a_cached_prefix_equals_training_on_images(problem: ImageProblem, workspace: Workspace) -> None:

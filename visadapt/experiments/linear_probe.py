@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import registry_of
 from visadapt.training import Fit, Recipe, Samples, evaluate, fit, predict
-from visadapt.training.head_first import fit_linear
+from visadapt.training.head_first import Unsuited, fit_linear
 from visadapt.training.losses import Objective
 from visadapt.training.scoring import Metric
 
@@ -72,8 +72,9 @@ def fit_head(
     if held_out is not None and recipe.head_first and isinstance(head, nn.Linear):
         assert isinstance(cached.inputs, Tensor)
         assert cached.labels is not None
-        fit_linear(head, cached.inputs, cached.labels, Objective(None, recipe.label_smoothing), seed)
-        start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        with suppress(Unsuited):
+            fit_linear(head, cached.inputs, cached.labels, Objective(None, recipe.label_smoothing), seed)
+            start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     options: dict[str, Any] = {"metric": metric, "seed": seed, "device": device, "progress": progress}
     before = -math.inf if start is None else _score(head, held_out, metric)
     history = fit(head, None, cached, held_out, recipe, **options)
