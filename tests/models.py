@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visadapt
+from visadapt.backbone.modules import walked
 from visadapt.runtime.task_modules import TaskModules
 
 Inputs = dict[str, Tensor]
@@ -292,23 +293,12 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def every_module(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by path with those of all its tasks, in use or not; no task comes into use by this."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module, path: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        found[path] = module
+    def children(module: nn.Module) -> Mapping[str, nn.Module | None]:
         # a task is asked for by its name, which lets it have the modes that were set for all
-        tasks = isinstance(module, TaskModules)
-        children = {task: module[task] for task in module} if tasks else module._modules
-        for name, child in children.items():
-            if child is not None:
-                visit(child, f"{path}.{name}" if path else name)
+        return {task: module[task] for task in module} if isinstance(module, TaskModules) else module._modules
 
-    visit(model, "")
-    return found
+    return walked(model, children)
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
         model.__dict__["_visadapt"] = registry
     task = plan.task
     if task.name not in registry.tasks:
-        task.number = 1 + max((other.number for other in list(registry.tasks.values())[-1:]), default=0)
+        task.number = registry.last_number = registry.last_number + 1
     if task.head != "frozen" and hf_config.is_labelled(model):
         registry.configs[task.name] = hf_config.task_config(model, task)
     for path, name, part in plan.parts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -103,3 +105,12 @@ def test_modes_that_change_after_the_tasks_were_chosen(image) -> None:
         assert not torch.equal(compiled(image), compiled(image))
         model.eval()
         torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_a_task_is_never_given_again() -> None:
+    model = injected("tiny/resnet", Bottleneck(m=2))
+    used = {task.number for task in visadapt.tasks(model).values()}
+    visadapt.remove(model, "d")
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):
+        visadapt.inject(copied, m=2, task="e", num_classes=3)
+        assert visadapt.tasks(copied)["e"].number not in used

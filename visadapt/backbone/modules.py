@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -141,6 +141,16 @@ def own_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of the backbone by path, without those of visadapt's tasks."""
+    return walked(model, lambda module: {k: v for k, v in module._modules.items() if k != CHILD})
+
+
+def walked(model: nn.Module, children: Callable[[nn.Module], Mapping[str, nn.Module | None]]) -> dict[str, nn.Module]:
+    """The modules below a model by path, each once.
+
+    Args:
+        model: the model.
+        children: returns the children of a module, by name.
+    """
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
 
@@ -149,8 +159,8 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(module)
         found[path] = module
-        for name, child in module._modules.items():
-            if child is not None and name != CHILD:
+        for name, child in children(module).items():
+            if child is not None:
                 visit(child, joined(path, name))
 
     visit(model, "")

@@ -1,6 +1,6 @@
 """Mixed batches in a compiled graph: an operator fetches the rows' tensors, so one graph serves all compositions.
 
-The graph is given one integer per sample, the unique number of its task. ``visadapt::rows`` looks up a tensor of each
+The graph is given one integer per sample, the number of its task. ``visadapt::rows`` looks up a tensor of each
 row's task when the graph runs. Nothing else in the graph depends on the composition, as long as all tasks have one
 profile; samples of the bare backbone may be among them.
 """
@@ -34,7 +34,7 @@ def named(registry: Registry, composition: Composition) -> Named:
     _REGISTRIES[registry._number] = registry
     tasks = Named.of(composition)
     with torch.inference_mode(False):
-        tasks.numbers = torch.tensor([-1 if n is None else registry.task(n).unique for n in composition.tasks])
+        tasks.numbers = torch.tensor([-1 if n is None else registry.task(n).number for n in composition.tasks])
         tasks.logits = torch.empty(_widest(registry, composition), 0)
     if "torch._dynamo" in sys.modules:
         # otherwise there would be one graph per width; who compiles has imported it
@@ -64,7 +64,7 @@ def _rows(
     shorter than ``shape`` are filled up by ``fill``.
     """
     registry = _REGISTRIES[model]
-    numbers = {task.unique: task.name for task in list(registry.tasks.values())}
+    numbers = registry.by_number()
     host = registry.hosts[path]
     held = cast("Parts", host._modules[CHILD])
     found: dict[int, Tensor] = {}

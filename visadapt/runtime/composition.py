@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from visadapt.runtime.division import grouped
 from visadapt.runtime.profile import Held, Profile
 from visadapt.runtime.registry import Registry
@@ -91,9 +88,3 @@ def composed(registry: Registry, tasks: Sequence[str | None]) -> Composition:
             task.held.changes = changes
             held[name] = task.held
     return Composition(registry, tasks, held)
-
-
-def index_of(registry: Registry, tasks: Sequence[str | None]) -> Tensor:
-    """The unique number of each sample's task as a tensor on the CPU, −1 for the bare backbone."""
-    with torch.inference_mode(False):
-        return torch.tensor([-1 if name is None else registry.task(name).unique for name in tasks])

@@ -21,7 +21,7 @@ from visadapt.backbone.rows import Fact, Lying
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
-from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.division import Division, UnfitError, grouped
 from visadapt.runtime.door import CacheError, is_outside
 from visadapt.runtime.registry import Registry
 
@@ -49,8 +49,8 @@ class _Generation:
 
     def divided(self) -> tuple[list[str | None], Division]:
         """The tasks, each once, and which prompt is whose."""
-        distinct = list(dict.fromkeys(self.tasks))
-        return distinct, Division(tuple(map(distinct.index, self.tasks)), type(self.model).__name__)
+        distinct, number, prompts = grouped(self.tasks)
+        return distinct, Division(number, type(self.model).__name__, prompts)
 
 
 _RUNNING: ContextVar[_Generation | None] = ContextVar("visadapt_generation", default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,15 +25,13 @@ from visadapt.runtime.unfilled import Unfilled
 from visadapt.runtime.versions import Versions
 from visadapt.runtime.watch import Watch
 
-_UNIQUE = itertools.count()
-
 
 class Named(tuple[str | None, ...]):
     """The tasks of batches to come, one per sample, as `visadapt.using` was given them. A copy is a plain tuple.
 
     Attributes:
         composition: of these tasks; see `visadapt.runtime.composition`.
-        numbers: the unique number of each sample's task, −1 for the bare backbone; what a compiled graph is given.
+        numbers: the number of each sample's task, −1 for the bare backbone; what a compiled graph is given.
         logits: an empty tensor as long as the batch's logits are wide, which a graph may take as a size that varies.
         config: of the batch, of a model of transformers; see `visadapt.runtime.hf_config`.
     """
@@ -99,8 +96,7 @@ class Task:
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
         held: its parts and profile, since a mixed batch asked for them; a copy finds its own.
-        unique: a number that no other task of the model has or had.
-        number: tasks that came later have a larger one.
+        number: tasks that came later have a larger one; no other task of the model has or had it.
         digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
@@ -118,7 +114,6 @@ class Task:
     inputs: Any = field(default=None, compare=False, repr=False)
     origin: str | None = field(default=None, compare=False)
     held: Any = field(default=None, compare=False, repr=False)
-    unique: int = field(default_factory=lambda: next(_UNIQUE), compare=False, repr=False)
     number: int = field(default=0, compare=False, repr=False)
     digest: str | None = field(default=None, compare=False)
 
@@ -161,6 +156,7 @@ class Registry(Choices):
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
         profiles: of tasks, as far as batches of mixed tasks asked for them.
+        last_number: the number of the task that came last, removed or not.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -179,6 +175,8 @@ class Registry(Choices):
         self.lean: Any = None
         self.source: Source | None = None
         self.profiles: list[Any] = []
+        self.last_number = 0
+        self._by_number: tuple[Any, dict[int, str]] = (None, {})
         # by task, the number of changes that its modules have
         self._followed: dict[str, int] = {}
 
@@ -192,6 +190,15 @@ class Registry(Choices):
             hint = nearest(name, self.tasks) or "; the model has no tasks yet: visadapt.inject makes one"
             raise VisadaptError(f"no task {name!r}{hint}")
         return self.tasks[name]
+
+    def by_number(self) -> dict[int, str]:
+        """The names of the tasks by their numbers."""
+        tasks, names = self._by_number
+        if tasks is not self.tasks:
+            tasks = self.tasks
+            names = {task.number: name for name, task in tasks.items()}
+            self._by_number = tasks, names
+        return names
 
     def parts(self, name: str) -> dict[str, nn.ModuleDict]:
         """A task's parts by host path, in the order they were put in."""
