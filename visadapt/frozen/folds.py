@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextvars import ContextVar
 from functools import update_wrapper
 from typing import Any, cast
@@ -14,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visadapt.backbone.autocast import is_autocast
+from visadapt.backbone.batch import mapped
 from visadapt.backbone.batchnorm import folded, is_watched
 from visadapt.backbone.compact import Compact, Stored
 from visadapt.backbone.modules import LEAN
@@ -212,17 +212,7 @@ def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _widened(out: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
     """A model's output with the tensors of one dtype in another, in whatever holds them."""
-    if isinstance(out, Tensor):
-        return out.to(wide) if out.dtype == narrow else out
-    if isinstance(out, tuple | list):
-        each = [_widened(item, narrow, wide) for item in out]
-        return type(out)(*each) if hasattr(out, "_fields") else type(out)(each)
-    if isinstance(out, Mapping):
-        made = copy.copy(out)
-        for key, value in out.items():
-            made[key] = _widened(value, narrow, wide)  # type: ignore[index]
-        return made
-    return out
+    return mapped(lambda _, leaf: leaf.to(wide) if isinstance(leaf, Tensor) and leaf.dtype == narrow else leaf, out)
 
 
 def _is_capturing() -> bool:
