@@ -214,7 +214,8 @@ def test_options_of_the_jobs_are_those_of_their_programs(job):
     assert all(f"{name}=" in parsed for name in ("repeats", *job.options, *job.on_gpu))
 
 
-def test_peers_that_are_missing_are_named():
+def test_peers_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None if name == "adapters" else object())
     assert jobs.missing_peers(["train_step", "encoder_step"], given=True) == []
     (line,) = jobs.missing_peers(["encoder_step"], given=False)
     assert line == "encoder_step: figures beside adapters are left out (adapters is not installed)"

@@ -7,9 +7,7 @@ samples is the one that grows from 2k to 3k, and its order is the one in which t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,38 +42,36 @@ Fact = Lying | str
 """``FREE``, ``UNKNOWN`` or how the samples lie."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class HostRows:
     """The rows of one module's tensors, over all its calls.
 
     Attributes:
         inputs: fact by path in ``(args, kwargs)``.
         outputs: fact by path in the output.
+        known: whether each row there is known to be of one sample: along the first axis, in one order.
+        order: whether the rows of its tensors are tiled; None where every sample has one row.
     """
 
-    inputs: dict[Key, Fact] = field(default_factory=dict)
-    outputs: dict[Key, Fact] = field(default_factory=dict)
+    inputs: dict[Key, Fact]
+    outputs: dict[Key, Fact]
+    # worked out here, since they are asked for in graphs that are being made, which take no lock of a cached property
+    known: bool = field(init=False)
+    order: bool | None = field(init=False)
 
-    @property
-    def order(self) -> bool | None:
-        """Whether the rows of its tensors are tiled; None where every sample has one row."""
-        return next((f.tiled for f in self._lying() if f.tiled is not None), None)
-
-    @cached_property
-    def known(self) -> bool:
-        """Whether each row there is known to be of one sample: along the first axis, in one order."""
-        facts = [*self.inputs.values(), *self.outputs.values()]
-        lying = list(self._lying())
-        return (
-            UNKNOWN not in facts
+    def __post_init__(self) -> None:
+        inputs, outputs = self.inputs.values(), self.outputs.values()
+        lying = [fact for fact in (*inputs, *outputs) if isinstance(fact, Lying)]
+        orders = [fact.tiled for fact in lying if fact.tiled is not None]
+        known = (
+            UNKNOWN not in (*inputs, *outputs)
             and all(fact.axis == 0 for fact in lying)
-            and len({fact.tiled for fact in lying} - {None}) < 2
-            and any(isinstance(fact, Lying) for fact in self.inputs.values())
-            and any(isinstance(fact, Lying) for fact in self.outputs.values())
+            and len(set(orders)) < 2
+            and any(isinstance(fact, Lying) for fact in inputs)
+            and any(isinstance(fact, Lying) for fact in outputs)
         )
-
-    def _lying(self) -> Iterator[Lying]:
-        return (f for f in (*self.inputs.values(), *self.outputs.values()) if isinstance(f, Lying))
+        object.__setattr__(self, "known", known)
+        object.__setattr__(self, "order", orders[0] if orders else None)
 
 
 @dataclass
@@ -165,13 +161,13 @@ def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
 
 
 def merged(calls: Any) -> HostRows:
-    found = HostRows()
-    for (inputs, outputs), (more_inputs, more_outputs) in calls:
-        for kept, few, many in ((found.inputs, inputs, more_inputs), (found.outputs, outputs, more_outputs)):
+    found: tuple[dict[Key, Fact], dict[Key, Fact]] = {}, {}
+    for fewer, more in calls:
+        for kept, few, many in zip(found, fewer, more, strict=True):
             for key in few.keys() | many.keys():
                 fact = fact_of(few[key], many[key]) if key in few and key in many else UNKNOWN
                 kept[key] = fact if kept.setdefault(key, fact) == fact else _both(kept[key], fact)
-    return found
+    return HostRows(*found)
 
 
 def _both(one: Fact, other: Fact) -> Fact:
