@@ -85,9 +85,9 @@ class Simulated(Executor):
         self._heap: list[tuple[float, int, Run, Collection[str]]] = []
 
     def begin(self, run: Run, missing: Collection[str], workspace: Workspace) -> None:
-        trainings = _trainings(run)
-        seconds = sum(self.speed.seconds(*training, self.places) for training in trainings)
-        self.trained += len(trainings)
+        pairs = _trained(run)
+        seconds = sum(self.speed.seconds(*pair, self.places) for pair in pairs)
+        self.trained += len(pairs)
         heapq.heappush(self._heap, (self.now + seconds, self.trained, run, missing))
 
     def collect(self) -> Iterator[Result | Ended]:
@@ -97,7 +97,7 @@ class Simulated(Executor):
         yield Ended(run)
 
 
-def _trainings(run: Run) -> list[tuple[Problem, Contender]]:
+def _trained(run: Run) -> list[tuple[Problem, Contender]]:
     if isinstance(run, Removal):
         run = run.training
     if isinstance(run, Chain):

@@ -61,7 +61,7 @@ def streamed(folder: Path, experiments: Any, executor: Recorded, **options: Any)
     return record
 
 
-ONE, TWO = make_contender(name="one"), make_contender(name="two")
+ONE, TWO = make_contender(name="one"), make_contender(name="two", epochs=2)
 CHOSEN = dataclasses.replace(make_contender(name="chosen"), rates=(0.1, 0.2))
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from visadapt.experiments.executors import Ended, Executor
 from visadapt.experiments.record import Record, Result
-from visadapt.experiments.run import Run
+from visadapt.experiments.run import Lookup, Run
 from visadapt.experiments.train import Workspace
 
-if TYPE_CHECKING:
-    from visadapt.experiments.base import Experiment
+
+class Experiment(Protocol):
+    """What a stream needs of a `visadapt.experiments.base.Experiment`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment and of the folder of its results."""
+
+    def runs(self, lookup: Lookup) -> Sequence[Run]:
+        """Return all runs that are known to be wanted given the results so far."""
 
 
 class Stream:
