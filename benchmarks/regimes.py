@@ -26,7 +26,10 @@ class Regime:
         text_batch: texts per step.
         image_batch: images per step.
         seed_count: number of seeds.
+        compile: compile mode of the training steps; see `visadapt.training.Recipe`.
         whole: text sets of which all training texts are used.
+        first: number of problems that the first three contenders are compared on before anything else; None to begin
+            with all problems and contenders.
     """
 
     name: str
@@ -40,7 +43,9 @@ class Regime:
     text_batch: int = 16
     image_batch: int = 32
     seed_count: int = 5
+    compile: str | None = None
     whole: tuple[str, ...] = ()
+    first: int | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -56,7 +61,8 @@ class Regime:
         texts = problem.modality == "text"
         lengths = self.text_epochs if texts else self.image_epochs
         batch_size = self.text_batch if texts else self.image_batch
-        return fair_contender(name, problem.modality, lengths, fast=True, batch_size=batch_size)
+        chosen = fair_contender(name, problem.modality, lengths, fast=True, batch_size=batch_size)
+        return chosen.with_recipe(compile=self.compile)
 
     def settled(self, name: str, problem: Problem) -> Contender:
         """Build a contender without choices, for experiments that vary something else: the catalogue's rate, and the
@@ -68,9 +74,13 @@ class Regime:
 
 
 REGIMES = {
-    # `python -m benchmarks.estimate` prints what the stages of a regime take; benchmarks/estimate.py has the formula
-    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3),
-    "cuda": Regime("cuda", 2000, 2000, 500, 1500, 64, (3, 9), (5, 9), text_batch=32, whole=("cola",)),
+    # what these take is printed by `python -m benchmarks.estimate`, given all data; see there how it is estimated
+    # two cores, in the background of other work: about 10 hours for what comes first
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=6),
+    # one GPU and 14 processes: about 8 minutes for three seeds of the first stage; further ones as the budget allows
+    "cuda": Regime(
+        "cuda", 2000, 2000, 500, 1500, 64, (3, 9, 20), (5, 9), text_batch=32, compile="graphs", whole=("cola",)
+    ),
     # a moment, to test the command; no evidence
     "smoke": Regime("smoke", 48, 48, 20, 24, 16, (1, 2), (1, 2), seed_count=2),
 }
@@ -116,8 +126,7 @@ class Data:
         encoder, glue = self.encoder, None if self.glue is None else str(self.glue)
         names = ["tweets", "products", "movies", "editorials"]
         if glue is not None:
-            # the largest first: its chain of choices takes the longest
-            names = ["cola", "trec", "tweets", "sst2", "products", "mrpc", "movies", "editorials", "rte"]
+            names = ["trec", "tweets", "sst2", "products", "cola", "mrpc", "movies", "editorials", "rte"]
         lengths = {"mrpc": 64, "rte": 64}
         sizes = {"validation": regime.validation, "test": regime.test}
         return tuple(

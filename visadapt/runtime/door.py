@@ -7,9 +7,10 @@ Otherwise it runs one task at a time on that task's samples and the outputs are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import is_cache, leaves
@@ -40,6 +41,8 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         tasks = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
+        if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, registry, tasks, args, kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
@@ -110,6 +113,13 @@ def _for_all(model: nn.Module, registry: Registry, tasks: Any, given: Any, cut: 
     # the tasks act from the start, or where they part is not established
     args, kwargs = repeated(given, cut, len(tasks))
     return enter(model, registry, tasks, args, kwargs)
+
+
+READS_CONTEXT = torch.__version__ >= "2.14"
+"""Whether the compiler reads in a graph which task is meant. Where it cannot, its graphs are torn at every host, where
+a batch's composition is no longer known, and a mixed batch is not compiled."""
+
+_uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
 
 
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
