@@ -76,7 +76,11 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     count, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator, device=generator.device).to(images.device)
+        drawn = torch.randint(high, (count,), generator=generator, device=generator.device)
+        if images.is_cuda and not drawn.is_cuda:
+            # a copy from other memory would wait for the kernels of the step before
+            drawn = drawn.pin_memory()
+        return drawn.to(images.device, non_blocking=images.is_cuda)
 
     if crop_padding:
         rows = draw(2 * crop_padding + 1)[:, None] + torch.arange(height, device=images.device)
