@@ -22,12 +22,14 @@ import time
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from benchmarks.regimes import REGIMES, Data, Lab
 from visadapt.errors import nearest
 from visadapt.experiments import (
     Ablation,
     Compare,
+    Crossmodal,
     InitScale,
     Modality,
     Problem,
@@ -50,7 +52,7 @@ BARS = {
 
 MORE = {
     "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
-              "mona", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
+              "mona", "colora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
     "text": ("norms only", "bottleneck m=64", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
 }  # fmt: skip
 
@@ -119,18 +121,31 @@ def tradeoff(data: Data, lab: Lab) -> None:
 
 
 def crossmodal(data: Data, lab: Lab) -> None:
-    """Compare one bottleneck with the probe and full fine-tuning on backbones of several families."""
-    problems = [data.texts(lab.regime)[0], data.images(lab.regime)[0]]
+    """Put the same bottleneck into backbones of several families, at about the same fraction of each.
+
+    Those with bundled weights come first. There is no pretrained text encoder of twelve layers to be had offline.
+    """
+    networks: dict[str, dict[str, Any]] = {"bundled/resnet50": {}}
     if data.vgg16 is not None:
-        problems.append(data.images(lab.regime, str(data.vgg16))[0])
-    problems += [data.images(lab.regime, name, options=(("pretrained", False),))[0] for name in RANDOM]
+        networks[str(data.vgg16)] = {}
+    networks |= {name: {"options": (("pretrained", False),)} for name in RANDOM}
+    problems = [data.texts(lab.regime)[0]]
+    problems += [data.images(lab.regime, network, **options)[0] for network, options in networks.items()]
+    groups = []
     for each in problems:
-        names = (FULL, "linear probe", "bottleneck m=8", "bottleneck m=32")
-        lab.run(Compare((each,), lab.contenders(names, each), lab.seeds[:3], "both"))
+        names = (FULL, "linear probe", f"bottleneck m={WIDTHS[each.backbone]}", *OTHERS.get(each.backbone, ()))
+        groups.append(lab.contenders(names, each))
+    lab.run(Crossmodal(tuple(problems), tuple(groups), lab.seeds[:3]))
 
 
 RANDOM = ("timm/convnext_atto", "timm/vit_tiny_patch16_224")
 """Backbones with random weights."""
+
+WIDTHS = {"minilm": 32, "resnet50": 8, "vgg16": 23, "convnext_atto": 10, "vit_tiny_patch16_224": 7}
+"""Widths with which a bottleneck and its norms are about 1.35 % of the backbone."""
+
+OTHERS = {"convnext_atto": ("colora",)}
+"""Methods that are made for a family."""
 
 
 def more_methods(data: Data, lab: Lab) -> None:

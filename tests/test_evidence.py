@@ -6,14 +6,18 @@ import dataclasses
 import time
 
 import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
 
 from benchmarks import evidence, regimes
-from benchmarks.evidence import BARS, MORE, RANDOM, STAGES
+from benchmarks.evidence import BARS, MORE, OTHERS, RANDOM, STAGES, WIDTHS
 from benchmarks.regimes import REGIMES, Data, Lab
 from tests.report import fake_results
-from visadapt import inject, tasks
+from visadapt import inject, summary, tasks
 from visadapt.data.hub import resolve
 from visadapt.experiments import Compare, contender, read_results, write_csv
+from visadapt.experiments.networks import short_name, vgg16
 from visadapt.experiments.run import TrainingRun
 
 
@@ -37,7 +41,8 @@ def lab(folder, regime="cpu", **changes) -> Lab:
 def all_data(folder) -> Data:
     for name in ("signs.zip", "characters.zip", "cells.zip"):
         (folder / name).touch()
-    return Data(folder / "glue", *(folder / name for name in ("signs.zip", "characters.zip", "cells.zip", "vgg.st")))
+    names = ("signs.zip", "characters.zip", "cells.zip", "vgg16.safetensors")
+    return Data(folder / "glue", *(folder / name for name in names))
 
 
 @pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # random backbones are small
@@ -46,7 +51,7 @@ def all_data(folder) -> Data:
     [
         ("bundled/minilm", (*BARS["text"], *MORE["text"])),
         ("bundled/resnet50", (*BARS["image"], *MORE["image"])),
-        *((name, ("full fine-tuning", "linear probe", "bottleneck m=8", "bottleneck m=32")) for name in RANDOM),
+        *((name, (f"bottleneck m={WIDTHS[short_name(name)]}", *OTHERS.get(short_name(name), ()))) for name in RANDOM),
     ],
 )
 def test_every_contender_can_be_injected(network, names):
@@ -55,6 +60,21 @@ def test_every_contender_can_be_injected(network, names):
         each = contender(name)
         inject(model, each.method, task=f"task{number}", num_classes=2, norms=each.norms)
     assert len(tasks(model)) == len(names)
+
+
+@pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # the first layers of VGG-16 are narrow
+def test_the_same_bottleneck_is_the_same_fraction_of_every_backbone(tmp_path):
+    with torch.device("meta"):
+        convolutions = torchvision.models.vgg16().features.state_dict(prefix="features.")
+    save_file({name: torch.zeros(t.shape) for name, t in convolutions.items()}, tmp_path / "vgg16.safetensors")
+    models = {"vgg16": vgg16(tmp_path / "vgg16.safetensors")}
+    models |= {short_name(name): resolve(name) for name in ("bundled/minilm", "bundled/resnet50")}
+    models |= {short_name(name): resolve(name, pretrained=False) for name in RANDOM}
+    assert models.keys() == WIDTHS.keys()
+    for name, model in models.items():
+        inject(model, contender(f"bottleneck m={WIDTHS[name]}").method, task="t", num_classes=2)
+        table = summary(model)
+        assert 1.25 < 100 * (table["t"].adapters + table["t"].norms) / table.backbone < 1.45, name
 
 
 def test_by_default_only_bundled_data_is_used(requested, tmp_path):
@@ -66,7 +86,7 @@ def test_by_default_only_bundled_data_is_used(requested, tmp_path):
         "cifar10", "fashion-mnist", "mnist", "tweets", "products", "movies", "editorials",
     }  # fmt: skip
     assert {type(experiment).name for experiment, _ in requested} == {
-        "compare", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
+        "compare", "crossmodal", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
     }  # fmt: skip
 
 
@@ -75,7 +95,7 @@ def test_other_data_is_used_if_given(requested, tmp_path):
         stage(all_data(tmp_path), lab(tmp_path))
     problems = {problem for experiment, _ in requested for problem in experiment.problems}
     assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "characters", "cells"} <= {p.name for p in problems}
-    assert any(problem.backbone == "vgg" for problem in problems)
+    assert any(problem.backbone == "vgg16" for problem in problems)
     images = {p.name: p.augment for p in problems if p.modality == "image"}
     mirrored = {name for name, augment in images.items() if augment == "shift and mirror"}
     assert mirrored == {"cifar10", "fashion-mnist", "cells"}

@@ -179,7 +179,9 @@ def _matplotlib(module: str) -> Any:
 
 def plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, 0.1 and 10, instead of powers of ten."""
-    axis.set_major_formatter(_matplotlib("ticker").FuncFormatter(lambda value, _: f"{value:g}"))
+    ticker = _matplotlib("ticker")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 @dataclass(frozen=True)
