@@ -61,8 +61,19 @@ def window(values: Sequence[float]) -> Window:
     )
 
 
-def clipped_line(axes: Axes, visible: Window, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """Draw a line whose marks beyond the window lie at its end, as a triangle with their number."""
+def clipped_line(
+    axes: Axes, visible: Window, x: Sequence[float], y: Sequence[float], row: int = 0, **style: Any
+) -> None:
+    """Draw a line whose marks beyond the window lie at its end, as a triangle with their number.
+
+    Args:
+        axes: axes to draw on.
+        visible: the window.
+        x: places.
+        y: values.
+        row: number of the line, so that the numbers of several lines at one place do not overlap.
+        **style: style of the line.
+    """
     axes.plot(x, [visible.clip(value) for value in y], **style)
     for place, value in zip(x, y, strict=True):
         if value not in visible:
@@ -71,7 +82,7 @@ def clipped_line(axes: Axes, visible: Window, x: Sequence[float], y: Sequence[fl
             axes.annotate(
                 signed(value),
                 (place, visible.clip(value)),
-                xytext=(7, 2 if below else -8),
+                xytext=(7, (2 if below else -8) + (9 if below else -9) * row),
                 textcoords="offset points",
                 fontsize=7.5,
                 color=style["color"],

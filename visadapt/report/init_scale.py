@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
 from visadapt.report.claims import MAX_RANGE, STABLE, STABLE_STD
-from visadapt.report.clipping import clipped_line, window
+from visadapt.report.clipping import Window, clipped_line
 from visadapt.report.formatting import mean_and_std, pluralize, seed_spread, signed
 from visadapt.report.section import Claim, Section
 from visadapt.report.statistics import at_least, group_by, mean_score, paired_differences, percent_scores
@@ -17,6 +17,9 @@ from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+FLOOR = -5.0
+"""Points at which the axis ends: below it training has failed, and what counts is how little it varies above."""
 
 Problems = dict[tuple[str, str], list[Result]]
 """Results by network and problem."""
@@ -59,7 +62,8 @@ def _changes(results: Sequence[Result]) -> dict[float, float]:
 
 def _curves(problems: Problems) -> Drawing:
     changes = {case: _changes(group) for case, group in problems.items()}
-    visible = window([change for by in changes.values() for change in by.values()])
+    least = min(change for by in changes.values() for change in by.values())
+    visible = Window(low=FLOOR) if least < FLOOR else Window()
 
     def draw(look: Look) -> Figure:
         title = "Score by the standard deviation of the adapters' initial weights, relative to the smallest one"
@@ -69,7 +73,7 @@ def _curves(problems: Problems) -> Drawing:
             ends = [[visible.clip(of(percent_scores(runs)) - start) for runs in by.values()] for of in (min, max)]
             axes.fill_between(list(by), *ends, color=look.colour(number), alpha=0.15, linewidth=0)
             values = list(changes[case].values())
-            clipped_line(axes, visible, list(by), values, label=", ".join(case), **look.series(number))
+            clipped_line(axes, visible, list(by), values, number, label=", ".join(case), **look.series(number))
         axes.axvline(STABLE_STD, color=look.ink, linewidth=0.8, linestyle=":")
         axes.axhline(0, color=look.ink, linewidth=0.8)
         axes.set_xscale("log")

@@ -99,7 +99,7 @@ def _curves(network: str, results: Sequence[Result]) -> Drawing:
         axes.axhline(0, color=look.ink, linewidth=0.8)
         axes.margins(y=0.08)
         axes.set_xscale("log")
-        plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis, between=True)
         axes.set_xlabel("trained parameters in % of the backbone")
         axes.set_ylabel(visible.label("points relative to full fine-tuning"))
         look.legend(figure)
