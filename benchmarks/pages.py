@@ -61,9 +61,9 @@ def setting(results: list[Result]) -> str:
         return f"{text}. Training sets are small: 500 texts, or 2,000 images of 48 px seen once."
     epochs = {kind: " or ".join(map(str, n)) for kind, n in (("t", regime.text_epochs), ("i", regime.image_epochs))}
     return (
-        f"{text}. Up to {regime.texts:,} training texts for {epochs['t']} epochs in batches of {regime.text_batch} (CoLA "
-        f"all), up to {regime.images:,} augmented training images of {regime.side} px for {epochs['i']} epochs in "
-        f"batches of {regime.image_batch}; rate and activation of every method chosen on {regime.validation} validation "
+        f"{text}. Up to {regime.texts:,} training texts for {epochs['t']} epochs in batches of {regime.text_batch}, "
+        f"up to {regime.images:,} augmented training images of {regime.side} px for {epochs['i']} epochs in batches of "
+        f"{regime.image_batch}; rate, epochs and activation of every method chosen on {regime.validation} validation "
         f"samples of its own problem, at most {regime.test:,} test samples; heads start as the linear probe; bf16 "
         "autocast for every method but the probe."
     )

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from benchmarks.evidence import STAGES
-from benchmarks.regimes import REGIMES, Data, Lab
+from benchmarks.regimes import REGIMES, Data
 from visadapt.experiments import Experiment, Result
 from visadapt.experiments.ablation import Removal
 from visadapt.experiments.catalogue import FULL
@@ -21,28 +21,6 @@ from visadapt.experiments.sequence import Chain
 SIZES = {"resnet50": 23_508_032, "minilm": 22_713_216, "vgg16": 14_714_688}
 
 POINTS = {"linear probe": -6.0, "norms only": -2.0, "biases": -3.0, "lora": -0.8, "bottleneck m=8": -0.5}
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeLab(Lab):
-    """A lab whose results are invented; after ``most`` of them, the budget is spent."""
-
-    most: int = 1_000_000
-    made: dict[tuple[str, str], Result] = dataclasses.field(default_factory=dict)
-
-    def run(self, experiment: Experiment) -> list[Result]:
-        def lookup(key: str) -> Result | None:
-            return self.made.get((experiment.name, key))
-
-        while True:
-            runs = experiment.runs(lookup)
-            missing = [run for run in runs if any(lookup(key) is None for key in run.keys)]
-            if not missing or len(self.made) >= self.most:
-                return list(self.made.values())
-            for run in missing:
-                for result in invented(run, experiment, self.regime.name):
-                    if len(self.made) < self.most:
-                        self.made.setdefault((result.experiment, result.key), result)
 
 
 def fake_evidence(
@@ -59,11 +37,26 @@ def fake_evidence(
     files = [folder / name for name in ("gtsrb64.zip", "omniglot64.zip", "elpv96.zip", "vgg16.safetensors")]
     for file in files:
         file.touch()
-    lab = FakeLab(folder, 2, "cpu", REGIMES[regime], most=most)
+    made: dict[tuple[str, str], Result] = {}
+    plan = dataclasses.replace(REGIMES[regime], seed_count=3)
     for stage in STAGES:
-        if not only or stage.__name__ in only:
-            stage(Data(folder / "glue", *files), lab)
-    return list(lab.made.values())
+        for experiment in stage(Data(folder / "glue", *files), plan) if not only or stage.__name__ in only else ():
+            _invent(experiment, regime, made, most)
+    return list(made.values())
+
+
+def _invent(experiment: Experiment, regime: str, made: dict[tuple[str, str], Result], most: int) -> None:
+    def lookup(key: str) -> Result | None:
+        return made.get((experiment.name, key))
+
+    while True:
+        missing = [run for run in experiment.runs(lookup) if any(lookup(key) is None for key in run.keys)]
+        if not missing or len(made) >= most:
+            return
+        for run in missing:
+            for result in invented(run, experiment, regime):
+                if len(made) < most:
+                    made.setdefault((result.experiment, result.key), result)
 
 
 def invented(run: Run, experiment: Experiment, regime: str) -> list[Result]:
