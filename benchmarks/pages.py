@@ -44,7 +44,6 @@ def blocks(results: list[Result], report: Report) -> dict[str, str]:
         "figures": figures(report),
         "advice": f"{report.lead}",
         "budgets": "" if report.budgets is None else report.budgets.markdown(),
-        "claims": claims_table(report.claims).markdown(),
         "summary": summary(results).markdown(),
         "methods": methods(results),
     }
@@ -79,10 +78,10 @@ def finding(statement: Statement, report: Report) -> str:
     """Say what became of a claim, with the figures behind it."""
     claims = [claim for claim in report.claims if claim.text == statement.text]
     lines = [
-        f"{claim.case}: **{claim.verdict}** ({pluralize(claim.training_runs, 'training run')}): {claim.measured}."
+        f"* {claim.case}: **{claim.verdict}** ({pluralize(claim.training_runs, 'training run')}): {claim.measured}."
         for claim in claims
     ]
-    return f"**{statement.text}** ({statement.source}). {' '.join(lines)}"
+    return "\n".join((f"**{statement.text}** ({statement.source}).", "", *lines))
 
 
 def summary(results: list[Result]) -> Table:

@@ -11,13 +11,13 @@ from visadapt.report import Look, Report, build, page
 from visadapt.report.claims import STATEMENTS
 from visadapt.report.clipping import Window, window
 
-ONLY = ("bars", "transfer", "sequence", "init_scale", "crossmodal", "more_methods")
+ONLY = ("bars", "sequence", "crossmodal", "more_methods")
 """All stages but those that need to know the layers of a network, or take long to draw."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return fake_evidence(tmp_path_factory.mktemp("evidence"), only=ONLY)
+    return fake_evidence(tmp_path_factory.mktemp("evidence"), only=ONLY, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,34 +27,34 @@ def report(results: list[Result]) -> Report:
 
 def test_all_stages_have_their_sections(report: Report) -> None:
     assert [section.name for section in report.sections] == [
-        "compare", "init_scale", "sequence", "transfer", "crossmodal", "decathlon"
+        "compare", "sequence", "crossmodal", "decathlon"
     ]  # fmt: skip
     assert report.advice is not None
     assert [row[0] for row in report.advice.rows] == ["minilm", "resnet50"]
     assert report.budgets is not None
     assert {row[0] for row in report.budgets.rows} == {"minilm", "resnet50"}
     (decathlon,) = (section for section in report.sections if section.name == "decathlon")
-    assert "over cifar10, fashion-mnist, mnist, omniglot64, elpv96 and gtsrb64" in decathlon.finding
+    assert "over cifar10, elpv96, fashion-mnist, gtsrb64, mnist and omniglot64" in decathlon.finding
 
 
 def test_every_claim_has_a_verdict_in_text_and_images(report: Report) -> None:
     tested = [(claim.text, claim.modality) for claim in report.claims]
     assert tested == [(each.text, modality) for each in STATEMENTS for modality in each.modalities]
     untested = {claim.text for claim in report.claims if claim.measured == "no results"}
-    assert len(untested) == 7
+    assert len(untested) == 9
     assert all(claim.verdict == "cannot be decided" for claim in report.claims if claim.text in untested)
     assert all((claim.training_runs == 0) == (claim.text in untested) for claim in report.claims)
 
 
 def test_the_comparison_is_not_mixed_with_other_backbones(report: Report) -> None:
     near = [claim for claim in report.claims if claim.text == STATEMENTS[0].text]
-    assert [claim.training_runs for claim in near] == [2 * 3 * 9, 2 * 3 * 6]
+    assert [claim.training_runs for claim in near] == [2 * 2 * 9, 2 * 2 * 6]
 
 
 def test_a_nonlinear_bottleneck_is_one_with_a_named_activation(report: Report) -> None:
     (claim,) = (claim for claim in report.claims if claim.text.startswith("A nonlinear"))
     assert claim.measured.startswith("bottleneck m=8 activation=gelu: ")
-    assert claim.training_runs == 2 * 3 * 6
+    assert claim.training_runs == 2 * 2 * 6
 
 
 def test_the_page_is_small_and_names_what_to_take_first(report: Report) -> None:
@@ -64,7 +64,7 @@ def test_the_page_is_small_and_names_what_to_take_first(report: Report) -> None:
     assert text[first:].startswith("<h2>Which method should I take?</h2><p class='finding'>On minilm, take ")
 
 
-@pytest.mark.parametrize("count", [1, 30, 77, 150, 333, 600, 1500])
+@pytest.mark.parametrize("count", [1, 30, 77, 150, 333, 600])
 def test_an_interrupted_run_has_a_report(results: list[Result], count: int) -> None:
     part = results[:count]
     if not any(result.split == "test" for result in part):

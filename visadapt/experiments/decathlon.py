@@ -175,7 +175,7 @@ def scores_of(tests: Sequence[Result], baseline: str) -> list[Result]:
     for result in tests:
         if result.contender == baseline:
             errors.setdefault(result.problem, []).append(100 * (1 - result.score))
-    baselines = {problem: 100 - mean(each) for problem, each in errors.items() if mean(each) > 0}
+    baselines = {problem: 100 - mean(each) for problem, each in sorted(errors.items()) if mean(each) > 0}
     seeds = max(map(len, errors.values()), default=0)
     runs: dict[tuple[str, int], dict[str, Result]] = {}
     for result in tests:
