@@ -93,5 +93,5 @@ def test_an_axis_is_clipped_where_one_value_would_press_all_others_together() ->
     assert window([-50.0, 0.0, 1.0]) == Window(), "three values say nothing"
     clipped = window([-50.0, -1.0, -0.5, 0.0, 0.5, 1.0])
     assert (clipped.clip(-50), clipped.clip(3), -50.0 in clipped, 3.0 in clipped) == (-1.0, 3, False, True)
-    assert clipped.label("points") == "points\n(the axis is clipped: marks beyond it as numbers)"
+    assert clipped.label("points") == "points\n(clipped: the rest as numbers)"
     assert Window().label("points") == "points"

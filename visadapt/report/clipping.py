@@ -41,7 +41,7 @@ class Window:
 
     def label(self, text: str) -> str:
         """Return the label of the axis, which says so if there are marks beyond its ends."""
-        return text if self == Window() else f"{text}\n(the axis is clipped: marks beyond it as numbers)"
+        return text if self == Window() else f"{text}\n(clipped: the rest as numbers)"
 
 
 def window(values: Sequence[float]) -> Window:

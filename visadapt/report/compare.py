@@ -102,8 +102,10 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
             if outside := [value for value in values if value not in visible]:
                 at = visible.clip(outside[0])
                 right = at == visible.high
-                axes.annotate(_numbers(outside), (at, row), (-8 if right else 8, -3), textcoords="offset points",
-                              ha="right" if right else "left", fontsize=7)  # fmt: skip
+                # above the other marks of the row, if there are any
+                offset = (-8 if right else 8, 4 if inside else -3)
+                axes.annotate(_numbers(outside), (at, row), offset, textcoords="offset points", fontsize=7,
+                              ha="right" if right else "left")  # fmt: skip
         axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %{partial.get(name, '')}" for name in names])
         axes.axvline(0, color=look.ink, linewidth=0.8)
         axes.grid(axis="x")
