@@ -163,7 +163,7 @@ def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
     if not problems:
         return None
     tests = [r for r in all_tests if (r.network, r.problem) in problems]
-    scores = {}
+    scores: dict[str, float] = {}
     for name, runs in group_by(results, lambda r: r.contender).items():
         own = [r for r in tests if r.contender == name]
         if is_adapter(name) and {(r.network, r.problem) for r in own} == problems and _cost(own) <= MAX_TRAINED:

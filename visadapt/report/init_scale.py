@@ -70,8 +70,8 @@ def _curves(problems: Problems) -> Drawing:
         figure, (axes,) = look.panels(1, 3.4, title)
         for number, (case, group) in enumerate(problems.items()):
             by, start = _by_std(group), mean_score(next(iter(_by_std(group).values())))
-            ends = [[visible.clip(of(percent_scores(runs)) - start) for runs in by.values()] for of in (min, max)]
-            axes.fill_between(list(by), *ends, color=look.colour(number), alpha=0.15, linewidth=0)
+            low, high = ([visible.clip(of(percent_scores(runs)) - start) for runs in by.values()] for of in (min, max))
+            axes.fill_between(list(by), low, high, color=look.colour(number), alpha=0.15, linewidth=0)
             values = list(changes[case].values())
             clipped_line(axes, visible, list(by), values, number, label=", ".join(case), **look.series(number))
         axes.axvline(STABLE_STD, color=look.ink, linewidth=0.8, linestyle=":")
