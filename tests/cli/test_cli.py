@@ -553,7 +553,7 @@ WRONG = {
     "augmented texts": (
         "train {place}/tweets.tsv READS --augment --out {tmp}/o.visadapt",
         1,
-        "--augment applies to images only, and hf/{place}/bert takes texts",
+        "--augment has no effect: hf/{place}/bert takes texts",
     ),
     "metric of real values": (
         "train {place}/tweets.tsv READS --metric pearson --out {tmp}/o.visadapt",

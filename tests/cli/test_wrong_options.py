@@ -67,7 +67,9 @@ def options(command: str) -> Iterator[tuple[str, str]]:
         kinds = {kind, *get_args(kind)}
         if not isinstance(info, OptionInfo) or bool in kinds:
             continue
-        declared = [text for text in info.param_decls or () if text.startswith("--")]
+        # typer keeps the first of them as the default
+        spelt = (info.default, *(info.param_decls or ()))
+        declared = [text for text in spelt if isinstance(text, str) and text.startswith("--")]
         option = declared[0] if declared else f"--{name.replace('_', '-')}"
         for value in NUMBERS if kinds & {int, float} else PATHS if Path in kinds else WORDS:
             yield option, value
@@ -92,18 +94,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 HUGE = "9" * 30
 
 MEANT = {
-    *(("train", option, word) for option in ("--image", "--label", "--multi-label") for word in WORDS),  # of tables
-    *(("evaluate", option, word) for option in ("--image", "--label", "--delimiter", "--encoding") for word in WORDS),
-    *(("predict", option, word) for option in ("--text", "--delimiter", "--encoding") for word in WORDS),
     # what `run_experiment` refuses, which does not run here
     *(("experiment", option, word) for option in ("--engine", "--device") for word in WORDS),
-    *(("experiment", option, path) for option in ("--results", "--root") for path in PATHS),
+    *(("experiment", option, path) for option in ("--results",) for path in PATHS),
     ("experiment", "--processes", HUGE),
     *(("report", "--title", word) for word in WORDS),
     ("report", "--out", "{new}"),
     *((command, option, "") for command, option in (("predict", "--task"), ("serve", "--decider"))),  # "no file ."
     ("train", "--lr", HUGE),  # refused by the loss
-    *((command, "--root", path) for command in ("train", "evaluate") for path in PATHS),
     *((command, "--memory", HUGE) for command in ("train", "evaluate")),
     *((command, "--seed", "-1") for command in ("train", "evaluate")),
     ("train", "--task", "x" * 5000),
@@ -111,7 +109,7 @@ MEANT = {
     ("predict", "--top", HUGE),
     ("serve", "--max-wait-ms", HUGE),
 }
-"""Options that a folder of images does not need, and values that are possible after all."""
+"""Values that are possible after all."""
 
 
 def complaint(option: str, value: str, answer: Result) -> str:
