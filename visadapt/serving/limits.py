@@ -20,6 +20,11 @@ class Limits:
         inputs: samples per request.
         top: labels per sample of the answer.
         queue: samples that wait at the same time; further requests are refused as overloaded.
+
+    Examples:
+        >>> from visadapt.serving import Limits
+        >>> Limits(queue=64).queue
+        64
     """
 
     body: int = 64 << 20
