@@ -1,4 +1,4 @@
-"""What the evidence is measured with: sizes, epochs and precision by regime, data by option, and where results go."""
+"""What the evidence is measured with: sizes, epochs and precision by regime, and data by option."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visadapt.experiments import Contender, Experiment, Problem, Result, problem, run_experiment
+from visadapt.experiments import Contender, Problem, problem
 from visadapt.experiments.fair import fair_contender
-
-LARGE = 20_000_000
-"""Bytes from which the file of a finished task is deleted: that of full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Regime:
 
     Attributes:
         name: name that the results carry.
-        texts: training texts per problem, or all where there are fewer; of CoLA all.
+        texts: training texts per problem, or all where there are fewer.
         images: training images per problem, or all where there are fewer.
         validation: validation samples per problem.
         test: test samples per problem, or all where there are fewer.
@@ -28,7 +25,8 @@ class Regime:
         image_epochs: numbers of epochs to choose from.
         text_batch: texts per step.
         image_batch: images per step.
-        seeds: number of seeds.
+        seed_count: number of seeds.
+        whole: text sets of which all training texts are used.
     """
 
     name: str
@@ -41,7 +39,17 @@ class Regime:
     image_epochs: tuple[int, ...]
     text_batch: int = 16
     image_batch: int = 32
-    seeds: int = 5
+    seed_count: int = 5
+    whole: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds."""
+        return tuple(range(self.seed_count))
+
+    def contenders(self, names: Sequence[str], problem: Problem) -> tuple[Contender, ...]:
+        """Build contenders whose rate, epochs and activation are chosen on validation data of their own problem."""
+        return tuple(self.contender(name, problem) for name in names)
 
     def contender(self, name: str, problem: Problem) -> Contender:
         """Build a contender whose rate, epochs and activation are chosen on validation data, in bf16 autocast."""
@@ -60,10 +68,11 @@ class Regime:
 
 
 REGIMES = {
-    # two cores in the background of other work: about a day for the first stage
-    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9, 20), (5, 9)),
-    # one GPU: as much as the budget allows, in order of priority
-    "cuda": Regime("cuda", 4000, 4000, 500, 1500, 96, (10,), (10,), text_batch=32, image_batch=64, seeds=3),
+    # `python -m benchmarks.estimate` prints what the stages of a regime take; benchmarks/estimate.py has the formula
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3),
+    "cuda": Regime("cuda", 2000, 2000, 500, 1500, 64, (3, 9), (5, 9), text_batch=32, whole=("cola",)),
+    # a moment, to test the command; no evidence
+    "smoke": Regime("smoke", 48, 48, 20, 24, 16, (1, 2), (1, 2), seed_count=2),
 }
 
 
@@ -77,6 +86,7 @@ class Data:
         omniglot: zip file of the characters.
         elpv: zip file of the solar cells.
         vgg16: file of VGG-16's convolutions.
+        encoder: name of the backbone for texts; None to leave texts out.
     """
 
     glue: Path | None = None
@@ -84,6 +94,7 @@ class Data:
     omniglot: Path | None = None
     elpv: Path | None = None
     vgg16: Path | None = None
+    encoder: str | None = "bundled/minilm"
 
     def images(self, regime: Regime, network: str = "bundled/resnet50", **options: object) -> tuple[Problem, ...]:
         """Return problems on photographs, signs, clothes, digits, characters and solar cells."""
@@ -100,64 +111,23 @@ class Data:
 
     def texts(self, regime: Regime) -> tuple[Problem, ...]:
         """Return problems on questions, sentiment and grammar, then longer texts, then pairs of texts."""
-        glue = None if self.glue is None else str(self.glue)
+        if self.encoder is None:
+            return ()
+        encoder, glue = self.encoder, None if self.glue is None else str(self.glue)
         names = ["tweets", "products", "movies", "editorials"]
         if glue is not None:
-            names = ["trec", "tweets", "sst2", "products", "cola", "mrpc", "movies", "editorials", "rte"]
+            # the largest first: its chain of choices takes the longest
+            names = ["cola", "trec", "tweets", "sst2", "products", "mrpc", "movies", "editorials", "rte"]
         lengths = {"mrpc": 64, "rte": 64}
         sizes = {"validation": regime.validation, "test": regime.test}
         return tuple(
             problem(
-                "bundled/minilm",
+                encoder,
                 name,
-                train=None if name == "cola" else regime.texts,
+                train=None if name in regime.whole else regime.texts,
                 root=glue,
                 length=lengths.get(name, 32),
                 **sizes,
             )
             for name in names
         )
-
-
-@dataclass(frozen=True)
-class Lab:
-    """The folder, processes, device and regime that experiments run with.
-
-    Attributes:
-        folder: folder of the results.
-        processes: number of parallel processes.
-        device: device to compute on.
-        regime: sizes, epochs and precision.
-        deadline: value of ``time.time()`` from which no run is begun.
-    """
-
-    folder: Path
-    processes: int
-    device: str
-    regime: Regime
-    deadline: float | None = None
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """All seeds."""
-        return tuple(range(self.regime.seeds))
-
-    def run(self, experiment: Experiment) -> list[Result]:
-        """Compute the missing results of an experiment, and return all of them."""
-        results = run_experiment(
-            experiment,
-            self.folder,
-            processes=self.processes,
-            device=self.device,
-            regime=self.regime.name,
-            deadline=self.deadline,
-            say=lambda line: print(line, flush=True),
-        )
-        for file in (self.folder / "tasks").glob("*.visadapt"):
-            if file.stat().st_size > LARGE:
-                file.unlink()
-        return results
-
-    def contenders(self, names: Sequence[str], problem: Problem) -> tuple[Contender, ...]:
-        """Build contenders whose rate, epochs and activation are chosen on validation data of their own problem."""
-        return tuple(self.regime.contender(name, problem) for name in names)

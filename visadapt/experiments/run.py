@@ -35,6 +35,11 @@ class Run(ABC):
     def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
         """Compute the results of the missing keys, and yield each as soon as it is known."""
 
+    @property
+    def task_keys(self) -> tuple[str, ...]:
+        """The keys of the task files that it may keep; see `Workspace.task_file`."""
+        return ()
+
     def adopt(self, result: Result) -> Result:
         """Relabel a result of the same key from another experiment as this run's."""
         return result
@@ -71,6 +76,10 @@ class TrainingRun(Run):
         start = {} if self.start is None else {"start": self.start.task_key}
         described = {"problem": self.problem.described(), "contender": self.contender.described()}
         return key_of(**described, seed=self.seed, **start)
+
+    @property
+    def task_keys(self) -> tuple[str, ...]:
+        return (self.task_key,)
 
     @property
     def setting(self) -> str:
