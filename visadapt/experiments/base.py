@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -100,7 +99,6 @@ def run_experiment(
     workspace = Workspace(Path(results_folder), device, progress, regime, deadline)
     open_executor = get_engine(engine)
     record = Record(results_folder)
-    numbers = itertools.count(1)
     number = 0
 
     def numbered(result: Result) -> None:
