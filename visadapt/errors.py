@@ -46,9 +46,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; there is: {shown}"
 
 
-def option(name: str) -> str:
-    """Spell an option as the caller gives it: ``text=`` to a function, ``--text`` on the command line."""
-    return f"--{name.replace('_', '-')}" if _COMMAND_LINE.get() else f"{name}="
+def option(name: str, value: str = "") -> str:
+    """Spell an option as the caller gives it: ``text=`` to a function, ``--text VALUE`` on the command line.
+
+    Args:
+        name: the parameter of the function.
+        value: what stands for its value on the command line.
+    """
+    return f"--{name.replace('_', '-')} {value}".rstrip() if _COMMAND_LINE.get() else f"{name}="
 
 
 def setting(name: str, value: object) -> str:

@@ -129,7 +129,7 @@ def experiment(
     get_engine(engine)
     if engine == "local":
         check_device(device or "cpu")
-    for line in lines:
+    for line in (*map(_sizes, problems if comparing else ()), *lines):
         say(line)
     made = [
         result
@@ -140,6 +140,15 @@ def experiment(
     if comparing:
         for table in paired_tables(made):
             show(table)
+
+
+def _sizes(problem: Problem) -> str:
+    data = problem.splits
+    train, validation = (0 if part is None else len(part) for part in (data.train, data.validation))
+    return (
+        f"{problem.backbone} {problem.name}: {train:,} training, {validation:,} validation and {len(data.test):,} test "
+        f"samples of {len(data.classes)} classes"
+    )
 
 
 def _problem(text: str, root: Path | None, given: dict[str, int | None], changed: dict[str, str | None]) -> Problem:
