@@ -165,14 +165,15 @@ def _innermost(value: Any, hint: Any, name: str) -> tuple[Any, Any, str]:
         origin, inner = get_origin(one), get_args(one)
         if not isinstance(origin, type) or isinstance(value, str | bytes) or not isinstance(value, origin):
             continue
+        held: Any = value
         if issubclass(origin, Mapping):
-            for key, element in value.items():
+            for key, element in held.items():
                 if not matches(key, inner[0]):
                     return key, inner[0], f"a key of {name}"
                 if not matches(element, inner[1]):
                     return _innermost(element, inner[1], f"{name}[{key!r}]")
         elif issubclass(origin, AbstractSequence) and (origin is not tuple or inner[-1] is ...):
-            for index, element in enumerate(value):
+            for index, element in enumerate(held):
                 if not matches(element, inner[0]):
                     return _innermost(element, inner[0], f"{name}[{index}]")
     return value, hint, name
