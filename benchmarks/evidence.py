@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -39,10 +39,10 @@ from visadapt.experiments import (
     InitScale,
     Modality,
     Problem,
-    Sequence,
     Tradeoff,
     Transfer,
 )
+from visadapt.experiments import Sequence as LearnInTurn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,7 +52,7 @@ BARS = {
     "image": (FULL, "linear probe", "bottleneck m=8", "convadapter", "bottleneck m=32"),
     "text": (FULL, "linear probe", "bottleneck m=8", "lora r=8", "bottleneck m=32"),
 }
-"""What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning."""
+"""What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning; the first three first."""
 
 MORE = {
     "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
@@ -75,9 +75,8 @@ def by_modality(data: Data, regime: Regime) -> list[tuple[Problem, ...]]:
     return [problems for problems in (data.texts(regime), data.images(regime)) if problems]
 
 
-def compared(data: Data, regime: Regime, names: Mapping[str, tuple[str, ...]]) -> Iterator[Compare]:
-    """Compare contenders on all problems, seed by seed."""
-    problems = alternating(data, regime)
+def compared(problems: Sequence[Problem], regime: Regime, names: Mapping[str, tuple[str, ...]]) -> Iterator[Compare]:
+    """Compare contenders on problems, seed by seed."""
     for count in range(1, len(regime.seeds) + 1):
         for each in problems:
             contenders = regime.contenders(names[each.modality], each)
@@ -86,7 +85,10 @@ def compared(data: Data, regime: Regime, names: Mapping[str, tuple[str, ...]]) -
 
 
 def bars(data: Data, regime: Regime) -> Iterator[Experiment]:
-    yield from compared(data, regime, BARS)
+    problems = alternating(data, regime)
+    if regime.first is not None:
+        yield from compared(problems[: regime.first], regime, {each: names[:3] for each, names in BARS.items()})
+    yield from compared(problems, regime, BARS)
 
 
 def transfer(data: Data, regime: Regime) -> Iterator[Experiment]:
@@ -98,7 +100,7 @@ def transfer(data: Data, regime: Regime) -> Iterator[Experiment]:
 def sequence(data: Data, regime: Regime) -> Iterator[Experiment]:
     for problems in by_modality(data, regime):
         bottleneck, full = (regime.settled(name, problems[0]) for name in ("bottleneck m=8", FULL))
-        yield Sequence(problems[:6], (bottleneck,), full, regime.seeds[:3])
+        yield LearnInTurn(problems[:6], (bottleneck,), full, regime.seeds[:3])
 
 
 def modality(data: Data, regime: Regime) -> Iterator[Experiment]:
@@ -140,7 +142,7 @@ RANDOM = ("timm/convnext_atto", "timm/vit_tiny_patch16_224")
 
 
 def more_methods(data: Data, regime: Regime) -> Iterator[Experiment]:
-    yield from compared(data, regime, MORE)
+    yield from compared(alternating(data, regime), regime, MORE)
 
 
 STAGES: tuple[Stage, ...] = (

@@ -98,7 +98,7 @@ class Lab:
         self.failed.append(f"{type(error).__name__}: {error}")
         print(f"failed: {self.failed[-1]}", flush=True)
 
-    def _tidy(self, runs: Sequence[Run]) -> None:
+    def _tidy(self, experiment: object, runs: Sequence[Run]) -> None:
         for key in {key for run in runs for key in run.task_keys}:
             file = self.folder / "tasks" / f"{key}.visadapt"
             if file.is_file() and file.stat().st_size > LARGE:

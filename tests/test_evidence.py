@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,6 @@ def test_other_data_is_used_if_given(tmp_path):
     mirrored = {name for name, augment in images.items() if augment == "shift and mirror"}
     assert mirrored == {"cifar10", "fashion-mnist", "cells"}
     assert None not in images.values()
-    assert next(p for p in problems if p.name == "cola").train is None
 
 
 def test_texts_are_left_out_without_their_backbone():
@@ -107,10 +107,13 @@ def test_full_fine_tuning_is_really_trained():
 @pytest.mark.parametrize("regime", ["cpu", "cuda"])
 def test_a_partial_run_is_balanced_over_problems(tmp_path, regime):
     experiments = requested(all_data(tmp_path), regime, [evidence.bars])
-    order = [(experiment.problems[0].name, len(experiment.seeds)) for experiment in experiments]
+    everything = [experiment for experiment in experiments if len(experiment.contenders) == len(BARS["text"])]
+    order = [(experiment.problems[0].name, len(experiment.seeds)) for experiment in everything]
     names = [name for name, count in order if count == 1]
     assert len(names) == 9 + 6
     assert order == [(name, count) for count in range(1, REGIMES[regime].seed_count + 1) for name in names]
+    first = experiments[: len(experiments) - len(everything)]
+    assert [experiment.problems[0].name for experiment in first] == names[: REGIMES[regime].first or 0] * 3
     assert REGIMES[regime].seed_count >= 3
     assert {experiment.split for experiment in experiments} == {"both"}
 
@@ -214,14 +217,17 @@ def test_a_folder_of_minilm_gives_the_results_of_the_bundled_one(tmp_path, monke
 
 
 def test_the_estimate_follows_the_stream(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["estimate", "--regime", "cuda", "--processes", "14", "--only", "bars"])
+    regime = REGIMES["cuda"]
+    problems = Data().images(regime)[:1]
+    alone, shared = (estimate.simulate(evidence.compared(problems, regime, BARS), regime, n) for n in (1, 4))
+    assert list(shared.reached) == [f"5 contenders, {count} seeds" for count in range(1, 6)]
+    assert list(shared.reached.values()) == sorted(shared.reached.values())
+    least = len(BARS["image"]) * (3 + regime.seed_count)
+    assert least < alone.trained == shared.trained < 2 * least
+    assert alone.now / 4 < shared.now < alone.now
+    monkeypatch.setattr("sys.argv", ["estimate", "--regime", "cpu", "--only", "transfer"])
     estimate.main()
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("bars: ")
-    trained = int(line.split()[1])
-    problems = Data().texts(REGIMES["cuda"]) + Data().images(REGIMES["cuda"])
-    least = sum(len(BARS[each.modality]) * (3 + REGIMES["cuda"].seed_count) for each in problems)
-    assert least < trained < 2 * least
+    assert re.search(r"transfer, all: 75 training runs, [\d,]+ s = \d+\.\d h", capsys.readouterr().out)
 
 
 def run_main(monkeypatch, *arguments) -> None:

@@ -16,7 +16,7 @@ from visadapt import VisadaptError
 from visadapt.experiments import Compare, Transfer
 from visadapt.experiments.executors import Ended, Executor
 from visadapt.experiments.record import Record, Result
-from visadapt.experiments.run import Run, TrainingRun
+from visadapt.experiments.run import TrainingRun
 from visadapt.experiments.stream import Plan, Stream
 from visadapt.experiments.train import Workspace
 
@@ -114,7 +114,7 @@ def test_a_result_that_two_experiments_need_is_computed_once(tmp_path: Path) -> 
 def test_complete_experiments_are_told(tmp_path: Path) -> None:
     told: list[list[str]] = []
 
-    def complete(runs: list[Run]) -> None:
+    def complete(experiment: Any, runs: Any) -> None:
         told.append([run.contender.name for run in runs if isinstance(run, TrainingRun)])
 
     plans = [Compare((small(),), (ONE,), (0,)), Compare((small(),), (TWO,), (0,)), Compare((small(),), (ONE,), (0,))]

@@ -100,8 +100,16 @@ class TrainingRun(Run):
 
     def measured(self, model: nn.Module, seconds: float, workspace: Workspace) -> Result:
         """Measure a model that was trained for so many seconds."""
+        return self.scored(model, seconds, workspace, self.costs(model, seconds, workspace))
+
+    def costs(self, model: nn.Module, seconds: float, workspace: Workspace) -> dict[str, int]:
+        """Count the trained task's parameters and the bytes of its file."""
+        return costs(model, self.problem.name, seconds, workspace.task_file(self.task_key))
+
+    def scored(self, model: nn.Module, seconds: float, workspace: Workspace, task_costs: dict[str, int]) -> Result:
+        """Measure a model whose costs are known."""
         score = measure(model, self.problem.name, self.problem, self.split, workspace)
-        return self.result(self.key, score, seconds, workspace, costs(model, self.problem.name, seconds))
+        return self.result(self.key, score, seconds, workspace, task_costs)
 
     def result(
         self, key: str, score: float, seconds: float, workspace: Workspace, task_costs: dict[str, int]
@@ -180,9 +188,10 @@ class BothSplits(TrainingRun):
 
     def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
         model, seconds = self.trained(workspace)
+        task_costs = self.costs(model, seconds, workspace)
         for run in self._measurements():
             if run.key in missing:
-                yield run.measured(model, seconds, workspace)
+                yield run.scored(model, seconds, workspace, task_costs)
 
 
 @dataclass(frozen=True)

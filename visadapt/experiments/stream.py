@@ -34,7 +34,7 @@ class Stream:
         executor: executes the runs.
         workspace: passed to the runs.
         say: called with each new result.
-        complete: called with the runs of each experiment of which no result is missing.
+        complete: called with each experiment of which no result is missing, and its runs.
         fail: called with a run that failed, and its error; None to raise it.
     """
 
@@ -46,7 +46,7 @@ class Stream:
         workspace: Workspace,
         *,
         say: Callable[[Result], None],
-        complete: Callable[[Sequence[Run]], None] = lambda runs: None,
+        complete: Callable[[Experiment, Sequence[Run]], None] = lambda experiment, runs: None,
         fail: Callable[[Run, Exception], None] | None = None,
     ) -> None:
         self.record, self.executor, self.workspace = record, executor, workspace
@@ -90,7 +90,7 @@ class Stream:
                 plan.ask()
         for plan in [plan for plan in self._open if not plan.lacking]:
             self._open.remove(plan)
-            self.complete([run for run, _ in plan.runs])
+            self.complete(plan.experiment, [run for run, _ in plan.runs])
 
     def _begin(self) -> None:
         """Begin runs while there are places and known runs."""

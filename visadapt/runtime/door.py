@@ -7,9 +7,10 @@ Otherwise it runs one task at a time on that task's samples and the outputs are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import is_cache, leaves
@@ -39,6 +40,8 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         tasks = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
+        if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, registry, tasks, args, kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
@@ -90,6 +93,13 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
                 # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, facts, args, kwargs)
+
+
+READS_CONTEXT = torch.__version__ >= "2.14"
+"""Whether the compiler reads in a graph which task is meant. Where it cannot, its graphs are torn at every host, where
+a batch's composition is no longer known, and a mixed batch is not compiled."""
+
+_uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
 
 
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
