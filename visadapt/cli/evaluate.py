@@ -79,8 +79,13 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
+<<<<<<< HEAD
     noted = TableOptions().over(spec.notes.get("table")).given
     options = table.given
+=======
+    options = table.given
+    options["noted"] = TableOptions().over(spec.notes.get("table")).given
+>>>>>>> integration
     if root is not None:
         options["root"] = root
     if online:

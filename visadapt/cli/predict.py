@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -88,7 +89,12 @@ def predict(
     if all(problem_of(spec) == "regression" for spec in tasks(model).values()):
         refuse_unused("a regression answers with all its values", "top")
     if seen.pop():
+<<<<<<< HEAD
         refuse_unused(f"{_named(task)} images", "text", "header", "delimiter", "encoding")
+=======
+        if table.given:
+            raise VisadaptError(f"--{next(iter(table.given))} must be left out: it has no meaning for image files")
+>>>>>>> integration
         names = _images(inputs)
     else:
         noted = tasks(model)[next(iter(prepared))].notes.get("table")
@@ -165,7 +171,7 @@ def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
 
 
 def _lines(place: str, encoding: str) -> list[str]:
-    if place != "-" and not Path(place).is_file():
+    if place != "-" and not os.path.isfile(place):
         raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
     text = sys.stdin.read() if place == "-" else read_text(Path(place), encoding)
     # split as training files are: a form feed or a U+2028 is part of a text

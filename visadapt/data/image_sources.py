@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+<<<<<<< HEAD
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+=======
+import os
+from collections.abc import Iterator, Mapping, Sequence
+>>>>>>> integration
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,9 @@ _OF_DATASETS = ("image", "label", "regression", "multi_label")
 
 _OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
 """Options that describe a table."""
+
+_OF_DATASETS = ("image", "label", "regression", "multi_label")
+"""Options of tables that data sets of the ``datasets`` library take too."""
 
 _TRAIN_FLAG = {"train": True}, {"train": False}
 
@@ -58,6 +66,7 @@ def find(
 
     Args:
         data: as `visadapt.data.load_images` takes it.
+<<<<<<< HEAD
         root: as there.
         download: as there.
         classes: as there.
@@ -83,14 +92,46 @@ def find(
         return find_in_datasets(data, name, classes, described, online)
     if name in BUNDLED:
         reading((), f"{name} comes with the package")
+=======
+        root: see there.
+        download: see there.
+        classes: see there.
+        online: see there.
+        noted: options of the table that a task was trained on, for data that take them.
+        **columns: options of a table, which are refused where the data do not take them.
+
+    Raises:
+        VisadaptError: there is no such data set, its layout is not understood, or it does not take an option.
+    """
+    described = _columns(root, columns, noted or {})
+    if not isinstance(data, str | Path):
+        described.check_used("a data set of the datasets library", _OF_DATASETS)
+        return find_in_datasets(data, "the data set", classes, described)
+    name = str(data)
+    if name in (*_BUNDLED, "digits"):
+        # a root may be meant for others of several data sets
+        described.check_used(f"the data set {name!r}", ("root",))
+>>>>>>> integration
         bundled.warn_of_namesake(name)
         return _digits() if name == "digits" else _bundled(name)
     if name.startswith("torchvision/"):
+<<<<<<< HEAD
         reading(("root",), f"{name} is a data set of torchvision")
         return _torchvision(name, root, download)
     path = Path(name)
     if not path.exists():
         known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
+=======
+        described.check_used(f"the data set {name!r}", ("root",))
+        return _torchvision(name, root, download)
+    path = Path(name)
+    if name.startswith("hf/") or is_stored(path):
+        described.check_used(f"the data set {name!r}", _OF_DATASETS)
+    if name.startswith("hf/"):
+        return find_in_datasets(name, name, classes, described, online)
+    if not os.path.exists(path):
+        known = (*_BUNDLED, "digits", "torchvision/CIFAR10", *_siblings(path))
+>>>>>>> integration
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):
         return find_in_datasets(path, path.name, classes, reading(_OF_DATASETS, f"{name} is not a table"))
@@ -108,7 +149,15 @@ def _siblings(path: Path) -> Iterator[str]:
         return
 
 
+<<<<<<< HEAD
 def _check_known(given: Iterable[str]) -> None:
+=======
+def _columns(root: str | Path | None, given: dict[str, Any], noted: Mapping[str, Any]) -> ImageColumns:
+    explicit = [name for name, value in given.items() if value not in (None, False)]
+    explicit += [] if root is None else ["root"]
+    given = {**noted, **given}
+    taken = ("image", "label", "header", "delimiter", "encoding", "regression", "multi_label")
+>>>>>>> integration
     for name in given:
         if name not in ("root", *_OF_TABLES):
             what = "applies to texts only, and these are images" if name == "text" else "is not an option of image data"
@@ -119,8 +168,13 @@ def _columns(given: Mapping[str, Any]) -> ImageColumns:
     form = {name: given[name] for name in ("header", "delimiter", "encoding") if name in given}
     places = {name: given[name] for name in ("image", "label") if name in given}
     targets = Targets(bool(given.get("regression")), given.get("multi_label"))
+<<<<<<< HEAD
     root = given.get("root")
     return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets)
+=======
+    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets,
+                        given=tuple(explicit))  # fmt: skip
+>>>>>>> integration
 
 
 def _bundled(name: str) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,41 @@ _SENTIMENT = ("negative", "neutral", "positive")
 TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 
 
+<<<<<<< HEAD
+=======
+@dataclass(frozen=True)
+class _Preset:
+    """File format of a well-known data set: columns, label names, encoding."""
+
+    text: Column | tuple[Column, Column]
+    label: Column
+    classes: dict[str, str]
+    header: bool = True
+    encoding: str = "utf-8-sig"
+    delimiter: str = "\t"
+
+
+_PRESETS = {
+    "sst2": _Preset("sentence", "label", {"0": "negative", "1": "positive"}),
+    "cola": _Preset(3, 1, {"0": "unacceptable", "1": "acceptable"}, header=False),
+    "mrpc": _Preset(("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}),
+    "rte": _Preset(("sentence1", "sentence2"), "label", {c: c for c in ("entailment", "not_entailment")}),
+    # the distributed file names the labels, `DESC:manner How did …`; some copies number them, `0 How did …`
+    "trec": _Preset(
+        1,
+        0,
+        dict(zip("012345", ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"), strict=True)),
+        header=False,
+        encoding="latin-1",
+        delimiter=" ",
+    ),
+}
+
+KNOWN = (*_BUNDLED, *_PRESETS)
+"""Data sets that are known by name; how they are written is known too."""
+
+
+>>>>>>> integration
 @dataclass(frozen=True, eq=False)
 class TextSplit:
     """Texts with their labels.
@@ -139,6 +175,7 @@ def load_text(
         The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
 
     Raises:
+<<<<<<< HEAD
         VisadaptError: there is no such data set, file or column, a line has too few columns or no label, a split has a
             label that is not one of the classes, or an option has no effect on this data set.
 
@@ -159,6 +196,19 @@ def load_text(
     taken, what = options_of(name_or_path, root)
     check_unused(sorted((used | ({"regression"} if regression else set())) - taken), what)
     if name in BUNDLED:
+=======
+        VisadaptError: there is no such data set, file or column, an option of tables is given for one that is known by
+            name, a line has too few columns or no label, or a split has
+            a label that is not one of the classes.
+    """
+    name = str(name_or_path) if isinstance(name_or_path, str | Path) else "the data set"
+    if name in KNOWN:
+        columns = {"text": text, "label": label != "label", "header": not header, "delimiter": delimiter,
+                 "encoding": encoding != "utf-8-sig", "regression": regression, "multi_label": multi_label}  # fmt: skip
+        if unused := [key for key, value in columns.items() if value not in (None, False)]:
+            raise VisadaptError(f"{option(unused[0])} must be left out: it has no meaning for the data set {name!r}")
+    if name in _BUNDLED:
+>>>>>>> integration
         bundled.warn_of_namesake(name)
         return _bundled(name)
     targets = Targets(regression, multi_label)
@@ -178,11 +228,17 @@ def load_text(
         parts = open_dataset(source, name, online, config)
         splits, targets, own = _of_datasets(parts, name, text, label, targets)
         return _completed(name, splits, seed, targets, known or own, whole)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
+<<<<<<< HEAD
     if not path.is_file():
         there = [p.name for p in path.parent.iterdir() if is_table(p)] if path.parent.is_dir() else []
         known_names = (*BUNDLED, *PRESETS, "hf/NAME", *there)
+=======
+    if not os.path.isfile(path):
+        there = [p.name for p in path.parent.iterdir() if is_table(p)] if os.path.isdir(path.parent) else []
+        known_names = (*KNOWN, "hf/NAME", *there)
+>>>>>>> integration
         raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")
     return _completed(path.name, {"train": reader.read(path)}, seed, targets, known, whole, where=str(path))
 
