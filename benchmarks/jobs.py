@@ -57,6 +57,7 @@ JOBS = (
     Job("train_step", {"size": "224"}, 3, {"batch": "64"}),
     Job("encoder_step", {}, 3, {"batch": "32"}),
     Job("inference", {}, 7, {"batch": "64"}),
+    Job("precision", {}, 1),
     Job("mixed_batches", {"tasks": "8"}, 11),
     Job("mixed_batches", {"tasks": "64"}, 5),
     Job("prefix", {}, 3, {"images": "512", "batch": "64"}),

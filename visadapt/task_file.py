@@ -21,6 +21,7 @@ from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
 from visadapt.frozen.precision import precision_notes
 from visadapt.methods import METHODS
+from visadapt.methods.layers import undrawn
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
@@ -209,8 +210,8 @@ def load(
         check_shapes(facts, spec, placements, tensors)
     except VisadaptError as error:
         raise VisadaptError(f"{path}: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        # what is drawn here is overwritten: the caller's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]), undrawn():
+        # what is drawn here all the same is overwritten: the caller's random numbers stay as they were
         plan = new_plan(facts, spec, placements)
     _fill(path, plan.parts, tensors)
     commit(facts, plan).digests = digests

@@ -27,6 +27,12 @@ which every norm's weight needs a gradient and so its input is kept; *bfloat16 k
 """
 
 
+PRECISION = """Backbones kept in fewer bytes by `visadapt.lean` (`compute=torch.bfloat16`, `weights="int8"`), with a
+task that was trained in float32. The memory is that of the whole backbone, as a fraction of float32's. The bundled
+ResNet-50 is stored as 8-bit codes with a scale per output channel itself, so that int8 rounds none of its weights
+again; MiniLM is stored in float32."""
+
+
 def section(path: Path) -> str:
     """Make the section for one file of results."""
     rows = read(path)
@@ -45,6 +51,7 @@ def section(path: Path) -> str:
     if reasons:
         parts += ["Missed goals and their reasons (profiles below):"]
         parts += ["\n".join(f"* **{'; '.join(figures)}.** {why}" for why, figures in reasons.items())]
+    parts += precisions(rows)
     profiles: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         if row["figure"].startswith("profile: "):
@@ -52,10 +59,30 @@ def section(path: Path) -> str:
             profiles.setdefault(f"{contender}; {row['setting']}", []).append((operator, formatted(row)[0]))
     for step, shares in profiles.items():
         parts += [f"Profile of a step ({step}):", Table(("operator", "share"), shares).markdown()]
-    hidden = ("profile: ", TOOK)
+    hidden = ("profile: ", "precision: ", TOOK)
     others = [(r["figure"], r["setting"], *formatted(r)) for r in rows if not r["figure"].startswith(hidden)]
     parts += ["All measurements:", Table(("figure", "measured on", "median", "quartiles"), others).markdown()]
     return "\n\n".join(parts)
+
+
+def precisions(rows: list[dict[str, str]]) -> list[str]:
+    """Make the table of backbones kept in fewer bytes, beside fp32."""
+    measures = [
+        "accuracy",
+        "other answers than float32",
+        "largest difference of a logit / standard deviation of logits",
+        "memory of the backbone",
+    ]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        kind, _, rest = row["figure"].partition(": ")
+        if kind == "precision":
+            measure, _, precision = rest.removesuffix(" / float32").rpartition(", ")
+            cells.setdefault((row["setting"], precision), {})[measure] = formatted(row)[0]
+    if not cells:
+        return []
+    body = [(*key, *(found.get(measure, "–") for measure in measures)) for key, found in cells.items()]
+    return [PRECISION, Table(("task", "precision", *measures), body).markdown()]
 
 
 def page() -> str:

@@ -116,6 +116,16 @@ def test_weights_that_cannot_be_read_are_named(tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize("kind", [Int8, Flattened, Opaque])
+def test_nothing_is_merged_into_quantised_weights(kind):
+    model = vit(kind)
+    visadapt.inject(model, visadapt.LoRA(r=2), task="t", num_classes=3, where="*.mlp.fc1", norms="frozen")
+    with pytest.raises(
+        visadapt.VisadaptError, match=rf"nothing can be merged into blocks\.\S+, which is stored as a {kind.__name__}"
+    ):
+        visadapt.merge(model, "t")
+
+
 def per_channel(scale):
     return torch.quantize_per_channel(
         torch.ones(2, 3), torch.tensor([scale, 1.0]), torch.zeros(2).long(), 0, torch.qint8

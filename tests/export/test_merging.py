@@ -333,8 +333,8 @@ def test_in_place_and_back_bit_for_bit(name, train) -> None:
     assert visadapt.active(model) == ("task", "other")
     model.eval()
     assert torch.equal(output(model, inputs), mixed)
-    with pytest.raises(VisadaptError, match=r"2 tasks .* batch of 1"):
-        output(model, {key: value[:1] for key, value in inputs.items()})
+    with pytest.raises(VisadaptError, match=r"2 tasks .* batch of 3"):
+        output(model, {key: torch.cat([value, value])[:3] for key, value in inputs.items()})
     for task, expected in answers.items():
         assert torch.equal(answer(model, inputs, task), expected)
     handle.remove()

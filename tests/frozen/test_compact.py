@@ -17,8 +17,10 @@ import visadapt
 from visadapt.backbone.compact import Compact, mapped, quantised
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import own_modules
+from visadapt.export.program import export
 from visadapt.frozen.precision import NOTE
 from visadapt.task_file import read
+from visadapt.training import Recipe, fit
 
 BF16, INT8, BOTH = {"compute": torch.bfloat16}, {"weights": "int8"}, {"compute": torch.bfloat16, "weights": "int8"}
 
@@ -417,3 +419,34 @@ def test_quantisation_and_the_mapped_file():
     first, second = mapped([weight, weight[1:2].half()])
     assert torch.equal(first, weight)
     assert torch.equal(second, weight[1:2].half())
+
+
+@pytest.mark.parametrize("options", [BF16, INT8, BOTH], ids=["bfloat16", "int8", "both"])
+def test_fast_training_is_as_without_codes_up_to_rounding(options):
+    """Autocast of ``fast`` on top of compact weights: the same task is learnt, in fp32 parameters."""
+    labels = torch.tensor([0, 1, 2])
+    recipe = Recipe(epochs=2, batch_size=3, lr=1e-3, fast=True, head_first=False)
+    found = []
+    for own in ({}, options):
+        model = injected()
+        if own:
+            visadapt.lean(model, **own)
+        before = {key: value.clone() for key, value in model.state_dict().items() if "visadapt" not in key}
+        fit(model, "t", (IMAGES, labels), recipe=recipe, seed=0)
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert all(p.dtype == torch.float32 for p in visadapt.parameters(model, "t"))
+        found.append(torch.cat([p.detach().flatten() for p in visadapt.parameters(model, "t")]))
+    assert off(found[1], found[0]) < 0.02
+
+
+@pytest.mark.parametrize("options", [BF16, INT8, BOTH], ids=["bfloat16", "int8", "both"])
+def test_exported_programs_answer_as_the_compact_model(options, tmp_path):
+    model = visadapt.lean(injected(), **options)
+    with torch.no_grad():
+        expected = model(IMAGES)
+    file = export(model, tmp_path / "t.pt2", task="t", example=IMAGES)
+    found = torch.export.load(file).module()(IMAGES)
+    assert off(found, expected) < 0.02
+    with pytest.raises(visadapt.VisadaptError, match=r"call visadapt\.unlean"):
+        visadapt.merge(model, "t")

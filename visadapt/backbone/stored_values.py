@@ -42,6 +42,11 @@ def plain_tensors(tensor: Tensor, name: str) -> list[Tensor]:
     return [tensor]
 
 
+def is_stored_otherwise(tensor: Tensor) -> bool:
+    """Return whether a subclass of tensor keeps its values in other tensors of this process, as torchao's do."""
+    return not hasattr(tensor, "full_tensor") and (bool(_inner_tensors(tensor)) or _is_opaque(tensor))
+
+
 def packed_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in a module's attributes that TorchScript objects hold, as torch.ao's quantised layers do.
 

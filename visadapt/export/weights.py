@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import joined
+from visadapt.backbone.stored_values import is_stored_otherwise
 from visadapt.errors import VisadaptError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -41,8 +42,19 @@ class Weights:
         return module._parameters.get(name) is not None or module._buffers.get(name) is not None
 
     def read(self, module: nn.Module, name: str) -> Tensor:
-        """The present value of a tensor, in float64."""
-        return self.present(module, name).double()
+        """The present value of a tensor, in float64.
+
+        Raises:
+            VisadaptError: its values are stored in other tensors, as those of a quantised weight are.
+        """
+        present = self.present(module, name)
+        if is_stored_otherwise(present):
+            paths = {module: path for path, module in self.plain.named_modules()}
+            raise VisadaptError(
+                f"nothing can be merged into {joined(paths.get(module, ''), name)}, which is stored as a "
+                f"{type(present).__name__}: merge tasks of a backbone that is not quantised"
+            )
+        return present.double()
 
     def present(self, module: nn.Module, name: str) -> Tensor:
         """The same, in its own dtype if nothing was written to it yet."""

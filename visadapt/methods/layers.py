@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +68,27 @@ class Pointwise(nn.Module):
         return f"{inputs}, {outputs}, layout={self.layout}, bias={self.bias is not None}"
 
 
+_UNDRAWN: ContextVar[bool] = ContextVar("visadapt_undrawn", default=False)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Leave the values of what is built within undefined where they would be drawn: those of a file replace them."""
+    token = _UNDRAWN.set(True)
+    try:
+        yield
+    finally:
+        _UNDRAWN.reset(token)
+
+
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, std: float) -> None:
     """Fill with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
 
     Unlike rejection it takes one random number an element, and a fraction of the time.
     """
-    if weight.is_meta:
-        # torch has no kernels for this there, and interprets each operation in Python
+    if weight.is_meta or _UNDRAWN.get():
+        # torch has no kernels for this on the meta device, and interprets each operation in Python
         return
     bound = math.erf(2 / math.sqrt(2))
     weight.uniform_(-bound, bound).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)
