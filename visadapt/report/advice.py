@@ -132,7 +132,8 @@ def advice(results: Sequence[Result]) -> Table | None:
     headings = ("network", "take", "of backbone", "file", "points", "95 % interval", "against full fine-tuning", "on")
     title = (
         "The smallest adapter that is better than full fine-tuning on test data, else the smallest that is surely "
-        f"within {MAX_LOSS:g} point of it, else the one that comes nearest; points are differences from full fine-tuning"
+        f"within {MAX_LOSS:g} point of it, else the one that comes nearest; points are differences from full "
+        "fine-tuning"
     )
     return Table(headings, rows, title) if rows else None
 
