@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from visadapt.backbone.batch import is_cache, leaves
+from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 
@@ -16,15 +17,21 @@ _TRIES = 3
 
 
 class KnownBatches:
-    """Row facts by signature of the batch: its structure, its dtypes and its sizes beside the number of samples.
+    """Row facts of what enters by one method, by signature of the batch.
+
+    A signature is the batch's structure, its dtypes and its sizes beside the number of samples.
 
     Where batches of two sizes, alike in all else, were found to be alike in their facts, these hold for every size.
+
+    Args:
+        entry: the method.
 
     Attributes:
         hosts: facts that hold for all batches that were met, by path of the module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entry: Entry = WHOLE) -> None:
+        self._entry = entry
         self.hosts: dict[str, HostRows] = {}
         self._exact: dict[Any, RowFacts] = {}
         self._general: dict[Any, RowFacts] = {}
@@ -55,7 +62,7 @@ class KnownBatches:
         if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(given)) and kind in self._kinds:
             # of tensors without values nothing can be found out
             return self._kinds[kind]
-        found = examine(model, given, samples, classes)
+        found = examine(model, given, samples, classes, self._entry)
         self._tries[exact] = self._tries.get(exact, 0) + 1
         if len(self._exact) >= 1024:
             self._exact.clear()

@@ -1,44 +1,46 @@
-"""Where a batch of mixed tasks enters: the whole model's forward, in one pass or one task at a time.
-
-Which rows are whose is known of every kind of batch before the first of that kind runs (see
-`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
-runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
-outputs are put together: always right, only slower.
-"""
+"""Where a batch of mixed tasks enters: the whole model's forward, or another method of it or of a module in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import update_wrapper
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from visadapt.backbone.batch import is_cache, leaves
-from visadapt.backbone.heads import width_of
-from visadapt.backbone.modules import CHILD, REGISTRY
-from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.entry import Entry
+from visadapt.backbone.known_batches import KnownBatches
+from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
+from visadapt.runtime.blocks import frames
 from visadapt.runtime.choice import AUTO
-from visadapt.runtime.composition import Composition, composed
-from visadapt.runtime.division import Division, UnfitError
-from visadapt.runtime.registry import Mixed, Parts, Registry
-from visadapt.runtime.weights import changes
+from visadapt.runtime.divided import TRYING, run_batch, trying
+from visadapt.runtime.registry import Mixed, Registry
 
 
-class CacheError(VisadaptError):
-    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+class OutsideError(VisadaptError):
+    """A module with parts was called with a batch of mixed tasks whose rows are not known."""
 
 
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
-    """A subclass of a whole model's whose forward takes batches of mixed tasks."""
+    """A subclass whose forward and other methods take batches of mixed tasks.
+
+    Args:
+        plain: the class of a whole model, or of a module in it with hosts inside.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         registry: Registry | None = self.__dict__.get(REGISTRY)
-        tasks = None if registry is None else registry.current()
-        if registry is None or not is_outside(tasks):
+        if registry is None:
+            return _entered(self, "forward", plain.forward, args, kwargs)
+        tasks = registry.current()
+        if not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
@@ -46,7 +48,51 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         return enter(self, registry, tasks, args, kwargs)
 
     forward.__wrapped__ = plain.forward  # type: ignore[attr-defined]
-    return subclass(plain, door_class, forward=forward)
+    return subclass(plain, door_class, **_methods(plain), forward=forward)
+
+
+def _methods(plain: ModuleClass) -> dict[str, Any]:
+    """The public methods of a class, each one that batches may enter by."""
+    found: dict[str, Any] = {}
+    for base in reversed(plain.__mro__):
+        if base in nn.Module.__mro__:
+            continue
+        for name, own in vars(base).items():
+            found.pop(name, None)
+            usual = isinstance(own, FunctionType) and not name.startswith("_") and not hasattr(nn.Module, name)
+            if usual and not (inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own)):
+                found[name] = _method(name, own)
+    return found
+
+
+def _method(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _entered(self, name, own, args, kwargs)
+
+    return update_wrapper(method, own)
+
+
+def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A method of a module by which a batch may enter."""
+    registry: Registry | None
+    registry, path = module.__dict__.get(ENTERED) or (module.__dict__.get(REGISTRY), "")
+    if is_tracing() or registry is None or module.__dict__.get("_is_replica") or not registry.may_be_divided():
+        return own(module, *args, **kwargs)
+    tasks = registry.acting()
+    if not is_outside(tasks) or tasks == AUTO or registry in TRYING.get():
+        return own(module, *args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return own(module, *args, **kwargs)
+
+    entry = Entry(path, name)
+    if entry not in registry.facts.entries:
+        try:
+            with trying(registry):
+                return call(*args, **kwargs)
+        except OutsideError:
+            pass  # from now on it is known to call modules of tasks
+    return enter_by(module, registry, entry, tasks, call, args, kwargs)
 
 
 def is_outside(tasks: Any) -> bool:
@@ -54,8 +100,17 @@ def is_outside(tasks: Any) -> bool:
     return tasks == AUTO or (isinstance(tasks, tuple) and not isinstance(tasks, Mixed))
 
 
+def outside(place: str, reason: object = "") -> OutsideError:
+    """What is raised where a host is called without the whole model."""
+    why = f" ({reason})" if reason else ""
+    return OutsideError(
+        f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
+        f"sample{why}: give a batch of mixed tasks to model(...) itself, or run one task at a time"
+    )
+
+
 def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
-    """Run a whole model on a batch of mixed tasks.
+    """Run a whole model's forward on a batch of mixed tasks.
 
     Args:
         model: the injected model.
@@ -71,91 +126,46 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
-    distinct = tuple(dict.fromkeys(tasks))
-    batches = registry.facts.batches
-    training = bool(model.__dict__["training"])
-    head = registry.facts.head
-    classes = None if head is None else width_of(registry.facts.modules[head.final])
-    facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
-    if len(distinct) == 1:
-        with registry.within(distinct[0]):
-            return model.forward(*args, **kwargs)
-    composition = composed(registry, tasks)
-    if not _divided_within(registry, facts, distinct):
-        try:
-            with registry.within(Mixed.within(composition, facts)):
-                return model.forward(*args, **kwargs)
-        except UnfitError as error:
-            batches.forget((args, kwargs), len(tasks), training, facts)
-            if training:
-                # statistics of norms may have moved already
-                raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
-    return _one_by_one(model, registry, composition, facts, args, kwargs)
+    return run_batch(model, registry, tasks, model.forward, registry.facts.batches, args, kwargs)
 
 
-def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
-    """Whether the tasks differ at a module whose rows are not known."""
-    paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
-    return (
-        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
-    )
-
-
-def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
-    """Whether tasks differ at one module, and its rows are not known where they do."""
-    parts, module = _parts_at(registry, path), registry.hosts.get(path)
-    if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
-        return False
-    owners = [name for name in distinct if name is not None and changes(parts, name)]
-    if facts.knows(path):
-        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
-        return bool(owners)
-    if path in facts.hosts:
-        return len({name if name in parts else None for name in distinct}) > 1
-    # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
-    # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
-    around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
-    covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
-    return bool(owners) and len(distinct) > 1 and not covered
-
-
-def _parts_at(registry: Registry, path: str) -> Parts:
-    module = registry.hosts.get(path)
-    parts = None if module is None else module._modules.get(CHILD)
-    # a module may lose its last part to a removal in another thread
-    return parts if isinstance(parts, Parts) else Parts()
-
-
-def _one_by_one(
-    model: nn.Module,
+def enter_by(
+    module: nn.Module,
     registry: Registry,
-    composition: Composition,
-    facts: RowFacts,
+    entry: Entry,
+    tasks: tuple[str | None, ...],
+    call: Callable[..., Any],
     args: Any,
     kwargs: Any,
 ) -> Any:
-    division = Division(composition.number, type(model).__name__, composition.samples)
-    cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
-    if cache is not None or kwargs.get("use_cache") is True:
-        raise CacheError(
-            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
-            "call it without one (use_cache=False), or run one task at a time"
-        )
-    outs = []
+    """Run another method than the whole model's forward on a batch of mixed tasks.
+
+    Args:
+        module: whose method it is.
+        registry: of the model.
+        entry: the method.
+        tasks: one per sample.
+        call: the method, bound to its module.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        OutsideError: it is called by another method, or its rows cannot be established.
+        VisadaptError: as `enter`; or a task was removed, or the model is kept for another thread.
+    """
+    place = entry.path if entry.method == "forward" else joined(entry.path, entry.method)
+    if registry in TRYING.get() or any(isinstance(f.f_locals.get("self"), GraphModule) for f in frames()):
+        # between the modules that a graph calls, its operators may put rows elsewhere
+        raise outside(place)
+    registry.reservation.check()
+    registry.in_use()
+    batches = registry.facts.entries.setdefault(entry, KnownBatches(entry))
     try:
-        for number, name in enumerate(composition.names):
-            own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
-            with registry.within(name):
-                outs.append(model.forward(*own_args, **own_kwargs))
-        return division.join(outs, facts.outputs)
-    except UnfitError as error:
-        raise VisadaptError(
-            f"a mixed batch of this {type(model).__name__} runs one task at a time, and {error}"
-        ) from error
-
-
-def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
-    return {**{key: "free" for key, leaf in leaves(given) if isinstance(leaf, Tensor)}, **facts.cut}
+        return run_batch(registry.facts.model, registry, tasks, call, batches, args, kwargs)
+    except OutsideError:
+        raise
+    except VisadaptError as error:
+        raise outside(place, error) from error
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:

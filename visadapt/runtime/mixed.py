@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import Key
+from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
 from visadapt.backbone.tracing import is_tracing
@@ -23,7 +24,7 @@ from visadapt.methods.stacking import Rows, Stacked
 from visadapt.runtime.by_row import run_by_row
 from visadapt.runtime.composition import Cluster, Composition
 from visadapt.runtime.division import Division, UnfitError, grouped
-from visadapt.runtime.door import enter
+from visadapt.runtime.door import enter, enter_by, is_outside, outside
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.profile import Step
 from visadapt.runtime.registry import Mixed, Named, Parts
@@ -184,18 +185,12 @@ def _on_output(step: Step, parts: list[nn.Module], out: Tensor, rows: Rows, fres
     return rows.put(out, {g: around(part, rows.take(out, g), ()) for g, part in enumerate(parts)})
 
 
-def outside(place: str) -> VisadaptError:
-    """What is raised where a host is called without the whole model."""
-    return VisadaptError(
-        f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
-        "sample: give a batch of mixed tasks to model(...) itself, or run one task at a time"
-    )
-
-
 def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any, args: Any, kwargs: Any) -> Any:
     """A host's forward for a batch of mixed tasks; see the module."""
     if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
         return enter(host, parts._registry, tasks, args, kwargs)
+    if is_outside(tasks) and isinstance(tasks, Named) and not is_tracing():
+        return enter_by(host, parts._registry, Entry(parts._path), tasks, host.forward, args, kwargs)
     if isinstance(tasks, str) or not (isinstance(tasks, Named) or is_tracing()):
         raise outside(parts._path)
     if not isinstance(tasks, Named):

@@ -1,0 +1,157 @@
+"""A batch of mixed tasks runs: in one pass of the backbone, or one task at a time.
+
+Which rows are whose is known of every kind of batch before the first of that kind runs (see
+`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
+runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
+outputs are put together: always right, only slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from visadapt.backbone.batch import is_cache, leaves
+from visadapt.backbone.heads import width_of
+from visadapt.backbone.known_batches import KnownBatches
+from visadapt.backbone.modules import CHILD
+from visadapt.backbone.rows import RowFacts
+from visadapt.errors import VisadaptError
+from visadapt.runtime.composition import Composition, composed
+from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.registry import Mixed, Parts, Registry
+from visadapt.runtime.weights import changes
+
+
+class CacheError(VisadaptError):
+    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+
+
+TRYING: ContextVar[frozenset[Registry]] = ContextVar("visadapt_trying", default=frozenset())
+"""The models of which a method runs to see whether it calls modules of tasks, which refuse to be called there."""
+
+
+@contextlib.contextmanager
+def trying(registry: Registry) -> Iterator[None]:
+    """Have the modules of a model refuse batches of mixed tasks that do not come through its forward."""
+    token = TRYING.set(TRYING.get() | {registry})
+    try:
+        yield
+    finally:
+        TRYING.reset(token)
+
+
+def run_batch(
+    model: nn.Module,
+    registry: Registry,
+    tasks: tuple[str | None, ...],
+    call: Callable[..., Any],
+    batches: KnownBatches,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Run a batch of mixed tasks.
+
+    Args:
+        model: the injected model.
+        registry: its registry.
+        tasks: one per sample.
+        call: what to run: its forward, or another method of it or of a module in it.
+        batches: what is known of the batches of that method.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        VisadaptError: there are not as many tasks as samples; samples depend on each other; the batch or the output
+            cannot be divided.
+    """
+    distinct = tuple(dict.fromkeys(tasks))
+    training = bool(model.__dict__["training"])
+    head = registry.facts.head
+    classes = None if head is None else width_of(registry.facts.modules[head.final])
+    with trying(registry):
+        facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
+    if len(distinct) == 1:
+        with registry.within(distinct[0]):
+            return call(*args, **kwargs)
+    composition = composed(registry, tasks)
+    if not _divided_within(registry, facts, distinct):
+        try:
+            with registry.within(Mixed.within(composition, facts)):
+                return call(*args, **kwargs)
+        except UnfitError as error:
+            batches.forget((args, kwargs), len(tasks), training, facts)
+            if training:
+                # statistics of norms may have moved already
+                raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
+    return _one_by_one(model, registry, composition, call, facts, args, kwargs)
+
+
+def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
+    """Whether the tasks differ at a module whose rows are not known."""
+    paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
+    return (
+        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
+    )
+
+
+def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
+    """Whether tasks differ at one module, and its rows are not known where they do."""
+    parts, module = _parts_at(registry, path), registry.hosts.get(path)
+    if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
+        return False
+    owners = [name for name in distinct if name is not None and changes(parts, name)]
+    if facts.knows(path):
+        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
+        return bool(owners)
+    if path in facts.hosts:
+        return len({name if name in parts else None for name in distinct}) > 1
+    # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
+    # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
+    around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
+    covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
+    return bool(owners) and len(distinct) > 1 and not covered
+
+
+def _parts_at(registry: Registry, path: str) -> Parts:
+    module = registry.hosts.get(path)
+    parts = None if module is None else module._modules.get(CHILD)
+    # a module may lose its last part to a removal in another thread
+    return parts if isinstance(parts, Parts) else Parts()
+
+
+def _one_by_one(
+    model: nn.Module,
+    registry: Registry,
+    composition: Composition,
+    call: Callable[..., Any],
+    facts: RowFacts,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    division = Division(composition.number, type(model).__name__, composition.samples)
+    cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
+    if cache is not None or kwargs.get("use_cache") is True:
+        raise CacheError(
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
+            "call it without one (use_cache=False), or run one task at a time"
+        )
+    outs = []
+    try:
+        for number, name in enumerate(composition.names):
+            own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
+            with registry.within(name):
+                outs.append(call(*own_args, **own_kwargs))
+        return division.join(outs, facts.outputs)
+    except UnfitError as error:
+        raise VisadaptError(
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and {error}"
+        ) from error
+
+
+def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
+    return {**{key: "free" for key, leaf in leaves(given) if isinstance(leaf, Tensor)}, **facts.cut}
