@@ -1,9 +1,8 @@
-"""A batch of mixed tasks runs: in one pass of the backbone, or one task at a time.
+"""How a batch of mixed tasks runs: one pass over the whole batch, or one pass per task.
 
-Which rows are whose is known of every kind of batch before the first of that kind runs (see
-`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
-runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
-outputs are put together: always right, only slower.
+Before the first batch of a kind runs, the rows of each sample are found at every module (see `visadapt.backbone.rows`).
+If they are known at every module where the batch's tasks differ, the backbone runs once over the whole batch.
+Otherwise it runs one task at a time on that task's samples and the outputs are joined: slower, but always exact.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from visadapt.runtime.weights import changes
 
 
 class CacheError(VisadaptError):
-    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+    """A key-value cache was passed with a mixed batch that runs one task at a time; tasks cannot share one."""
 
 
 TRYING: ContextVar[frozenset[Registry]] = ContextVar("visadapt_trying", default=frozenset())
-"""The models of which a method runs to see whether it calls modules of tasks, which refuse to be called there."""
+"""Models whose hosts refuse mixed batches that do not come through an entry, while a call is tried or examined."""
 
 
 @contextlib.contextmanager
 def trying(registry: Registry) -> Iterator[None]:
-    """Have the modules of a model refuse batches of mixed tasks that do not come through its forward."""
+    """Let the hosts of a model refuse mixed batches that do not come through an entry."""
     token = TRYING.set(TRYING.get() | {registry})
     try:
         yield
@@ -59,15 +58,15 @@ def run_batch(
     Args:
         model: the injected model.
         registry: its registry.
-        tasks: one per sample.
-        call: what to run: its forward, or another method of it or of a module in it.
-        batches: what is known of the batches of that method.
-        args: of the call.
-        kwargs: of the call.
+        tasks: one task per sample.
+        call: the bound method to run: the model's forward, or another method of it or of a module inside it.
+        batches: row facts of that method's batches.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
-        VisadaptError: there are not as many tasks as samples; samples depend on each other; the batch or the output
-            cannot be divided.
+        VisadaptError: the number of tasks is not the number of samples; samples depend on each other; the batch cannot
+            be split or the outputs cannot be joined.
     """
     distinct = tuple(dict.fromkeys(tasks))
     training = bool(model.__dict__["training"])
@@ -86,13 +85,13 @@ def run_batch(
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)
             if training:
-                # statistics of norms may have moved already
+                # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, call, facts, args, kwargs)
 
 
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
-    """Whether the tasks differ at a module whose rows are not known."""
+    """Return whether the tasks differ at a module whose rows are not known."""
     paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
     return (
         any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
@@ -100,18 +99,18 @@ def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | N
 
 
 def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
-    """Whether tasks differ at one module, and its rows are not known where they do."""
+    """Return whether the tasks differ at one module whose rows are not known."""
     parts, module = _parts_at(registry, path), registry.hosts.get(path)
     if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
         return False
     owners = [name for name in distinct if name is not None and changes(parts, name)]
     if facts.knows(path):
-        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
+        # a forward pre-hook may read the module's weights (torch's older weight norm does)
         return bool(owners)
     if path in facts.hosts:
         return len({name if name in parts else None for name in distinct}) > 1
-    # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
-    # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
+    # not called in the examined forwards; if it is called now, it raises. Its weights may be read without a call, by an
+    # enclosing module whose rows may be known (as attention reads the weights of its output projection)
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
     covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
     return bool(owners) and len(distinct) > 1 and not covered
@@ -120,7 +119,7 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
 def _parts_at(registry: Registry, path: str) -> Parts:
     module = registry.hosts.get(path)
     parts = None if module is None else module._modules.get(CHILD)
-    # a module may lose its last part to a removal in another thread
+    # another thread may just have removed the last task here
     return parts if isinstance(parts, Parts) else Parts()
 
 

@@ -1,4 +1,7 @@
-"""Where a batch of mixed tasks enters: the whole model's forward, or another method of it or of a module in it."""
+"""Entries of mixed batches: the model's forward, another method of the model, or a module inside it called directly.
+
+Rows are examined for each entry separately. While an entry runs, the modules inside it do not act as entries themselves.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ from visadapt.runtime.registry import Mixed, Registry
 
 
 class OutsideError(VisadaptError):
-    """A module with parts was called with a batch of mixed tasks whose rows are not known."""
+    """A host was called with a mixed batch outside of an entry whose rows are known."""
 
 
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
-    """A subclass whose forward and other methods take batches of mixed tasks.
+    """Return a subclass whose forward and other public methods accept batches of mixed tasks.
 
     Args:
-        plain: the class of a whole model, or of a module in it with hosts inside.
+        plain: class of the root module, or of a module that contains hosts.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +55,7 @@ def door_class(plain: ModuleClass) -> ModuleClass:
 
 
 def _methods(plain: ModuleClass) -> dict[str, Any]:
-    """The public methods of a class, each one that batches may enter by."""
+    """Return the public methods of a class, wrapped so that they can be entries."""
     found: dict[str, Any] = {}
     for base in reversed(plain.__mro__):
         if base in nn.Module.__mro__:
@@ -73,7 +76,7 @@ def _method(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A method of a module by which a batch may enter."""
+    """Run a method of a module; with a mixed batch, as an entry if it calls hosts."""
     registry: Registry | None
     registry, path = module.__dict__.get(ENTERED) or (module.__dict__.get(REGISTRY), "")
     if is_tracing() or registry is None or module.__dict__.get("_is_replica") or not registry.may_be_divided():
@@ -91,17 +94,17 @@ def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, k
             with trying(registry):
                 return call(*args, **kwargs)
         except OutsideError:
-            pass  # from now on it is known to call modules of tasks
-    return enter_by(module, registry, entry, tasks, call, args, kwargs)
+            pass  # it calls hosts: from now on it is an entry
+    return enter_by(registry, entry, tasks, call, args, kwargs)
 
 
 def is_outside(tasks: Any) -> bool:
-    """Whether several tasks, or the decider's choice, are meant and the batch has not yet been looked at."""
+    """Return whether several tasks or "auto" are active and the batch has not been examined yet."""
     return tasks == AUTO or (isinstance(tasks, tuple) and not isinstance(tasks, Mixed))
 
 
 def outside(place: str, reason: object = "") -> OutsideError:
-    """What is raised where a host is called without the whole model."""
+    """Return the error for a host that is called outside of an entry."""
     why = f" ({reason})" if reason else ""
     return OutsideError(
         f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
@@ -110,18 +113,18 @@ def outside(place: str, reason: object = "") -> OutsideError:
 
 
 def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
-    """Run a whole model's forward on a batch of mixed tasks.
+    """Run the model on a batch of mixed tasks.
 
     Args:
         model: the injected model.
         registry: its registry.
-        tasks: one per sample, or ``"auto"``.
-        args: of its forward.
-        kwargs: of its forward.
+        tasks: one task per sample, or ``"auto"``.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of the forward.
 
     Raises:
-        VisadaptError: there are not as many tasks as samples; samples depend on each other; the batch or the output
-            cannot be divided.
+        VisadaptError: the number of tasks is not the number of samples; samples depend on each other; the batch cannot
+            be split or the outputs cannot be joined.
     """
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
@@ -130,7 +133,6 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
 
 
 def enter_by(
-    module: nn.Module,
     registry: Registry,
     entry: Entry,
     tasks: tuple[str | None, ...],
@@ -138,24 +140,23 @@ def enter_by(
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Run another method than the whole model's forward on a batch of mixed tasks.
+    """Run a batch of mixed tasks that enters elsewhere than at the model's forward.
 
     Args:
-        module: whose method it is.
-        registry: of the model.
-        entry: the method.
-        tasks: one per sample.
+        registry: the model's registry.
+        entry: module and method.
+        tasks: one task per sample.
         call: the method, bound to its module.
-        args: of the call.
-        kwargs: of the call.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
-        OutsideError: it is called by another method, or its rows cannot be established.
-        VisadaptError: as `enter`; or a task was removed, or the model is kept for another thread.
+        OutsideError: another entry is being tried, a torch.fx graph makes the call, or its rows cannot be found.
+        VisadaptError: a task was removed, or the model is reserved for another thread.
     """
     place = entry.path if entry.method == "forward" else joined(entry.path, entry.method)
     if registry in TRYING.get() or any(isinstance(f.f_locals.get("self"), GraphModule) for f in frames()):
-        # between the modules that a graph calls, its operators may put rows elsewhere
+        # between the modules that a graph calls, its operators may reorder rows
         raise outside(place)
     registry.reservation.check()
     registry.in_use()
@@ -169,10 +170,10 @@ def enter_by(
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:
-    """Check a batch of mixed tasks while ``torch.compile`` makes a graph, where nothing can be found out.
+    """Check a batch of mixed tasks while ``torch.compile`` traces, when its rows cannot be examined.
 
     Raises:
-        VisadaptError: nothing is known of the model's batches yet; the batch has another size.
+        VisadaptError: no batch of this model has been examined yet; the number of tasks is not the batch size.
     """
     first = _first_tensor((*args, *kwargs.values()))
     if tasks == AUTO or not registry.facts.batches.hosts:

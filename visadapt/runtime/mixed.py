@@ -190,7 +190,7 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
     if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
         return enter(host, parts._registry, tasks, args, kwargs)
     if is_outside(tasks) and isinstance(tasks, Named) and not is_tracing():
-        return enter_by(host, parts._registry, Entry(parts._path), tasks, host.forward, args, kwargs)
+        return enter_by(parts._registry, Entry(parts._path), tasks, host.forward, args, kwargs)
     if isinstance(tasks, str) or not (isinstance(tasks, Named) or is_tracing()):
         raise outside(parts._path)
     if not isinstance(tasks, Named):
