@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import visadapt
 from tests.models import enliven, stir
@@ -208,3 +209,22 @@ def test_tokens_are_not_taken_for_samples():
                 alone.append(inside[0](x[:, row : row + 1]))
         with using(inside, TASKS):
             torch.testing.assert_close(inside[0](x), torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_an_entry(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = ready(vit)
+        x = torch.linspace(-1, 1, 4 * 3 * 32 * 32).view(IMAGES).requires_grad_()
+        with using(model, TASKS):
+            if checkpointing:
+                out = checkpoint(model.forward_features, x, use_reentrant=reentrant)
+            else:
+                out = model.forward_features(x)
+        with using(model, "a"):
+            out.square().sum().backward()
+        found.append([p.grad for task in "ab" for p in visadapt.parameters(model, task) if p.grad is not None])
+    assert found[0]
+    for own, other in zip(*found, strict=True):
+        assert torch.equal(own, other)

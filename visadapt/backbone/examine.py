@@ -61,6 +61,7 @@ def examine(
     )
 
 
+@torch.no_grad()
 def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts | str:
     """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
     try:

@@ -1,6 +1,6 @@
 """Entries of mixed batches: the model's forward, another method of the model, or a module inside it called directly.
 
-Rows are examined for each entry separately. While an entry runs, the modules inside it do not act as entries themselves.
+Rows are examined for each entry separately. While an entry runs, the modules inside it do not act as entries.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import update_wrapper
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -89,7 +90,8 @@ def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, k
         return own(module, *args, **kwargs)
 
     entry = Entry(path, name)
-    if entry not in registry.facts.entries:
+    # gradient checkpointing counts what is saved, so nothing may run twice under its hooks
+    if entry not in registry.facts.entries and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         try:
             with trying(registry):
                 return call(*args, **kwargs)
