@@ -262,3 +262,35 @@ def test_a_step_does_not_wait_for_the_device(device: torch.device) -> None:
 
     # 16 steps per epoch: an epoch may read its losses and its random state, but no step of it may wait
     assert waits(3) - waits(2) <= 8
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora", "full"])
+@pytest.mark.parametrize("name", ["tiny/resnet", "transformers/bert"])
+def test_steps_as_graphs_train_as_others_do(name: str, method: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("only CUDA has such graphs")
+    if name == "tiny/resnet":
+        data: Any = torch.randn(200, 3, 16, 16)
+        labels = (data.mean((1, 2, 3)) > 0).long()
+        prepare = None
+    else:
+        tokens = torch.randint(5, 60, (200, 12))
+        labels = (tokens[:, 1] > 30).long()
+        data, prepare = tokens, lambda tokens: {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def run(compile: str | None) -> tuple[list[Tensor], Any, nn.Module]:
+        torch.manual_seed(0)
+        model = CASES[method].put(ZOO[name].make(), "a", 2)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        recipe = Recipe(epochs=2, lr=1e-3, batch_size=32, head_first=False, compile=compile)
+        result = fit(model, "a", (data, labels), (data, labels), recipe, prepare=prepare, device=device, progress=False)
+        return [p.detach() for p in visadapt.parameters(model, "a")], result, model
+
+    expected, first, _ = run(None)
+    found, second, model = run("graphs")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-3)
+    assert second.score == pytest.approx(first.score, abs=0.03)
+    assert all(parameter.grad is None for parameter in visadapt.parameters(model, "a"))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
 from visadapt.backbone.entry import WHOLE, Entry
+from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.modules import own_modules, plain_copy, unwrapped
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged
@@ -300,7 +301,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry) ->
     for args, kwargs in (pair, three):
         recorder.calls = {}
         watch = Watch((args, kwargs))
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), watch:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), full_precision(), watch:
             out = entry.of(twin)(*args, **kwargs)
         runs.append((recorder.calls, out, watch))
     (few, small, first), (more, large, second) = runs

@@ -46,6 +46,8 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         tasks = registry.current()
         if not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
+        if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, registry, tasks, args, kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
@@ -132,6 +134,13 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
     return run_batch(model, registry, tasks, model.forward, registry.facts.batches, args, kwargs)
+
+
+READS_CONTEXT = torch.__version__ >= "2.14"
+"""Whether the compiler reads in a graph which task is meant. Where it cannot, its graphs are torn at every host, where
+a batch's composition is no longer known, and a mixed batch is not compiled."""
+
+_uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
 
 
 def enter_by(
