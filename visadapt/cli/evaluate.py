@@ -76,7 +76,8 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
-    options = table.over(spec.notes.get("table")).given
+    options = table.given
+    options["noted"] = TableOptions().over(spec.notes.get("table")).given
     if root is not None:
         options["root"] = root
     if online:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ def predict(
     if len(seen) > 1:
         raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
     if seen.pop():
+        if table.given:
+            raise VisadaptError(f"--{next(iter(table.given))} must be left out: it has no meaning for image files")
         names = _images(inputs)
     else:
         noted = tasks(model)[next(iter(prepared))].notes.get("table")
@@ -147,7 +150,7 @@ def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
 
 
 def _lines(place: str, encoding: str) -> list[str]:
-    if place != "-" and not Path(place).is_file():
+    if place != "-" and not os.path.isfile(place):
         raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
     text = sys.stdin.read() if place == "-" else read_text(Path(place), encoding)
     # split as training files are: a form feed or a U+2028 is part of a text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
@@ -40,7 +40,7 @@ def summary(
 
     For a task file, its contents; for a backbone, what the method would train.
     """
-    if target.partition("/")[0] not in PLACES or Path(target).is_file():
+    if target.partition("/")[0] not in PLACES or os.path.isfile(target):
         for file in located(target):
             show(contents(file.path))
         return

@@ -113,6 +113,7 @@ class ImageColumns:
         root: folder of the images; None for that of the table.
         form: how the table is written.
         targets: what its labels are.
+        given: the options that the caller gave, which must not be ignored.
     """
 
     image: Column | None = None
@@ -120,6 +121,21 @@ class ImageColumns:
     root: Path | None = None
     form: Format = field(default_factory=Format)
     targets: Targets = field(default_factory=Targets)
+    given: tuple[str, ...] = ()
+
+    def check_used(self, data: str, used: Sequence[str] = ()) -> None:
+        """Refuse options that the data do not take.
+
+        Args:
+            data: for the message.
+            used: the options that they take.
+
+        Raises:
+            VisadaptError: another one was given.
+        """
+        unused = [name for name in self.given if name not in used]
+        if unused:
+            raise VisadaptError(f"{option(unused[0])} must be left out: it has no meaning for {data}")
 
 
 def find_images(path: Path, classes: Sequence[str] | None, columns: ImageColumns) -> Found:
@@ -131,19 +147,23 @@ def find_images(path: Path, classes: Sequence[str] | None, columns: ImageColumns
         columns: of a table.
 
     Raises:
-        VisadaptError: the layout is not one of those that are understood, which are listed.
+        VisadaptError: the layout is not one of those that are understood, which are listed; or an option of tables was
+            given for a folder of classes.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         if not is_table(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return _table(path, classes, columns)
     tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
     splits = _split_folders(path)
+    folders = f"{path}, whose folders are the classes"
     if splits:
+        columns.check_used(folders)
         return _folders(path, splits, classes)
     if any(files_below(folder) for folder in _class_folders(path)) and not (
         len(tables) == 1 and len(_class_folders(path)) == 1
     ):
+        columns.check_used(folders)
         return _folders(path, {"train": path}, classes)
     if len(tables) == 1:
         return _table(tables[0], classes, columns)

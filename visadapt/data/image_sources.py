@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
 
 _BUNDLED = ("cifar10", "mnist", "fashion-mnist")
+
+_OF_DATASETS = ("image", "label", "regression", "multi_label")
+"""Options of tables that data sets of the ``datasets`` library take too."""
 
 _TRAIN_FLAG = {"train": True}, {"train": False}
 
@@ -44,26 +48,42 @@ def find(
     download: bool = False,
     classes: Sequence[str] | None = None,
     online: bool = False,
+    noted: Mapping[str, Any] | None = None,
     **columns: Any,
 ) -> Found:
     """Find the labelled images of a data set; see `visadapt.data.load_images`.
 
+    Args:
+        data: as `visadapt.data.load_images` takes it.
+        root: see there.
+        download: see there.
+        classes: see there.
+        online: see there.
+        noted: options of the table that a task was trained on, for data that take them.
+        **columns: options of a table, which are refused where the data do not take them.
+
     Raises:
-        VisadaptError: there is no such data set, or its layout is not understood.
+        VisadaptError: there is no such data set, its layout is not understood, or it does not take an option.
     """
-    described = _columns(root, columns)
+    described = _columns(root, columns, noted or {})
     if not isinstance(data, str | Path):
+        described.check_used("a data set of the datasets library", _OF_DATASETS)
         return find_in_datasets(data, "the data set", classes, described)
     name = str(data)
     if name in (*_BUNDLED, "digits"):
+        # a root may be meant for others of several data sets
+        described.check_used(f"the data set {name!r}", ("root",))
         bundled.warn_of_namesake(name)
         return _bundled(name) if name in _BUNDLED else _digits()
     if name.startswith("torchvision/"):
+        described.check_used(f"the data set {name!r}", ("root",))
         return _torchvision(name, root, download)
     path = Path(name)
+    if name.startswith("hf/") or is_stored(path):
+        described.check_used(f"the data set {name!r}", _OF_DATASETS)
     if name.startswith("hf/"):
         return find_in_datasets(name, name, classes, described, online)
-    if not path.exists():
+    if not os.path.exists(path):
         known = (*_BUNDLED, "digits", "torchvision/CIFAR10", *_siblings(path))
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):
@@ -78,7 +98,10 @@ def _siblings(path: Path) -> Iterator[str]:
         return
 
 
-def _columns(root: str | Path | None, given: dict[str, Any]) -> ImageColumns:
+def _columns(root: str | Path | None, given: dict[str, Any], noted: Mapping[str, Any]) -> ImageColumns:
+    explicit = [name for name, value in given.items() if value not in (None, False)]
+    explicit += [] if root is None else ["root"]
+    given = {**noted, **given}
     taken = ("image", "label", "header", "delimiter", "encoding", "regression", "multi_label")
     for name in given:
         if name not in taken:
@@ -87,7 +110,8 @@ def _columns(root: str | Path | None, given: dict[str, Any]) -> ImageColumns:
     form = {name: given[name] for name in ("header", "delimiter", "encoding") if name in given}
     places = {name: given[name] for name in ("image", "label") if name in given}
     targets = Targets(bool(given.get("regression")), given.get("multi_label"))
-    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets)
+    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets,
+                        given=tuple(explicit))  # fmt: skip
 
 
 def _bundled(name: str) -> Found:

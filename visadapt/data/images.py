@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -178,10 +179,10 @@ def image_files(place: str | Path) -> list[Path]:
         VisadaptError: there is no such file or folder, or no image in it.
     """
     path = Path(place)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isdir(path):
+        siblings = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise VisadaptError(f"no image or folder {place}{nearest(path.name, siblings)}")
     found = files_below(path)
     if not found:

@@ -68,13 +68,24 @@ def ready(inputs: Any) -> Any:
 
 
 @takes()
-def trimmed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut off the columns of tokenised texts in which every text has padding."""
+def trimmed(inputs: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
+    """Cut off columns of tokenised texts in which every text has padding.
+
+    On an accelerator the texts stay as they are: to find out would wait for it. Cut them before they go there.
+
+    Args:
+        inputs: tensors ``(N, L)`` with an ``attention_mask``; others stay as they are.
+        multiple: number that the length is kept a multiple of, as far as there is padding.
+    """
+    check_count(multiple, "multiple")
     mask = inputs["attention_mask"]
-    used = mask.bool().any(0).nonzero().flatten()
+    used = mask.any(0).nonzero().flatten() if mask.device.type == "cpu" else mask.new_empty(0)
     if len(used) == 0:
         return inputs
     first, last = int(used[0]), int(used[-1]) + 1
+    length = min(mask.shape[1], -(-(last - first) // multiple) * multiple)
+    last = min(mask.shape[1], first + length)
+    first = last - length
     return {k: v[:, first:last] if v.shape[:2] == mask.shape else v for k, v in inputs.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ _PRESETS = {
         delimiter=" ",
     ),
 }
+
+KNOWN = (*_BUNDLED, *_PRESETS)
+"""Data sets that are known by name; how they are written is known too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +161,16 @@ def load_text(
         The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
 
     Raises:
-        VisadaptError: there is no such data set, file or column, a line has too few columns or no label, or a split has
+        VisadaptError: there is no such data set, file or column, an option of tables is given for one that is known by
+            name, a line has too few columns or no label, or a split has
             a label that is not one of the classes.
     """
     name = str(name_or_path) if isinstance(name_or_path, str | Path) else "the data set"
+    if name in KNOWN:
+        columns = {"text": text, "label": label != "label", "header": not header, "delimiter": delimiter,
+                 "encoding": encoding != "utf-8-sig", "regression": regression, "multi_label": multi_label}  # fmt: skip
+        if unused := [key for key, value in columns.items() if value not in (None, False)]:
+            raise VisadaptError(f"{option(unused[0])} must be left out: it has no meaning for the data set {name!r}")
     if name in _BUNDLED:
         bundled.warn_of_namesake(name)
         return _bundled(name)
@@ -182,11 +192,11 @@ def load_text(
         parts = open_dataset(given, name, online, config)
         splits, targets, own = _of_datasets(parts, name, text, label, targets)
         return _completed(name, splits, seed, targets, known or own, whole)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
-    if not path.is_file():
-        there = [p.name for p in path.parent.iterdir() if is_table(p)] if path.parent.is_dir() else []
-        known_names = (*_BUNDLED, *_PRESETS, "hf/NAME", *there)
+    if not os.path.isfile(path):
+        there = [p.name for p in path.parent.iterdir() if is_table(p)] if os.path.isdir(path.parent) else []
+        known_names = (*KNOWN, "hf/NAME", *there)
         raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")
     return _completed(path.name, {"train": reader.read(path)}, seed, targets, known, whole, where=str(path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from visadapt.data.samples import Samples, tokenised, trimmed
 from visadapt.data.splits import Splits, renumbered
 from visadapt.data.targets import problem_type
-from visadapt.data.text import TextSplit, load_text
+from visadapt.data.text import KNOWN, TextSplit, load_text
 from visadapt.data.tokenizers import tokenizer_of
 from visadapt.errors import VisadaptError, option
 from visadapt.typed import check_integer
@@ -80,17 +80,28 @@ class TextInputs:
         assert isinstance(made, dict)
         return made
 
-    def load(self, name: str, *, labels: Sequence[str] | None = None, seed: int = 0, **options: Any) -> Splits:
+    def load(
+        self,
+        name: str,
+        *,
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+        noted: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Splits:
         """Load a data set.
 
         Args:
             name: as `visadapt.data.load_text` takes it.
             labels: class names in the task's order; None for those of the data.
             seed: seed of splits that the data set does not define.
+            noted: options of the table that a task was trained on, for data that are not known by name.
             **options: passed to `visadapt.data.load_text`.
         """
         if wrong := sorted(options.keys() & {"image", "download"}):
             raise VisadaptError(f"{name}: {' and '.join(map(option, wrong))} apply to images only, and these are texts")
+        if noted and name not in KNOWN:
+            options = {**noted, **options}
         found = load_text(name, seed=seed, classes=labels, **options)
         found = found if labels is None else renumbered(found, labels)
         splits = (found.train, found.validation, found.test)

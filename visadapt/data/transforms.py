@@ -49,8 +49,8 @@ def normalize(
     x = images.to(device).float().div_(255)
     if size is not None and x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    centre = x.new_tensor(mean).view(-1, 1, 1)
-    return x.sub_(centre).div_(x.new_tensor(std).view(-1, 1, 1))
+    centre, scale = (_moved(torch.tensor(each, dtype=x.dtype, device="cpu"), x).view(-1, 1, 1) for each in (mean, std))
+    return x.sub_(centre).div_(scale)
 
 
 @takes()
@@ -76,7 +76,7 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     count, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator, device=generator.device).to(images.device)
+        return _moved(torch.randint(high, (count,), generator=generator, device=generator.device), images)
 
     if crop_padding:
         rows = draw(2 * crop_padding + 1)[:, None] + torch.arange(height, device=images.device)
@@ -87,6 +87,13 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     if flip:
         images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(-1), images)
     return images.contiguous()
+
+
+def _moved(values: Tensor, images: Tensor) -> Tensor:
+    """Move values to the device of images; on a GPU without waiting for the kernels of the step before."""
+    if images.is_cuda and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(images.device, non_blocking=images.is_cuda)
 
 
 def _check(images: Tensor) -> None:

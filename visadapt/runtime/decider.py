@@ -252,7 +252,9 @@ def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     Raises:
         VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone.
     """
-    if not Path(path).is_file():
+    if os.path.isdir(path):
+        raise VisadaptError(f"path must be a decider's file, got the folder {path}")
+    if not os.path.isfile(path):
         raise VisadaptError(f"no file {path}")
     try:
         content = read_described(Path(path), KIND, "decider")

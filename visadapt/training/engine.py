@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.checks import check_choice
+from visadapt.data.inputs import TextInputs
+from visadapt.data.samples import ready, trimmed
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix, Resumable
 from visadapt.optional import require
@@ -178,7 +180,13 @@ class LogitsModel(nn.Module):
 
     def place(self, inputs: Any) -> Any:
         """Move a batch of inputs to the device; rows of a cached prefix stay where they are looked up."""
-        return inputs if isinstance(self.prepare, CachedPrefix) else self.engine.place(inputs)
+        if isinstance(self.prepare, CachedPrefix):
+            return inputs
+        cuts = self.prepare is ready or isinstance(self.prepare, TextInputs)
+        if cuts and self.engine.device.type != "cpu" and isinstance(inputs, Mapping) and "attention_mask" in inputs:
+            # here, as it would wait for the device there; few lengths are few shapes of kernels and of graphs
+            inputs = trimmed(dict(inputs), multiple=8)
+        return self.engine.place(inputs)
 
 
 def _outputs(model: Callable[..., Any], inputs: Any) -> Tensor:
