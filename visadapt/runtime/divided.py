@@ -19,6 +19,7 @@ from visadapt.backbone.heads import width_of
 from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.shared_pass import repeated
 from visadapt.errors import VisadaptError
 from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.division import Division, UnfitError
@@ -72,6 +73,10 @@ def run_batch(
     training = bool(model.__dict__["training"])
     head = registry.facts.head
     classes = None if head is None else width_of(registry.facts.modules[head.final])
+    if batches is registry.facts.batches:
+        one = batches.single(model, (args, kwargs), len(tasks), classes)
+        if one is not None:
+            return _for_all(model, registry, tasks, call, (args, kwargs), one, classes)
     with trying(registry):
         facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
     if len(distinct) == 1:
@@ -88,6 +93,30 @@ def run_batch(
                 # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, call, facts, args, kwargs)
+
+
+def _for_all(
+    model: nn.Module,
+    registry: Registry,
+    tasks: Any,
+    call: Callable[..., Any],
+    given: Any,
+    cut: Any,
+    classes: int | None,
+) -> Any:
+    """Run a whole model on one sample for several tasks: its backbone once as far as the tasks do not act."""
+    batches, distinct = registry.facts.batches, tuple(dict.fromkeys(tasks))
+    views = repeated(given, cut, len(tasks), views=True)
+    facts = batches.facts(model, views, len(tasks), len(distinct) > 1, classes)
+    if len(distinct) > 1 and not _divided_within(registry, facts, distinct):
+        composition = composed(registry, tasks)
+        shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
+        if shared is not None:
+            with registry.within(Mixed.within(composition, facts, shared)):
+                return call(*given[0], **given[1])
+    # the tasks act from the start, or where they part is not established
+    args, kwargs = repeated(given, cut, len(tasks))
+    return run_batch(model, registry, tasks, call, batches, args, kwargs)
 
 
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
