@@ -18,6 +18,7 @@ from visadapt.methods.edge_filter import edge_preserving
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
+from visadapt.methods.stacking import Own, in_groups, pointwise
 
 _ASIDE = ("downsample", "shortcut", "se", "se_module", "attn")
 
@@ -225,6 +226,14 @@ class DepthwiseBranch(nn.Module):
         z = convolve(self.rank, in_dtype_of(self.a, x), as_kernel(self.a, self.rank))
         z = edge_preserving(z, self.rank)
         return convolve(self.rank, z, self.b, stride=self.stride, padding=1, groups=len(self.a)).to(x.dtype)
+
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        layout = ("NCL", "NCHW", "NCDHW")[self.rank - 1]
+        z = edge_preserving(pointwise(own, in_dtype_of(self.a, x), layout, bias=False, matrix="a"), self.rank)
+        b = own("b").flatten(0, 1)
+        geometry = {"stride": self.stride, "padding": 1, "groups": len(self.a) * x.shape[0]}
+        return in_groups(z, lambda flat: convolve(self.rank, flat, b, **geometry)).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuse: the filter weighs neighbours by how alike they are.
