@@ -1,42 +1,48 @@
 """Test the papers' claims on real images and texts; an interrupted run resumes.
 
-python -m benchmarks.evidence results --device cpu                       # in the background: days, resumable
-python -m benchmarks.evidence results --device cuda --budget 480 --processes 8
+python -m benchmarks.evidence results --device cpu                       # in the background, resumable
+python -m benchmarks.evidence results --device cuda --budget 480 --processes 14
 python -m benchmarks.evidence results --glue FOLDER --gtsrb FILE.zip --omniglot FILE.zip --elpv FILE.zip \
-    --vgg16 FILE.safetensors
+    --vgg16 FILE.safetensors --minilm FOLDER
 visadapt report benchmarks/results/evidence-cpu.csv --out docs/results
 
 The folder of --glue contains sst2, cola, mrpc, rte and trec as they are distributed; --gtsrb, --omniglot and --elpv are
-zip files of folders of images; --vgg16 contains the convolutions of VGG-16. Problems on missing data are left out.
+zip files of folders of images; --vgg16 contains the convolutions of VGG-16; --minilm is for machines where the package
+of MiniLM is not installed. Problems on missing data are left out.
 
 The device chooses the regime: sizes, epochs and precision (see benchmarks/regimes.py). Results carry its name, and a
-report refuses those of two regimes. Stages run in order of priority; the first answers whether small adapters reach
+report refuses those of two regimes. Stages are in order of priority; the first answers whether small adapters reach
 full fine-tuning, one seed after another on all problems, so that whatever is done when the budget ends is balanced.
+All are one stream of training runs, so that no process waits for the others. New results are written to the CSV file
+every 20 seconds and at the end; runs that are in progress 5 seconds after the end of the budget are abandoned.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from benchmarks.regimes import REGIMES, Data, Lab
-from visadapt.errors import nearest
+from benchmarks.lab import Lab, Over
+from benchmarks.regimes import REGIMES, Data, Regime
+from visadapt.data.tokenizers import MINILM, minilm_path
+from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments import (
     Ablation,
     Compare,
+    Experiment,
     InitScale,
     Modality,
     Problem,
-    Sequence,
     Tradeoff,
     Transfer,
-    read_results,
-    write_csv,
 )
+from visadapt.experiments import Sequence as LearnInTurn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +52,7 @@ BARS = {
     "image": (FULL, "linear probe", "bottleneck m=8", "convadapter", "bottleneck m=32"),
     "text": (FULL, "linear probe", "bottleneck m=8", "lora r=8", "bottleneck m=32"),
 }
-"""What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning."""
+"""What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning; the first three first."""
 
 MORE = {
     "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
@@ -54,87 +60,89 @@ MORE = {
     "text": ("norms only", "bottleneck m=64", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
 }  # fmt: skip
 
-Stage = Callable[[Data, Lab], None]
+Stage = Callable[[Data, Regime], Iterator[Experiment]]
+"""Yields experiments in order of priority."""
 
 
-def alternating(data: Data, lab: Lab) -> list[Problem]:
+def alternating(data: Data, regime: Regime) -> list[Problem]:
     """Return texts and images in turn, so that an interrupted run has results of both."""
-    pairs = zip_longest(data.texts(lab.regime), data.images(lab.regime))
+    pairs = zip_longest(data.texts(regime), data.images(regime))
     return [each for pair in pairs for each in pair if each is not None]
 
 
-def compared(data: Data, lab: Lab, names: dict[str, tuple[str, ...]]) -> None:
-    """Compare contenders on all problems, seed by seed.
-
-    One process takes one problem after another; several share all problems of a modality.
-    """
-    problems = alternating(data, lab)
-    groups = [[each] for each in problems]
-    if lab.processes > 1:
-        groups = [[each for each in problems if each.modality == modality] for modality in names]
-    for count in range(1, len(lab.seeds) + 1):
-        for group in groups:
-            contenders = lab.contenders(names[group[0].modality], group[0])
-            kept = tuple(each.name for each in contenders)
-            lab.run(Compare(tuple(group), contenders, lab.seeds[:count], "both", kept))
+def by_modality(data: Data, regime: Regime) -> list[tuple[Problem, ...]]:
+    """Return the problems on texts and those on images, without a modality that has none."""
+    return [problems for problems in (data.texts(regime), data.images(regime)) if problems]
 
 
-def bars(data: Data, lab: Lab) -> None:
-    compared(data, lab, BARS)
+def compared(problems: Sequence[Problem], regime: Regime, names: Mapping[str, tuple[str, ...]]) -> Iterator[Compare]:
+    """Compare contenders on problems, seed by seed."""
+    for count in range(1, len(regime.seeds) + 1):
+        for each in problems:
+            contenders = regime.contenders(names[each.modality], each)
+            kept = tuple(contender.name for contender in contenders)
+            yield Compare((each,), contenders, regime.seeds[:count], "both", kept)
 
 
-def transfer(data: Data, lab: Lab) -> None:
+def bars(data: Data, regime: Regime) -> Iterator[Experiment]:
+    problems = alternating(data, regime)
+    if regime.first is not None:
+        yield from compared(problems[: regime.first], regime, {each: names[:3] for each, names in BARS.items()})
+    yield from compared(problems, regime, BARS)
+
+
+def transfer(data: Data, regime: Regime) -> Iterator[Experiment]:
     """Start every problem from the adapters of every other one: the two transplant matrices."""
-    for problems in (data.texts(lab.regime), data.images(lab.regime)):
-        lab.run(Transfer(problems[:6], lab.regime.settled("bottleneck m=8", problems[0]), lab.seeds[:3]))
+    for problems in by_modality(data, regime):
+        yield Transfer(problems[:6], regime.settled("bottleneck m=8", problems[0]), regime.seeds[:3])
 
 
-def sequence(data: Data, lab: Lab) -> None:
-    for problems in (data.texts(lab.regime), data.images(lab.regime)):
-        bottleneck, full = (lab.regime.settled(name, problems[0]) for name in ("bottleneck m=8", FULL))
-        lab.run(Sequence(problems[:6], (bottleneck,), full, lab.seeds[:3]))
+def sequence(data: Data, regime: Regime) -> Iterator[Experiment]:
+    for problems in by_modality(data, regime):
+        bottleneck, full = (regime.settled(name, problems[0]) for name in ("bottleneck m=8", FULL))
+        yield LearnInTurn(problems[:6], (bottleneck,), full, regime.seeds[:3])
 
 
-def modality(data: Data, lab: Lab) -> None:
+def modality(data: Data, regime: Regime) -> Iterator[Experiment]:
     """Put a bottleneck into the first and into the last layers only."""
-    for problems in (data.texts(lab.regime), data.images(lab.regime)):
-        lab.run(Modality(problems[:2], (), lab.regime.settled("bottleneck m=8", problems[0]), lab.seeds[:3]))
+    for problems in by_modality(data, regime):
+        yield Modality(problems[:2], (), regime.settled("bottleneck m=8", problems[0]), regime.seeds[:3])
 
 
-def ablation(data: Data, lab: Lab) -> None:
-    for problems in (data.texts(lab.regime), data.images(lab.regime)):
-        settled = lab.regime.settled("bottleneck m=32", problems[0])
-        lab.run(Ablation(problems[:2], (settled,), lab.seeds[:3]))
+def ablation(data: Data, regime: Regime) -> Iterator[Experiment]:
+    for problems in by_modality(data, regime):
+        yield Ablation(problems[:2], (regime.settled("bottleneck m=32", problems[0]),), regime.seeds[:3])
 
 
-def init_scale(data: Data, lab: Lab) -> None:
-    for problems in (data.texts(lab.regime), data.images(lab.regime)):
-        lab.run(InitScale(problems[:2], lab.regime.settled("bottleneck m=32", problems[0]), seeds=lab.seeds[:3]))
+def init_scale(data: Data, regime: Regime) -> Iterator[Experiment]:
+    for problems in by_modality(data, regime):
+        yield InitScale(problems[:2], regime.settled("bottleneck m=32", problems[0]), seeds=regime.seeds[:3])
 
 
-def tradeoff(data: Data, lab: Lab) -> None:
-    for problems, widths in ((data.texts(lab.regime), (1, 8, 64, 256)), (data.images(lab.regime), (2, 8, 32, 128))):
-        epochs = lab.regime.settled(FULL, problems[0]).recipe.epochs
-        lab.run(Tradeoff(problems[:2], widths=widths, seeds=lab.seeds[:3], epochs=epochs))
+def tradeoff(data: Data, regime: Regime) -> Iterator[Experiment]:
+    widths = {"text": (1, 8, 64, 256), "image": (2, 8, 32, 128)}
+    for problems in by_modality(data, regime):
+        epochs = regime.settled(FULL, problems[0]).recipe.epochs
+        yield Tradeoff(problems[:2], widths=widths[problems[0].modality], seeds=regime.seeds[:3], epochs=epochs)
 
 
-def crossmodal(data: Data, lab: Lab) -> None:
+def crossmodal(data: Data, regime: Regime) -> Iterator[Experiment]:
     """Compare one bottleneck with the probe and full fine-tuning on backbones of several families."""
-    problems = [data.texts(lab.regime)[0], data.images(lab.regime)[0]]
+    problems = [problems[0] for problems in by_modality(data, regime)]
     if data.vgg16 is not None:
-        problems.append(data.images(lab.regime, str(data.vgg16))[0])
-    problems += [data.images(lab.regime, name, options=(("pretrained", False),))[0] for name in RANDOM]
+        problems.append(data.images(regime, str(data.vgg16))[0])
+    problems += [data.images(regime, name, options=(("pretrained", False),))[0] for name in RANDOM]
+    names = (FULL, "linear probe", "bottleneck m=8", "bottleneck m=32")
     for each in problems:
-        names = (FULL, "linear probe", "bottleneck m=8", "bottleneck m=32")
-        lab.run(Compare((each,), lab.contenders(names, each), lab.seeds[:3], "both"))
+        yield Compare((each,), regime.contenders(names, each), regime.seeds[:3], "both")
 
 
 RANDOM = ("timm/convnext_atto", "timm/vit_tiny_patch16_224")
 """Backbones with random weights."""
 
 
-def more_methods(data: Data, lab: Lab) -> None:
-    compared(data, lab, MORE)
+def more_methods(data: Data, regime: Regime) -> Iterator[Experiment]:
+    yield from compared(alternating(data, regime), regime, MORE)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -151,6 +159,48 @@ STAGES: tuple[Stage, ...] = (
 """In order of priority."""
 
 
+def planned(stages: Iterable[Stage], data: Data, regime: Regime) -> Iterator[Experiment]:
+    """Yield the experiments of all stages, and print the name of each stage when it is reached."""
+    for stage in stages:
+        print(f"{stage.__name__}:", flush=True)
+        yield from stage(data, regime)
+
+
+def encoder_of(folder: Path | None) -> str | None:
+    """Return the backbone for texts; None, with a line that says so, if there is none.
+
+    A folder with the files of the bundled MiniLM is the bundled one, whose results it gives. Its path is in the
+    environment, which the processes of a pool inherit.
+    """
+    if folder is not None:
+        os.environ[MINILM] = str(folder)
+    try:
+        minilm_path()
+    except VisadaptError as error:
+        os.environ.pop(MINILM, None)
+        if folder is None or not (folder / "config.json").is_file():
+            print(f"texts are left out: {error}", flush=True)
+            return None
+        print(f"results of this encoder are not those of the bundled one: {error}", flush=True)
+        return f"hf/{folder}"
+    return "bundled/minilm"
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options for data and weights that are not bundled."""
+    parser.add_argument("--glue", type=Path, help="folder of sst2, cola, mrpc, rte and trec")
+    parser.add_argument("--gtsrb", type=Path, help="zip file of a folder of traffic signs")
+    parser.add_argument("--omniglot", type=Path, help="zip file of a folder of characters")
+    parser.add_argument("--elpv", type=Path, help="zip file of a folder of solar cells")
+    parser.add_argument("--vgg16", type=Path, help="safetensors file of VGG-16's convolutions")
+    parser.add_argument("--minilm", type=Path, help="folder of MiniLM's files, if its package is not installed")
+
+
+def data_of(args: argparse.Namespace) -> Data:
+    """Return the data of these options."""
+    return Data(args.glue, args.gtsrb, args.omniglot, args.elpv, args.vgg16, encoder_of(args.minilm))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = {stage.__name__: stage for stage in STAGES}
@@ -160,11 +210,7 @@ def main() -> None:
     parser.add_argument("--regime", choices=REGIMES, help="sizes, epochs and precision; default: the device's")
     parser.add_argument("--budget", type=float, help="seconds after which no training run is begun")
     parser.add_argument("--processes", type=int, default=1, help="number of parallel processes")
-    parser.add_argument("--glue", type=Path, help="folder of sst2, cola, mrpc, rte and trec")
-    parser.add_argument("--gtsrb", type=Path, help="zip file of a folder of traffic signs")
-    parser.add_argument("--omniglot", type=Path, help="zip file of a folder of characters")
-    parser.add_argument("--elpv", type=Path, help="zip file of a folder of solar cells")
-    parser.add_argument("--vgg16", type=Path, help="safetensors file of VGG-16's convolutions")
+    add_data(parser)
     parser.add_argument("--out", type=Path, help="CSV file of all results; default: evidence-REGIME.csv")
     args = parser.parse_args()
     selected = list(stages) if args.only is None else args.only.split(",")
@@ -179,15 +225,17 @@ def main() -> None:
     if out.is_file():
         # published results are not computed again
         shutil.copyfile(out, args.results / "published.csv")
-    data = Data(args.glue, args.gtsrb, args.omniglot, args.elpv, args.vgg16)
     deadline = None if args.budget is None else time.time() + args.budget
-    lab = Lab(args.results, args.processes, args.device, regime, deadline)
-    for name in selected:
-        print(f"{name}:", flush=True)
-        try:
-            stages[name](data, lab)
-        finally:
-            write_csv([result for result in read_results(args.results) if result.regime == regime.name], out)
+    data = data_of(args)
+    lab = Lab(args.results, out, args.processes, args.device, regime, deadline)
+    try:
+        lab.run(planned((stages[name] for name in selected), data, regime))
+    except Over as over:
+        print(f"ended by {over}: runs in progress are abandoned, and the same command resumes", flush=True)
+        if str(over) == "SIGTERM":
+            sys.exit(143)
+    if lab.failed:
+        sys.exit(f"{len(lab.failed)} runs failed, the first: {lab.failed[0]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the evidence is measured with: sizes, epochs and precision by regime, data by option, and where results go."""
+"""What the evidence is measured with: sizes, epochs and precision by regime, and data by option."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from visadapt.experiments import Contender, Experiment, Problem, Result, problem, run_experiment
+from visadapt.experiments import Contender, Problem, problem
 from visadapt.experiments.fair import fair_contender
-
-LARGE = 20_000_000
-"""Bytes from which the file of a finished task is deleted: that of full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Regime:
 
     Attributes:
         name: name that the results carry.
-        texts: training texts per problem, or all where there are fewer; of CoLA all.
+        texts: training texts per problem, or all where there are fewer.
         images: training images per problem, or all where there are fewer.
         validation: validation samples per problem.
         test: test samples per problem, or all where there are fewer.
@@ -28,7 +25,9 @@ class Regime:
         image_epochs: numbers of epochs to choose from.
         text_batch: texts per step.
         image_batch: images per step.
-        seeds: number of seeds.
+        seed_count: number of seeds.
+        first: number of problems that the first three contenders are compared on before anything else; None to begin
+            with all problems and contenders.
     """
 
     name: str
@@ -41,7 +40,17 @@ class Regime:
     image_epochs: tuple[int, ...]
     text_batch: int = 16
     image_batch: int = 32
-    seeds: int = 5
+    seed_count: int = 5
+    first: int | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds."""
+        return tuple(range(self.seed_count))
+
+    def contenders(self, names: Sequence[str], problem: Problem) -> tuple[Contender, ...]:
+        """Build contenders whose rate, epochs and activation are chosen on validation data of their own problem."""
+        return tuple(self.contender(name, problem) for name in names)
 
     def contender(self, name: str, problem: Problem) -> Contender:
         """Build a contender whose rate, epochs and activation are chosen on validation data, in bf16 autocast."""
@@ -60,10 +69,13 @@ class Regime:
 
 
 REGIMES = {
-    # two cores in the background of other work: about a day for the first stage
-    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9, 20), (5, 9)),
-    # one GPU: as much as the budget allows, in order of priority
-    "cuda": Regime("cuda", 4000, 4000, 500, 1500, 96, (10,), (10,), text_batch=32, image_batch=64, seeds=3),
+    # what these take is printed by `python -m benchmarks.estimate`, given all data; see there how it is estimated
+    # two cores, in the background of other work: about 10 hours for what comes first
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=6),
+    # one GPU and 14 processes: about 8 minutes for three seeds of the first stage; further ones as the budget allows
+    "cuda": Regime("cuda", 2000, 1500, 500, 1500, 64, (3, 9), (5, 9), text_batch=32),
+    # a moment, to test the command; no evidence
+    "smoke": Regime("smoke", 48, 48, 20, 24, 16, (1, 2), (1, 2), seed_count=2),
 }
 
 
@@ -77,6 +89,7 @@ class Data:
         omniglot: zip file of the characters.
         elpv: zip file of the solar cells.
         vgg16: file of VGG-16's convolutions.
+        encoder: name of the backbone for texts; None to leave texts out.
     """
 
     glue: Path | None = None
@@ -84,6 +97,7 @@ class Data:
     omniglot: Path | None = None
     elpv: Path | None = None
     vgg16: Path | None = None
+    encoder: str | None = "bundled/minilm"
 
     def images(self, regime: Regime, network: str = "bundled/resnet50", **options: object) -> tuple[Problem, ...]:
         """Return problems on photographs, signs, clothes, digits, characters and solar cells."""
@@ -100,7 +114,9 @@ class Data:
 
     def texts(self, regime: Regime) -> tuple[Problem, ...]:
         """Return problems on questions, sentiment and grammar, then longer texts, then pairs of texts."""
-        glue = None if self.glue is None else str(self.glue)
+        if self.encoder is None:
+            return ()
+        encoder, glue = self.encoder, None if self.glue is None else str(self.glue)
         names = ["tweets", "products", "movies", "editorials"]
         if glue is not None:
             names = ["trec", "tweets", "sst2", "products", "cola", "mrpc", "movies", "editorials", "rte"]
@@ -108,56 +124,12 @@ class Data:
         sizes = {"validation": regime.validation, "test": regime.test}
         return tuple(
             problem(
-                "bundled/minilm",
+                encoder,
                 name,
-                train=None if name == "cola" else regime.texts,
+                train=regime.texts,
                 root=glue,
                 length=lengths.get(name, 32),
                 **sizes,
             )
             for name in names
         )
-
-
-@dataclass(frozen=True)
-class Lab:
-    """The folder, processes, device and regime that experiments run with.
-
-    Attributes:
-        folder: folder of the results.
-        processes: number of parallel processes.
-        device: device to compute on.
-        regime: sizes, epochs and precision.
-        deadline: value of ``time.time()`` from which no run is begun.
-    """
-
-    folder: Path
-    processes: int
-    device: str
-    regime: Regime
-    deadline: float | None = None
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """All seeds."""
-        return tuple(range(self.regime.seeds))
-
-    def run(self, experiment: Experiment) -> list[Result]:
-        """Compute the missing results of an experiment, and return all of them."""
-        results = run_experiment(
-            experiment,
-            self.folder,
-            processes=self.processes,
-            device=self.device,
-            regime=self.regime.name,
-            deadline=self.deadline,
-            say=lambda line: print(line, flush=True),
-        )
-        for file in (self.folder / "tasks").glob("*.visadapt"):
-            if file.stat().st_size > LARGE:
-                file.unlink()
-        return results
-
-    def contenders(self, names: Sequence[str], problem: Problem) -> tuple[Contender, ...]:
-        """Build contenders whose rate, epochs and activation are chosen on validation data of their own problem."""
-        return tuple(self.regime.contender(name, problem) for name in names)

@@ -50,7 +50,7 @@ def ladder(net: nn.Module, **lean: Any) -> tuple[nn.Module, list[nn.Parameter]]:
 
 def full(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     """Replace the head; return the model and all its parameters, for full fine-tuning with BatchNorm in train mode."""
-    net.fc = nn.Linear(net.fc.in_features, CLASSES)
+    net.fc = nn.Linear(net.fc.in_features, CLASSES, device=net.fc.weight.device)
     return net, list(net.parameters())
 
 
@@ -59,7 +59,7 @@ def lora(net: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     from peft import LoraConfig, get_peft_model
 
     count = sum(p.numel() for p in adapted(copy.deepcopy(net), "frozen")[1])
-    net.fc = nn.Linear(net.fc.in_features, CLASSES)
+    net.fc = nn.Linear(net.fc.in_features, CLASSES, device=net.fc.weight.device)
     convs = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     each = sum(m.in_channels * 9 + m.out_channels for m in map(net.get_submodule, convs))
     model = get_peft_model(net, LoraConfig(r=max(1, round(count / each)), target_modules=convs, modules_to_save=["fc"]))

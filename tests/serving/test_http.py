@@ -213,13 +213,11 @@ def test_bodies_are_bounded_while_they_come(server: Server) -> None:
     assert "80,000 bytes" in error["message"]
 
 
-def test_a_client_that_sends_nothing_is_not_waited_for(server: Server) -> None:
+def sent_to(server: Server, receive: Any) -> list[Any]:
+    """What is sent to a client whose body comes from a function."""
     sent: list[Any] = []
 
     async def main() -> None:
-        async def receive() -> Any:
-            await asyncio.sleep(60)
-
         async def send(message: Any) -> None:
             sent.append(message)
 
@@ -231,8 +229,25 @@ def test_a_client_that_sends_nothing_is_not_waited_for(server: Server) -> None:
         await guarded(scope, receive, send)
 
     asyncio.run(main())
-    assert sent[0]["status"] == 408
-    assert json.loads(sent[1]["body"])["error"]["name"] == "timeout"
+    return sent
+
+
+def test_a_client_that_sends_nothing_is_not_waited_for(server: Server) -> None:
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    start, body = sent_to(server, receive)
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["name"] == "timeout"
+
+
+def test_a_client_that_leaves_is_not_a_failure_of_the_server(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    with caplog.at_level(logging.INFO):
+        assert sent_to(server, receive)[0]["status"] == 408
+    assert [record.name for record in caplog.records] == [log.name]
 
 
 def test_unknown_routes_and_methods(server: Server) -> None:

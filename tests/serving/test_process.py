@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from tests.serving.conftest import png
 from visadapt.cli.app import app
+from visadapt.serving import Server
 
 TOKEN = "a-token-of-more-than-16"
 IMAGE = [("image", ("a.png", png()))]
@@ -133,6 +134,16 @@ def test_what_it_is_not_started_with(
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_a_warm_up_that_fails_ends_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(server: Server) -> Server:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Server, "start", fails)
+    result = CliRunner().invoke(app, ["serve", str(folder), "--port", "0"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: the warm-up failed: no memory"
 
 
 def test_a_port_in_use(folder: Path) -> None:

@@ -19,7 +19,8 @@ import visadapt
 from tests.models import stir
 from tests.serving.conftest import CLASSES, LABELS, NOTES, alone, network, png, write_task, write_text_task
 from visadapt import VisadaptError
-from visadapt.serving import Limits, Server, ServingError, pool
+from visadapt.serving import Limits, Server, ServingError, forward, pool
+from visadapt.serving import server as server_module
 
 
 def serve(action: Callable[[Server], Awaitable[Any]], *source: Any, **options: Any) -> Any:
@@ -276,6 +277,51 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(folder: Path) -> None:
         assert len(await second[1]) == 2
 
     serve(action, folder, limits=Limits(queue=4), max_batch=1, max_wait=0.0)
+
+
+def test_what_has_no_room_is_refused_before_it_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def action(server: Server) -> None:
+        gate, decoded, make = threading.Event(), [], server._items
+
+        def slow(names: list[str], inputs: list[Any]) -> Any:
+            gate.wait(30)
+            decoded.append(names)
+            return make(names, inputs)
+
+        monkeypatch.setattr(server, "_items", slow)
+        requests = [asyncio.create_task(server.predict("birds", [png()] * 2)) for _ in range(3)]
+        await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+        # the third, at once; a client that is gone makes room for another
+        assert (await refused(requests[2])).name == "overloaded"
+        requests[0].cancel()
+        await asyncio.wait([requests[0]])
+        requests[2] = asyncio.create_task(server.predict("birds", [png()]))
+        await asyncio.sleep(0)
+        gate.set()
+        assert [len(await request) for request in requests[1:]] == [2, 1]
+        # one that can never have room is not told to come again
+        assert (await refused(server.predict("birds", [png()] * 5))).name == "too_large"
+
+    serve(action, folder, limits=Limits(queue=4))
+
+
+def test_a_task_whose_inputs_cannot_be_prepared_does_not_keep_the_others_from_starting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(entry: Any, *others: Any) -> Any:
+        if entry.name == "birds":
+            raise ServingError("undecodable", "no tokenizer", "install it")
+        return kept(entry, *others)
+
+    kept = forward.prepare
+    for module in (forward, server_module):
+        monkeypatch.setattr(module, "prepare", fails)
+
+    async def action(server: Server) -> None:
+        assert (await refused(server.predict("birds", [png()]))).name == "undecodable"
+        assert (await server.predict("maps", [png()]))[0].task == "maps"
+
+    serve(action, folder)
 
 
 def test_what_waits_when_the_server_stops_is_answered(folder: Path) -> None:

@@ -167,6 +167,11 @@ def test_options_that_contradict_each_other_are_refused(digits: ImageSet, tmp_pa
     cached.prefix.close()
 
 
+def test_graphs_are_refused_where_there_are_none(digits: ImageSet) -> None:
+    with pytest.raises(VisadaptError, match="compile='graphs' needs a CUDA device, got 'cpu'"):
+        fit(make(), "digits", data(digits), recipe=RECIPE.replace(compile="graphs"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_steps_train_as_others_do(digits: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""The two small forwards that tell whose row is whose; see `visadapt.backbone.rows`."""
+"""The two small forwards that find which rows belong to which sample; see `visadapt.backbone.rows`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
+from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.modules import own_modules, plain_copy, unwrapped
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged
@@ -21,16 +22,16 @@ from visadapt.errors import VisadaptError
 
 
 def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None) -> RowFacts:
-    """Establish the facts of a batch.
+    """Find the row facts of a batch.
 
     Args:
         model: the backbone, injected or not; neither it nor the batch is changed.
         given: ``(args, kwargs)`` of its call.
-        samples: N, the number of samples that the batch is said to have.
-        classes: width of the backbone's own head, which labels among the batch must not exceed.
+        samples: N, the expected number of samples.
+        classes: number of classes of the backbone's own head; larger labels in the batch are clamped.
 
     Raises:
-        VisadaptError: the batch cannot be taken apart into N samples, or the output of one depends on the others.
+        VisadaptError: the batch cannot be split into N samples, or the output for one sample depends on the others.
     """
     cuts = list(possible_cuts(given, samples))
     if not cuts:
@@ -56,18 +57,18 @@ def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int
 
 
 def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts | str:
-    """The facts of a batch that is cut so, or why it cannot be."""
+    """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
     try:
         return _examined(model, given, cut, samples)
     except VisadaptError as error:
         return str(error)
-    except Exception as error:  # whatever a model raises on a batch that was cut at the wrong place
+    except Exception as error:  # a model may raise anything if the batch was split along the wrong axis
         failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     args, kwargs = given
     labels = [name for name, value in kwargs.items() if isinstance(value, Tensor) and _is_label(name)]
     if not labels:
         return failure
-    # those of other tasks need not fit the backbone's own loss
+    # labels of other tasks need not fit the backbone's own loss: try without them
     rest = {name: value for name, value in kwargs.items() if name not in labels}
     own = {key: axis for key, axis in cut.items() if key not in {(1, name) for name in labels}}
     found = _attempted(model, (args, rest), own, samples)
@@ -79,7 +80,7 @@ def _is_label(name: Any) -> bool:
 
 
 def _within(key: Key, leaf: Any, classes: int | None) -> Any:
-    """Labels of a task whose head is wider than the backbone's, as the backbone alone can take them."""
+    """Clamp labels to the classes of the backbone's own head, which may be narrower than the task's."""
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
         return leaf
     if any(map(_is_label, key)):
@@ -88,16 +89,16 @@ def _within(key: Key, leaf: Any, classes: int | None) -> Any:
 
 
 def size_of(given: Any) -> Any:
-    """How large a batch seems to be, for messages."""
+    """Return the apparent batch size, for messages."""
     first = next((leaf for _, leaf in leaves(given) if isinstance(leaf, Tensor)), None)
     return "no tensors" if first is None else first.shape[0] if first.ndim else 0
 
 
 def possible_cuts(given: Any, samples: int) -> Iterator[dict[Key, Axis]]:
-    """Where N samples may lie in a batch, the likeliest first.
+    """Yield the possible batch axes of a batch of N samples, the most likely first.
 
-    Along the first axis wherever that has N elements; else along another that has; or in lists of N elements. What has
-    N elements by chance is left out of one possibility each.
+    First the first axis of size N of every tensor, then other axes of size N, then lists of N elements. A tensor may
+    have size N by chance, so each one is also left out once.
     """
     lists = {
         key
@@ -159,14 +160,14 @@ def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) 
     if not facts.evidence and samples > 1:
         try:
             varied = _compared(_twin(unwrapped(model)), _varied(pair, cut), cut)
-        except Exception:  # the model does not take what was made up: then there is no evidence
+        except Exception:  # the model may refuse made-up values; then there is no evidence
             return facts
         return varied
     return facts
 
 
 def _distinct(given: Any, cut: dict[Key, Axis], samples: int) -> tuple[int, int]:
-    """Two samples of a batch that differ, if there are two."""
+    """Return the indices of two samples that differ, if any do."""
     for other in range(1, samples):
         for key, leaf in leaves(given, lambda key, _: cut.get(key) == ITEMS):
             axis = cut.get(key)
@@ -180,7 +181,7 @@ def _distinct(given: Any, cut: dict[Key, Axis], samples: int) -> tuple[int, int]
 
 
 def _varied(pair: Any, cut: dict[Key, Axis]) -> Any:
-    """The batch with another second sample: noise among floats, and integers one less at the end."""
+    """Return the batch with its second sample changed: noise for floats; integers reversed, and the last one less."""
 
     def other(key: Key, leaf: Any) -> Any:
         axis = cut.get(key)
@@ -202,49 +203,49 @@ def _varied(pair: Any, cut: dict[Key, Axis]) -> Any:
 
 
 def _twin(backbone: nn.Module) -> nn.Module:
-    """A plain copy of a backbone that shares its weights: what a forward leaves in a module is left in the copy."""
+    """Return a plain copy of a backbone that shares its weights, so that a forward changes no state of the original."""
     memo: dict[int, Any] = {}
     for module in own_modules(backbone).values():
         memo |= {id(p): p for p in module._parameters.values() if p is not None}
         for _, held in leaves(list(module.__dict__.values())):
             if isinstance(held, Tensor) and not held.is_leaf:
-                # torch does not copy what is part of a graph
+                # torch refuses to copy a tensor that is part of an autograd graph
                 memo[id(held)] = held.detach()
     twin = plain_copy(backbone, memo)
     held = {id(value) for module in twin.modules() for value in (module, *module.__dict__.values())}
     for module in twin.modules():
         for name, hooks in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
-                # those of the user's that listen must not hear of it; those of the model's own may make its output
+                # drop the user's hooks, which must not see this run; keep the model's own, which may make its output
                 for key in [key for key, hook in hooks.items() if not _is_bound(hook, held)]:
                     del hooks[key]
-        # transformers sets up the hooks that collect hidden states once for each model
+        # transformers installs the hooks that collect hidden states once per model
         module.__dict__.pop("_output_capturing_hooks_installed", None)
         if any(name.startswith("running_") for name in module._buffers):
-            # statistics are the frozen backbone's: its norms never see their batch's
+            # the frozen backbone uses its running statistics, never those of the batch
             module.training = False
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # the fused kernel would call none of the modules inside
+            module.activation_relu_or_gelu = 0  # the fused kernel would not call the modules inside
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return twin
 
 
 def _is_bound(hook: Any, held: set[int]) -> bool:
-    """Whether a hook is a method of a module of the model, or of an object that one holds, as in ``FeatureHookNet``."""
+    """Return whether a hook is a method of one of the model's modules or of an object in one (``FeatureHookNet``)."""
     while isinstance(hook, partial):
         hook = hook.func
     return isinstance(hook, MethodType) and id(hook.__self__) in held
 
 
 class _Recorder:
-    """Keeps prints of what every module is called with and gives."""
+    """Records prints of the inputs and outputs of every module."""
 
     def __init__(self, twin: nn.Module) -> None:
         self.calls: dict[str, list[tuple[dict[Key, Any], dict[Key, Any]]]] = {}
         for path, module in own_modules(twin).items():
             if not isinstance(module, torch.jit.ScriptModule):
-                # not by a hook, which a caller of .forward passes by
+                # replaces forward instead of adding a hook: code that calls .forward directly skips hooks
                 module.forward = self._around(path, module.forward)  # type: ignore[method-assign]
 
     def _around(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,7 +266,7 @@ def _prints(tree: Any) -> dict[Key, Print]:
 
 
 def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
-    """Run the twin on (p, q) and on (q, p, q), and compare."""
+    """Run the twin on (p, q) and on (q, p, q), and compare the results."""
     three = take(pair, cut, [1, 0, 1])
     recorder = _Recorder(twin)
     runs = []
@@ -273,7 +274,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
     for args, kwargs in (pair, three):
         recorder.calls = {}
         watch = Watch((args, kwargs))
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), watch:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), full_precision(), watch:
             out = twin(*args, **kwargs)
         runs.append((recorder.calls, out, watch))
     (few, small, first), (more, large, second) = runs
@@ -290,10 +291,10 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
 
 
 def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
-    """The facts of the model's output.
+    """Return the facts of the model's output.
 
     Raises:
-        VisadaptError: a part of it grows with the batch, but not by the samples' own rows.
+        VisadaptError: a part of the output grows with the batch, but its rows are not those of single samples.
     """
     if isinstance(small, tuple | list) and isinstance(large, tuple | list) and len(small) != len(large):
         if (len(small), len(large)) != (2, 3) or not all(_close(large[i], small[j]) for i, j in enumerate((1, 0, 1))):
@@ -324,7 +325,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def _evidence(small: Any, outputs: dict[Key, Fact]) -> bool:
-    """Whether the two samples differ in the output."""
+    """Return whether the outputs of the two samples differ."""
     for key, leaf in leaves(small, lambda key, _: key in outputs and outputs[key] == Lying(ITEMS)):
         fact = outputs.get(key)
         if not isinstance(fact, Lying):

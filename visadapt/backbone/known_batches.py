@@ -1,4 +1,4 @@
-"""The facts of the kinds of batch that a model has met, each established once."""
+"""Row facts of every kind of batch that a model has run, each found once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 
 _TRIES = 3
-"""How often batches of equal samples are examined again, in the hope of samples that differ."""
+"""How many batches of a kind are examined until one holds two samples whose outputs differ."""
 
 
 class KnownBatches:
-    """Row facts by signature of the batch: its structure, its dtypes and its sizes beside the number of samples.
+    """Row facts by signature of the batch: its structure, dtypes and sizes other than the number of samples.
 
-    Where batches of two sizes, alike in all else, were found to be alike in their facts, these hold for every size.
+    If two batches that differ only in their sizes have the same facts, these facts are used for every size.
 
     Attributes:
-        hosts: facts that hold for all batches that were met, by path of the module.
+        hosts: facts that hold for all batches so far, by path of the module.
     """
 
     def __init__(self) -> None:
@@ -35,17 +35,17 @@ class KnownBatches:
     def facts(
         self, model: nn.Module, given: tuple[Any, Any], samples: int, several: bool, classes: int | None
     ) -> RowFacts:
-        """The facts of a batch; established if its kind is new.
+        """Return the facts of a batch; a new kind of batch is examined first.
 
         Args:
             model: the backbone.
-            given: ``(args, kwargs)``.
-            samples: N, as many as tasks were named.
-            several: whether these are several tasks, so that it matters which row is whose.
-            classes: width of the backbone's own head.
+            given: ``(args, kwargs)`` of its call.
+            samples: N, the number of tasks that were named.
+            several: whether these are different tasks, so that the owner of each row matters.
+            classes: number of classes of the backbone's own head.
 
         Raises:
-            VisadaptError: the batch cannot be taken apart into N samples, or the output of one depends on the others.
+            VisadaptError: the batch cannot be split into N samples, or the output for one sample depends on the others.
         """
         pattern, exact = _signature(given, samples, bool(model.__dict__["training"]))
         found = self._exact.get(exact) or self._general.get(pattern)
@@ -53,7 +53,7 @@ class KnownBatches:
             return found
         kind = tuple(key for key, _ in leaves(given))
         if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(given)) and kind in self._kinds:
-            # of tensors without values nothing can be found out
+            # fake tensors have no values to compare
             return self._kinds[kind]
         found = examine(model, given, samples, classes)
         self._tries[exact] = self._tries.get(exact, 0) + 1
@@ -70,14 +70,14 @@ class KnownBatches:
         return found
 
     def forget(self, given: tuple[Any, Any], samples: int, training: bool, facts: RowFacts) -> None:
-        """Notes that a batch was not as its facts say: from now on its kind runs one task at a time."""
+        """Record that a batch did not match its facts; from now on its kind runs one task at a time."""
         pattern, exact = _signature(given, samples, training)
         self._exact[exact] = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
         self._general.pop(pattern, None)
 
 
 def _signature(given: Any, samples: int, training: bool) -> tuple[Any, Any]:
-    """What a batch is by its pattern alone, and with its sizes."""
+    """Return the signature of a batch without its sizes, and the signature with them."""
     pattern: list[Any] = [training]
     sizes: list[Any] = []
     for key, leaf in leaves(given):

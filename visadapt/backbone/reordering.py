@@ -1,4 +1,4 @@
-"""What a forward does to the order of its batch on account of the data: sorts, packs, routes, reads numbers."""
+"""Detect forwards that order the rows of a batch by their data: by sorting, packing, routing or reading numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _MARK = "_visadapt_from_input"
-"""Attribute of tensors that were computed from the model's input."""
+"""Attribute set on tensors that were computed from the model's input."""
 
 _SORTS = {"sort", "topk", "kthvalue", "mode", "argsort", "msort"}
 _AT_DIM = {"index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
@@ -23,11 +23,12 @@ _READS = {"tolist", "numpy", "__array__", "__dlpack__"}
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records where a forward chooses rows by its data, and makes what is random the same in every run.
+    """Records where a forward selects rows by their data, and replaces random numbers by constants.
 
     Attributes:
-        choices: the operators that chose by data, in their order, with the sizes of the axes along which they chose.
-        numbers: the numbers that Python read from tensors computed from the input.
+        choices: the operators that selected by data, in call order, with the sizes of the axes that they selected
+            along.
+        numbers: the numbers that Python code read from tensors computed from the input.
     """
 
     def __init__(self, inputs: Any) -> None:
@@ -67,7 +68,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
-        """Write down an operator that lets the data choose along some axes of a tensor that came from the input."""
+        """Record an operator that selects along axes of a tensor by values computed from the input."""
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name == "_pack_padded_sequence" or (name == "repeat_interleave" and any(map(is_marked, args))):
             self.choices.append((name, (0,)))
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sizes: tuple[int, ...] = ()
         if name in _SORTS and first.ndim:
             dims = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, int) and not isinstance(v, bool)]
-            # topk's first number is k; a sort without a number is along the last axis
+            # the first number of topk and kthvalue is k; without a number, the last axis is sorted
             dims = dims[1:] if name in ("topk", "kthvalue") else dims
             sizes = (shape[dims[0] if dims else -1],)
         elif name in _AT_DIM and len(args) > 2 and is_marked(args[2]) and first.ndim:
@@ -91,7 +92,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reads(TorchFunctionMode):
-    """Notes what Python reads of whole tensors, of which no operator tells."""
+    """Records conversions of whole tensors to Python values, which dispatch no operator."""
 
     def __init__(self, numbers: list[Any]) -> None:
         super().__init__()
@@ -104,16 +105,16 @@ class _Reads(TorchFunctionMode):
 
 
 def chose_rows(two: Watch, three: Watch) -> str:
-    """Whether the order of a batch's rows may depend on the data: the operator that says so, or "".
+    """Return the name of the operator that may order a batch's rows by their data, or "" if there is none.
 
     Args:
-        two: of a forward of two samples.
-        three: of a forward of three, made of the same two.
+        two: the record of a forward of two samples.
+        three: the record of a forward of three samples made of the same two.
     """
     if [name for name, _ in two.choices] != [name for name, _ in three.choices]:
         return "an operator that depends on the data"
     for (name, few), (_, more) in zip(two.choices, three.choices, strict=True):
-        # an axis that grows with the batch holds the samples
+        # an axis that grows with the batch is the batch axis
         if few == (0,) or any(p != q for p, q in zip(few, more, strict=True)):
             return name
     same = len(two.numbers) == len(three.numbers) and all(map(_alike, two.numbers, three.numbers))
@@ -121,13 +122,13 @@ def chose_rows(two: Watch, three: Watch) -> str:
 
 
 def mark(leaf: Any) -> None:
-    """Marks a tensor as computed from the input."""
+    """Mark a tensor as computed from the input."""
     if isinstance(leaf, Tensor):
         setattr(leaf, _MARK, True)
 
 
 def is_marked(leaf: Any) -> bool:
-    """Whether a tensor was computed from the input."""
+    """Return whether a tensor was computed from the input."""
     return isinstance(leaf, Tensor) and getattr(leaf, _MARK, False)
 
 
@@ -140,7 +141,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _indexed(shape: tuple[int, ...], indices: Any) -> tuple[int, ...]:
-    """Sizes of the axes that an index computed from the input chooses along."""
+    """Return the sizes of the axes that are indexed by values computed from the input."""
     sizes: list[int] = []
     axis = 0
     for index in indices:
@@ -152,7 +153,7 @@ def _indexed(shape: tuple[int, ...], indices: Any) -> tuple[int, ...]:
 
 
 def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Run an operator; what it would draw is the same for every sample and every run."""
+    """Run an operator with random numbers replaced by constants, the same for every sample and run."""
     if name == "native_dropout":
         return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
     arguments = func._schema.arguments
@@ -178,4 +179,4 @@ _DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("normal_functional", "exponential_", "random_"), lambda out: out.zero_()),
     "randperm": _ordered,
 }
-"""What stands in for random numbers, by the operator that draws them. An order that is drawn stays as it is."""
+"""Constants in place of random numbers, by operator; a random permutation becomes the identity."""

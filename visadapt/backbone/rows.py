@@ -1,8 +1,9 @@
-"""Whose row is it: which rows of every module's tensors belong to which sample, established by two small forwards.
+"""Which rows of every module's tensors belong to which sample, found by two small forwards.
 
-A copy of the backbone runs on two samples of the batch, (p, q), and then on three, (q, p, q). An axis that holds the
-samples is the one that grows from 2k to 3k, and its order is the one in which the rows of (q, p, q) are those of
-(p, q) again. What mixes its samples, sorts them by the data or puts them elsewhere fits no order, and is not guessed.
+A copy of the backbone runs on two samples of the batch, (p, q), and then on three, (q, p, q). The batch axis of a
+tensor is the axis that grows from 2k to 3k. Its order is the one in which the rows for (q, p, q) repeat those for
+(p, q).
+Where a module mixes samples, or orders them by their data, no order fits and the rows are marked as unknown.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from torch import Tensor
 from visadapt.backbone.batch import Axis, Key
 
 FREE = "free"
-"""Of a tensor that is the same whatever the batch."""
+"""Fact of a tensor that does not depend on the batch."""
 
 UNKNOWN = "unknown"
-"""Of a tensor whose rows belong to samples in no order that is known."""
+"""Fact of a tensor for which it is not known which rows belong to which sample."""
 
 
 @dataclass(frozen=True)
 class Lying:
-    """How the samples of a batch lie in a tensor.
+    """Position of a batch's samples in a tensor.
 
     Attributes:
-        axis: the axis along which they lie, or ``ITEMS`` for a list with one element per sample.
+        axis: the batch axis, or ``ITEMS`` for a list with one element per sample.
         repeat: rows per sample.
-        tiled: whether row r belongs to sample r mod N (two views concatenated) rather than to r // repeat (windows);
-            None where both are the same.
+        tiled: True if row r belongs to sample r mod N (two views concatenated), False if it belongs to sample
+            r // repeat (windows), None if both are the same.
     """
 
     axis: Axis
@@ -39,7 +40,7 @@ class Lying:
 
 
 Fact = Lying | str
-"""``FREE``, ``UNKNOWN`` or how the samples lie."""
+"""``FREE``, ``UNKNOWN`` or the position of the samples."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class HostRows:
     Attributes:
         inputs: fact by path in ``(args, kwargs)``.
         outputs: fact by path in the output.
-        known: whether each row there is known to be of one sample: along the first axis, in one order.
-        order: whether the rows of its tensors are tiled; None where every sample has one row.
+        known: True if each row belongs to one known sample: along the first axis, in the same order everywhere.
+        order: ``tiled`` of its tensors; None if every sample has one row.
     """
 
     inputs: dict[Key, Fact]
     outputs: dict[Key, Fact]
-    # worked out here, since they are asked for in graphs that are being made, which take no lock of a cached property
+    # computed in __post_init__: a cached_property takes a lock, which torch.compile cannot trace
     known: bool = field(init=False)
     order: bool | None = field(init=False)
 
@@ -76,14 +77,15 @@ class HostRows:
 
 @dataclass
 class RowFacts:
-    """What is known of one kind of batch.
+    """Row facts of one kind of batch.
 
     Attributes:
-        cut: where the samples lie in the model's input.
-        outputs: how they lie in its output, by path.
+        cut: batch axis of each tensor of the model's input, by path.
+        outputs: position of the samples in the model's output, by path.
         hosts: facts of the modules that were called, by path.
-        reordered: the operator on account of which the order of rows may depend on the data, or "".
-        evidence: whether the samples that were compared differ in the output.
+        reordered: name of the operator that may order rows by their data, or "".
+        evidence: whether the outputs of the two compared samples differ; if they are equal, the comparison shows
+            nothing.
     """
 
     cut: dict[Key, Axis]
@@ -93,14 +95,14 @@ class RowFacts:
     evidence: bool
 
     def knows(self, path: str) -> bool:
-        """Whether the rows at a module are known."""
+        """Return whether the rows at a module are known."""
         host = self.hosts.get(path)
         return host is not None and self.evidence and not self.reordered and host.known
 
 
 @dataclass
 class Print:
-    """What is kept of a tensor to compare it by: its shape, and two random projections of each row."""
+    """Fingerprint of a tensor: its shape, and two fixed projections of each row."""
 
     shape: tuple[int, ...]
     rows: Tensor
@@ -108,7 +110,7 @@ class Print:
 
     @staticmethod
     def of(tensor: Tensor) -> Print:
-        """Take it."""
+        """Compute the fingerprint of a tensor along its first axis."""
         shape = tuple(tensor.shape)
         if not tensor.numel():
             return Print(shape, torch.zeros(shape[0], 2, dtype=torch.double), 0.0)
@@ -122,12 +124,15 @@ class Print:
 
 
 def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
-    """How samples lie in a tensor, from what it was for the samples (p, q) and for (q, p, q).
+    """Find the position of the samples in a tensor, given its values for the samples (p, q) and for (q, p, q).
 
     Args:
-        two: the tensor for two samples.
-        three: the tensor for three.
-        axis: the axis that prints were taken along; tensors are looked at along every axis.
+        two: the tensor, or its print, for two samples.
+        three: the same for three samples.
+        axis: the axis along which the prints were taken; of tensors, every axis is examined.
+
+    Returns:
+        the position, ``FREE`` or ``UNKNOWN``.
     """
     grown = [i for i, (p, q) in enumerate(zip(two.shape, three.shape, strict=False)) if p != q]
     if len(two.shape) != len(three.shape) or len(grown) > 1:
@@ -161,6 +166,11 @@ def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
 
 
 def merged(calls: Any) -> HostRows:
+    """Merge the facts of all calls of one module.
+
+    Args:
+        calls: per call the prints of inputs and outputs for two samples, and those for three.
+    """
     found: tuple[dict[Key, Fact], dict[Key, Fact]] = {}, {}
     for fewer, more in calls:
         for kept, few, many in zip(found, fewer, more, strict=True):
@@ -171,7 +181,7 @@ def merged(calls: Any) -> HostRows:
 
 
 def _both(one: Fact, other: Fact) -> Fact:
-    """What holds for both of two calls."""
+    """Return the fact that holds for both calls."""
     if not isinstance(one, Lying) or not isinstance(other, Lying) or one.axis != other.axis:
         return UNKNOWN
     orders = {one.tiled, other.tiled} - {None}
@@ -179,7 +189,7 @@ def _both(one: Fact, other: Fact) -> Fact:
 
 
 def both_hosts(one: HostRows, other: HostRows) -> HostRows:
-    """What holds of a module for both of two kinds of batch."""
+    """Merge the facts of one module for two kinds of batch."""
 
     def each(left: dict[Key, Fact], right: dict[Key, Fact]) -> dict[Key, Fact]:
         found = {**right, **left}
@@ -191,7 +201,7 @@ def both_hosts(one: HostRows, other: HostRows) -> HostRows:
 
 
 def shape_of(facts: RowFacts) -> Any:
-    """What two sizes of one kind of batch must share for their facts to hold for every size."""
+    """Return what must be equal for two batch sizes if their facts are to hold for every size."""
 
     def each(found: dict[Key, Fact]) -> Any:
         return {k: (f.axis, f.repeat > 1, f.tiled) if isinstance(f, Lying) else f for k, f in found.items()}

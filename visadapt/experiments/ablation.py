@@ -67,6 +67,10 @@ class Removal(Run):
         return tuple(self._cases())
 
     @property
+    def task_keys(self) -> tuple[str, ...]:
+        return self.training.task_keys
+
+    @property
     def layer_count(self) -> int:
         """Number of layers with adapters."""
         return count_layers(self.training.problem, self.training.contender)

@@ -15,6 +15,7 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.executors import get_engine
 from visadapt.experiments.record import Record, Result
 from visadapt.experiments.run import Lookup, Run
+from visadapt.experiments.stream import Plan, Stream
 from visadapt.experiments.train import Workspace
 
 
@@ -36,8 +37,9 @@ class Experiment(ABC):
     def runs(self, lookup: Lookup) -> Sequence[Run]:
         """Return all runs that are known to be wanted given the results so far, whether finished or not.
 
-        Called again when these runs are finished: runs that depend on results (such as a test at the best learning
-        rate) are returned once those results exist. Must not depend on anything but ``lookup``.
+        Called again whenever a result that it lacked exists: runs that depend on results (such as a test at the best
+        learning rate) are returned once those results exist. The first are executed first. Must not depend on anything
+        but ``lookup``.
 
         Args:
             lookup: returns the result of a key, or None if it does not exist yet.
@@ -95,30 +97,20 @@ def run_experiment(
     if deadline is not None and deadline < 0:
         raise VisadaptError(f"deadline must be a value of time.time(), which is 0 or more, got {deadline!r}")
     workspace = Workspace(Path(results_folder), device, progress, regime, deadline)
-    execute = get_engine(engine)
+    open_executor = get_engine(engine)
     record = Record(results_folder)
+    number = 0
 
-    def lookup(key: str) -> Result | None:
-        return of_regime(record.get(experiment.name, key))
+    def numbered(result: Result) -> None:
+        nonlocal number
+        number += 1
+        say(f"{number:>4}  {result_line(result)}")
 
-    def of_regime(result: Result | None) -> Result | None:
-        return result if result is not None and result.regime == regime else None
-
-    while True:
-        runs = experiment.runs(lookup)
-        missing = [(run, key) for run in runs for key in run.keys if lookup(key) is None]
-        if not missing or workspace.is_over:
-            return [result for run in runs for key in run.keys if (result := lookup(key)) is not None]
-        for run, key in missing:
-            if known := of_regime(record.find(key)):
-                record.add(run.adopt(known))
-        pending = {run.keys: run for run in runs if any(lookup(key) is None for key in run.keys)}
-        if not pending:
-            continue  # all were reused: ask for the runs that depend on them
-        work = [(run, frozenset(key for key in keys if lookup(key) is None)) for keys, run in pending.items()]
-        for number, result in enumerate(execute(work, workspace, processes), start=1):
-            record.remember(result)
-            say(f"{number:>4}  {result_line(result)}")
+    with open_executor(processes) as executor:
+        Stream([experiment], record, executor, workspace, say=numbered).run()
+    plan = Plan(experiment, record, regime)
+    plan.ask()
+    return plan.results()
 
 
 def result_line(result: Result) -> str:

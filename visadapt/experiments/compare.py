@@ -82,8 +82,9 @@ def sweep_runs(
 
     def result_of(candidate: Contender) -> Result | None:
         trial = Trial(experiment, problem, candidate, seeds[0], "validation", facts_of(candidate), keep=keep)
-        tried[trial.key] = trial
-        return lookup(trial.key)
+        key = trial.key
+        tried[key] = trial
+        return lookup(key)
 
     _, chosen = choose(contender, result_of)
     trials = list(tried.values())

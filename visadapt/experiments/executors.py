@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeAlias
 
@@ -20,10 +26,40 @@ from visadapt.experiments.train import Workspace
 from visadapt.optional import require
 from visadapt.training.engine import check_device
 
-Work: TypeAlias = "Sequence[tuple[Run, Collection[str]]]"
-"""Runs, each with the keys of its missing results."""
 
-Engine = Callable[[Work, Workspace, int], Iterator[Result]]
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """The end of a run.
+
+    Attributes:
+        run: the run.
+        error: why it failed; None if it did not.
+    """
+
+    run: Run
+    error: Exception | None = None
+
+
+class Executor(ABC):
+    """Executes runs; one serves any number of experiments.
+
+    Attributes:
+        places: number of runs to begin before the results of one are collected.
+    """
+
+    places: int = 1
+
+    @abstractmethod
+    def begin(self, run: Run, missing: Collection[str], workspace: Workspace) -> None:
+        """Begin to compute the missing results of a run; each is written to disk as soon as it is known."""
+
+    @abstractmethod
+    def collect(self) -> Iterator[Result | Ended]:
+        """Wait until a run that was begun has ended; yield its results, then its end."""
+
+
+Engine = Callable[[int], AbstractContextManager[Executor]]
+"""Opens an executor of so many processes, and ends its processes when the context is left."""
 
 
 def get_engine(name: str) -> Engine:
@@ -47,16 +83,64 @@ def execute(run: Run, missing: Collection[str], workspace: Workspace) -> Iterato
         yield result
 
 
-def run_locally(work: Work, workspace: Workspace, processes: int) -> Iterator[Result]:
-    """Execute runs in this process, or in a pool of processes."""
+class InProcess(Executor):
+    """Executes runs in this process, one at a time, each when it is collected."""
+
+    def __init__(self) -> None:
+        self._begun: deque[tuple[Run, Collection[str], Workspace]] = deque()
+
+    def begin(self, run: Run, missing: Collection[str], workspace: Workspace) -> None:
+        self._begun.append((run, missing, workspace))
+
+    def collect(self) -> Iterator[Result | Ended]:
+        work = self._begun.popleft()
+        try:
+            yield from execute(*work)
+        except Exception as error:  # the caller decides what follows from it
+            yield Ended(work[0], error)
+        else:
+            yield Ended(work[0])
+
+
+Submit: TypeAlias = "Callable[[Run, Collection[str], Workspace], Future[list[Result]]]"
+
+
+class Parallel(Executor):
+    """Executes several runs at once in other processes.
+
+    Args:
+        places: number of runs to begin before the results of one are collected.
+        submit: begins a run elsewhere.
+    """
+
+    def __init__(self, places: int, submit: Submit) -> None:
+        self.places, self._submit = places, submit
+        self._runs: dict[Future[list[Result]], Run] = {}
+
+    def begin(self, run: Run, missing: Collection[str], workspace: Workspace) -> None:
+        self._runs[self._submit(run, missing, workspace)] = run
+
+    def collect(self) -> Iterator[Result | Ended]:
+        done, _ = wait(self._runs, return_when=FIRST_COMPLETED)
+        for future in done:
+            run, error = self._runs.pop(future), future.exception()
+            if error is None:
+                yield from future.result()
+            elif not isinstance(error, Exception) or isinstance(error, BrokenProcessPool):
+                raise error
+            yield Ended(run, error)
+
+
+@contextmanager
+def open_locally(processes: int) -> Iterator[Executor]:
+    """Execute runs in this process or, if there are to be several, in a pool of processes."""
     if processes == 1:
-        for run, missing in work:
-            yield from execute(run, missing, workspace)
+        yield InProcess()
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _exit_with_parent) as pool:
+        threads = _threads_per_process(processes)
         try:
-            threads = _threads_per_process(processes)
-            yield from _completed([pool.submit(_execute_all, run, keys, workspace, threads) for run, keys in work])
+            yield Parallel(processes, lambda run, missing, work: pool.submit(_execute_all, run, missing, work, threads))
         except BrokenProcessPool as error:
             raise VisadaptError(
                 f"one of the {processes} processes was killed, possibly because memory ran out; finished results are "
@@ -66,19 +150,24 @@ def run_locally(work: Work, workspace: Workspace, processes: int) -> Iterator[Re
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_on_ray(work: Work, workspace: Workspace, processes: int) -> Iterator[Result]:
+@contextmanager
+def open_ray(processes: int) -> Iterator[Executor]:
     """Execute runs on a Ray cluster (Moritz et al. 2018, arXiv 1712.05889); all nodes need the results' folder."""
     ray = require("ray", "engine 'ray'", "visadapt[ray]")
-    started_here = not ray.is_initialized()
-    if started_here:
-        # an existing cluster knows its own number of CPUs
-        _start(ray, None if os.environ.get("RAY_ADDRESS") else processes)
-    try:
-        task, threads = ray.remote(num_cpus=1, max_retries=1)(_execute_all), _threads_per_process(processes)
-        yield from _completed([task.remote(run, keys, workspace, threads).future() for run, keys in work])
-    finally:
-        if started_here:
-            ray.shutdown()
+    threads = _threads_per_process(processes)
+    with ExitStack() as stack:
+
+        @cache
+        def task() -> Any:
+            """Connect to the cluster when there is something to do on it."""
+            if not ray.is_initialized():
+                stack.callback(ray.shutdown)
+                # an existing cluster knows its own number of CPUs
+                _start(ray, None if os.environ.get("RAY_ADDRESS") else processes)
+            return ray.remote(num_cpus=1, max_retries=1)(_execute_all)
+
+        # the cluster has a queue of its own
+        yield Parallel(sys.maxsize, lambda *work: task().remote(*work, threads).future())
 
 
 def _start(ray: Any, num_cpus: int | None, tries: int = 3) -> None:
@@ -92,17 +181,12 @@ def _start(ray: Any, num_cpus: int | None, tries: int = 3) -> None:
         _start(ray, num_cpus, tries - 1)
 
 
-ENGINES: dict[str, Engine] = {"local": run_locally, "ray": run_on_ray}
+ENGINES: dict[str, Engine] = {"local": open_locally, "ray": open_ray}
 """Engines by name."""
 
 
 def _threads_per_process(processes: int) -> int:
     return max(1, torch.get_num_threads() // processes)
-
-
-def _completed(futures: Sequence[Future[list[Result]]]) -> Iterator[Result]:
-    for future in as_completed(futures):
-        yield from future.result()
 
 
 def _execute_all(run: Run, missing: Collection[str], workspace: Workspace, threads: int) -> list[Result]:
@@ -118,9 +202,9 @@ def _exit_with_parent() -> None:
     """Let a pool's process exit when its parent is killed; it would otherwise finish its work, or wait for ever."""
     parent = parent_process()
 
-    def wait() -> None:
+    def wait_for_parent() -> None:
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from abc import ABC, abstractmethod
@@ -94,9 +95,7 @@ class Problem(ABC):
 
         Weights that are not pretrained have a fixed seed; the global random state is left unchanged.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return network(self.network, **dict(self.options)).eval()
+        return copy.deepcopy(_backbone(self.network, self.options))
 
     def described(self) -> dict[str, Any]:
         """Return everything that results depend on, as JSON values; files are identified by content, not by path."""
@@ -109,9 +108,18 @@ class Problem(ABC):
         return {**facts, "metric": self.metric}
 
 
-@lru_cache(maxsize=8)
+# as many as an experiment has, since a process that computes their runs in parallel with others takes all in turn
+@lru_cache(maxsize=32)
 def _splits(problem: Problem) -> Splits:
     return problem.load()
+
+
+@lru_cache(maxsize=2)
+def _backbone(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """Build a backbone once per process: reading its weights takes longer than to copy it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return network(name, **dict(options)).eval()
 
 
 def subset_indices(count: int, limit: int | None) -> Tensor:

@@ -190,6 +190,11 @@ class Record:
         """Return the result of this key from any experiment, or None."""
         return self._by_key.get(key)
 
+    @property
+    def results(self) -> list[Result]:
+        """All results of all experiments."""
+        return list(self._by_experiment.values())
+
     def add(self, result: Result) -> None:
         """Write a result to disk and remember it."""
         write(result, self.folder)

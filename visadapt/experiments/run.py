@@ -35,6 +35,11 @@ class Run(ABC):
     def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
         """Compute the results of the missing keys, and yield each as soon as it is known."""
 
+    @property
+    def task_keys(self) -> tuple[str, ...]:
+        """The keys of the task files that it may keep; see `Workspace.task_file`."""
+        return ()
+
     def adopt(self, result: Result) -> Result:
         """Relabel a result of the same key from another experiment as this run's."""
         return result
@@ -73,6 +78,10 @@ class TrainingRun(Run):
         return key_of(**described, seed=self.seed, **start)
 
     @property
+    def task_keys(self) -> tuple[str, ...]:
+        return (self.task_key,)
+
+    @property
     def setting(self) -> str:
         """Key of the problem and the contender, the same for all seeds, splits, starts, and what validation chooses."""
         return key_of(problem=self.problem.described(), contender=self.contender.setting())
@@ -91,8 +100,16 @@ class TrainingRun(Run):
 
     def measured(self, model: nn.Module, seconds: float, workspace: Workspace) -> Result:
         """Measure a model that was trained for so many seconds."""
+        return self.scored(model, seconds, workspace, self.costs(model, seconds, workspace))
+
+    def costs(self, model: nn.Module, seconds: float, workspace: Workspace) -> dict[str, int]:
+        """Count the trained task's parameters and the bytes of its file."""
+        return costs(model, self.problem.name, seconds, workspace.task_file(self.task_key))
+
+    def scored(self, model: nn.Module, seconds: float, workspace: Workspace, task_costs: dict[str, int]) -> Result:
+        """Measure a model whose costs are known."""
         score = measure(model, self.problem.name, self.problem, self.split, workspace)
-        return self.result(self.key, score, seconds, workspace, costs(model, self.problem.name, seconds))
+        return self.result(self.key, score, seconds, workspace, task_costs)
 
     def result(
         self, key: str, score: float, seconds: float, workspace: Workspace, task_costs: dict[str, int]
@@ -171,9 +188,10 @@ class BothSplits(TrainingRun):
 
     def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
         model, seconds = self.trained(workspace)
+        task_costs = self.costs(model, seconds, workspace)
         for run in self._measurements():
             if run.key in missing:
-                yield run.measured(model, seconds, workspace)
+                yield run.scored(model, seconds, workspace, task_costs)
 
 
 @dataclass(frozen=True)

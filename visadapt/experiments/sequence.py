@@ -90,6 +90,10 @@ class Chain(Run):
     def keys(self) -> tuple[str, ...]:
         return tuple(self._key(last, index) for last in range(len(self.problems)) for index in range(last + 1))
 
+    @property
+    def task_keys(self) -> tuple[str, ...]:
+        return tuple(map(self._history, range(len(self.problems))))
+
     def _key(self, last: int, measured: int) -> str:
         return key_of(chain=self._history(last), asked=measured)
 

@@ -127,10 +127,20 @@ def load_task(model: nn.Module, file: Path) -> float:
     return float(tasks(model)[task].notes["seconds"])
 
 
-def costs(model: nn.Module, task: str, seconds: float) -> dict[str, int]:
-    """Count a task's parameters, ``trained`` and in the ``head``, the ``backbone``'s, and the ``bytes`` of its file."""
+def costs(model: nn.Module, task: str, seconds: float, file: Path | None = None) -> dict[str, int]:
+    """Count a task's parameters, ``trained`` and in the ``head``, the ``backbone``'s, and the ``bytes`` of its file.
+
+    Args:
+        model: the model.
+        task: name of the task.
+        seconds: duration of the training run.
+        file: the task's file; if it does not exist, one is written for a moment.
+    """
     table = summary(model)
     row = table[task]
-    with tempfile.TemporaryDirectory() as folder:
-        size = save_task(model, task, Path(folder) / "task.visadapt", seconds).stat().st_size
+    if file is not None and file.is_file():
+        size = file.stat().st_size
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            size = save_task(model, task, Path(folder) / "task.visadapt", seconds).stat().st_size
     return {"trained": row.adapters + row.norms, "head": row.head, "backbone": table.backbone, "bytes": size}

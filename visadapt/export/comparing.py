@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.trace import call, guess_inputs
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of
@@ -64,11 +65,12 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
     paths = [path for path in facts_of(model).head_modules if path]
     # modes and hooks are a copy's alone: other threads may be using the model, or have compiled it
     twin = task_twin(model, task) or model
-    with bare(twin, task):
-        expected, probe = _first_run(twin, paths, probe)
-        with using(twin, None):
-            plain = _run(twin, paths, probe)
-    found = _run(merged, paths, probe)
+    with full_precision():
+        with bare(twin, task):
+            expected, probe = _first_run(twin, paths, probe)
+            with using(twin, None):
+                plain = _run(twin, paths, probe)
+        found = _run(merged, paths, probe)
     return [
         *_compared("what goes into the head", found.features, expected.features, plain.features),
         *_compared("the outputs", found.outputs, expected.outputs, plain.outputs),

@@ -1,4 +1,4 @@
-"""The prefix cache: what lies below the first site that trains is the same in every epoch, so it is computed once."""
+"""The prefix cache: outputs below the first trained site are the same in every epoch, so they are computed once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Augment = Callable[[Any, torch.Generator], Any]
 
 @dataclass
 class Resumable:
-    """A batch whose prefix is known; the training loop goes on from there."""
+    """A batch whose prefix was computed before; the training loop computes the rest."""
 
     prefix: Prefix
     features: Tensor
@@ -41,19 +41,19 @@ class Resumable:
         """The model's output for the active task.
 
         Raises:
-            VisadaptError: the cache is not of this task, or the model is not what it was; see `Prefix.check`.
+            VisadaptError: the cache belongs to another task, or the model has changed; see `Prefix.check`.
         """
         return self.prefix.resume(self.features, self.inputs)
 
 
 class CachedPrefix:
-    """Prefix outputs of a whole data set; what `cache_prefix` returns. Give it to ``fit`` as ``prepare``.
+    """Prefix outputs of a whole data set, made by `cache_prefix`. Pass it to ``fit`` as ``prepare``.
 
     Attributes:
-        prefix: the part of the backbone whose outputs these are; ``prefix.close()`` ends its use.
+        prefix: the part of the backbone that computed these outputs; ``prefix.close()`` restores the model.
         features: ``(views, N, …)``, in memory or mapped from a file.
         rows: ``(N,)`` int64, the inputs to train on: ``fit(model, task, (cached.rows, labels), prepare=cached)``.
-        identity: what the features are of, as JSON values: place, autocast, views, and a digest of all inputs.
+        identity: the origin of the features, as JSON values: place, autocast, views, and a digest of all inputs.
     """
 
     def __init__(self, source: _Source, features: Tensor) -> None:
@@ -62,13 +62,14 @@ class CachedPrefix:
         self.rows = torch.arange(features.shape[1])
 
     def __call__(self, rows: Tensor) -> Resumable:
-        """The batch of these rows; each in one of its views, drawn anew.
+        """Return the batch of these rows, each in one of its views, chosen at random in every call.
 
         Args:
-            rows: ``(n,)`` int64, some of `rows`.
+            rows: ``(n,)`` int64, some of the attribute ``rows``.
 
         Raises:
-            VisadaptError: these are not such rows; ``prepare`` gives other shapes than when the cache was made.
+            VisadaptError: the rows are not indices into the cache; ``prepare`` returns other shapes than when the cache
+                was made.
         """
         count = self.features.shape[1]
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
@@ -84,7 +85,7 @@ class CachedPrefix:
         view: Any = 0 if len(self.features) == 1 else torch.randint(len(self.features), (len(index),))
         device = next(self.prefix.model.parameters()).device
         features = self.features[view, index].to(device)
-        # the model's own inputs pass through what is functional before the cut; their values no longer matter there
+        # functional code before the cut still runs on the model's inputs; only their shapes matter there
         inputs = self._prepare(_take(self._inputs, index))
         if _shapes(inputs) != self._shape:
             raise VisadaptError(
@@ -94,12 +95,12 @@ class CachedPrefix:
         return Resumable(self.prefix, features, inputs)
 
     def check(self, model: nn.Module, task: str | None) -> None:
-        """Refuse to be used for training anything but the task that the cache is of.
+        """Check that the cache was made for this model and task.
 
-        Where outputs are kept that parts only watch, any task that starts there may be trained on them.
+        If the cache keeps outputs for adapters that only read them, any task that reads the same outputs may use it.
 
         Raises:
-            VisadaptError: the model or the task is another one.
+            VisadaptError: the cache belongs to another model or task.
         """
         if unwrapped(model) is not self.prefix.model:
             raise VisadaptError(f"prepare is a cache of another model: make one with cache_prefix(model, {task!r}, …)")
@@ -126,35 +127,35 @@ def cache_prefix(
     limit: float = 4e9,
     batch_size: int = 64,
 ) -> CachedPrefix:
-    """Compute once what lies below the first site that a task trains, so that later epochs run the rest only.
+    """Compute the outputs below the first site that a task trains once, so that later epochs run only the rest.
 
-    The prefix runs in eval mode: a dropout below that site does not act. The cache is used in the autocast context that
-    it was made in. Several caches may be open on one model.
+    The prefix runs in eval mode: dropout below that site is off. Use the cache in the autocast context that it was made
+    in. Several caches may be open on one model.
 
-    A file is reused if it is whole and was made of the same: backbone, place in it, autocast, views, and every input as
-    it enters the network (all inputs are prepared and augmented again to find out; a digest of them is in the file). A
-    file that differs in anything, or was cut or changed, is made again, beside the old one, which it then replaces.
+    An existing file is reused if it is complete and was made from the same backbone, place in it, autocast, views and
+    inputs (all inputs are prepared and augmented again, and their digest is compared with the one in the file).
+    Otherwise a new file is written and replaces it.
 
     Args:
         model: an injected model whose task trains in late stages only.
         task: its name.
         inputs: all training inputs: a tensor ``(N, …)`` or a dict of such tensors.
-        prepare: makes what the model takes of a batch of inputs, as in ``fit``; None takes them as they are.
-        augment: changes a batch, given a generator; then ``views`` versions of each sample are kept.
+        prepare: turns a batch of inputs into the model's arguments, as in ``fit``; None passes inputs unchanged.
+        augment: changes a batch, given a generator; ``views`` versions of each sample are then kept.
         views: number of versions of each sample.
-        seed: of the augmentation, which is the same whenever the cache is made again.
-        file: where to keep the features, mapped into memory; a small ``<file>.key`` says what they are of. None keeps
-            them in memory.
-        limit: bytes that the features may take.
+        seed: seed of the augmentation, so that it is the same whenever the cache is made again.
+        file: path of a file for the features, mapped into memory; a small ``<file>.key`` beside it records their
+            origin. None keeps them in memory.
+        limit: largest size of the features, in bytes.
         batch_size: samples per forward while the cache is made.
 
     Returns:
         The cache.
 
     Raises:
-        VisadaptError: there is no prefix to keep; the features would pass the limit; the disk is full; the model does
-            not give the same from the cache as without (it draws random numbers, its prefix is more than one tensor, or
-            what it gives for one sample depends on the others in the batch).
+        VisadaptError: there is no prefix to keep; the features would exceed the limit; the disk is full; the model's
+            output with the cache differs from its output without (it draws random numbers, its prefix is more than one
+            tensor, or its output for one sample depends on the others in the batch).
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")
@@ -170,7 +171,7 @@ def cache_prefix(
         several = isinstance(views, int) and views > 1
         needs = "needs an augment that makes them differ" if several else "must be a positive integer: 1 or more"
         raise VisadaptError(f"views={views!r} {needs}")
-    # what is kept may be trained on, even if it is made where nothing is
+    # the kept features may be used in training, so they must not be inference tensors
     with torch.inference_mode(False), torch.no_grad():
         first = ready(_take(inputs, torch.arange(min(2, count))))
         prefix = Prefix(model, task, first if isinstance(first, Tensor | dict | tuple) else None)
@@ -188,12 +189,12 @@ def cache_prefix(
 
 @dataclass
 class _Source:
-    """Where the features come from.
+    """The inputs of a cache and how its features are computed from them.
 
     Attributes:
-        shape: of what ``prepare`` makes of one sample.
-        sample: the features of the first samples, not augmented.
-        digest: of the inputs that went by last, as they enter the network.
+        shape: shapes of one prepared sample.
+        sample: the features of the first samples, without augmentation.
+        digest: digest of all prepared inputs, set by the last complete pass over them.
     """
 
     prefix: Prefix
@@ -208,7 +209,7 @@ class _Source:
     digest: str = ""
 
     def batches(self) -> Iterator[Any]:
-        """Everything that enters the network, batch by batch, view by view."""
+        """Yield the prepared inputs, batch by batch, view by view."""
         noise, digest = torch.Generator().manual_seed(self.seed), hashlib.sha256()
         count = _count(self.inputs)
         for _ in range(self.views):
@@ -225,7 +226,7 @@ class _Source:
         self.digest = digest.hexdigest()
 
     def features(self) -> Iterator[Tensor]:
-        """The features of all batches, in their order."""
+        """Yield the features of all batches in order."""
         for batch in self.batches():
             part = self.prefix.compute(batch).cpu().contiguous()
             if part.shape[1:] != self.sample.shape[1:] or part.dtype != self.sample.dtype:
@@ -236,7 +237,7 @@ class _Source:
             yield part
 
     def identity(self) -> dict[str, Any]:
-        """What the features are of, without the backbone's weights, as JSON values."""
+        """Return the origin of the features except the backbone's weights, as JSON values."""
         lean = registry_of(self.prefix.model).lean
         return {
             "place": " ".join((*self.prefix.watched, self.prefix.path)),
@@ -250,17 +251,17 @@ class _Source:
         }
 
     def weights(self) -> dict[str, Any]:
-        """Digests of the backbone, block by block, and of those buffers of the prefix that no state dict holds."""
+        """Return digests of the backbone, block by block, and of the prefix's buffers outside its state dict."""
         buffers = hashlib.sha256()
         for name, tensor in self.prefix.tensors().items():
             if last_name(name) in _module(self.prefix.model, name)._non_persistent_buffers_set:
                 buffers.update(name.encode())
                 buffers.update(raw(tensor))
-        # without what the registry knows of them: it does not see everything that is written through .data
+        # computed anew, not taken from the registry, which does not see every write through .data
         return {"backbone": fingerprint(self.prefix.model), "buffers": buffers.hexdigest()}
 
     def gave(self, features: Tensor) -> bool:
-        """Whether features from a file are what the model gives for the first samples, up to rounding."""
+        """Return whether features from a file equal the model's for the first samples, up to rounding."""
         return self.augment is not None or _close(features[0, : len(self.sample)], self.sample.cpu())
 
 
@@ -295,7 +296,7 @@ def _kept(source: _Source, count: int, file: Any, limit: float) -> Tensor:
     if found is not None:
         return found
     with kept.writing() as writer:
-        # another process may have made it while this one waited
+        # another process may have written it while this one waited for the lock
         found = reused()
         return writer.write(source.features(), identity) if found is None else found
 
@@ -338,7 +339,7 @@ def _check(prefix: Prefix, inputs: Any, features: Tensor) -> None:
     with bare(prefix.model, prefix.task):
         expected = _tensors(call(prefix.model, inputs))
         try:
-            # cloned: what lies above may write to it, an in-place ReLU say
+            # cloned: the rest of the model may write to it, as an in-place ReLU does
             found = _tensors(prefix.resume(features.clone(), inputs))
         except VisadaptError:
             raise
@@ -354,7 +355,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _check_alone(prefix: Prefix, inputs: Any, features: Tensor, count: int) -> None:
-    """Refuse a prefix whose rows are not the samples', or whose output for a sample depends on the others."""
+    """Check that the prefix has one row per sample, and that its output for a sample does not depend on the others."""
     alone = prefix.compute(inputs)
     rows = features.ndim > 0 and len(features) == count and alone.shape == (1, *features.shape[1:])
     if not rows or not _close(alone[0], features[0]):
@@ -365,7 +366,7 @@ def _check_alone(prefix: Prefix, inputs: Any, features: Tensor, count: int) -> N
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are alike up to what a kernel rounds otherwise for another size of batch."""
+    """Return whether two tensors are equal up to rounding, which may differ with the batch size."""
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     exact = expected.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Folding while it runs: a frozen conv does the work of the eval-mode BatchNorm behind it, where no one can tell."""
+"""Folding at run time: a frozen conv also applies the eval-mode BatchNorm that follows it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from visadapt.runtime.registry import Registry, parts_of
 from visadapt.runtime.roles import role
 
 FOLDED = "_visadapt_folded"
-"""Attribute of a conv's output that needs its norm no more: the pair, and its version then."""
+"""Attribute of a conv's output that its norm must pass through unchanged: the pair, and the tensor's version."""
 
 
 class Pair:
-    """A conv and the BatchNorm that alone takes its output when the whole model runs.
+    """A conv and the BatchNorm that is the only consumer of its output.
 
     Args:
-        folds: of the model.
+        folds: the model's `Folds`.
         conv: the conv.
         norm: the norm.
     """
@@ -45,14 +45,14 @@ class Pair:
         self.folds, self.conv, self.norm = folds, conv, norm
 
     def begin(self, conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The folded kernel and bias, if the conv is to do the norm's work now; None otherwise.
+        """Return the folded kernel and bias if the conv should apply the norm in this call; None otherwise.
 
-        It is not if the whole model is not running (a module called by itself gives what it always gave), if the task
-        changes what would be folded, if a hook would see it, or for a single sample: making sure that the weights are
-        what was folded takes as long as a ResNet's norms take for one.
+        It should not if the conv is called outside a forward of the whole model, if the task changes the folded
+        weights, if a hook would see the difference, or if the batch is a single sample: checking that the weights have
+        not changed then takes as long as a ResNet's norms do.
         """
         if is_tracing():
-            # the compiler fuses a norm with what is around it, and decides by itself what to keep
+            # torch.compile fuses norms itself
             return None
         run = _RUN.get()
         if run is None or run.folds is not self.folds or conv is not self.conv or len(x) == 1:
@@ -65,7 +65,7 @@ class Pair:
         return found
 
     def end(self, x: Tensor) -> bool:
-        """Whether the norm has nothing left to do for this input."""
+        """Return whether the norm was already applied to this input."""
         if is_tracing() or getattr(x, FOLDED, None) != (self, version(x)):
             return False
         delattr(x, FOLDED)
@@ -75,7 +75,7 @@ class Pair:
         return True
 
     def _owned(self) -> bool:
-        """Whether an active task changes what is folded, or none is chosen yet."""
+        """Return whether an active task changes the folded weights, or the tasks are not chosen yet."""
         current = self.folds.registry.current()
         tasks = current if isinstance(current, tuple) else (current,)
         return current == AUTO or any(self._owned_by(task) for task in set(tasks) if task is not None)
@@ -86,14 +86,14 @@ class Pair:
         return bool(parts_of(self.conv, task)) or "norm" in at_norm or weights
 
     def tensors(self) -> list[Tensor]:
-        """What is folded."""
+        """Return the tensors that are folded."""
         conv, norm = self.conv._parameters, self.norm
         found = (conv.get("weight"), conv.get("bias"), *norm._parameters.values(), norm.running_mean, norm.running_var)
         held = (t.stored.values if isinstance(t, Compact) else t for t in found)
         return [t for t in held if t is not None]
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """The kernel and bias that do what both do; the kernel is compact where the conv's is."""
+        """Return the kernel and bias that compute conv and norm together; compact if the conv's weight is compact."""
         weight = self.conv._parameters["weight"]
         if not isinstance(weight, Compact):
             return folded(self.conv, self.norm)
@@ -102,21 +102,21 @@ class Pair:
             shift = self.conv.bias.double() * scale + shift
         held, factors = weight.stored, as_kernel(scale[:, None], weight.ndim - 2)
         if held.scale is None:
-            # rounded once, where the original is there
+            # rounded once, from the exact weight
             kernel = (held.exact() * factors).to(held.values.dtype, memory_format=torch.preserve_format)
             return kernel, shift.to(held.dtype)
-        # the very codes: what a norm does to a channel, its scale does
+        # the same codes: scaling a channel only changes its scale
         return Compact(Stored(held.values, (held.scale * factors).float(), held.dtype)), shift.to(held.dtype)
 
 
 class Folds:
     """The pairs of a lean model, and their folded weights: W' = s·W and b' = s·b + t.
 
-    These are made at the first use, and again when a forward of the whole model finds that what they are made of has
-    changed: replaced, moved, or written to in any way.
+    The folded weights are computed at first use, and again when a forward of the whole model finds that the original
+    weights were replaced, moved or written to.
 
     Attributes:
-        anchor: a module whose compact weight shows the device and dtype of the model; None if there is none.
+        anchor: a module whose compact weight has the device and dtype of the model; None if there is none.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -126,7 +126,7 @@ class Folds:
         self._made: tuple[Any, dict[Pair, tuple[Tensor, Tensor]]] | None = None
 
     def add(self, model: nn.Module, paths: Iterable[tuple[str, str]]) -> dict[nn.Module, Pair]:
-        """Add pairs by their paths; returns each pair by its conv and by its norm."""
+        """Add pairs by their paths; return a dict with each pair under its conv and under its norm."""
         found: dict[nn.Module, Pair] = {}
         for conv_path, norm_path in paths:
             conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
@@ -137,15 +137,15 @@ class Folds:
 
     @torch.no_grad()
     def weights(self) -> dict[Pair, tuple[Tensor, Tensor]]:
-        """The folded kernel and bias of each pair that can be folded."""
+        """Return the folded kernel and bias of each pair that can be folded."""
         tensors = [pair.tensors() for pair in self.pairs]
         now = [t.device for each in tensors for t in each], Checksums([t for each in tensors for t in each])
         made = self._made
         if made is None or made[0] != now:
-            # normal tensors, which a later forward may need a gradient through, even if this one needs none
+            # not inference tensors: a later forward may need gradients through them
             with torch.inference_mode(False):
                 new = {pair: pair.folded() for pair in self.pairs if _is_plain(pair.conv)}
-            # a kernel that overflows its dtype is left as it is
+            # a pair whose folded kernel overflows its dtype is not folded
             made = self._made = (
                 now,
                 {pair: both for pair, both in new.items() if all(t.isfinite().all() for t in both)},
@@ -157,7 +157,7 @@ class _Run:
     """One forward of the whole model.
 
     Attributes:
-        begun: pairs whose conv has done the norm's work, and whose norm was not called yet.
+        begun: pairs whose conv has applied the norm, and whose norm was not called yet.
     """
 
     def __init__(self, folds: Folds) -> None:
@@ -166,7 +166,7 @@ class _Run:
         self._weights: dict[Pair, tuple[Tensor, Tensor]] | None = None
 
     def weights(self) -> dict[Pair, tuple[Tensor, Tensor]]:
-        """The folded weights, looked after once in a forward."""
+        """Return the folded weights, checked once per forward."""
         if self._weights is None:
             self._weights = self.folds.weights()
         return self._weights
@@ -177,7 +177,7 @@ _RUN: ContextVar[_Run | None] = ContextVar("visadapt_folding", default=None)
 
 @cached
 def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
-    """A whole model during whose forward convs may do the work of their norms, in the dtype of its frozen layers."""
+    """Return a subclass whose forward lets convs apply their norms, and computes in the dtype of the frozen layers."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         compute = self.__dict__[LEAN].registry.lean.compute
@@ -211,12 +211,12 @@ def lean_root(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _widened(out: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
-    """A model's output with the tensors of one dtype in another, in whatever holds them."""
+    """Return a model's output with its ``narrow`` tensors converted to ``wide``, in any container."""
     return mapped(lambda _, leaf: leaf.to(wide) if isinstance(leaf, Tensor) and leaf.dtype == narrow else leaf, out)
 
 
 def _is_capturing() -> bool:
-    # the weights cannot be looked at while a CUDA graph is recorded
+    # weights cannot be compared while a CUDA graph is captured
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -228,5 +228,5 @@ def _any_global_hook() -> bool:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Whether a conv's weight is a tensor as torch keeps it, not sharded, quantised or made anew by each forward."""
+    """Return whether a conv's weight is a plain parameter: not sharded, quantised or recomputed by each forward."""
     return type(conv._parameters.get("weight")) in (nn.Parameter, Compact)

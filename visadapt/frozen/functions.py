@@ -297,8 +297,10 @@ class OwnBatchNorm(Function):
     @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _, mean, var = ctx.saved_tensors
+        # CUDA's kernel reads the statistics where training mode saves them
+        saved = (mean, torch.rsqrt(var + ctx.eps)) if grad.is_cuda else (None, None)
         found = torch.ops.aten.native_batch_norm_backward(
-            grad, x.to(ctx.dtype), weight, mean, var, None, None, False, ctx.eps, list(ctx.needs_input_grad[:3])
+            grad, x.to(ctx.dtype), weight, mean, var, *saved, False, ctx.eps, list(ctx.needs_input_grad[:3])
         )
         return (*found, None)
 

@@ -1,4 +1,4 @@
-"""The prefix of a task: what a backbone computes below the first site that the task trains, and going on from there."""
+"""The prefix of a task: the part of a backbone below the first site that the task trains."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from visadapt.runtime.selection import bare
 
 @dataclass(eq=False)
 class _Call:
-    """A forward that stops at the end of a prefix (``features`` is None), or starts there.
+    """State of a forward that stops at the end of a prefix (``features`` is None), or starts there.
 
     Attributes:
-        shapes: the spared modules, and the shape of what each gives for one sample; None for those that are kept.
+        shapes: output shape per sample of each skipped module; None for modules whose outputs are kept.
         last: the last module of the prefix.
-        features: what the kept modules gave, to go on from.
-        seen: what the kept modules give in a forward that stops.
+        features: kept outputs that the forward starts from.
+        seen: outputs of the kept modules, recorded by a forward that stops.
         reached: whether the last module was called.
     """
 
@@ -49,16 +49,16 @@ class _Call:
 _CALL: ContextVar[_Call | None] = ContextVar("visadapt_prefix", default=None)
 
 _RESUMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Modules that were spared in a forward with gradients."""
+"""Modules that were skipped in a forward with gradients."""
 
 
 class _EndOfPrefix(BaseException):
-    """Ends a forward once the prefix is through."""
+    """Ends a forward at the end of the prefix."""
 
 
 @cached
 def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that computes nothing in a forward which starts behind it, and its own forward in every other."""
+    """Return a subclass that computes nothing in a forward that starts above the module, and is unchanged otherwise."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_tracing():
@@ -75,13 +75,13 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
         if at.features is None:
             out = plain.forward(self, *args, **kwargs)
             if shape is None and isinstance(out, Tensor):
-                # what comes later in the prefix may write to it
+                # later modules of the prefix may write to it in place
                 at.seen[self] = out if self is at.last else out.detach().clone()
             if self is at.last:
                 raise _EndOfPrefix
             return out
         at.reached = at.reached or self is at.last
-        # the output of a spared module is never read, so its memory is left as it is
+        # the output of a skipped module is never read, so its memory is left uninitialised
         some = at.features[at.last]
         return at.features[self] if shape is None else some.new_empty((len(some), *shape))
 
@@ -89,24 +89,25 @@ def sparing_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 class Prefix:
-    """The part of a backbone below the first host of a task, and how to go on from its output.
+    """The part of a backbone below the first host of a task; computes its output and resumes the model from it.
 
-    Any number of prefixes may be open on one model: which one per forward starts from is known to that forward only.
+    Any number of prefixes may be open on one model: each forward knows the prefix that it starts from.
+
+    Adapters that only read a module's output (those of `visadapt.Ladder`) do not end the prefix: the outputs that they
+    read are kept beside the prefix's own output, and any task that reads the same outputs can start from them.
 
     Args:
         model: an injected model.
         task: the task; its first host and everything above are computed in every step.
-        example: an input, as `visadapt.sites` takes it; guessed if None.
-
-    Parts that only watch what a module gives (a `visadapt.Ladder`'s) do not end it: what they watch is kept
-    beside the prefix's output, and any task that watches the same goes on from it.
+        example: an input, in the form that `visadapt.sites` takes; guessed if None.
 
     Attributes:
         path: the last module of the prefix.
         watched: paths of the modules below it whose outputs are kept as well.
 
     Raises:
-        VisadaptError: nothing lies below the first trained host, or what lies above needs more of it than one tensor.
+        VisadaptError: nothing lies below the first trained host, or the rest of the model needs more than one tensor
+            from below.
     """
 
     def __init__(self, model: nn.Module, task: str, example: Any = None) -> None:
@@ -140,7 +141,7 @@ class Prefix:
         self.hooks = self._hooks()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers that the prefix computes with, by name.
+        """Return the parameters and buffers of the prefix, by name.
 
         Raises:
             VisadaptError: a module of the prefix was replaced.
@@ -156,7 +157,7 @@ class Prefix:
         return found
 
     def structure(self) -> list[str]:
-        """The modules of the prefix as far as they say what they compute: path, class and options."""
+        """Return the path, class and options of each module of the prefix."""
         found = []
         for path, module in self._paths.items():
             for inner, own in own_modules(module).items():
@@ -172,10 +173,10 @@ class Prefix:
         ]
 
     def check_task(self, task: str, what: str) -> None:
-        """Refuse a task that has parts within the prefix, or that is gone.
+        """Check that a task has no parts within the prefix.
 
         Raises:
-            VisadaptError: its first such host is named.
+            VisadaptError: the task has parts there (the first such host is named), or was removed.
         """
         for path, roles in _roles(registry_of(self.model), task).items():
             if (roles == {"watch"} and path in self.watched) or (roles <= {"watch", "after"} and path == self.path):
@@ -187,11 +188,11 @@ class Prefix:
                 )
 
     def check(self) -> None:
-        """Refuse to resume if the result would differ from the whole model's.
+        """Check that resuming gives the same result as the whole model.
 
         Raises:
             VisadaptError: the prefix is closed; the active task acts within it; autocast, weights, modules or hooks
-                are not what they were when it was made.
+                have changed since it was made.
         """
         if not self.spared:
             raise VisadaptError(f"the cache of task {self.task!r} was closed")
@@ -215,15 +216,19 @@ class Prefix:
 
     @torch.no_grad()
     def compute(self, inputs: Any) -> Tensor:
-        """The prefix's output for a batch, in eval mode; with watched modules ``(N, …)`` of all outputs side by side.
+        """Compute the prefix's output for a batch, in eval mode.
+
+        Returns:
+            ``(N, …)``, the output of the last module; with watched modules ``(N, features)``, the flattened outputs of
+            all kept modules concatenated.
 
         Raises:
-            VisadaptError: the model did not call the last module of the prefix, or that did not give a tensor.
+            VisadaptError: the model did not call a kept module, or its output is not a tensor.
         """
         at = _Call(self._shapes, self._kept[-1])
         token = _CALL.set(at)
         try:
-            # what watches would wait in vain for the forward to go on
+            # parts that read outputs expect the forward to finish, so no task is active
             with bare(self.model, None if self.watched else self.task):
                 call(self.model, inputs)
         except _EndOfPrefix:
@@ -245,19 +250,19 @@ class Prefix:
         return torch.cat([out.flatten(1) for out in tensors], 1)
 
     def _apart(self, features: Tensor) -> dict[nn.Module, Tensor]:
-        """What each kept module gave."""
+        """Split the features into the outputs of the kept modules."""
         if len(self._kept) == 1:
             return {self._kept[0]: features}
         parts = torch.split(features, [size.numel() for size, _ in self._sizes], 1)
         whole = [
-            # as it was, so that kernels round as they did
+            # in the original memory format, so that kernels round the same way
             part.reshape(len(part), *size).contiguous(memory_format=memory_format)
             for part, (size, memory_format) in zip(parts, self._sizes, strict=True)
         ]
         return dict(zip(self._kept, whole, strict=True))
 
     def resume(self, features: Tensor, inputs: Any) -> Any:
-        """The model's output for ``inputs`` whose prefix gave ``features``; only what lies above is computed.
+        """Compute the model's output for ``inputs`` from the prefix's output ``features``.
 
         Raises:
             VisadaptError: see `check`.
@@ -278,7 +283,7 @@ class Prefix:
         return out
 
     def close(self) -> None:
-        """Give the spared modules their classes back."""
+        """Restore the classes of the skipped modules."""
         for module in self.spared:
             left = module.__dict__.get(PREFIX, 0) - 1
             if left > 0:
@@ -306,14 +311,14 @@ def _told(autocast: torch.dtype | None) -> str:
 
 
 def _roles(registry: Registry, task: str) -> dict[str, set[str]]:
-    """How a task's parts act at each of its hosts."""
+    """Return the roles of a task's parts at each of its hosts."""
     return {path: {role(part) for part in parts.values()} for path, parts in registry.parts(task).items()}
 
 
 def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
-    """The last call before any host's whose output is all that the rest needs of what was computed before.
+    """Return the last call before the first host whose output is the only tensor that the rest of the model needs.
 
-    A host whose parts act on its output alone may be that call itself. Those that only watch are passed by.
+    A host whose parts act on its output only may be that call itself. Hosts whose parts only read are ignored.
     """
     counts: dict[str, int] = {}
     for c in flow.calls:
@@ -323,7 +328,7 @@ def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
     acting = {path: roles for path, roles in hosts.items() if path not in watched}
     best: Call | None = None
     for c in flow.calls:
-        # a cut where nothing is watched stays where it was before there were parts that watch
+        # without parts that only read, the cut stays where earlier versions put it, and so do their cache files
         after = bool(watched) and acting.get(c.path, set()) == {"after"}
         usable = c.output is not None and counts[c.path] == 1 and c.output not in c.inputs and c.path != ""
         if usable and (after or c.path not in acting) and not any(inside(host, c.path) for host in acting):
@@ -338,9 +343,9 @@ def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
 
 
 def _spared(flow: Flow, cut: Call, watched: tuple[str, ...]) -> dict[str, tuple[int, ...] | None]:
-    """The modules that need not be computed when going on from ``cut``, and the shape of each one's output.
+    """Return the modules that can be skipped when resuming from ``cut``, with the output shape of each per sample.
 
-    Those that hold a watched module run, so that it is called.
+    Modules that contain a watched module are not skipped, so that the watched module is called.
     """
     assert cut.output is not None
     order = [c.path for c in flow.calls]

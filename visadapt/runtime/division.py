@@ -1,4 +1,4 @@
-"""A batch divided among tasks: each group's share of a tensor, and the groups' outputs put together again."""
+"""Split a batch by task and join the outputs of the parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from visadapt.methods.stacking import Rows, rows_for
 
 
 class UnfitError(VisadaptError):
-    """A batch was not as its facts say, or cannot be divided where it would have to be."""
+    """A batch does not match its facts, or cannot be split at some module."""
 
 
 def grouped(keys: Sequence[Any]) -> tuple[list[Any], tuple[int, ...], list[list[int]]]:
-    """The distinct keys in their order, the number of each position's key, and the positions of each."""
+    """Return the distinct keys in order, the index of each position's key, and the positions of each key."""
     numbers: dict[Any, int] = {}
     number = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
     positions: list[list[int]] = [[] for _ in numbers]
@@ -29,12 +29,12 @@ def grouped(keys: Sequence[Any]) -> tuple[list[Any], tuple[int, ...], list[list[
 
 
 class Division:
-    """Which group each sample of a batch belongs to.
+    """Assignment of the samples of a batch to groups.
 
     Args:
-        number: the number of the group, per sample.
-        place: where the batch is divided, for messages.
-        samples: of each group, where they are known.
+        number: index of the group, per sample.
+        place: the module at which the batch is split, for messages.
+        samples: the samples of each group, if already computed.
     """
 
     def __init__(self, number: tuple[int, ...], place: str, samples: Sequence[Sequence[int]] | None = None) -> None:
@@ -43,15 +43,15 @@ class Division:
         self.samples = grouped(number)[2] if samples is None else samples
 
     def rows(self, size: int, device: torch.device, fact: Fact | None) -> Rows:
-        """Which of so many rows belong to which group.
+        """Return which rows of a tensor belong to which group.
 
         Args:
             size: number of rows.
-            device: of their tensor.
-            fact: how the samples lie among them.
+            device: device of the tensor.
+            fact: position of the samples in the tensor.
 
         Raises:
-            UnfitError: these are not the rows of these samples.
+            UnfitError: the number of rows does not fit the samples, or their position is not known.
         """
         if not isinstance(fact, Lying):
             raise UnfitError(f"it is not known which rows belong to which sample at {self.place}")
@@ -65,15 +65,15 @@ class Division:
         return rows_for(self.number, repeat, device)
 
     def share(self, tree: Any, facts: Mapping[Key, Fact | Axis], group: int) -> Any:
-        """One group's share of a batch.
+        """Return one group's part of a batch.
 
         Args:
             tree: the batch.
-            facts: how the samples lie in its tensors, by path; FREE where they are every group's.
-            group: number of the group.
+            facts: position of the samples in its tensors, by path; tensors marked ``FREE`` go to every group whole.
+            group: index of the group.
 
         Raises:
-            UnfitError: something cannot be divided.
+            UnfitError: a part of the batch cannot be split.
         """
 
         def pick(key: Key, leaf: Any) -> Any:
@@ -93,15 +93,15 @@ class Division:
         return mapped(pick, tree, lambda key, _: _axis(facts.get(key)) == ITEMS)
 
     def join(self, outs: list[Any], facts: Mapping[Key, Fact], key: Key = ()) -> Any:
-        """Put the groups' outputs together; logits narrower than the widest are padded with −inf.
+        """Join the outputs of the groups; narrower logits are padded with −inf to the width of the widest.
 
         Args:
-            outs: of each group, in the order of their numbers.
-            facts: how the samples lie in the whole, by path.
-            key: path of ``outs``.
+            outs: the outputs, one per group, in the order of their indices.
+            facts: position of the samples in the joined output, by path.
+            key: path of ``outs`` in the whole output.
 
         Raises:
-            UnfitError: something cannot be put together.
+            UnfitError: the outputs cannot be joined.
         """
         first, fact = outs[0], facts.get(key)
         if isinstance(first, Tensor):
@@ -122,7 +122,7 @@ class Division:
             ]
             return rebuilt(first, joined)
         if is_cache(first):
-            # one that was not asked for: a call with one, or with use_cache=True, is refused before it begins
+            # the caller did not ask for a cache: calls with one, or with use_cache=True, are refused beforehand
             return None
         if is_opaque(first):
             raise UnfitError(
@@ -139,7 +139,7 @@ class Division:
             rows = self.rows(size, moved[0].device, fact)
             joined = rows.join(moved)
             return joined if axis == 0 else joined.movedim(0, axis)
-        # what looks free of the batch may not be free of the tasks
+        # a tensor that does not depend on the batch may still depend on the task
         differ = any(out.shape != outs[0].shape or not torch.equal(out, outs[0]) for out in outs[1:])
         if fact == FREE and not differ:
             return outs[0]
@@ -152,10 +152,10 @@ class Division:
 
 
 def padded(outs: list[Tensor], axis: int, place: str) -> list[Tensor]:
-    """Logits of several widths as wide as the widest, filled with −inf along the one axis in which they differ.
+    """Pad logits with −inf to the width of the widest, along the one axis in which their shapes differ.
 
     Raises:
-        UnfitError: they differ in more than one axis, or are not floats.
+        UnfitError: the shapes differ in more than one axis, or the outputs are not floats.
     """
     shapes = [[size for i, size in enumerate(out.shape) if i != axis] for out in outs]
     if all(shape == shapes[0] for shape in shapes):

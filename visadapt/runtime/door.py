@@ -1,16 +1,16 @@
-"""Where a batch of mixed tasks enters: the whole model's forward, in one pass or one task at a time.
+"""The model's forward for a batch of mixed tasks: one pass over the whole batch, or one pass per task.
 
-Which rows are whose is known of every kind of batch before the first of that kind runs (see
-`visadapt.backbone.rows`). Where it is known at every module at which the tasks of a batch differ, the backbone
-runs once over the whole batch. Where it is not, the model runs one task at a time, on that task's samples, and the
-outputs are put together: always right, only slower.
+Before the first batch of a kind runs, the rows of each sample are found at every module (see `visadapt.backbone.rows`).
+If they are known at every module where the batch's tasks differ, the backbone runs once over the whole batch.
+Otherwise it runs one task at a time on that task's samples and the outputs are joined: slower, but always exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import is_cache, leaves
@@ -28,18 +28,20 @@ from visadapt.runtime.weights import changes
 
 
 class CacheError(VisadaptError):
-    """A mixed batch that runs one task at a time was called with a cache, which tasks cannot share."""
+    """A key-value cache was passed with a mixed batch that runs one task at a time; tasks cannot share one."""
 
 
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
-    """A subclass of a whole model's whose forward takes batches of mixed tasks."""
+    """Return a subclass of the root module's class whose forward accepts batches of mixed tasks."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         registry: Registry | None = self.__dict__.get(REGISTRY)
         tasks = None if registry is None else registry.current()
         if registry is None or not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
+        if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, registry, tasks, args, kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
@@ -50,23 +52,23 @@ def door_class(plain: ModuleClass) -> ModuleClass:
 
 
 def is_outside(tasks: Any) -> bool:
-    """Whether several tasks, or the decider's choice, are meant and the batch has not yet been looked at."""
+    """Return whether several tasks or "auto" are active and the batch has not been examined yet."""
     return tasks == AUTO or (isinstance(tasks, tuple) and not isinstance(tasks, Mixed))
 
 
 def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
-    """Run a whole model on a batch of mixed tasks.
+    """Run the model on a batch of mixed tasks.
 
     Args:
         model: the injected model.
         registry: its registry.
-        tasks: one per sample, or ``"auto"``.
-        args: of its forward.
-        kwargs: of its forward.
+        tasks: one task per sample, or ``"auto"``.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of the forward.
 
     Raises:
-        VisadaptError: there are not as many tasks as samples; samples depend on each other; the batch or the output
-            cannot be divided.
+        VisadaptError: the number of tasks is not the number of samples; samples depend on each other; the batch cannot
+            be split or the outputs cannot be joined.
     """
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
@@ -88,13 +90,20 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)
             if training:
-                # statistics of norms may have moved already
+                # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, facts, args, kwargs)
 
 
+READS_CONTEXT = torch.__version__ >= "2.14"
+"""Whether the compiler reads in a graph which task is meant. Where it cannot, its graphs are torn at every host, where
+a batch's composition is no longer known, and a mixed batch is not compiled."""
+
+_uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
+
+
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
-    """Whether the tasks differ at a module whose rows are not known."""
+    """Return whether the tasks differ at a module whose rows are not known."""
     paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
     return (
         any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
@@ -102,18 +111,18 @@ def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | N
 
 
 def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
-    """Whether tasks differ at one module, and its rows are not known where they do."""
+    """Return whether the tasks differ at one module whose rows are not known."""
     parts, module = _parts_at(registry, path), registry.hosts.get(path)
     if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
         return False
     owners = [name for name in distinct if name is not None and changes(parts, name)]
     if facts.knows(path):
-        # a hook that comes before the module's forward may read its weights (torch's older weight norm does)
+        # a forward pre-hook may read the module's weights (torch's older weight norm does)
         return bool(owners)
     if path in facts.hosts:
         return len({name if name in parts else None for name in distinct}) > 1
-    # never called in the forwards that were looked at: it says so when it is. But its weights may be read without a
-    # call, by a module around it that may know its rows (as attention reads the weights of its output projection)
+    # not called in the examined forwards; if it is called now, it raises. Its weights may be read without a call, by an
+    # enclosing module whose rows may be known (as attention reads the weights of its output projection)
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
     covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
     return bool(owners) and len(distinct) > 1 and not covered
@@ -122,7 +131,7 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
 def _parts_at(registry: Registry, path: str) -> Parts:
     module = registry.hosts.get(path)
     parts = None if module is None else module._modules.get(CHILD)
-    # a module may lose its last part to a removal in another thread
+    # another thread may just have removed the last task here
     return parts if isinstance(parts, Parts) else Parts()
 
 
@@ -159,10 +168,10 @@ def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:
-    """Check a batch of mixed tasks while ``torch.compile`` makes a graph, where nothing can be found out.
+    """Check a batch of mixed tasks while ``torch.compile`` traces, when its rows cannot be examined.
 
     Raises:
-        VisadaptError: nothing is known of the model's batches yet; the batch has another size.
+        VisadaptError: no batch of this model has been examined yet; the number of tasks is not the batch size.
     """
     first = _first_tensor((*args, *kwargs.values()))
     if tasks == AUTO or not registry.facts.batches.hosts:

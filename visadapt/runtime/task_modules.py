@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class TaskModules(nn.Module):
 
     def _listed(self) -> Any:
         """The children that torch sees."""
-        own = self.__dict__["_modules"]
+        own = self._all
         registry: Choices | None = self.__dict__.get("_registry")
         if registry is None or "_is_replica" in self.__dict__ or torch.compiler.is_dynamo_compiling():
             return own
@@ -56,17 +56,17 @@ class TaskModules(nn.Module):
         return {name: self._of(name) for name in registry.listed() if name in own}
 
     def _replace(self, value: Any) -> None:
-        self.__dict__["_modules"] = value
+        # one dict under two names: torch's own, and one that is no property, as some versions of the compiler follow
+        # the property without end where its own code reads the first
+        self.__dict__["_modules"] = self.__dict__["_all"] = value
 
     _modules = property(_listed, _replace)
 
-    @property
-    def _all(self) -> Mapping[str, nn.ModuleDict]:
-        return cast("dict[str, nn.ModuleDict]", self.__dict__["_modules"])
+    _all: dict[str, nn.ModuleDict]
 
     def _of(self, task: str) -> nn.ModuleDict | None:
         """A task's modules by name, or None; they are in the mode that was set last."""
-        own = cast("nn.ModuleDict | None", self.__dict__["_modules"].get(task))
+        own = self._all.get(task)
         if own is not None and not torch.compiler.is_dynamo_compiling():
             now = (self._modes, self._flows)
             if self._followed.get(task) != now:
@@ -85,12 +85,14 @@ class TaskModules(nn.Module):
         """A task's modules; with none yet, in this mode, if it is new."""
         if task not in self._all:
             self._followed[task] = (self._modes, self._flows)
-            self.__dict__["_modules"][task] = nn.ModuleDict().train(training)
-        return cast("nn.ModuleDict", self._of(task))
+            self._all[task] = nn.ModuleDict().train(training)
+        own = self._of(task)
+        assert own is not None
+        return own
 
     def _drop(self, task: str) -> None:
         """Forget a task's modules."""
-        del self.__dict__["_modules"][task]
+        del self._all[task]
         self._followed.pop(task, None)
 
     def _let_flow(self, tasks: frozenset[str]) -> None:
@@ -195,7 +197,7 @@ class TaskModules(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         memo[id(self._followed)] = followed
-        memo[id(self.__dict__["_modules"])] = copies = {}
+        memo[id(self._all)] = copies = {}
         copied_into(twin, self, memo)
         copies.update({name: copied(each, memo) for name, each in own.items()})
         return twin

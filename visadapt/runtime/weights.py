@@ -1,9 +1,9 @@
-"""Weights of a task's own: a host answers for the parameters that it owns, whoever reads them.
+"""Weights that belong to a task: reading a host's parameter returns the active task's value.
 
-The class of a host has a property for each parameter that some task has a value of its own for. While that task is
-meant, ``module.weight`` is the task's tensor: to the module's own forward, to a parent that reads a child's weight
-without calling it (as ``nn.MultiheadAttention`` does), and to any other reader. Nothing is changed in the module, so
-threads do not meet: ``_parameters`` and the state dict are the backbone's throughout.
+The class of a host has a property for each parameter that some task replaces. While that task is active,
+``module.weight`` returns the task's tensor: in the module's own forward, in a parent that reads a child's weight
+without calling the child (as ``nn.MultiheadAttention`` does), and in any other code. The module itself is not changed,
+so threads do not interfere: ``_parameters`` and the state dict always hold the backbone's values.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from visadapt.runtime.symbolic import traced_weight
 
 
 def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any]:
-    """The properties that a host's class needs to answer for these parameters.
+    """Return the properties that replace parameters in the class of a host.
 
     Args:
         plain: the host's class.
-        names: of the host's own parameters.
+        names: names of the host's own parameters.
     """
     members: dict[str, Any] = {name: _owned(name) for name in names}
     if members and issubclass(plain, nn.RNNBase):
@@ -49,7 +49,7 @@ def _owned(name: str) -> property:
         return own if parts is None else _meant(self, cast("Parts", parts), name, own)
 
     def put(self: nn.Module, value: Any) -> None:
-        # a plain tensor in the parameter's place, as DataParallel's replicas and weight normalisation have it
+        # DataParallel's replicas and weight normalisation set a plain tensor in place of the parameter
         self.__dict__[name] = value
 
     def delete(self: nn.Module) -> None:
@@ -61,10 +61,10 @@ def _owned(name: str) -> property:
 
 
 def _held(module: nn.Module, name: str) -> Any:
-    """The backbone's own value of a parameter.
+    """Return the backbone's value of a parameter.
 
     Raises:
-        AttributeError: the module has none of that name any more; nn.Module goes on looking among buffers and children.
+        AttributeError: the module no longer has such a parameter; ``nn.Module`` then looks among buffers and children.
     """
     if name in module._parameters:
         return module._parameters[name]
@@ -74,14 +74,14 @@ def _held(module: nn.Module, name: str) -> Any:
 
 
 def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
-    """The value of a parameter for the task that is meant here and now."""
+    """Return the value of a parameter for the active task."""
     task = parts._registry.acting()
     if task == AUTO:
-        # the decider has not yet chosen for any batch
+        # the decider has not chosen tasks for this batch yet: any task is possible
         task = (None, *parts)
     if not isinstance(task, tuple):
         return own if task is None else _changed(parts, task, name, own)
-    # samples of other tasks than these have the backbone's
+    # tasks without own weights here use the backbone's
     tasks = {each if each is not None and changes(parts, each) else None for each in task}
     if len(tasks) == 1:
         task = tasks.pop()
@@ -92,7 +92,7 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
 
 
 def changes(parts: Parts, task: str) -> bool:
-    """Whether a task has weights of its own at a host."""
+    """Return whether a task replaces weights of a host."""
     own = parts._of(task)
     return own is not None and any(role(part) == "weights" for part in own.values())
 
@@ -105,7 +105,7 @@ def _changed(parts: Parts, task: str, name: str, own: Any) -> Any:
     for part in () if held is None else held.values():
         if role(part) == "weights":
             value = part({name: value}).get(name, value)
-    # a task's fp32 weights beside a half-precision backbone
+    # tasks keep fp32 weights, also on a half-precision backbone
     return value if value is own or own is None else value.to(own.dtype)
 
 
@@ -115,7 +115,7 @@ _LOOKS = {
 
 
 class Undecided(Tensor):
-    """A parameter read in a mixed batch where its tasks' values differ: it has a shape and a dtype, but no values."""
+    """A parameter read in a mixed batch whose tasks have different values; only shape and dtype can be read."""
 
     host: str
     name_: str
@@ -132,7 +132,7 @@ class Undecided(Tensor):
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
-    """What an LSTM hands to its kernel: a list that it keeps of its own parameters."""
+    """Return the parameters that an RNN passes to its kernel, which it keeps in a list of its own."""
     kept = cast("list[Tensor]", self.__dict__["_flat_weights"])
     now = [getattr(self, name, None) for name in self._flat_weights_names]
     return kept if all(a is b for a, b in zip(kept, now, strict=True)) else cast("list[Tensor]", now)
@@ -144,6 +144,6 @@ def _set_flat_weights(self: nn.RNNBase, value: Any) -> None:
 
 
 def _flatten_parameters(self: nn.RNNBase) -> None:
-    # asked for by every copy and move, whatever is meant then
+    # called by every copy and move, also while a mixed batch is active
     if not any(isinstance(weight, Undecided) for weight in self._flat_weights):
         plain_class(self).flatten_parameters(self)  # type: ignore[attr-defined]

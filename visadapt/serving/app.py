@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from visadapt.serving.guard import App, Guard, headers_of
 from visadapt.serving.parsing import ErrorResponse, PredictRequest, PredictResponse, parse
@@ -57,7 +58,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(
-    service: Service, *, token: str | None = None, hosts: Iterable[str] | None = None, warm_first: bool = False
+    service: Service,
+    *,
+    token: str | None = None,
+    hosts: Iterable[str] | None = None,
+    warm_first: bool = False,
+    failed: Callable[[BaseException], None] | None = None,
 ) -> App:
     """Make the ASGI application of a service.
 
@@ -67,6 +73,7 @@ def build_app(
         hosts: names that the ``Host`` header may hold; None for any.
         warm_first: whether to accept requests only after the warm-up: one of several processes that share a port must
             not answer that it is not ready while others are.
+        failed: called if the warm-up, beside the requests, raises: the server will never be ready.
 
     Returns:
         An ASGI application, which starts and stops the service with its lifespan.
@@ -76,26 +83,33 @@ def build_app(
         description="One frozen network answers for many tasks.",
         docs_url=None,  # FastAPI's page loads its scripts from a network
         redoc_url=None,
-        lifespan=lambda _: _lifespan(service, warm_first),
+        lifespan=lambda _: _lifespan(service, warm_first, failed),
     )
     _add_errors(app, service)
     _add_api(app, service)
     _add_state(app, service)
     for path, name in (("/", "page.html"), ("/docs", "docs.html")):
         _add_page(app, path, name)
-    return Guard(app, token, hosts, service.limits.body)
+    return Guard(app, token, hosts, service.limits)
 
 
 @asynccontextmanager
-async def _lifespan(service: Service, warm_first: bool) -> AsyncIterator[None]:
+async def _lifespan(
+    service: Service, warm_first: bool, failed: Callable[[BaseException], None] | None
+) -> AsyncIterator[None]:
+    def ended(starting: asyncio.Task[None]) -> None:
+        if not starting.cancelled() and (error := starting.exception()) and failed:
+            failed(error)
+
     starting = asyncio.create_task(service.start())
     if warm_first:
         await starting
-    # else beside the requests: /healthz answers meanwhile
+    else:  # beside the requests: /healthz answers meanwhile
+        starting.add_done_callback(ended)
     try:
         yield
     finally:
-        await starting
+        await asyncio.wait([starting])
         await service.stop()
 
 
@@ -162,6 +176,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         name = "method_not_allowed" if error.status_code == 405 else "not_found"
         message = f"{request.method} {request.url.path[:100]} is not part of this API"
         return answered(request, ServingError(name, message, "see /docs"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        # for the log: there is no client any more
+        return answered(request, ServingError("timeout", "the client left before its request was complete", "stay"))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +23,9 @@ from visadapt.tensor_file import digest_of
 
 SUFFIX = ".visadapt"
 
-Stamp = tuple[int, int, int, int]
-"""Device, inode, modification time in ns and size of a file: another file or another content has another stamp."""
+Stamp = tuple[int, int, int, int, int]
+"""Device, inode, times of the last change of a file's content and of its inode in ns, and size: another file or
+another content has another stamp, even if it was copied with its times."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,12 @@ class Catalogue:
 
     def entries(self) -> Iterator[tuple[str, Entry | ServingError]]:
         """All tasks by name, with the error of those that cannot be used."""
-        for name in self.names():
+        names = self.names()
+        there = {path for name in names for path in self._places(name)}
+        with self._lock:
+            # what is known of files that are gone
+            self._known = {path: known for path, known in self._known.items() if path in there}
+        for name in names:
             state = self.state(name)
             if isinstance(state, Entry) or state.name != "unknown_task":  # removed a moment ago
                 yield name, state
@@ -139,6 +147,9 @@ class Catalogue:
         """The present version of a task, or the reason why there is none."""
         try:
             path = self._path(name)
+        except ServingError as error:
+            return error
+        try:
             for _ in range(100):
                 # a file that is replaced while it is read is read again
                 stamp = _stamp(path)
@@ -146,17 +157,21 @@ class Catalogue:
                     known = self._known.get(path)
                 if known is not None and known[0] == stamp:
                     return known[1]
-                state = self._read(name, path, stamp)
+                state, lasting = self._read(name, path, stamp)
                 if stamp == _stamp(path):
-                    with self._lock:
-                        self._known[path] = stamp, state
+                    if lasting:
+                        with self._lock:
+                            self._known[path] = stamp, state
                     return state
         except ServingError as error:
             return error
-        except OSError:
+        except OSError as error:
             with self._lock:
                 self._known.pop(path, None)
-            return self.unknown(name)
+            if not os.path.lexists(path):
+                return self.unknown(name)
+            reason = "it links to no file" if not path.exists() else str(error.strerror or error)
+            return ServingError("broken_task", f"cannot read {path.name}: {reason}", "replace the file")
         return ServingError("broken_task", f"{path.name} changes while it is read", "replace the file by renaming")
 
     def unknown(self, name: str) -> ServingError:
@@ -171,7 +186,7 @@ class Catalogue:
             if name in self.names():
                 raise ServingError("broken_task", str(error), "rename the file") from error
             raise self.unknown(name) from error
-        found = [path for path in self._places(name) if path.is_file()]
+        found = [path for path in self._places(name) if os.path.lexists(path)]
         if not found:
             raise self.unknown(name)
         if len(found) > 1:
@@ -183,11 +198,12 @@ class Catalogue:
         file = self._files.get(name)
         return [*([] if file is None else [file]), *(folder / f"{name}{SUFFIX}" for folder in self._folders)]
 
-    def _read(self, name: str, path: Path, stamp: Stamp) -> Entry | ServingError:
+    def _read(self, name: str, path: Path, stamp: Stamp) -> tuple[Entry | ServingError, bool]:
+        """Read a file; return what it holds, and whether that is so until the file changes."""
         try:
             content = read(path)
             description = content.description
-            return Entry(
+            entry = Entry(
                 name,
                 content.digest or digest_of(KIND, json.dumps(description), content.tensors),
                 None if description["labels"] is None else tuple(description["labels"]),
@@ -201,10 +217,13 @@ class Catalogue:
                 stamp,
                 problem_noted(name, description["notes"]),
             )
+            return entry, True
         except VisadaptError as error:
             if not path.is_file():
                 raise FileNotFoundError(path) from error
-            return ServingError("broken_task", str(error), "replace the file")
+            # a process that has too many files open, or no memory, says nothing about the file
+            lasting = not isinstance(error.__cause__, OSError | MemoryError)
+            return ServingError("broken_task", str(error), "replace the file"), lasting
 
 
 def _stems(folder: Path) -> list[str]:
@@ -223,7 +242,11 @@ def _method(entry: dict[str, Any]) -> str:
 
 def _stamp(path: Path) -> Stamp:
     found = path.stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    if not stat.S_ISREG(found.st_mode):
+        # of a pipe, reading would wait for a writer
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "device, pipe or socket"
+        raise ServingError("broken_task", f"{path.name} must be a file, got a {kind}", "replace it by a file")
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def model_digest(fingerprint: dict[str, list[str]]) -> str:

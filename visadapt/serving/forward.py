@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from visadapt.serving.pool import Pool
 from visadapt.serving.preparing import example, prepare, sides
 from visadapt.serving.refusal import ServingError
 from visadapt.serving.waiting import Item
+
+log = logging.getLogger(__name__)
 
 
 class Forward:
@@ -186,16 +190,29 @@ def warm_up(forward: Forward, count: int, max_batch: int) -> int:
         if isinstance(state, Entry):
             forms.setdefault(state.inputs.form, []).append(state)
     answered = set()
-    for form, entries in forms.items():
+    for form, every in forms.items():
+        entries = list(islice(filter(_usable, every), count))
+        if not entries:
+            continue
         # what holds for two lengths of texts holds for all
         for length in (4, 7) if form[0] == "texts" else (1,):
             sizes = {1} if forward.exact else {1, 2, 4, *sides(entries[0], length)}
             for size in sorted(size for size in sizes if size <= max_batch):
-                chosen = [entries[i % min(count, len(entries))] for i in range(size)]
+                chosen = [entries[i % len(entries)] for i in range(size)]
                 batch = [Item(entry.name, example(entry, i, length)) for i, entry in enumerate(chosen)]
                 forward.answer(batch)
                 answered |= {item.task for item in batch if item.future.exception() is None}
     return len(answered)
+
+
+def _usable(entry: Entry) -> bool:
+    """Whether inputs can be prepared for a task: its tokenizer may be missing, for instance."""
+    try:
+        prepare(entry, example(entry, 0), Limits())
+    except ServingError as error:
+        log.warning("task %s cannot be warmed up: %s", entry.name, error)
+        return False
+    return True
 
 
 def _parts(items: Sequence[Item], most: int) -> list[list[Item]]:

@@ -8,8 +8,10 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from visadapt.serving.limits import Limits
 from visadapt.serving.refusal import ServingError
 
 log = logging.getLogger("visadapt.requests")
@@ -29,6 +31,24 @@ HEADERS = {
     b"cache-control": b"no-store",
 }
 
+SLOWEST = 10_000
+"""Bytes per second that a client must send on the average, so that none holds a connection for hours."""
+
+
+@dataclass
+class Body:
+    """What has come of the body of a request.
+
+    Attributes:
+        size: its bytes so far.
+        ended: whether that is all.
+        start: time of the request, by `time.monotonic`.
+    """
+
+    size: int = 0
+    ended: bool = False
+    start: float = field(default_factory=time.monotonic)
+
 
 class Guard:
     """An ASGI middleware.
@@ -38,25 +58,31 @@ class Guard:
         token: what ``Authorization: Bearer …`` must hold; None where none is needed.
         hosts: names that the ``Host`` header may hold, so that no web page can reach a server on loopback by a name
             of its own; None for any.
-        body: bytes that a body may have.
-        patience: seconds that a client may take for each part of its body.
+        limits: upper bounds of bodies.
+        patience: seconds that a client may take for each part of its body, and for all of it beyond what it takes at
+            `SLOWEST`.
     """
 
     def __init__(
-        self, app: App, token: str | None, hosts: Iterable[str] | None, body: int, patience: float = 30.0
+        self, app: App, token: str | None, hosts: Iterable[str] | None, limits: Limits, patience: float = 30.0
     ) -> None:
         self._app = app
         self._token = None if token is None else token.encode()
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
-        self._body, self._patience = body, patience
+        self._limits, self._patience = limits, patience
+        self._held = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # the server leaves out the body of the answer
+            scope = {**scope, "method": "GET"}
         start, status = time.perf_counter(), 0
         scope.setdefault("state", {})["log"] = noted = {}
+        body = Body()
 
         async def sends(message: Message) -> None:
             nonlocal status
@@ -73,8 +99,9 @@ class Guard:
                 await _answer(error, sends)
                 noted["error"] = error.name
                 return
-            await self._app(scope, self._bounded(receive), sends)
+            await self._app(scope, self._bounded(receive, body), sends)
         finally:
+            self._held -= body.size
             if log.isEnabledFor(logging.INFO):
                 line = {
                     "time": round(time.time(), 3),
@@ -100,31 +127,34 @@ class Guard:
                 raise ServingError("unauthorized", "the token is missing or wrong",
                                    "send the header Authorization: Bearer TOKEN")  # fmt: skip
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._body:
+        if length.isdigit() and int(length[:20]) > self._limits.body:
             raise self._too_large()
 
-    def _bounded(self, receive: Receive) -> Receive:
-        size = 0
-        ended = False
-
+    def _bounded(self, receive: Receive, body: Body) -> Receive:
         async def receives() -> Message:
-            nonlocal size, ended
-            if ended:  # waits for the client to go
+            if body.ended:  # waits for the client to go
                 return await receive()
+            left = body.start + self._patience + body.size / SLOWEST - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), self._patience)
+                message = await asyncio.wait_for(receive(), min(self._patience, left))
             except asyncio.TimeoutError as error:
-                raise ServingError("timeout", f"no data for {self._patience:g} seconds", "send it faster") from error
-            size += len(message.get("body", b""))
-            ended = not message.get("more_body", False)
-            if size > self._body:
+                said = f"{body.size:,} bytes in {time.monotonic() - body.start:.0f} seconds"
+                raise ServingError("timeout", f"the body comes too slowly: {said}", "send it faster") from error
+            size = len(message.get("body", b""))
+            body.size += size
+            body.ended = not message.get("more_body", False)
+            self._held += size
+            if body.size > self._limits.body:
                 raise self._too_large()
+            if self._held > self._limits.bodies:
+                said = f"requests of more than {self._limits.bodies:,} bytes are being answered"
+                raise ServingError("overloaded", said, "send the request again later", retry_after=1)
             return message
 
         return receives
 
     def _too_large(self) -> ServingError:
-        return ServingError("too_large", f"a request must not have more than {self._body:,} bytes",
+        return ServingError("too_large", f"a request must not have more than {self._limits.body:,} bytes",
                             "send smaller images, or several requests")  # fmt: skip
 
 
@@ -142,7 +172,7 @@ def headers_of(error: ServingError) -> dict[str, str]:
         found["retry-after"] = str(max(1, round(error.retry_after)))
     if error.status == 401:
         found["www-authenticate"] = "Bearer"
-    if error.name in ("timeout", "too_large"):
+    if error.name in ("timeout", "too_large", "overloaded"):
         # what is left of the body is not read
         found["connection"] = "close"
     return found

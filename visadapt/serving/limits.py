@@ -20,6 +20,8 @@ class Limits:
         inputs: samples per request.
         top: labels per sample of the answer.
         queue: samples that wait at the same time; further requests are refused as overloaded.
+        bodies: bytes of all HTTP requests that are received or answered at the same time; further ones are refused as
+            overloaded.
     """
 
     body: int = 64 << 20
@@ -29,6 +31,7 @@ class Limits:
     inputs: int = 64
     top: int = 1000
     queue: int = 1024
+    bodies: int = 512 << 20
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -7,6 +7,7 @@ from typing import Any
 from visadapt.errors import VisadaptError
 
 STATUS = {
+    "malformed": 400,
     "unauthorized": 401,
     "wrong_host": 403,
     "unknown_task": 404,

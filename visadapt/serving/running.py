@@ -23,6 +23,7 @@ from uvicorn.supervisors import Multiprocess
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
 from visadapt.serving.app import build_app
+from visadapt.serving.connections import HEAD_BYTES, BoundedProtocol
 from visadapt.serving.guard import App
 from visadapt.serving.guard import log as requests
 from visadapt.serving.limits import Limits
@@ -116,17 +117,25 @@ def run(options: Options, say: Callable[[str], None]) -> None:
         say: receives a line when the server listens.
 
     Raises:
-        VisadaptError: what is to be served cannot be loaded, or the address is in use.
+        VisadaptError: what is to be served cannot be loaded, the address is in use, or the warm-up failed.
     """
     options.token()  # a wrong one is said before the backbone is loaded
     if options.workers > 1:
         _run_processes(options, say)
         return
-    app = _application(options)
-    config = uvicorn.Config(app, **_uvicorn(options))
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = _application(options, failed)
+    server = uvicorn.Server(uvicorn.Config(app, **_uvicorn(options)))
     sock = _bound(options)
     say(f"listening at {_address(options.host, sock.getsockname()[1])}")
-    uvicorn.Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])
+    if failures:
+        raise VisadaptError(f"the warm-up failed: {failures[0] or type(failures[0]).__name__}") from failures[0]
 
 
 def _run_processes(options: Options, say: Callable[[str], None]) -> None:
@@ -154,14 +163,15 @@ def application() -> App:
     return _application(Options(**{**options, "places": tuple(options["places"])}))
 
 
-def _application(options: Options) -> App:
+def _application(options: Options, failed: Callable[[BaseException], None] | None = None) -> App:
     if options.log_requests:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         requests.handlers, requests.propagate = [handler], False
         requests.setLevel(logging.INFO)
     service = LocalService(options.make_server(), drain=options.drain)
-    return build_app(service, token=options.token(), hosts=options.hosts(), warm_first=options.workers > 1)
+    warm_first = options.workers > 1
+    return build_app(service, token=options.token(), hosts=options.hosts(), warm_first=warm_first, failed=failed)
 
 
 def _uvicorn(options: Options) -> dict[str, Any]:
@@ -172,8 +182,9 @@ def _uvicorn(options: Options) -> dict[str, Any]:
         "access_log": False,
         "server_header": False,
         "timeout_graceful_shutdown": options.drain,
-        "limit_concurrency": 2 * options.limits.get("queue", Limits().queue),
-        "h11_max_incomplete_event_size": 64 * 1024,
+        "http": BoundedProtocol,
+        "ws": "none",
+        "h11_max_incomplete_event_size": HEAD_BYTES,
         "lifespan": "on",
         "interface": "asgi3",
     }

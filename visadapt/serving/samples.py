@@ -80,7 +80,7 @@ def _from_json(given: Mapping[str, Any], limits: Limits) -> Sample:
             return _encoded(base64.b64decode(text, validate=True), limits)
         except binascii.Error as error:
             raise ServingError("undecodable", f"'image' is not base64: {error}", "encode the file as base64") from error
-    keys = ", ".join(sorted(map(repr, given))) or "no key"
+    keys = ", ".join(f"{key!r:.40}" for key in sorted(given)[:3]) or "no key"
     raise _invalid(f"an input must have one key, 'image' or 'text', got {keys}")
 
 

@@ -187,8 +187,9 @@ class Server:
         if not self.ready:
             raise ServingError("not_ready", "the server is not running", "start it, or wait", retry_after=1)
         loop = asyncio.get_running_loop()
-        items = await loop.run_in_executor(self._threads, self._items, names, list(inputs))
-        self._queue.put(items)
+        with self._queue.room(len(names)):
+            items = await loop.run_in_executor(self._threads, self._items, names, list(inputs))
+            self._queue.put(items, kept=len(names))
         try:
             found = await asyncio.gather(*(asyncio.wrap_future(item.future) for item in items))
         finally:
@@ -210,8 +211,8 @@ class Server:
         if not names or not all(isinstance(name, str) for name in names):
             raise _invalid("task must be a name or a list of names", "see GET /v1/tasks")
         count = max(len(names), len(inputs))
-        if count > self.limits.inputs:
-            message = f"a request must not have more than {self.limits.inputs} inputs, got {count}"
+        if count > (most := min(self.limits.inputs, self.limits.queue)):
+            message = f"a request must not have more than {most} inputs, got {count}"
             raise ServingError("too_large", message, "send several requests")
         if len(names) == 1 or isinstance(task, str):
             names *= len(inputs)

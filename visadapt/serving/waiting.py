@@ -6,9 +6,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,7 @@ class WaitingQueue:
     def __init__(self, most: int, max_batch: int, max_wait: float) -> None:
         self._most, self._max_batch, self._max_wait = most, max_batch, max_wait
         self._items: deque[Item] = deque()
+        self._reserved = 0
         self._changed = threading.Condition()
         self._closed = False
         self._pace = 0.01
@@ -67,21 +68,47 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Append all items of a request, or none of them.
+    @contextmanager
+    def room(self, count: int) -> Iterator[None]:
+        """Keep room for the items of a request while they are prepared.
+
+        So a request for which there is no room is refused before its inputs are decoded.
 
         Raises:
             ServingError: there is no room (``overloaded``), or no more items are taken (``stopping``).
         """
         with self._changed:
-            if self._closed:
-                raise ServingError("stopping", "the server is stopping", "ask another server", retry_after=5)
-            if len(self._items) + len(items) > self._most:
-                seconds = max(1.0, len(self._items) * self._pace)
-                message = f"{len(self._items)} samples are waiting, and at most {self._most} may"
-                raise ServingError("overloaded", message, "send the request again later", retry_after=seconds)
+            self._check(count)
+            self._reserved += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= count
+
+    def put(self, items: Sequence[Item], kept: int = 0) -> None:
+        """Append all items of a request, or none of them.
+
+        Args:
+            items: of the request.
+            kept: the number of them for which the caller keeps `room`.
+
+        Raises:
+            ServingError: there is no room (``overloaded``), or no more items are taken (``stopping``).
+        """
+        with self._changed:
+            self._check(len(items) - kept)
             self._items.extend(items)
             self._changed.notify_all()
+
+    def _check(self, more: int) -> None:
+        if self._closed:
+            raise ServingError("stopping", "the server is stopping", "ask another server", retry_after=5)
+        waiting = len(self._items) + self._reserved
+        if waiting + more > self._most:
+            message = f"{waiting} samples are waiting, and at most {self._most} may"
+            raise ServingError("overloaded", message, "send the request again later",
+                               retry_after=max(1.0, waiting * self._pace))  # fmt: skip
 
     def take(self) -> list[Item]:
         """Wait for a batch; empty once the queue is closed and no item is left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix, Resumable
 from visadapt.optional import require
+from visadapt.training.graphs import Graphs
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -129,6 +130,7 @@ class LogitsModel(nn.Module):
 
     prepare: Callable[[Any], Any]
     compiled: Callable[..., Any] | None
+    graphs: Graphs | None
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class LogitsModel(nn.Module):
         self.model, self.engine, self.channels_last = model, engine, channels_last
         # not registered, or its parameters would be there twice
         self.__dict__["compiled"] = None if compile is None else torch.compile(model, mode=compile)
+        self.__dict__["graphs"] = None
         # past nn.Module's registration: a transform may be a module, but it is not part of the model
         self.__dict__["prepare"] = prepare
 
@@ -155,8 +158,23 @@ class LogitsModel(nn.Module):
             ready = self.prepare(inputs)
             if self.channels_last and isinstance(ready, Tensor) and ready.ndim == 4:
                 ready = ready.contiguous(memory_format=torch.channels_last)
+            if self.graphs is not None and self.training and torch.is_grad_enabled():
+                return self.graphs(ready)
             model = self.model if self.compiled is None or not self.training else self.compiled
             return _outputs(model, ready).float()
+
+    def capture(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Run training steps as CUDA graphs from now on; gradients flow to these parameters only.
+
+        Raises:
+            VisadaptError: the device has no such graphs, or a step is divided.
+        """
+        engine, model = self.engine, self.model
+        if engine.device.type != "cuda":
+            raise VisadaptError(f"compile='graphs' needs a CUDA device, got {str(engine.device)!r}")
+        if engine.processes > 1 or engine.parts > 1:
+            raise VisadaptError("compile='graphs' needs one process and accumulate=1")
+        self.__dict__["graphs"] = Graphs(lambda ready: _outputs(model, ready).float(), parameters, model, engine.device)
 
     def place(self, inputs: Any) -> Any:
         """Move a batch of inputs to the device; rows of a cached prefix stay where they are looked up."""

@@ -161,7 +161,10 @@ def fit(
     origin, model = model, beside_serving(model, task, cached is not None)
     # again: a move to another device may have made new tensors
     target = target_of(model, task)
-    logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, recipe.compile)
+    graphs = recipe.compile == "graphs"
+    logits_model = LogitsModel(model, prepare or ready, engine, recipe.fast, None if graphs else recipe.compile)
+    if graphs:
+        logits_model.capture(target.parameters.values())
     random = Randomness(seed, engine.device, engine.rank)
     logs = (log,) if callable(log) else tuple(log)
     title, show = task or type(model).__name__, progress and engine.rank == 0

@@ -41,7 +41,7 @@ EARLIER: dict[str, Any] = {
 }
 """What recipes were before they had these options, for checkpoints and results of that time."""
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "graphs")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Recipe:
             probe counts as epoch 0: no later epoch is kept that is not better.
         fast: compute in bf16 autocast and images in the channels-last memory format, which the model keeps.
         compile: mode of ``torch.compile`` for the training steps: ``default``, ``reduce-overhead`` (CUDA graphs) or
-            ``max-autotune``; None for no compiling.
+            ``max-autotune``; ``graphs`` for CUDA graphs of the model's own kernels, which take a second and no
+            compiler; None for neither.
         random_crop: smallest area of a random crop of each training image, as a fraction of the image, in (0, 1]; the
             crop is resized (RandomResizedCrop) and mirrored half of the time. None for no such crop.
         rand_augment: timm's configuration of RandAugment (Cubuk et al. 2019, arXiv 1909.13719), such as
