@@ -114,6 +114,19 @@ def test_all_compositions_run_one_graph(name, method, options) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", [Series(norm=False), Parallel(), Bottleneck(m=16, depthwise=True)], ids=str)
+def test_few_tasks_with_large_matrices_are_each_alone(method) -> None:
+    model, x = injected("resnet", method, norms="frozen"), inputs_of("resnet", 8)["x"][..., :32, :32]
+    tasks = ["a", "b", "b", "a", "b", "a", "a", "b"]
+    with torch.no_grad():
+        with using(model, tasks):
+            found = model(x)
+        for i, task in enumerate(tasks):
+            with using(model, task):
+                alone = model(x[i : i + 1])
+            torch.testing.assert_close(found[i : i + 1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_graph_sees_changed_values_and_new_tasks_and_refuses_removed_ones() -> None:
     model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
     counter = CompileCounter()

@@ -232,8 +232,9 @@ class DepthwiseBranch(nn.Module):
         layout = ("NCL", "NCHW", "NCDHW")[self.rank - 1]
         z = edge_preserving(pointwise(own, in_dtype_of(self.a, x), layout, bias=False, matrix="a"), self.rank)
         b = own("b").flatten(0, 1)
-        geometry = {"stride": self.stride, "padding": 1, "groups": len(self.a) * x.shape[0]}
-        return in_groups(z, lambda flat: convolve(self.rank, flat, b, **geometry)).to(x.dtype)
+        groups = len(self.a) * x.shape[0]
+        y = in_groups(z, lambda flat: convolve(self.rank, flat, b, stride=self.stride, padding=1, groups=groups))
+        return y.to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuse: the filter weighs neighbours by how alike they are.

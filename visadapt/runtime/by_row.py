@@ -186,10 +186,10 @@ def run_by_row(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Nam
     if core is None and not weights:
         out = plain.forward(host, *args, **kwargs)
     elif len(args) == 1 and not kwargs:
-        if core is None and len(weights) == 1:
-            out = _operated(host, plain, given, x, lambda own: rowwise(weights[0], given, own, own["weight"]))
-        elif not weights:
+        if core is not None and not weights:
             out = _instead(host, plain, core, given, tasks, x)
+        elif core is None and len(weights) == 1:
+            out = _operated(host, plain, given, x, lambda own: rowwise(weights[0], given, own, own["weight"]))
     if not isinstance(out, Tensor):
         return None
     rows = RowCall(tasks, parts, out, known.outputs.get(()))
@@ -214,7 +214,7 @@ def _operated(
     host: nn.Module, plain: type[nn.Module], rows: RowCall, x: Tensor, change: Callable[[dict[str, Tensor]], Any]
 ) -> Tensor | None:
     """A convolution or linear with each sample's own weights; None where its forward does more."""
-    own = {name: p for name, p in host._parameters.items() if p is not None}
+    own: dict[str, Tensor] = {name: p for name, p in host._parameters.items() if p is not None}
     if not is_operator(host) or "weight" not in own or getattr(host, "padding_mode", "zeros") != "zeros":
         return None
     operator = operator_of(host, plain.__name__)
