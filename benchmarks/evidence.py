@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from visadapt.experiments import (
     Transfer,
 )
 from visadapt.experiments import Sequence as LearnInTurn
+from visadapt.training.recipe import COMPILE_MODES
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--only", help=f"comma-separated list of {','.join(stages)}; default: all")
     parser.add_argument("--device", default="cpu", help="device to compute on; its kind chooses the regime")
     parser.add_argument("--regime", choices=REGIMES, help="sizes, epochs and precision; default: the device's")
+    parser.add_argument("--compile", choices=("none", *COMPILE_MODES), help="compile mode; default: the regime's")
     parser.add_argument("--budget", type=float, help="seconds after which no training run is begun")
     parser.add_argument("--processes", type=int, default=1, help="number of parallel processes")
     add_data(parser)
@@ -220,6 +223,8 @@ def main() -> None:
     if args.regime is None and kind not in REGIMES:
         parser.error(f"no regime for device {args.device!r}: name one with --regime")
     regime = REGIMES[args.regime or kind]
+    if args.compile is not None:
+        regime = replace(regime, compile=None if args.compile == "none" else args.compile)
     out = RESULTS / f"evidence-{regime.name}.csv" if args.out is None else args.out
     args.results.mkdir(parents=True, exist_ok=True)
     if out.is_file():

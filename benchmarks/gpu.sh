@@ -6,7 +6,8 @@
 #
 # PYTHON names the interpreter (python3 by default); torch, torchvision, timm, safetensors, numpy and Pillow are enough.
 # What needs another library that is missing is left out with a line. GPU_TESTS, GPU_BENCHMARKS and GPU_EVIDENCE hold
-# further arguments of the three parts.
+# further arguments of the three parts (data of the evidence, for instance); GPU_PARTS names those to run, all by
+# default; GPU_RESULTS is the folder of the evidence's results, for a run that goes on with another's.
 set -uo pipefail
 
 out=${1:?the folder for the results must be given}
@@ -44,7 +45,11 @@ has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1'
 } >"$out/machine.txt"
 head -n 1 "$out/machine.txt"
 
-if has pytest && has hypothesis; then
+runs() { [[ " ${GPU_PARTS:-tests benchmarks evidence} " == *" $1 "* ]]; }
+
+if ! runs tests; then
+  :
+elif has pytest && has hypothesis; then
   # every test file with a test that takes the device; pytest's options are set here, as its plugins may be missing
   mapfile -t files < <(grep -rl --include='test_*.py' 'device: torch.device' tests | sort)
   VISADAPT_TEST_DEVICE=$device part tests $((seconds * 25 / 100)) "$python" -m pytest -q -o addopts= -o timeout=0 \
@@ -53,18 +58,32 @@ else
   echo "tests: left out (pytest or hypothesis is not installed)"
 fi
 
-budget=$(($(left) * 60 / 100))
-part benchmarks $((budget + 15)) "$python" -m benchmarks --device "$device" --budget "$budget" --out "$out" \
-  ${GPU_BENCHMARKS:-}
+if runs benchmarks; then
+  budget=$(left)
+  ! runs evidence || budget=$((budget * 60 / 100))
+  part benchmarks $((budget + 15)) "$python" -m benchmarks --device "$device" --budget "$budget" --out "$out" \
+    ${GPU_BENCHMARKS:-}
+fi
 
-# the last seconds are for writing what was measured; what was published is not computed again
-budget=$(($(left) - 20))
-results=$(mktemp -d)
-csv=evidence-${device%%:*}.csv
-[[ -e $out/$csv || ! -e benchmarks/results/$csv ]] || cp "benchmarks/results/$csv" "$out/$csv"
-part evidence $((budget + 10)) "$python" -m benchmarks.evidence "$results" --device "$device" \
-  --budget "$budget" --out "$out/$csv" ${GPU_EVIDENCE:-}
-rm -rf "$results"
+if runs evidence; then
+  # processes that share a GPU wait for each other's kernels without this service
+  if [[ $device == cuda* ]] && command -v nvidia-cuda-mps-control >/dev/null; then
+    export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
+    nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT
+    timeout 40 "$python" -c "import torch; torch.ones(1, device='cuda').item()" ||
+      { echo quit | nvidia-cuda-mps-control; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; trap - EXIT; }
+  fi
+  processes=1
+  [[ $device != cuda* ]] || processes=$(($(nproc) > 2 ? $(nproc) - 1 : 1))
+  # the last seconds are for writing what was measured; what was published is not computed again
+  budget=$(($(left) - 20))
+  results=${GPU_RESULTS:-$(mktemp -d)}
+  csv=evidence-${device%%:*}.csv
+  [[ -e $out/$csv || ! -e benchmarks/results/$csv ]] || cp "benchmarks/results/$csv" "$out/$csv"
+  part evidence $((budget + 10)) "$python" -m benchmarks.evidence "$results" --device "$device" \
+    --processes "$processes" --budget "$budget" --out "$out/$csv" ${GPU_EVIDENCE:-}
+  [[ -n ${GPU_RESULTS:-} ]] || rm -rf "$results"
+fi
 
 echo "after $((SECONDS - start)) s, in $out:" && ls "$out"
 exit "$failed"

@@ -30,6 +30,10 @@ GRACE = 5.0
 """Seconds after the end of the budget that training runs in progress have to finish."""
 
 
+TOLERATED = 10
+"""Runs that may fail before all are ended: a process whose device is lost would fail one after another."""
+
+
 class Over(BaseException):
     """The budget is used up or the process is asked to end; training runs in progress are abandoned."""
 
@@ -65,10 +69,10 @@ class Lab:
     def run(self, experiments: Iterable[Experiment]) -> None:
         """Compute the missing results of experiments, the first ones first, and publish them at intervals.
 
-        A run that fails does not end the others.
+        A run that fails does not end the others, unless many do.
 
         Raises:
-            Over: the process was asked to end.
+            Over: the budget is used up, or the process was asked to end.
         """
         workspace = Workspace(self.folder, self.device, regime=self.regime.name, deadline=self.deadline)
         with self._watched(), get_engine("local")(self.processes) as executor:
@@ -97,6 +101,8 @@ class Lab:
     def _fail(self, run: Run, error: Exception) -> None:
         self.failed.append(f"{type(error).__name__}: {error}")
         print(f"failed: {self.failed[-1]}", flush=True)
+        if len(self.failed) > TOLERATED:
+            raise error
 
     def _tidy(self, experiment: object, runs: Sequence[Run]) -> None:
         for key in {key for run in runs for key in run.task_keys}:

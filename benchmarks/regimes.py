@@ -26,6 +26,8 @@ class Regime:
         text_batch: texts per step.
         image_batch: images per step.
         seed_count: number of seeds.
+        compile: compile mode of the training steps; see `visadapt.training.Recipe`.
+        whole: text sets of which all training texts are used.
         first: number of problems that the first three contenders are compared on before anything else; None to begin
             with all problems and contenders.
     """
@@ -41,6 +43,8 @@ class Regime:
     text_batch: int = 16
     image_batch: int = 32
     seed_count: int = 5
+    compile: str | None = None
+    whole: tuple[str, ...] = ()
     first: int | None = None
 
     @property
@@ -57,7 +61,8 @@ class Regime:
         texts = problem.modality == "text"
         lengths = self.text_epochs if texts else self.image_epochs
         batch_size = self.text_batch if texts else self.image_batch
-        return fair_contender(name, problem.modality, lengths, fast=True, batch_size=batch_size)
+        chosen = fair_contender(name, problem.modality, lengths, fast=True, batch_size=batch_size)
+        return chosen.with_recipe(compile=self.compile)
 
     def settled(self, name: str, problem: Problem) -> Contender:
         """Build a contender without choices, for experiments that vary something else: the catalogue's rate, and the
@@ -72,8 +77,10 @@ REGIMES = {
     # what these take is printed by `python -m benchmarks.estimate`, given all data; see there how it is estimated
     # two cores, in the background of other work: about 10 hours for what comes first
     "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=6),
-    # one GPU and 14 processes: about 8 minutes for three seeds of the first stage; further ones as the budget allows
-    "cuda": Regime("cuda", 2000, 1500, 500, 1500, 64, (3, 9), (5, 9), text_batch=32),
+    # one GPU and many processes: what the budget allows, seed by seed of the first stage, then the other stages
+    "cuda": Regime(
+        "cuda", 2000, 2000, 500, 1500, 64, (3, 9, 20), (5, 9), text_batch=32, compile="graphs", whole=("cola",)
+    ),
     # a moment, to test the command; no evidence
     "smoke": Regime("smoke", 48, 48, 20, 24, 16, (1, 2), (1, 2), seed_count=2),
 }
@@ -126,7 +133,7 @@ class Data:
             problem(
                 encoder,
                 name,
-                train=regime.texts,
+                train=None if name in regime.whole else regime.texts,
                 root=glue,
                 length=lengths.get(name, 32),
                 **sizes,

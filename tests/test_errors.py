@@ -180,7 +180,7 @@ WRONG = {
     "summary of a bare model": (lambda model, place: visadapt.summary(nn.Linear(1, 1)), r"this Linear has no tasks"),
     # files
     "no file": (load("flower.visadapt"), r"no file .*flower\.visadapt; did you mean 'flowers\.visadapt'"),
-    "a folder": (load("."), r"no file "),
+    "a folder": (load("."), r"must be a task file, got the folder "),
     "an empty file": (load("empty.visadapt"), r"empty\.visadapt is not a whole task file"),
     "a pickle": (load("pickle.visadapt"), r"pickle\.visadapt is not a whole task file"),
     "another safetensors file": (

@@ -223,8 +223,11 @@ def read(path: str | os.PathLike[str]) -> Content:
     Raises:
         VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
-    if not Path(path).is_file():
-        siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if Path(path).parent.is_dir() else []
+    if os.path.isdir(path):
+        raise VisadaptError(f"path must be a task file, got the folder {path}")
+    # of a name that is too long, pathlib would raise
+    if not os.path.isfile(path):
+        siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if os.path.isdir(Path(path).parent) else []
         raise VisadaptError(f"no file {path}{nearest(Path(path).name, siblings)}")
     content = read_described(Path(path), KIND, "task file")
     description = content.description

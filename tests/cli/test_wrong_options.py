@@ -18,10 +18,12 @@ from typer.testing import CliRunner, Result
 
 import visadapt
 from tests.full_disk import RESULT
+from tests.opening.hub_server import Hub, serving
 from visadapt.cli.app import EXAMPLES, app
 from visadapt.data.inputs import ImageInputs, described
 from visadapt.experiments import write_csv
 from visadapt.opening.backbones import open_backbone
+from visadapt.optional import available
 from visadapt.printable import printable
 from visadapt.serving import running
 
@@ -37,6 +39,7 @@ RIGHT: dict[str, list[str]] = {
     "train": ["{images}", *TIMM, "--size", "32", "--epochs", "1", "--m", "2", "--out", "{new}/o.visadapt"],
     "evaluate": ["{task}", "{images}", *TIMM],
     "predict": ["{images}/red/0.png", "--task", "{task}", *TIMM],
+    "push": ["{task}", "user/t", *TIMM],
     "serve": ["{task}", *TIMM, "--port", "0"],
     "merge": ["{task}", "--out", "{new}/o.safetensors", *TIMM],
     "export": ["{task}", "--out", "{new}/o.pt2", *TIMM],
@@ -44,7 +47,7 @@ RIGHT: dict[str, list[str]] = {
                    "--results", "{new}/results"],
     "report": ["{results}", "--out", "{new}/page"],
 }  # fmt: skip
-"""A call of each command that is right; `push` needs a hub, and is tested beside one."""
+"""A call of each command that is right."""
 
 NUMBERS = ("x", "", "nan", "inf", "-1", "9" * 30, "1e999", "½", "0x10", "1,5")
 
@@ -67,10 +70,28 @@ def options(command: str) -> Iterator[tuple[str, str]]:
         kinds = {kind, *get_args(kind)}
         if not isinstance(info, OptionInfo) or bool in kinds:
             continue
-        declared = [text for text in info.param_decls or () if text.startswith("--")]
+        # typer keeps the first of them as the default
+        spelt = (info.default, *(info.param_decls or ()))
+        declared = [text for text in spelt if isinstance(text, str) and text.startswith("--")]
         option = declared[0] if declared else f"--{name.replace('_', '-')}"
         for value in NUMBERS if kinds & {int, float} else PATHS if Path in kinds else WORDS:
             yield option, value
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, to which the library sends everything."""
+    if not available("huggingface_hub"):
+        yield Hub()
+        return
+    with serving() as found:
+        for name, value in (("ENDPOINT", found.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True),
+                            ("HF_HUB_CACHE", str(tmp_path / "cache")),
+                            ("HUGGINGFACE_CO_URL_TEMPLATE",
+                             f"{found.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")):  # fmt: skip
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", "token-of-the-test")
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +113,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 HUGE = "9" * 30
 
 MEANT = {
-    *(("train", option, word) for option in ("--image", "--label", "--multi-label") for word in WORDS),  # of tables
-    *(("evaluate", option, word) for option in ("--image", "--label", "--delimiter", "--encoding") for word in WORDS),
-    *(("predict", option, word) for option in ("--text", "--delimiter", "--encoding") for word in WORDS),
     # what `run_experiment` refuses, which does not run here
     *(("experiment", option, word) for option in ("--engine", "--device") for word in WORDS),
-    *(("experiment", option, path) for option in ("--results", "--root") for path in PATHS),
+    *(("experiment", option, path) for option in ("--results",) for path in PATHS),
     ("experiment", "--processes", HUGE),
     *(("report", "--title", word) for word in WORDS),
     ("report", "--out", "{new}"),
-    *((command, option, "") for command, option in (("predict", "--task"), ("serve", "--decider"))),  # "no file ."
+    ("serve", "--decider", ""),  # "got the folder ."
     ("train", "--lr", HUGE),  # refused by the loss
-    *((command, "--root", path) for command in ("train", "evaluate") for path in PATHS),
     *((command, "--memory", HUGE) for command in ("train", "evaluate")),
     *((command, "--seed", "-1") for command in ("train", "evaluate")),
     ("train", "--task", "x" * 5000),
@@ -111,7 +128,7 @@ MEANT = {
     ("predict", "--top", HUGE),
     ("serve", "--max-wait-ms", HUGE),
 }
-"""Options that a folder of images does not need, and values that are possible after all."""
+"""Values that are possible after all."""
 
 
 def complaint(option: str, value: str, answer: Result) -> str:
@@ -137,7 +154,7 @@ def complaint(option: str, value: str, answer: Result) -> str:
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "all"])
 @pytest.mark.parametrize("command", RIGHT)
 def test_a_wrong_value_is_one_line_that_names_the_option(
-    command: str, every: bool, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, every: bool, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     monkeypatch.setattr(
         "visadapt.cli.experiment.run_experiment", lambda plan, *_, **__: list(plan.runs(lambda _: None))
@@ -156,4 +173,7 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
             wrong.append(f"{command} {option} {value[0]!r:.60}: {said}")
         if left := [path.name for path in new.rglob("*") if path.name != "results"]:
             wrong.append(f"{command} {option} {value[0]!r:.60} left {left}")
+        if hub.repositories:
+            wrong.append(f"{command} {option} {value[0]!r:.60} made {list(hub.repositories)}")
+            hub.repositories.clear()
     assert not wrong, "\n".join(wrong)

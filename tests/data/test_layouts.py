@@ -15,6 +15,7 @@ from PIL import Image
 
 from visadapt.data import ImageFiles, load_images, load_text, read_images
 from visadapt.data.image_inputs import ImageInputs
+from visadapt.data.image_sources import find
 from visadapt.errors import VisadaptError, command_line
 
 RED, GREEN = (250, 0, 0), (0, 250, 0)
@@ -485,3 +486,26 @@ def test_images_in_memory_are_inputs_too() -> None:
     Image.new("RGB", (9, 9), RED).save(buffer, "PNG")
     stored = {"bytes": buffer.getvalue(), "path": None}
     assert torch.equal(ImageInputs(8).read([stored]), ImageInputs(8).read([Image.new("RGB", (9, 9), RED)]))
+
+
+OPTIONS = ({"image": "file"}, {"label": "kind"}, {"root": "."}, {"header": True}, {"delimiter": ";"},
+           {"encoding": "utf-8"}, {"regression": True}, {"multi_label": ";"})  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_options_of_tables_are_refused_for_folders_of_classes(tmp_path: Path, options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    classes(tmp_path / "flat", 1)
+    classes(tmp_path / "split" / "train", 1)
+    for data in (tmp_path / "flat", tmp_path / "split", *(["cifar10"] if name != "root" else [])):
+        with pytest.raises(VisadaptError, match=f"{name}= must be left out: it has no meaning for"):
+            find(data, **options)
+        # those of the table that a task was trained on are for other data
+        if name != "root":
+            assert find(data, noted=options).splits
+
+
+@pytest.mark.parametrize("options", [{"label": "x"}, {"text": "x"}, {"regression": True}, {"header": False}])
+def test_options_of_tables_are_refused_for_texts_that_are_known_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(VisadaptError, match=f"{next(iter(options))}= must be left out: it has no meaning for"):
+        load_text("tweets", **options)

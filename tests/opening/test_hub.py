@@ -17,6 +17,7 @@ import visadapt
 from tests.opening.hub_server import Hub, serving
 from tests.opening.test_opening import LABELS, flowers, second
 from visadapt import VisadaptError
+from visadapt.opening.pushing import _check_words
 from visadapt.runtime.registry import tasks
 from visadapt.task_file import read
 
@@ -60,6 +61,19 @@ def test_what_was_pushed_is_opened(hub: Hub, capfd: pytest.CaptureFixture[str]) 
         # the revision and the digest that were opened are shown
         digest = read(visadapt.save(again, "flowers", "again.visadapt")).digest
         assert f"{origin}: digest {digest}" in capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("option", [{"license": "a\nb"}, {"license": ""}, {"revision": "a..b"}, {"revision": "-x"},
+                                    {"revision": "a/"}, {"revision": ""}])  # fmt: skip
+def test_what_is_not_a_license_or_a_branch_is_not_sent(hub: Hub, option: dict[str, Any]) -> None:
+    with pytest.raises(VisadaptError, match=f"{next(iter(option))} must be"):
+        visadapt.push_to_hub(flowers(), "flowers", "user/flowers", **option)
+    assert hub.requests == []
+
+
+def test_what_is_a_license_and_a_branch() -> None:
+    for license, branch in (("apache-2.0", "main"), ("cc-by-nc-4.0", "refs/pr/1"), (None, "v1.2_x-y")):
+        _check_words(license, branch)
 
 
 def test_the_card_says_what_it_is(hub: Hub) -> None:
@@ -246,10 +260,8 @@ def test_the_command_line_pushes_and_takes_repositories(hub: Hub, tmp_path: Path
     assert '"task": "birds"' in run("predict", "photo.jpg", "--task", pushed).stdout
     assert "birds.visadapt" in run("summary", pushed).stdout
     run("export", "hub:user/birds", "--out", "birds.pt2")
-    assert (
-        "metrics must be a mapping of strings"
-        in run("push", "birds.visadapt", "user/b", "--metric", "accuracy=high", code=1).stderr
-    )
+    refused = run("push", "birds.visadapt", "user/b", "--metric", "accuracy=high", code=1).stderr
+    assert "metrics['accuracy'] must be a number, got 'high'" in refused
     visadapt.push_to_hub(second(flowers()), ["flowers", "birds"], "user/two")
     refused = run("merge", "hub:user/two", "--out", "two.safetensors", code=1).stderr
     assert "hub:user/two has several tasks (birds, flowers): name a file, as hub:USER/REPO/FILE.visadapt" in refused

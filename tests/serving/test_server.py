@@ -451,8 +451,16 @@ def test_a_model_in_memory_is_served_too() -> None:
         assert answers[0].labels[0] in ("0", "1")
         error = await refused(server.predict("c", [png()]))
         assert (error.name, "there is: a, b" in str(error)) == ("unknown_task", True)
+        assert not any(module.training for module in model.modules())
 
-    serve(action, model)
+    modes = []
+    for wanted in (True, False):
+        model.train(wanted)
+        model.layer1.train(not wanted)
+        modes.append([module.training for module in model.modules()])
+        serve(action, model)
+        assert [module.training for module in model.modules()] == modes[-1]
+    assert modes[0] != modes[1]
 
 
 @pytest.mark.parametrize(

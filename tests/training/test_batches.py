@@ -121,6 +121,14 @@ def test_only_columns_of_padding_are_trimmed() -> None:
     assert cut["other"].shape == (2,)
     all_padding = {"attention_mask": torch.zeros(2, 5)}
     assert trimmed(all_padding) is all_padding
+    right = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0]]), "input_ids": torch.arange(7)[None]}
+    assert trimmed(right, multiple=4)["input_ids"].tolist() == [[0, 1, 2, 3]]
+    left = {name: tensor.flip(1) for name, tensor in right.items()}
+    assert trimmed(left, multiple=5)["input_ids"].tolist() == [[4, 3, 2, 1, 0]]
+    assert trimmed(right, multiple=8)["input_ids"].tolist() == [list(range(7))]
+    # on an accelerator, to find out would wait for it
+    elsewhere = {name: tensor.to("meta") for name, tensor in right.items()}
+    assert trimmed(elsewhere) is elsewhere
 
 
 class _Tokenizer:

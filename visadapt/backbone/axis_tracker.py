@@ -327,8 +327,9 @@ _POINTWISE = {
     *("hardswish", "_to_copy", "_prelu_kernel", "native_dropout", "bernoulli", "alias", "detach", "lift_fresh"),
     *("where", "masked_fill", "copy", "logical_not", "dropout", "contiguous", "rrelu_with_noise", "threshold"),
     *("view_as_real_copy", "fill", "zero", "glu_jvp", "softplus", "_conj", "conj_physical"),
+    *("celu", "elu", "hardsigmoid", "hardtanh", "leaky_relu", "selu"),
 }
-"""Operators on elements that torch does not tag so."""
+"""Operators on elements that torch, or a version of it before 2.14, does not tag so."""
 
 _STAYING = (
     *("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_", "upsample", "_upsample", "constant_pad", "pad"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -147,12 +148,12 @@ def check_writable(path: Path, force: bool, given: str = "--out") -> Path:
     Raises:
         VisadaptError: the path exists and ``force`` is off, it is a folder, or its parent folder does not exist.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise VisadaptError(f"{given} must be a file, got the folder {path}")
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise VisadaptError(f"{path} already exists: use --force to overwrite it")
-    if not path.parent.is_dir():
-        siblings = path.parent.parent.iterdir() if path.parent.parent.is_dir() else ()
+    if not os.path.isdir(path.parent):
+        siblings = path.parent.parent.iterdir() if os.path.isdir(path.parent.parent) else ()
         hint = nearest(path.parent.name, (p.name for p in siblings))
         raise VisadaptError(f"no folder {path.parent} for {given}{hint}")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +26,15 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow":
 def is_stored(path: Path) -> bool:
     """Whether a path is a folder that ``save_to_disk`` wrote, or a file that the library reads."""
     if path.suffix.lower() in _BUILDERS:
-        return path.is_file()
+        return os.path.isfile(path)
     return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 
 def holds_data_files(folder: Path) -> bool:
     """Whether a folder has JSON or Parquet files that the library reads."""
-    return folder.is_dir() and any(file.suffix.lower() in _BUILDERS for file in folder.iterdir() if file.is_file())
+    return os.path.isdir(folder) and any(
+        file.suffix.lower() in _BUILDERS for file in folder.iterdir() if file.is_file()
+    )
 
 
 def open_dataset(data: Any, name: str, online: bool = False, config: str | None = None) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
     if isinstance(data, str):
         source = data.removeprefix("hf/")
         data = Path(source)
-        if not data.exists():
+        if not os.path.exists(data):
             if not online:
                 raise VisadaptError(f"{name!r} would be downloaded: allow it with {option('online')}")
             data = _attempt(name, lambda: datasets.load_dataset(source, config))
@@ -77,10 +80,10 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
 
 
 def _read(path: Path, datasets: Any, config: str | None) -> Any:
-    if path.is_dir() and is_stored(path):
+    if os.path.isdir(path) and is_stored(path):
         return datasets.load_from_disk(str(path))
     builder = _BUILDERS.get(path.suffix.lower())
-    if path.is_file() and builder is not None:
+    if os.path.isfile(path) and builder is not None:
         return datasets.load_dataset(builder, data_files=str(path))
     return datasets.load_dataset(str(path), config)
 

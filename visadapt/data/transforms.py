@@ -40,6 +40,13 @@ def normalize(
 
     Raises:
         VisadaptError: the images are not a uint8 batch of three channels.
+
+    Examples:
+        >>> from visadapt.data import normalize
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> batch = normalize(images, 64)
+        >>> batch.shape, round(float(batch[0, 0, 0, 0]), 3)
+        (torch.Size([2, 3, 64, 64]), -2.118)
     """
     if size is not None:
         check_count(size, "size")
@@ -49,8 +56,8 @@ def normalize(
     x = images.to(device).float().div_(255)
     if size is not None and x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    centre = x.new_tensor(mean).view(-1, 1, 1)
-    return x.sub_(centre).div_(x.new_tensor(std).view(-1, 1, 1))
+    centre, scale = (_moved(torch.tensor(each, dtype=x.dtype, device="cpu"), x).view(-1, 1, 1) for each in (mean, std))
+    return x.sub_(centre).div_(scale)
 
 
 @takes()
@@ -69,6 +76,12 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
 
     Raises:
         VisadaptError: the images are not a batch, or the padding is negative.
+
+    Examples:
+        >>> from visadapt.data import augment
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> augment(images, torch.Generator().manual_seed(0), flip=False).shape
+        torch.Size([2, 3, 32, 32])
     """
     _check(images)
     if crop_padding < 0:
@@ -76,7 +89,7 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     count, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator, device=generator.device).to(images.device)
+        return _moved(torch.randint(high, (count,), generator=generator, device=generator.device), images)
 
     if crop_padding:
         rows = draw(2 * crop_padding + 1)[:, None] + torch.arange(height, device=images.device)
@@ -87,6 +100,13 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
     if flip:
         images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(-1), images)
     return images.contiguous()
+
+
+def _moved(values: Tensor, images: Tensor) -> Tensor:
+    """Move values to the device of images; on a GPU without waiting for the kernels of the step before."""
+    if images.is_cuda and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(images.device, non_blocking=images.is_cuda)
 
 
 def _check(images: Tensor) -> None:

@@ -123,9 +123,9 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
         VisadaptError: the path does not exist, or a file does not contain results.
     """
     source = Path(path)
-    if not source.exists():
+    if not os.path.exists(source):
         raise VisadaptError(f"no folder or file of results {str(source)!r}")
-    found = [source] if source.is_file() else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
+    found = [source] if os.path.isfile(source) else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
     # not a named pipe, which would be waited for
     files = [file for file in found if file.is_file()]
     results: dict[tuple[str, str], Result] = {}

@@ -53,11 +53,25 @@ def push_to_hub(
         The repository at the new commit, ``"hub:user/repo@<commit>"``, as `visadapt.open` takes it.
 
     Raises:
+<<<<<<< HEAD
         VisadaptError: there is no such task, the name is not a repository's, or the upload fails.
+
+    Examples:
+        >>> # needs an account: visadapt.push_to_hub(model, "flowers", "user/flowers", metrics={"accuracy": 0.93})
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.push_to_hub(model, "flowers", "flowers")
+        Traceback (most recent call last):
+            ...
+        visadapt.errors.VisadaptError: repository must be 'user/repo', got 'flowers'
+=======
+        VisadaptError: there is no such task, a name is not that of a repository, a license or a branch, or the upload
+            fails.
+>>>>>>> integration
     """
     registry = registry_of(model)
     names = [registry.task(name).name for name in ([task] if isinstance(task, str) else task)]
     _check(names, repository, metrics)
+    _check_words(license, revision)
     hub = require("huggingface_hub", "push_to_hub", "visadapt[hub]")
     with tempfile.TemporaryDirectory() as folder:
         files = {name: save(model, name, Path(folder, f"{name}{SUFFIX}")) for name in names}
@@ -87,3 +101,13 @@ def _check(names: list[str], repository: object, metrics: Mapping[str, float] | 
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or not is_real(value):
             raise VisadaptError(f"metrics must be finite numbers by name, got {name!r}: {value!r}")
+
+
+def _check_words(license: str | None, revision: str | None) -> None:
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,99}", license):
+        raise VisadaptError(f"license must be an identifier, such as 'apache-2.0', got {license!r:.200}")
+    # what git takes for a branch
+    if revision is not None and not re.fullmatch(
+        r"(?!.*(\.\.|//|/\.|\.lock$|[./]$))[A-Za-z0-9_][\w./-]{0,199}", revision
+    ):
+        raise VisadaptError(f"revision must be the name of a branch, such as 'main', got {revision!r:.200}")

@@ -54,6 +54,8 @@ def located(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise VisadaptError("source must be a task file or several, got none")
+    if "" in sources:
+        raise VisadaptError("a task file must have a name, got ''")
     found: list[Located] = []
     for each in sources:
         match = _repository(each)
@@ -71,7 +73,7 @@ def _repository(source: Any) -> re.Match[str] | None:
                 f"a repository must be hub:user/repo, with /name{SUFFIX} and @revision as needed, got {source!r}"
             )
         return match
-    return None if match is None or source.endswith(SUFFIX) or Path(source).exists() else match
+    return None if match is None or source.endswith(SUFFIX) or os.path.exists(source) else match
 
 
 def _downloaded(source: str, match: re.Match[str]) -> list[Located]:

@@ -97,10 +97,10 @@ class Catalogue:
         self._folders: list[Path] = []
         self._files: dict[str, Path] = {}
         for path in paths:
-            if path.is_dir():
+            if os.path.isdir(path):
                 self._folders.append(path)
-            elif not path.is_file():
-                siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+            elif not os.path.isfile(path):
+                siblings = path.parent.iterdir() if os.path.isdir(path.parent) else ()
                 raise VisadaptError(f"no file or folder {path}{nearest(path.name, (p.name for p in siblings))}")
             elif path.stem in self._files:
                 raise VisadaptError(f"{path} and {self._files[path.stem]} have the same name: rename one of them")

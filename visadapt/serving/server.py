@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.opening.predicting import read_outputs
 from visadapt.runtime.decider import read_decider
+from visadapt.runtime.modes import keep_modes
 from visadapt.serving.backbones import Backbone
 from visadapt.serving.catalogue import Catalogue, Entry, model_digest
 from visadapt.serving.forward import Forward, warm_up
@@ -47,6 +49,12 @@ class Answer:
             have several labels; empty for a regression.
         logits: ``(classes,)``, float32, in the order of the task's classes.
         values: outputs of a regression; empty otherwise.
+
+    Examples:
+        >>> from visadapt.serving import Answer
+        >>> answer = Answer("flowers", "6f1c", ("rose", "lily"), (0.75, 0.25), torch.tensor([0.0, 1.1]))
+        >>> answer.labels[0], answer.scores[0]
+        ('rose', 0.75)
     """
 
     task: str
@@ -67,6 +75,9 @@ class Server:
     The last bits of an answer may depend on what else is in its batch, as torch's kernels round differently for
     batches of different sizes; with ``exact=True`` every sample runs alone, and its answer is, bit for bit, what the
     task gives for this sample in any other process.
+
+    A model that is given is in eval mode while it is served; `stop` puts its modules back into the modes that they were
+    in.
 
     Args:
         source: an injected model, whose tasks are served; or task files and folders of task files.
@@ -120,7 +131,7 @@ class Server:
         self.pool = _pool(source, Backbone(backbone, dict(build or {}), online), max_tasks, self.metrics)
         if device is not None:
             check_device(device)
-        model = self.pool.model.eval()
+        model, self._modes = self.pool.model, ExitStack()
         if device is not None:
             model.to(device)
         self.model_digest = model_digest(fingerprint(unwrapped(model)))
@@ -128,7 +139,7 @@ class Server:
         place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self._forward = Forward(self.pool, self.metrics, place, self.limits, exact, chooser)
         self._max_batch = max_batch
-        self._queue = WaitingQueue(self.limits.queue, max_batch, max_wait)
+        self._queue = WaitingQueue(self.limits.queue, max_batch, 0 if exact else max_wait)
         self._worker = Worker(self._queue, self._forward, self.metrics)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="visadapt-decode")
         self.ready = False
@@ -136,6 +147,8 @@ class Server:
     def start(self) -> Server:
         """Warm up and begin to answer; return the server itself."""
         if not self.ready:
+            self._modes.enter_context(keep_modes(self.pool.model))
+            self.pool.model.eval()
             warm_up(self._forward, min(3, self.pool.most), self._max_batch)
             self._worker.start()
             self.ready = True
@@ -155,6 +168,8 @@ class Server:
         for item in self._queue.clear():
             item.fail(ServingError("stopping", "the server stops", "ask another server", retry_after=5))
         self.ready = False
+        if done:
+            self._modes.close()
         self._threads.shutdown(wait=False)
         return done
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.checks import check_choice
+from visadapt.data.inputs import TextInputs
+from visadapt.data.samples import ready, trimmed
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix, Resumable
 from visadapt.optional import require
@@ -171,14 +173,20 @@ class LogitsModel(nn.Module):
         """
         engine, model = self.engine, self.model
         if engine.device.type != "cuda":
-            raise VisadaptError(f"compile='graphs' needs a CUDA device, got {str(engine.device)!r}")
+            raise VisadaptError(f"compile='graphs' must have a CUDA device, got {str(engine.device)!r}")
         if engine.processes > 1 or engine.parts > 1:
             raise VisadaptError("compile='graphs' needs one process and accumulate=1")
         self.__dict__["graphs"] = Graphs(lambda ready: _outputs(model, ready).float(), parameters, model, engine.device)
 
     def place(self, inputs: Any) -> Any:
         """Move a batch of inputs to the device; rows of a cached prefix stay where they are looked up."""
-        return inputs if isinstance(self.prepare, CachedPrefix) else self.engine.place(inputs)
+        if isinstance(self.prepare, CachedPrefix):
+            return inputs
+        cuts = self.prepare is ready or isinstance(self.prepare, TextInputs)
+        if cuts and self.engine.device.type != "cpu" and isinstance(inputs, Mapping) and "attention_mask" in inputs:
+            # here, as it would wait for the device there; few lengths are few shapes of kernels and of graphs
+            inputs = trimmed(dict(inputs), multiple=8)
+        return self.engine.place(inputs)
 
 
 def _outputs(model: Callable[..., Any], inputs: Any) -> Tensor:

@@ -31,7 +31,7 @@ PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03,
 RESOLUTION = 1e-3
 """Share of the features' size that they are at least taken to vary by."""
 
-KEPT = 8
+KEPT = 32
 """Number of solutions to remember, of at most a few MB each."""
 
 
