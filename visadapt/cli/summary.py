@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from dataclasses import replace
-from pathlib import Path
-=======
 import os
->>>>>>> integration
 from typing import Annotated
 
 import typer
 
 import visadapt
-from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import (
     Build,
     Method,
@@ -46,17 +40,9 @@ def summary(
 
     For a task file, its contents; for a backbone, what the method would train.
     """
-<<<<<<< HEAD
-    if target.partition("/")[0] not in PLACES or Path(target).is_file():
-        pages = [replace(contents(file.path), title=file.origin) for file in located(target)]
-        refuse_unused(f"{target} is a task file", "method", "m", "option", "norms", "where", "build")
-        for page in pages:
-            show(page)
-=======
     if target.partition("/")[0] not in PLACES or os.path.isfile(target):
         for file in located(target):
             show(contents(file.path))
->>>>>>> integration
         return
     model = build_backbone(target, pairs(build, "--build"))
     terms = [number(term) for term in where or ()]

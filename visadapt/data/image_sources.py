@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-=======
 import os
 from collections.abc import Iterator, Mapping, Sequence
->>>>>>> integration
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +14,15 @@ from visadapt.data import bundled
 from visadapt.data.datasets_library import is_stored
 from visadapt.data.image_datasets import find_in_datasets
 from visadapt.data.image_file import pil, to_tensor
-from visadapt.data.image_layouts import Found, ImageColumns, in_folders, in_table, layout_of
+from visadapt.data.image_layouts import Found, ImageColumns, find_images
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import stratified
 from visadapt.data.tables import Format
 from visadapt.data.targets import Targets
-from visadapt.errors import VisadaptError, check_unused, nearest, option
+from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
 
-BUNDLED = ("cifar10", "mnist", "fashion-mnist", "digits")
-"""Data sets that come with the package, or with scikit-learn."""
-
-_OF_DATASETS = ("image", "label", "regression", "multi_label")
-"""Options that describe the columns of a data set of the ``datasets`` library."""
-
-_OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
-"""Options that describe a table."""
+_BUNDLED = ("cifar10", "mnist", "fashion-mnist")
 
 _OF_DATASETS = ("image", "label", "regression", "multi_label")
 """Options of tables that data sets of the ``datasets`` library take too."""
@@ -66,33 +55,6 @@ def find(
 
     Args:
         data: as `visadapt.data.load_images` takes it.
-<<<<<<< HEAD
-        root: as there.
-        download: as there.
-        classes: as there.
-        online: as there.
-        noted: further options, such as a task's notes, for data that is described by them; other data ignores them.
-        **columns: as there.
-
-    Raises:
-        VisadaptError: there is no such data set, its layout is not understood, or an option has no effect on it.
-    """
-    given = {key: value for key, value in {"root": root, **columns}.items() if value is not None}
-    if given.get("regression") is False:
-        del given["regression"]
-    _check_known(given)
-
-    def reading(options: tuple[str, ...], what: str) -> ImageColumns:
-        check_unused((key for key in given if key not in options), what)
-        return _columns({key: value for key, value in {**(noted or {}), **given}.items() if key in options})
-
-    name = str(data) if isinstance(data, str | Path) else "the data set"
-    if not isinstance(data, str | Path) or name.startswith("hf/"):
-        described = reading(_OF_DATASETS, f"{name} is not a table")
-        return find_in_datasets(data, name, classes, described, online)
-    if name in BUNDLED:
-        reading((), f"{name} comes with the package")
-=======
         root: see there.
         download: see there.
         classes: see there.
@@ -111,17 +73,9 @@ def find(
     if name in (*_BUNDLED, "digits"):
         # a root may be meant for others of several data sets
         described.check_used(f"the data set {name!r}", ("root",))
->>>>>>> integration
         bundled.warn_of_namesake(name)
-        return _digits() if name == "digits" else _bundled(name)
+        return _bundled(name) if name in _BUNDLED else _digits()
     if name.startswith("torchvision/"):
-<<<<<<< HEAD
-        reading(("root",), f"{name} is a data set of torchvision")
-        return _torchvision(name, root, download)
-    path = Path(name)
-    if not path.exists():
-        known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
-=======
         described.check_used(f"the data set {name!r}", ("root",))
         return _torchvision(name, root, download)
     path = Path(name)
@@ -131,15 +85,10 @@ def find(
         return find_in_datasets(name, name, classes, described, online)
     if not os.path.exists(path):
         known = (*_BUNDLED, "digits", "torchvision/CIFAR10", *_siblings(path))
->>>>>>> integration
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):
-        return find_in_datasets(path, path.name, classes, reading(_OF_DATASETS, f"{name} is not a table"))
-    layout = layout_of(path)
-    if isinstance(layout, dict):
-        reading((), f"{name} is a folder of classes, not a table")
-        return in_folders(path, layout, classes)
-    return in_table(layout, classes, reading(("root", *_OF_TABLES), name))
+        return find_in_datasets(path, path.name, classes, described)
+    return find_images(path, classes, described)
 
 
 def _siblings(path: Path) -> Iterator[str]:
@@ -149,32 +98,20 @@ def _siblings(path: Path) -> Iterator[str]:
         return
 
 
-<<<<<<< HEAD
-def _check_known(given: Iterable[str]) -> None:
-=======
 def _columns(root: str | Path | None, given: dict[str, Any], noted: Mapping[str, Any]) -> ImageColumns:
     explicit = [name for name, value in given.items() if value not in (None, False)]
     explicit += [] if root is None else ["root"]
     given = {**noted, **given}
     taken = ("image", "label", "header", "delimiter", "encoding", "regression", "multi_label")
->>>>>>> integration
     for name in given:
-        if name not in ("root", *_OF_TABLES):
+        if name not in taken:
             what = "applies to texts only, and these are images" if name == "text" else "is not an option of image data"
-            raise VisadaptError(f"{option(name)} {what}{'' if name == 'text' else nearest(name, _OF_TABLES)}")
-
-
-def _columns(given: Mapping[str, Any]) -> ImageColumns:
+            raise VisadaptError(f"{option(name)} {what}{'' if name == 'text' else nearest(name, taken)}")
     form = {name: given[name] for name in ("header", "delimiter", "encoding") if name in given}
     places = {name: given[name] for name in ("image", "label") if name in given}
     targets = Targets(bool(given.get("regression")), given.get("multi_label"))
-<<<<<<< HEAD
-    root = given.get("root")
-    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets)
-=======
     return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets,
                         given=tuple(explicit))  # fmt: skip
->>>>>>> integration
 
 
 def _bundled(name: str) -> Found:
