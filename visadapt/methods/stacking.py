@@ -262,7 +262,7 @@ def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool, matrix: str)
         y = tall @ flat if shift is None else torch.addmm(shift.flatten()[:, None], tall, flat)
         return y.view(count, -1, *x.shape[1:])
     wide = nn.functional.linear(x, weight.flatten(0, 1), None if shift is None else shift.flatten())
-    return wide.unflatten(-1, (count, -1)).movedim(-2, 0)
+    return wide.view(*wide.shape[:-1], count, -1).movedim(-2, 0)
 
 
 def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
