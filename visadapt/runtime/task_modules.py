@@ -56,7 +56,7 @@ class TaskModules(nn.Module):
         return {name: self._of(name) for name in registry.listed() if name in own}
 
     def _replace(self, value: Any) -> None:
-        # one dict under two names: torch's own, and one that is no property, as some versions of the compiler follow
+        # one dict under two names: torch's own, and one that is not a property, as some versions of the compiler follow
         # the property without end where its own code reads the first
         self.__dict__["_modules"] = self.__dict__["_all"] = value
 
