@@ -36,6 +36,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.experiments import (
     Ablation,
     Compare,
+    Crossmodal,
     Experiment,
     InitScale,
     Modality,
@@ -58,7 +59,7 @@ BARS = {
 
 MORE = {
     "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
-              "mona", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
+              "mona", "colora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
     "text": ("norms only", "bottleneck m=64", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
 }  # fmt: skip
 
@@ -129,18 +130,30 @@ def tradeoff(data: Data, regime: Regime) -> Iterator[Experiment]:
 
 
 def crossmodal(data: Data, regime: Regime) -> Iterator[Experiment]:
-    """Compare one bottleneck with the probe and full fine-tuning on backbones of several families."""
+    """Put the same bottleneck into backbones of several families, at about the same fraction of each.
+
+    Those with bundled weights come first. There is no pretrained text encoder of twelve layers to be had offline.
+    """
     problems = [problems[0] for problems in by_modality(data, regime)]
     if data.vgg16 is not None:
         problems.append(data.images(regime, str(data.vgg16))[0])
     problems += [data.images(regime, name, options=(("pretrained", False),))[0] for name in RANDOM]
-    names = (FULL, "linear probe", "bottleneck m=8", "bottleneck m=32")
+    groups = []
     for each in problems:
-        yield Compare((each,), regime.contenders(names, each), regime.seeds[:3], "both")
+        width = WIDTHS.get(each.backbone, WIDTHS["minilm"])
+        names = (FULL, "linear probe", f"bottleneck m={width}", *OTHERS.get(each.backbone, ()))
+        groups.append(regime.contenders(names, each))
+    yield Crossmodal(tuple(problems), tuple(groups), regime.seeds[:3])
 
 
 RANDOM = ("timm/convnext_atto", "timm/vit_tiny_patch16_224")
 """Backbones with random weights."""
+
+WIDTHS = {"minilm": 32, "resnet50": 8, "vgg16": 23, "convnext_atto": 10, "vit_tiny_patch16_224": 7}
+"""Widths with which a bottleneck and its norms are about 1.35 % of the backbone."""
+
+OTHERS = {"convnext_atto": ("colora",)}
+"""Methods that are made for a family."""
 
 
 def more_methods(data: Data, regime: Regime) -> Iterator[Experiment]:

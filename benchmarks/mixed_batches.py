@@ -1,4 +1,4 @@
-"""A mixed batch: n tasks in a batch of n / the same batch with one task.
+"""A mixed batch: n tasks in a batch of n / the same batch with one task; n side networks on one image / one.
 
 python -m benchmarks.mixed_batches --tasks 8
 """
@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
-from benchmarks.measure import Row, exact, interleaved, parse_args, print_rows, ratio
+from benchmarks.measure import Row, exact, interleaved, operations, parse_args, print_rows, ratio
 
 
 def build(tasks: int, norms: str) -> nn.Module:
@@ -50,9 +50,32 @@ def measure(tasks: int, size: int, repeats: int, device: str) -> Iterator[Row]:
     for norms, own in (("affine", ", own norms"), ("frozen", "")):
         figure = f"mixed: {tasks} tasks in a batch of {tasks} / one task{own}"
         yield ratio(figure, setting, times, f"mixed, {norms}", f"one, {norms}")
+    yield from one_image(tasks, repeats, device)
     if tasks == 8:
         figure = "mixed: graphs compiled for 100 random batches"
         yield exact(figure, "ResNet-18, m=8, 8 tasks in batches of 8, 32 px", graphs(tasks), "")
+
+
+def one_image(tasks: int, repeats: int, device: str, size: int = 224) -> Iterator[Row]:
+    """Measure many side networks on one image, at a small and at the default width, beside one of them."""
+    x = torch.randn(1, 3, size, size, device=device)
+    names = [f"task{i}" for i in range(tasks)]
+    for m in (8, 64):
+        model = torchvision.models.resnet50(weights=None)
+        for name in names:
+            visadapt.inject(model, visadapt.Ladder(m=m), task=name, num_classes=10)
+        model.eval().to(device)
+
+        def run(task: str | list[str], model: nn.Module = model) -> None:
+            with visadapt.using(model, task):
+                model(x)
+
+        runs: dict[str, Callable[[], object]] = {"one": lambda run=run: run("task0"), "all": lambda run=run: run(names)}
+        figure, setting = f"{tasks} tasks on one image by Ladder / one task", f"ResNet-50, m={m}, {size} px"
+        with torch.no_grad():
+            runs["all"]()  # finds out where the tasks part
+            yield exact(f"operations: {figure}", setting, operations(runs["all"]) / operations(runs["one"]))
+            yield ratio(f"mixed: {figure}", setting, interleaved(runs, repeats, device), "all", "one")
 
 
 def outside(run: Callable[[], object]) -> float:

@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import pages
 from benchmarks.figures import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
 from tests.opening.test_hub import hub  # noqa: F401
 from visadapt import METHODS, VisadaptError
 from visadapt.data import load_images
-from visadapt.experiments import read_results
-from visadapt.report.assembly import build
+from visadapt.experiments import Result, read_results
+from visadapt.report import Report, build
 from visadapt.report.markdown_page import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ["choosing", "methods", "performance"])
+@pytest.mark.parametrize("name", ["methods", "performance"])
 def test_a_page_is_current(name) -> None:
     spec = importlib.util.spec_from_file_location(f"{name}_page", DOCS / "build" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
@@ -41,12 +42,38 @@ def test_every_goal_was_measured_and_every_miss_has_its_reason() -> None:
         assert [goal.figure for goal, row in measured if missed(goal, row) and not goal.why] == []
 
 
-def test_the_page_of_results_is_current() -> None:
-    report = build(read_results(RESULTS / "evidence.csv"))
+@pytest.fixture(scope="module")
+def evidence() -> tuple[list[Result], Report]:
+    results = read_results(pages.published())
+    return results, build(results)
+
+
+def test_the_page_of_results_is_current(evidence) -> None:
+    _, report = evidence
     said = markdown(report, "results")
-    assert (DOCS / "results.md").read_text(encoding="utf-8") == said, "run visadapt report --force"
+    assert (DOCS / "results.md").read_text(encoding="utf-8") == said, "run python -m benchmarks.pages"
     drawings = {drawing.name for section in report.sections for drawing in section.drawings}
     assert {path.stem for path in (DOCS / "results").glob("*.svg")} == drawings
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
+def test_the_tables_of_a_page_are_current(page, evidence) -> None:
+    said = page.read_text(encoding="utf-8")
+    assert said == pages.filled(said, pages.blocks(*evidence)), "run python -m benchmarks.pages"
+
+
+def test_what_stands_between_the_comments_is_replaced() -> None:
+    page = "# Title\n<!-- a 1 -->\nold\n\nlines\n<!-- /a 1 -->\ntext\n<!-- b -->\n<!-- /b -->\n"
+    once = pages.filled(page, {"a 1": "new", "b": "table"})
+    assert once == (
+        "# Title\n<!-- a 1 -->\n\nnew\n\n<!-- /a 1 -->\ntext\n<!-- b -->\n\ntable\n\n<!-- /b -->\n"
+    )  # fmt: skip
+    assert pages.filled(once, {"a 1": "new", "b": "table"}) == once
+
+
+def test_the_table_of_the_readme_fits_a_screen(evidence) -> None:
+    results, _ = evidence
+    assert 1 <= len(pages.summary(results).rows) <= pages.MOST
 
 
 BLOCK = re.compile(r"```(python|sh|text)\n(.*?)```", re.DOTALL)

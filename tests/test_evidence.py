@@ -13,17 +13,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
 
 from benchmarks import estimate, evidence, lab
-from benchmarks.evidence import BARS, MORE, RANDOM, STAGES
+from benchmarks.evidence import BARS, MORE, OTHERS, RANDOM, STAGES, WIDTHS
 from benchmarks.lab import Lab, Over
 from benchmarks.regimes import REGIMES, Data
 from tests.experiments.conftest import make_contender, small
 from tests.report import fake_results
-from visadapt import VisadaptError, inject, tasks
+from visadapt import VisadaptError, inject, summary, tasks
 from visadapt.data.hub import resolve
 from visadapt.data.tokenizers import MINILM, minilm_path
 from visadapt.experiments import Compare, contender, read_results, write_csv
+from visadapt.experiments.networks import short_name, vgg16
 from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
 from visadapt.methods import Bottleneck
@@ -43,7 +47,8 @@ def make_lab(folder, **changes) -> Lab:
 def all_data(folder) -> Data:
     for name in ("signs.zip", "characters.zip", "cells.zip"):
         (folder / name).touch()
-    return Data(folder / "glue", *(folder / name for name in ("signs.zip", "characters.zip", "cells.zip", "vgg.st")))
+    names = ("signs.zip", "characters.zip", "cells.zip", "vgg16.safetensors")
+    return Data(folder / "glue", *(folder / name for name in names))
 
 
 @pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # random backbones are small
@@ -52,7 +57,7 @@ def all_data(folder) -> Data:
     [
         ("bundled/minilm", (*BARS["text"], *MORE["text"])),
         ("bundled/resnet50", (*BARS["image"], *MORE["image"])),
-        *((name, ("full fine-tuning", "linear probe", "bottleneck m=8", "bottleneck m=32")) for name in RANDOM),
+        *((name, (f"bottleneck m={WIDTHS[short_name(name)]}", *OTHERS.get(short_name(name), ()))) for name in RANDOM),
     ],
 )
 def test_every_contender_can_be_injected(network, names):
@@ -63,6 +68,21 @@ def test_every_contender_can_be_injected(network, names):
     assert len(tasks(model)) == len(names)
 
 
+@pytest.mark.filterwarnings("ignore:.*choose a smaller m")  # the first layers of VGG-16 are narrow
+def test_the_same_bottleneck_is_the_same_fraction_of_every_backbone(tmp_path):
+    with torch.device("meta"):
+        convolutions = torchvision.models.vgg16().features.state_dict(prefix="features.")
+    save_file({name: torch.zeros(t.shape) for name, t in convolutions.items()}, tmp_path / "vgg16.safetensors")
+    models = {"vgg16": vgg16(tmp_path / "vgg16.safetensors")}
+    models |= {short_name(name): resolve(name) for name in ("bundled/minilm", "bundled/resnet50")}
+    models |= {short_name(name): resolve(name, pretrained=False) for name in RANDOM}
+    assert models.keys() == WIDTHS.keys()
+    for name, model in models.items():
+        inject(model, contender(f"bottleneck m={WIDTHS[name]}").method, task="t", num_classes=2)
+        table = summary(model)
+        assert 1.25 < 100 * (table["t"].adapters + table["t"].norms) / table.backbone < 1.45, name
+
+
 def test_by_default_only_bundled_data_is_used():
     experiments = requested(Data())
     problems = {problem for experiment in experiments for problem in experiment.problems}
@@ -71,14 +91,14 @@ def test_by_default_only_bundled_data_is_used():
         "cifar10", "fashion-mnist", "mnist", "tweets", "products", "movies", "editorials",
     }  # fmt: skip
     assert {type(experiment).name for experiment in experiments} == {
-        "compare", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
+        "compare", "crossmodal", "init_scale", "ablation", "tradeoff", "sequence", "modality", "transfer",
     }  # fmt: skip
 
 
 def test_other_data_is_used_if_given(tmp_path):
     problems = {problem for experiment in requested(all_data(tmp_path), "cuda") for problem in experiment.problems}
     assert {"sst2", "cola", "trec", "mrpc", "rte", "signs", "characters", "cells"} <= {p.name for p in problems}
-    assert any(problem.backbone == "vgg" for problem in problems)
+    assert any(problem.backbone == "vgg16" for problem in problems)
     images = {p.name: p.augment for p in problems if p.modality == "image"}
     mirrored = {name for name, augment in images.items() if augment == "shift and mirror"}
     assert mirrored == {"cifar10", "fashion-mnist", "cells"}

@@ -8,7 +8,7 @@ import pytest
 
 from tests.report import fake_results
 from visadapt.experiments.record import Result
-from visadapt.report.advice import advice, against_full
+from visadapt.report.advice import advice, against_full, budgets, lead
 from visadapt.report.statistics import interval, t_quantile
 
 SEEDS = range(3)
@@ -68,8 +68,45 @@ def test_the_smallest_that_is_not_below_is_taken(contenders, taken, verdict) -> 
     assert [row[:2] for row in table.rows] == [("resnet50", taken)]
 
 
-def test_a_method_without_all_problems_is_not_compared() -> None:
+def test_methods_are_compared_on_the_problems_that_they_share() -> None:
     partial = [r for r in runs("lora r=8", 5, 10) if r.problem != "c"]
-    assert against_full([*FULL, *partial]) == []
-    assert advice([*FULL, *partial]) is None
+    (comparison,) = against_full([*FULL, *partial, *runs("series", 1, 90)])
+    assert (comparison.name, comparison.problems, comparison.pairs) == ("series", 3, 9)
+    # of a run that was interrupted, on those that were finished
+    probe = [r for r in runs("linear probe", -9, 0) if r.problem != "b"]
+    (comparison,) = against_full([*FULL, *partial, *probe])
+    assert (comparison.name, comparison.problems, comparison.pairs) == ("lora r=8", 2, 6)
     assert advice(runs("lora r=8", 5, 10)) is None
+
+
+def test_the_best_within_a_budget_is_chosen_on_validation_data() -> None:
+    def both(name: str, points: float, chosen_by: float, trained: int) -> list[Result]:
+        tests = runs(name, points, trained)
+        trials = [dataclasses.replace(r, split="validation", score=0.5 + chosen_by / 100, seed=0) for r in tests]
+        return [*tests, *trials[::3]]
+
+    size = fake_results.SIZES["resnet50"]
+    contenders = [
+        *both("linear probe", -5, -5, 0),
+        *both("norms only", -2, -2, size // 1000),
+        *both("lora r=8", 1, -3, size // 500),
+        *both("bottleneck m=8", 0, 1, size // 100),
+    ]
+    results = [*FULL, *contenders]
+    table = budgets(results)
+    assert table is not None
+    assert [row[1:3] for row in table.rows] == [("0.1 %", "norms only"), ("1.5 %", "bottleneck m=8")]
+    assert "on validation data" in table.title
+    # without validation results, by the test results
+    table = budgets([r for r in results if r.split == "test" or r.contender != "lora r=8"])
+    assert table is not None
+    assert [row[1:3] for row in table.rows] == [("0.1 %", "norms only"), ("0.5 %", "lora r=8")]
+    assert "on test data for resnet50" in table.title
+
+
+def test_the_lead_says_what_to_take() -> None:
+    assert lead([*FULL, *runs("lora r=8", -1, 10)]) == (
+        "On resnet50, take lora r=8: it trains 0.00 % of the backbone, and it is worse than full fine-tuning (−1.0 "
+        "points, 95 % interval −1.0 to −1.0)."
+    )
+    assert lead(runs("lora r=8", -1, 10)) == ""

@@ -12,6 +12,7 @@ from visadapt.experiments.catalogue import is_adapter
 from visadapt.report import Look, build
 from visadapt.report.ablation import ablation
 from visadapt.report.compare import compare
+from visadapt.report.crossmodal import crossmodal
 from visadapt.report.decathlon import decathlon
 from visadapt.report.formatting import file_name, join_words, mean_and_std, signed, two_digits
 from visadapt.report.init_scale import init_scale
@@ -174,9 +175,13 @@ def test_ablation() -> None:
     section = ablation(of_seeds(results))
     single, lower, majority = section.claims
     assert {claim.training_runs for claim in section.claims} == {3}
-    assert (single.holds, single.measured) == (False, "−3.0 points at worst")
+    assert (single.holds, single.measured) == (
+        False, "the worst layer costs −3.0 points, mean of 3 trained tasks, 95 % interval −3.0 to −3.0"
+    )  # fmt: skip
     assert (lower.holds, lower.measured) == (True, "mean per lower layer −0.5 points, per upper layer −3.0")
-    assert (majority.holds, majority.measured) == (True, "62.0 %; the majority class has 60.0 %")
+    assert (majority.holds, majority.measured) == (
+        True, "62.0 % without adapters, +2.0 points from the majority class"
+    )  # fmt: skip
     assert section.tables[0].rows[0][3:] == ("−3.0 (layer 1)", "−0.5", "−3.0", "−28.0")
     images = [dataclasses.replace(r, modality="image") for r in of_seeds(results)]
     assert [claim.text for claim in ablation(images).claims] == [single.text, majority.text]
@@ -206,14 +211,17 @@ def test_init_scale() -> None:
     stopped = at("init_scale", "b", 30, seed=1, split="validation", facts={"std": 1.0, "stopped": "nan"})
     section = init_scale([*results, stopped])
     (claim,) = section.claims
-    assert (claim.holds, claim.measured) == (None, "range of the means 0.5 points; above it −55.0 points at worst")
+    assert (claim.holds, claim.measured) == (
+        None, "range of the means 0.5 points, mean of 1 problem; above it −55.0 points at worst"
+    )  # fmt: skip
     assert init_scale(of_seeds(results)).claims[0].holds is True
     assert init_scale(of_seeds([*results[1:], dataclasses.replace(results[0], score=0.5)])).claims[0].holds is False
     assert "1 of 4 training runs ended" in section.finding
     second_seed = [dataclasses.replace(r, seed=2, score=r.score - 0.02) for r in results[:2]]
     (claim,) = init_scale([*results, *second_seed]).claims
     assert claim.measured == (
-        "range of the means 0.5 points; standard deviation over seeds ± 1.4; above it −49.0 points at worst"
+        "range of the means 0.5 points, mean of 1 problem; standard deviation over seeds ± 1.4; "
+        "above it −49.0 points at worst"
     )
 
 
@@ -256,7 +264,16 @@ def test_transfer() -> None:
     section = transfer(results)
     assert "by −1.0 to +2.5 points; the largest gain is on cifar10 from mnist" in section.finding
     assert "cifar10 from mnist +2.5" in section.drawings[0].alt
-    assert section.tables[0].rows[0] == ("cifar10", "80.0", "–", "82.5")
+    means, scores = section.tables
+    assert scores.rows[0] == ("cifar10", "80.0", "–", "82.5")
+    assert means.rows == [("cifar10", "+2.5", "–", "−1.0", "–"), ("mnist", "−1.0", "–", "+2.5", "–")]
+    (claim,) = section.claims
+    assert (claim.holds, claim.training_runs) == (None, 4)
+    (claim,) = transfer(of_seeds([r for r in results if r.problem == "cifar10"])).claims
+    assert claim.holds is True
+    assert claim.measured == (
+        "+2.5 points, mean of 1 pair, 95 % interval +2.5 to +2.5; by their own intervals 1 better and 0 worse"
+    )
 
 
 @pytest.mark.parametrize(("kind", "upper", "holds"), [("text", 89.5, True), ("text", 85, False), ("image", 85, True)])
@@ -367,6 +384,59 @@ def test_decathlon() -> None:
     section = decathlon(list(fake_results.decathlon()))
     assert section.finding.startswith("parallel scores highest, 791 of 3,000, over cifar10, fashion-mnist and mnist")
     assert [row[-2] for row in section.tables[0].rows] == ["761", "791", "751"]
+
+
+def test_a_comparison_on_several_domains_has_a_score() -> None:
+    scores = {"full fine-tuning": (80, 90, 100), "bottleneck m=8": (90, 90, 50), "series": (99, 99, 99)}
+    results = [
+        at("compare", name, score, problem=problem, split=split, seed=seed)
+        for name, each in scores.items()
+        for problem, score in zip("abc", each, strict=True)
+        for split in ("test", "validation")
+        for seed in range(2)
+        if name != "series" or problem != "b"
+    ]
+    section = decathlon(results)
+    # by hand: without errors of the baseline there is no scale; 1000 · (1 − 10 / 40)² + 250
+    (table,) = section.tables
+    assert table.headings == ("method", "a", "b", "score", "parameters / backbone")
+    assert [row[:4] for row in table.rows] == [
+        ("full fine-tuning", "80.0 ± 0.0", "90.0 ± 0.0", "500"),
+        ("bottleneck m=8", "90.0 ± 0.0", "90.0 ± 0.0", "812"),
+    ]
+    (claim,) = section.claims
+    assert (claim.holds, claim.training_runs) == (True, 8)
+    assert claim.measured == (
+        "bottleneck m=8: 812, full fine-tuning: 500, over 2 domains; difference, 95 % interval +312 to +312"
+    )
+    assert decathlon([r for r in results if r.problem != "c"]) is None, "two domains"
+
+
+def test_one_dataclass_on_every_backbone() -> None:
+    scores = {"full fine-tuning": 80, "linear probe": 70, "bottleneck m=8": 81, "colora": 79}
+    results = [
+        at(
+            "crossmodal", name, score + seed, network=network, seed=seed, fraction=0.0131,
+            facts={"weights": weights, **({"m": 8} if "m=8" in name else {})},
+        )
+        for network, weights in (("resnet50", "pretrained"), ("minilm", "random"))
+        for name, score in scores.items()
+        for seed in range(2)
+        if name != "colora" or network == "minilm"
+    ]  # fmt: skip
+    section = crossmodal(results)
+    assert section.finding == "The same Bottleneck(m) adapts 2 backbones with 1.3 to 1.3 % of their parameters."
+    assert "The weights of minilm are random" in section.reading
+    same, others = section.tables
+    probe, own, full = "70.5 ± 0.7", "81.5 ± 0.7", "80.5 ± 0.7"
+    figures = ("cifar10", "bottleneck m=8", "1.31 %", "1.31 MB", probe, own, full, "+1.0", "+1.0 to +1.0")
+    assert same.rows[0] == ("resnet50", "pretrained", *figures)
+    assert [row[0] for row in same.rows] == ["resnet50", "minilm"]
+    assert [row[:4] for row in others.rows] == [("minilm", "random", "cifar10", "colora")]
+    # of an interrupted run
+    (table,) = crossmodal([r for r in results if r.contender == "bottleneck m=8"]).tables
+    assert table.rows[0][6:] == ("–", own, "–", "–", "–")
+    assert crossmodal([r for r in results if r.contender != "bottleneck m=8"]) is None
 
 
 def test_more_seeds_replace_every_score() -> None:

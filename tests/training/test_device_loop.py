@@ -168,7 +168,7 @@ def test_options_that_contradict_each_other_are_refused(digits: ImageSet, tmp_pa
 
 
 def test_graphs_are_refused_where_there_are_none(digits: ImageSet) -> None:
-    with pytest.raises(VisadaptError, match="compile='graphs' must have a CUDA device, got 'cpu'"):
+    with pytest.raises(VisadaptError, match="device must be a CUDA device for compile='graphs', got 'cpu'"):
         fit(make(), "digits", data(digits), recipe=RECIPE.replace(compile="graphs"))
 
 

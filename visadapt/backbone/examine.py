@@ -154,12 +154,12 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts:
-    twin = _twin(unwrapped(model))
+    twin = twin_of(unwrapped(model))
     pair = take(given, cut, _distinct(given, cut, samples))
     facts = _compared(twin, pair, cut)
     if not facts.evidence and samples > 1:
         try:
-            varied = _compared(_twin(unwrapped(model)), _varied(pair, cut), cut)
+            varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut)
         except Exception:  # the model may refuse made-up values; then there is no evidence
             return facts
         return varied
@@ -202,7 +202,7 @@ def _varied(pair: Any, cut: dict[Key, Axis]) -> Any:
     return mapped(other, pair, lambda key, _: cut.get(key) == ITEMS)
 
 
-def _twin(backbone: nn.Module) -> nn.Module:
+def twin_of(backbone: nn.Module) -> nn.Module:
     """Return a plain copy of a backbone that shares its weights, so that a forward changes no state of the original."""
     memo: dict[int, Any] = {}
     for module in own_modules(backbone).values():

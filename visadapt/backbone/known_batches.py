@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from visadapt.backbone.batch import is_cache, leaves
+from visadapt.backbone.batch import Axis, Key, is_cache, leaves
 from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
+from visadapt.backbone.shared_pass import SharedPass, find_shared
+from visadapt.errors import VisadaptError
 
 _TRIES = 3
 """How many batches of a kind are examined until one holds two samples whose outputs differ."""
@@ -31,6 +34,8 @@ class KnownBatches:
         self._first: dict[Any, RowFacts] = {}
         self._kinds: dict[Any, RowFacts] = {}
         self._tries: dict[Any, int] = {}
+        self._single: dict[Any, dict[Key, Axis] | None] = {}
+        self._shared: dict[Any, SharedPass | None] = {}
 
     def facts(
         self, model: nn.Module, given: tuple[Any, Any], samples: int, several: bool, classes: int | None
@@ -52,7 +57,7 @@ class KnownBatches:
         if found is not None and (found.evidence or not several or self._tries.get(exact, 0) >= _TRIES):
             return found
         kind = tuple(key for key, _ in leaves(given))
-        if any(isinstance(leaf, FakeTensor) for _, leaf in leaves(given)) and kind in self._kinds:
+        if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
         found = examine(model, given, samples, classes)
@@ -69,11 +74,69 @@ class KnownBatches:
                 self.hosts[path] = both_hosts(self.hosts[path], host) if path in self.hosts else host
         return found
 
+    def single(
+        self, model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None
+    ) -> dict[Key, Axis] | None:
+        """Find where the sample lies in a batch of one sample for which ``samples`` tasks were named; None for others.
+
+        Args:
+            model: the backbone.
+            given: ``(args, kwargs)``.
+            samples: how many tasks were named.
+            classes: width of the backbone's own head.
+        """
+        if samples == 1 or not any(isinstance(leaf, Tensor) and 1 in leaf.shape for _, leaf in leaves(given)):
+            return None
+        kind = _signature(given, samples, bool(model.__dict__["training"]))[1]
+        if kind in self._single:
+            return self._single[kind]
+        try:
+            self.facts(model, given, samples, True, classes)
+        except VisadaptError:
+            try:
+                found = self.facts(model, given, 1, False, classes)
+            except VisadaptError:
+                return None
+            self._single[kind] = found.cut
+        else:
+            self._single[kind] = None
+        return self._single[kind]
+
+    def shared(
+        self,
+        model: nn.Module,
+        given: tuple[Any, Any],
+        facts: RowFacts,
+        tasks: frozenset[Any],
+        roles: Callable[[], Mapping[str, frozenset[str]]],
+    ) -> SharedPass | None:
+        """Where several tasks of a batch of one sample begin to differ, if they can part there.
+
+        Args:
+            model: the backbone.
+            given: ``(args, kwargs)``.
+            facts: of batches of this kind.
+            tasks: what the tasks are, for all batches with the same.
+            roles: returns how their parts act, by path of the module.
+        """
+        if _is_fake(given):
+            return None
+        key = (_signature(given, 1, bool(model.__dict__["training"]))[1], tasks)
+        if key not in self._shared:
+            if len(self._shared) >= 1024:
+                self._shared.clear()
+            self._shared[key] = find_shared(model, given, facts, roles())
+        return self._shared[key]
+
     def forget(self, given: tuple[Any, Any], samples: int, training: bool, facts: RowFacts) -> None:
         """Record that a batch did not match its facts; from now on its kind runs one task at a time."""
         pattern, exact = _signature(given, samples, training)
         self._exact[exact] = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
         self._general.pop(pattern, None)
+
+
+def _is_fake(given: Any) -> bool:
+    return any(isinstance(leaf, FakeTensor) for _, leaf in leaves(given))
 
 
 def _signature(given: Any, samples: int, training: bool) -> tuple[Any, Any]:

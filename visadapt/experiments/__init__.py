@@ -6,6 +6,7 @@ from visadapt.experiments.base import run_experiment as run_experiment
 from visadapt.experiments.catalogue import contender as contender
 from visadapt.experiments.compare import Compare as Compare
 from visadapt.experiments.contenders import Contender as Contender
+from visadapt.experiments.crossmodal import Crossmodal as Crossmodal
 from visadapt.experiments.decathlon import Decathlon as Decathlon
 from visadapt.experiments.images import ImageProblem as ImageProblem
 from visadapt.experiments.init_scale import InitScale as InitScale

@@ -138,12 +138,17 @@ class Score(Run):
         return (key_of(parts=[part.key for part in self.parts], baselines=self.baselines),)
 
     def results(self, missing: Collection[str], workspace: Workspace) -> Iterator[Result]:
+        yield self.result()
+
+    def result(self) -> Result:
+        """Compute the score and the summed costs."""
         accuracies = {part.problem: 100 * part.score for part in self.parts}
         first = self.parts[0]
         total = 1 + sum(part.trained + part.head for part in self.parts) / first.backbone
-        yield dataclasses.replace(
+        return dataclasses.replace(
             first,
             key=self.keys[0],
+            experiment="decathlon",
             problem="all",
             metric="decathlon",
             score=score(accuracies, self.baselines),
@@ -154,3 +159,30 @@ class Score(Run):
             facts={"problems": list(accuracies), "seeds": self.seeds, "total": total},
             setting=None,
         )
+
+
+def scores_of(tests: Sequence[Result], baseline: str) -> list[Result]:
+    """Compute the scores of contenders that were compared on several domains anyway.
+
+    Args:
+        tests: test results of contenders on problems of one network.
+        baseline: name of the contender that scores are relative to.
+
+    Returns:
+        One score per contender and seed with results on every problem of the baseline on which it makes errors.
+    """
+    errors: dict[str, list[float]] = {}
+    for result in tests:
+        if result.contender == baseline:
+            errors.setdefault(result.problem, []).append(100 * (1 - result.score))
+    baselines = {problem: 100 - mean(each) for problem, each in sorted(errors.items()) if mean(each) > 0}
+    seeds = max(map(len, errors.values()), default=0)
+    runs: dict[tuple[str, int], dict[str, Result]] = {}
+    for result in tests:
+        if result.problem in baselines:
+            runs.setdefault((result.contender, result.seed), {})[result.problem] = result
+    return [
+        Score(tuple(by[name] for name in baselines), baselines, seeds).result()
+        for by in runs.values()
+        if baselines and by.keys() == baselines.keys()
+    ]

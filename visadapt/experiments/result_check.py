@@ -18,6 +18,7 @@ _LEAST = {"seed": 0, "trained": 0, "head": 0, "backbone": 1, "seconds": 0, "byte
 
 FACTS: dict[str, dict[str, Any]] = {
     "ablation": {"first": int | None, "last": int | None, "norms": str, "layers": int, "majority": float},
+    "crossmodal": {"weights": str, "m": int},
     "decathlon": {"problems": list[str], "seeds": int, "total": float},
     "init_scale": {"std": float},
     "modality": {"where": str, "k": int, "layers": int},
@@ -30,6 +31,7 @@ FACTS: dict[str, dict[str, Any]] = {
 _OPTIONAL: dict[str, set[str]] = {
     **{name: set(FACTS[name]) for name in ("decathlon", "modality", "tradeoff")},
     "ablation": {"layers", "majority"},
+    "crossmodal": {"m"},
 }
 
 _COORDINATED = {"decathlon": "total", "modality": "where"}

@@ -20,7 +20,7 @@ from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
 from visadapt.methods.slot import Slot
-from visadapt.methods.stacking import Own, as_vector, depthwise, pointwise
+from visadapt.methods.stacking import Own, added_pointwise, as_vector, depthwise, pointwise
 
 _TEMPERATURE = 0.1
 
@@ -38,7 +38,8 @@ class Ladder(Method):
     h_i is the output of a block of the backbone, D_i: d_i → m, μ_i = σ(α_i/0.1), and z_1 = side_1(D_1·h_1). What leaves
     the last block is h + U·z with U: m → d: the paper hands U·z on alone; with the sum, and U = 0, the network starts
     as it was, bit for bit, and trains no worse a head than a linear probe's. Nothing before the last block's output
-    depends on what the task trains: no gradient goes back through the backbone, and one pass of it serves every task.
+    depends on what the task trains: no gradient goes back through the backbone, and one pass of it serves every task: a
+    list of tasks in `visadapt.using` and a batch of one image run the backbone once.
     That is only so with frozen norms, which is the default here: ``norms=`` must be ``frozen``.
 
     The paper's side blocks are Transformer layers of width m. Here they are z + P·GELU(M∗LN(z)): on series, maps and
@@ -202,7 +203,7 @@ class SideNetwork(nn.Module):
         def block(i: int, z: Tensor) -> Tensor:
             return cast("SideBlock", self.blocks[i]).rowwise(z, own.of(f"blocks.{i}"))
 
-        return h + pointwise(own.of("up"), self._back(self._climb(inputs, gate, block)), self.layout).to(h.dtype)
+        return added_pointwise(own.of("up"), self._back(self._climb(inputs, gate, block)), h, self.layout)
 
 
 class SideBlock(nn.Module):
@@ -229,12 +230,21 @@ class SideBlock(nn.Module):
     def rowwise(self, z: Tensor, own: Own) -> Tensor:
         """The same for a batch whose rows have tensors of their own."""
         layout = self.out.layout
-        last = z.movedim(1, -1) if self.rank else z
-        x = F.layer_norm(last, (last.shape[-1],), eps=self.norm.eps)
-        x = x.movedim(-1, 1) if self.rank else x
-        x = x * as_vector(own("norm.weight"), z, layout) + as_vector(own("norm.bias"), z, layout)
+        weight, shift = as_vector(own("norm.weight"), z, layout), as_vector(own("norm.bias"), z, layout)
+        x = torch.addcmul(shift, _standardised(z, self.norm.eps, 1 if self.rank else -1), weight)
         x = depthwise(own.of("mix"), x) if self.rank else pointwise(own.of("mix"), x, layout)
         return z + pointwise(own.of("out"), F.gelu(x), layout)
+
+
+def _standardised(z: Tensor, eps: float, axis: int) -> Tensor:
+    """LayerNorm without its weights, along an axis where it lies in memory; in fp32 or wider."""
+    if axis == -1:
+        return F.layer_norm(z, z.shape[-1:], eps=eps)
+    wide = z if z.dtype == torch.float64 else z.float()
+    # not by var_mean, which torch computes slowly along an axis that is not the last
+    centred = wide - wide.mean(axis, keepdim=True)
+    var = centred.square().mean(axis, keepdim=True)
+    return (centred * torch.rsqrt(var + eps)).to(z.dtype)
 
 
 def _resized(z: Tensor, like: Tensor, rank: int) -> Tensor:

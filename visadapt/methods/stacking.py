@@ -183,6 +183,8 @@ def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True) -> Tensor:
         bias: whether there is one.
     """
     maps = is_channels_first(layout)
+    if is_spread(x) and own.samples == len(x):
+        return _pointwise_of_one(own, x[0], layout, bias)
     if maps and x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
         return pointwise(own, x.movedim(1, -1), "NLC", bias).movedim(-1, 1)
     weight, shift = own("weight", maps), own("bias", maps) if bias else None
@@ -197,6 +199,37 @@ def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True) -> Tensor:
     back = weight.transpose(1, 2)
     y = torch.bmm(flat, back) if shift is None else torch.baddbmm(shift[:, None, :], flat, back)
     return y.view(*x.shape[:-1], -1)
+
+
+def is_spread(x: Tensor) -> bool:
+    """Whether the rows of a tensor are one row in the memory of one."""
+    return not is_tracing() and x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
+
+
+def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool) -> Tensor:
+    """The same for one row ``x`` that all tasks' weights act on: one product with all of them."""
+    weight, shift = own("weight"), own("bias") if bias else None
+    count = len(weight)
+    if not is_autocast(x.device.type):
+        weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
+    if is_channels_first(layout):
+        flat, tall = x.flatten(1), weight.flatten(0, 1)
+        y = tall @ flat if shift is None else torch.addmm(shift.flatten()[:, None], tall, flat)
+        return y.view(count, -1, *x.shape[1:])
+    wide = nn.functional.linear(x, weight.flatten(0, 1), None if shift is None else shift.flatten())
+    return wide.unflatten(-1, (count, -1)).movedim(-2, 0)
+
+
+def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
+    """y + W_t·x + b_t: `pointwise` added to another tensor, which takes its memory once."""
+    plain = x.dtype == y.dtype and not is_autocast(x.device.type)
+    if not (plain and is_channels_first(layout) and y.ndim > 2 and own.samples == len(x)):
+        return y + pointwise(own, x, layout).to(y.dtype)
+    weight, shift = own("weight").to(x.dtype), own("bias").to(x.dtype)
+    flat = x.flatten(2)
+    # the bias is the weight of one more input, which is one everywhere
+    inputs = torch.cat([flat, flat.new_ones(()).expand(len(flat), 1, flat.shape[2])], 1)
+    return torch.baddbmm(y.flatten(2), torch.cat([weight, shift[:, :, None]], 2), inputs).view(y.shape)
 
 
 def depthwise(own: Own, x: Tensor, padding: int = 1) -> Tensor:

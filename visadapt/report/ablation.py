@@ -7,23 +7,16 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.formatting import file_name, signed
+from visadapt.report.claims import LOWER_LAYERS, MAJORITY, MAJORITY_MARGIN, MAX_DROP, SINGLE_LAYER
+from visadapt.report.formatting import file_name, pluralize, signed
 from visadapt.report.heatmap import heatmaps
 from visadapt.report.section import Claim, Section
-from visadapt.report.statistics import at_least, group_by, mean_score
+from visadapt.report.statistics import at_least, group_by, interval, mean_score
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_DROP = 2.0
-"""Points that the removal of one layer costs at most, according to Houlsby et al."""
-
-MAJORITY_MARGIN = 3.0
-"""Points above always predicting the majority class that still count as equal to it."""
-
-SOURCE = "Houlsby et al. 2019, §3.6"
 
 Case = tuple[str, str, str]
 """Network, problem, contender."""
@@ -52,7 +45,12 @@ def ablation(results: Sequence[Result]) -> Section | None:
         "reverted to the backbone's.",
         tuple(_map(case, groups[case]) for case in cases),
         (_table(cases),),
-        tuple(claim for case, drops in cases.items() for claim in _claims(case, groups[case], drops)),
+        tuple(
+            claim
+            for network, group in group_by(complete, lambda r: r.network).items()
+            if any(case[0] == network for case in cases)
+            for claim in _claims(network, group)
+        ),
     )
 
 
@@ -101,7 +99,7 @@ def _map(case: Case, results: Sequence[Result]) -> Drawing:
         title = f"{network} on {problem}, {contender}: change of the score without the adapters of layers i to j"
         figure, all_axes = look.panels(len(panels), 3.0, title)
         matrices = [[[drops.get((i, j)) for j in layers] for i in layers] for drops in panels.values()]
-        heatmaps(all_axes, look, matrices, [str(layer) for layer in layers])
+        heatmaps(all_axes, look, matrices, [[str(layer) for layer in layers]] * len(matrices))
         for axes, norms in zip(all_axes, panels, strict=True):
             axes.set_title(f"norms {norms}")
             axes.set_xlabel("last layer removed, j")
@@ -129,44 +127,49 @@ def _table(cases: dict[Case, Drops]) -> Table:
     return Table(headings, rows, title)
 
 
-def _claims(case: Case, results: Sequence[Result], drops: Drops) -> list[Claim]:
-    network, problem, contender = case
-    where = f"{contender} on {network}, {problem}"
-    seeds = dict(sorted(group_by(results, lambda r: r.seed).items()))
-    by_seed = [each for task in seeds.values() if (each := _drops(task, "kept"))]
-    single = _single(drops)
-    layer = min(single, key=lambda layer: single[layer])
-    worst = single[layer]
-    claims = [
-        Claim(
-            f"Removing one layer's adapters costs at most {MAX_DROP:g} points",
-            SOURCE,
-            where,
-            at_least([each[layer, layer] for each in by_seed], -MAX_DROP),
-            f"{signed(worst)} points at worst",
-            len(by_seed),
-        )
-    ]
-    if results[0].modality == "text":
-        lower, upper = _halves(drops)
-        measured = f"mean per lower layer {signed(lower)} points, per upper layer {signed(upper)}"
-        differences = [below - above for below, above in map(_halves, by_seed)]
-        holds = at_least(differences)
-        text = "Lower layers matter less than upper ones on text"
-        claims.append(Claim(text, SOURCE, where, holds, measured, len(by_seed)))
-    majority = 100 * results[0].facts["majority"]
-    untouched = [r for r in results if r.facts["norms"] == "kept" and r.facts["first"] is None]
-    remaining = mean_score(untouched) + _whole(drops)
-    above = [mean_score([r for r in untouched if r.seed == seed]) for seed in sorted({r.seed for r in untouched})]
-    margins = [majority + MAJORITY_MARGIN - score - _whole(d) for score, d in zip(above, by_seed, strict=True)]
-    claims.append(
-        Claim(
-            f"Without any adapter the score drops to that of the majority class, within {MAJORITY_MARGIN:g} points",
-            SOURCE,
-            where,
-            at_least(margins),
-            f"{remaining:.1f} %; the majority class has {majority:.1f} %",
-            len(by_seed),
-        )
-    )
+def _claims(network: str, results: Sequence[Result]) -> list[Claim]:
+    """Test the claims on the trained tasks of a network, each a problem, a method and a seed."""
+    worst, differences, margins, remaining = [], [], [], []
+    lowers, uppers, majorities = [], [], []
+    for group in group_by(results, lambda r: (r.problem, r.contender)).values():
+        single = _single(_drops(group, "kept"))
+        if not single:
+            continue
+        layer = min(single, key=lambda layer: single[layer])
+        majority = 100 * group[0].facts["majority"]
+        for task in group_by(group, lambda r: r.seed).values():
+            drops = _drops(task, "kept")
+            if not drops:
+                continue
+            worst.append(drops[layer, layer])
+            lower, upper = _halves(drops)
+            differences.append(lower - upper)
+            lowers.append(lower)
+            uppers.append(upper)
+            untouched = [r for r in task if r.facts["norms"] == "kept" and r.facts["first"] is None]
+            remaining.append(mean_score(untouched) + _whole(drops))
+            margins.append(majority + MAJORITY_MARGIN - remaining[-1])
+            majorities.append(majority)
+    if not worst:
+        return []
+    count, modality = len(worst), results[0].modality
+    single_measured = f"the worst layer costs {signed(mean(worst))} points, mean of {_tasks(count)}{_interval(worst)}"
+    halves = f"mean per lower layer {signed(mean(lowers))} points, per upper layer {signed(mean(uppers))}"
+    gap = mean(remaining) - mean(majorities)
+    left = f"{mean(remaining):.1f} % without adapters, {signed(gap)} points from the majority class"
+    claims = [SINGLE_LAYER.tested(network, at_least(worst, -MAX_DROP), single_measured, count, modality)]
+    if modality == "text":
+        claims.append(LOWER_LAYERS.tested(network, at_least(differences), halves, count, modality))
+    claims.append(MAJORITY.tested(network, at_least(margins), left, count, modality))
     return claims
+
+
+def _tasks(count: int) -> str:
+    return pluralize(count, "trained task")
+
+
+def _interval(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return ""
+    low, high = interval(values)
+    return f", 95 % interval {signed(low)} to {signed(high)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
-from statistics import mean, quantiles
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.record import Result
+from visadapt.report.advice import validated
+from visadapt.report.claims import MAX_GAP, MAX_LOSS, MAX_TRAINED, NEAR_FULL, NONLINEAR
+from visadapt.report.clipping import window
 from visadapt.report.formatting import file_name, join_words, mean_and_std, pluralize, signed, two_digits
 from visadapt.report.section import Claim, Section
 from visadapt.report.statistics import (
@@ -19,21 +21,13 @@ from visadapt.report.statistics import (
     mean_score,
     paired_differences,
     percent_trained,
+    shared_problems,
 )
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_TRAINED = 3.6
-"""Trained parameters of Houlsby's adapters on GLUE in % of the backbone (Table 1)."""
-
-MAX_GAP = 0.4
-"""Points by which they are below full fine-tuning there."""
-
-MAX_LOSS = 1.0
-"""Points below full fine-tuning that the 95 % interval must exclude."""
 
 LINEAR = " activation=None"
 """Suffix of the name of a linear bottleneck."""
@@ -48,11 +42,13 @@ def compare(results: Sequence[Result]) -> Section | None:
     gaps = {network: gaps_to_full(group) for network, group in networks.items()}
     best = []
     for network, group in networks.items():
-        partial = _partial(group)
-        adapters = {name: gap for name, gap in gaps[network].items() if is_adapter(name) and name not in partial}
+        shared = shared_problems(group)
+        inside = group_by([r for r in group if (r.network, r.problem) in shared], lambda r: r.contender)
+        whole = [name for name, runs in inside.items() if {(r.network, r.problem) for r in runs} == shared]
+        adapters = {name: gaps_to_full([*inside[name], *inside[FULL]])[name] for name in whole if is_adapter(name)}
         if adapters:
             name = max(adapters, key=lambda name: adapters[name])
-            trained = two_digits(max(percent_trained(r) for r in group if r.contender == name))
+            trained = two_digits(_cost(inside[name]))
             best.append(f"{name} at {signed(adapters[name])} points with {trained} % on {network}")
     modalities = group_by(compared, lambda r: r.modality)
     return Section(
@@ -70,7 +66,11 @@ def compare(results: Sequence[Result]) -> Section | None:
         tuple(_table(network, group) for network, group in networks.items()),
         (
             *(claim for modality, group in modalities.items() if (claim := _near_full(modality, group))),
-            *(claim for network, group in networks.items() if (claim := _nonlinear(network, group))),
+            *(
+                claim
+                for network, group in group_by(compared, lambda r: r.network).items()
+                if (claim := _nonlinear(network, group))
+            ),
         ),
     )
 
@@ -92,20 +92,25 @@ def _dots(network: str, results: Sequence[Result], gaps: dict[str, float]) -> Dr
         title = f"{network}: points above or below full fine-tuning, per problem and mean"
         figure, (axes,) = look.panels(1, 0.7 + 0.27 * len(names), title)
         marks = {name: _per_problem(problems, name) for name in names}
-        edge = _edge([value for values in marks.values() for value in values])
+        visible = window([value for values in marks.values() for value in values])
         for row, (name, values) in enumerate(marks.items()):
             style = {key: look.series(0 if is_adapter(name) else 1)[key] for key in ("color", "marker")}
-            inside = [value for value in values if value >= edge]
+            inside = [value for value in values if value in visible]
             axes.plot(inside, [row] * len(inside), markersize=3.5, alpha=0.6, **{**style, "linestyle": ""})
-            axes.plot(max(gaps[name], edge), row, markersize=8, **{**style, **_off_scale(gaps[name], edge)})
-            if outside := [signed(value) for value in values if value < edge]:
-                axes.annotate(join_words(outside), (edge, row), (6, 5), textcoords="offset points", fontsize=6.5)
+            mean_style = style if gaps[name] in visible else {**style, "marker": "<" if gaps[name] < 0 else ">"}
+            axes.plot(visible.clip(gaps[name]), row, markersize=8, **mean_style)
+            if outside := [value for value in values if value not in visible]:
+                at = visible.clip(outside[0])
+                right = at == visible.high
+                # above the other marks of the row, if there are any
+                offset = (-8 if right else 8, 4 if inside else -3)
+                axes.annotate(_numbers(outside), (at, row), offset, textcoords="offset points", fontsize=7,
+                              ha="right" if right else "left")  # fmt: skip
         axes.set_yticks(range(len(names)), [f"{name}  {trained[name]} %{partial.get(name, '')}" for name in names])
         axes.axvline(0, color=look.ink, linewidth=0.8)
         axes.grid(axis="x")
         axes.margins(y=0.06)
-        off_scale = " (off the scale: as numbers)" if edge > -inf else ""
-        axes.set_xlabel(f"points relative to full fine-tuning{off_scale}")
+        axes.set_xlabel(visible.label("points relative to full fine-tuning"))
         return figure
 
     values = "; ".join(f"{name} {signed(gaps[name])}{partial.get(name, '')}" for name in reversed(names))
@@ -120,17 +125,11 @@ def _per_problem(problems: Sequence[Mapping[str, Sequence[Result]]], name: str) 
     return [mean_score(runs[name]) - mean_score(runs[FULL]) for runs in shared]
 
 
-def _edge(values: Sequence[float]) -> float:
-    """Return the left end of the scale: three interquartile ranges below the lower quartile, or −∞ if none is below."""
-    if len(values) < 2:
-        return -inf
-    lower, _, upper = quantiles(values, n=4)
-    edge = lower - 3 * (upper - lower)
-    return edge if min(values) < edge else -inf
-
-
-def _off_scale(value: float, edge: float) -> dict[str, str]:
-    return {"marker": "<"} if value < edge else {}
+def _numbers(values: Sequence[float]) -> str:
+    """Format the marks beyond the axis: their numbers, or the range of more than two."""
+    if len(values) <= 2:
+        return join_words([signed(value) for value in values])
+    return f"{len(values)} marks, {signed(min(values))} to {signed(max(values))}"
 
 
 def _table(network: str, results: Sequence[Result]) -> Table:
@@ -159,34 +158,34 @@ def _table(network: str, results: Sequence[Result]) -> Table:
 
 def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
     """Test the adapter, one per modality, that is best on validation data against full fine-tuning."""
-    tests = [r for r in results if r.split == "test"]
-    gaps = gaps_to_full(tests)
-    cost = {name: max(map(percent_trained, group)) for name, group in group_by(tests, lambda r: r.contender).items()}
-    problems = {(r.network, r.problem) for r in tests}
-    validated = {}
-    for name, group in group_by([r for r in results if r.split == "validation"], lambda r: r.contender).items():
-        best = {
-            problem: _at_best_rate(runs) for problem, runs in group_by(group, lambda r: (r.network, r.problem)).items()
-        }
-        if is_adapter(name) and name in gaps and set(best) == problems and cost[name] <= MAX_TRAINED:
-            validated[name] = mean(best.values())
-    if not validated:
+    all_tests = [r for r in results if r.split == "test"]
+    problems = shared_problems(all_tests)
+    if not problems:
         return None
-    chosen = max(validated, key=lambda name: validated[name])
-    problem_count = pluralize(len(problems), "problem")
-    runs = [r for r in tests if r.contender == chosen]
-    full = [r for r in tests if r.contender == FULL]
+    tests = [r for r in all_tests if (r.network, r.problem) in problems]
+    scores: dict[str, float] = {}
+    for name, runs in group_by(results, lambda r: r.contender).items():
+        own = [r for r in tests if r.contender == name]
+        if is_adapter(name) and {(r.network, r.problem) for r in own} == problems and _cost(own) <= MAX_TRAINED:
+            score = validated([r for r in runs if r.split == "validation"], problems)
+            scores |= {} if score is None else {name: score}
+    if not scores:
+        return None
+    chosen = max(scores, key=lambda name: scores[name])
+    runs, full = ([r for r in tests if r.contender == name] for name in (chosen, FULL))
     differences = paired_differences(runs, full)
-    return Claim(
-        f"Adapters are within {MAX_GAP} points of full fine-tuning at ≤ {MAX_TRAINED} % trained parameters, with one "
-        f"method and size chosen on validation data, and surely within {MAX_LOSS:g} point",
-        "Houlsby et al. 2019, Table 1",
+    return NEAR_FULL.tested(
         modality,
         _reaches(differences),
-        f"{chosen}: {signed(gaps[chosen])} points at {two_digits(cost[chosen])} %, mean of {problem_count}"
-        f"{_interval(differences)}",
+        f"{chosen}: {signed(mean(differences))} points at {two_digits(_cost(runs))} %, mean of "
+        f"{pluralize(len(problems), 'problem')}{_interval(differences)}",
         len(runs) + len(full),
+        modality,
     )
+
+
+def _cost(results: Sequence[Result]) -> float:
+    return max(map(percent_trained, results))
 
 
 def _reaches(differences: Sequence[float]) -> bool | None:
@@ -206,23 +205,18 @@ def _interval(differences: Sequence[float]) -> str:
     return f", 95 % interval {signed(low)} to {signed(high)}"
 
 
-def _at_best_rate(results: Sequence[Result]) -> float:
-    """Return the mean score over seeds at the rate and epochs with the most seeds; among equals, the best."""
-    choices = group_by(results, lambda r: (r.lr, r.epochs, r.facts.get("variant")))
-    return max((len(runs), mean(r.standing for r in runs)) for runs in choices.values())[1]
-
-
 def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
     """Compare bottlenecks on feature maps with the same ones without an activation between the two 1×1 convolutions."""
-    contenders = {
-        name: group_by(runs, lambda r: (r.problem, r.seed))
-        for name, runs in group_by(results, lambda r: r.contender).items()
-    }
+    tests = group_by([r for r in results if r.split == "test"], lambda r: r.contender)
+    chosen = {r.contender for r in results if "variant" in r.facts}
     gaps = {}
-    for name, runs in contenders.items():
-        linear = contenders.get(f"{name}{LINEAR}", {})
-        if pairs := [100 * (runs[pair][0].score - linear[pair][0].score) for pair in runs if pair in linear]:
-            gaps[name] = pairs
+    for linear in (name for name in tests if name.endswith(LINEAR)):
+        stem = linear.removesuffix(LINEAR)
+        # a bottleneck whose activation was chosen on validation data may be linear itself
+        named = [name for name in tests if name.startswith(f"{stem} activation=") and name != linear]
+        for name in named or [name for name in (stem,) if name in tests and name not in chosen]:
+            if pairs := paired_differences(tests[name], tests[linear]):
+                gaps[name] = pairs
     if not gaps or results[0].modality != "image":
         return None
     measured = [
@@ -231,11 +225,10 @@ def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
         for name, pairs in gaps.items()
     ]
     differences = [gap for pairs in gaps.values() for gap in pairs]
-    return Claim(
-        "A nonlinear bottleneck is better than a linear one of the same size",
-        "Houlsby et al. 2019, §2, and Rebuffi et al. 2018",
+    return NONLINEAR.tested(
         network,
         at_least(differences),
         f"{join_words(measured)}{_interval(differences)}",
         2 * len(differences),
+        "image",
     )

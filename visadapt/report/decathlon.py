@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from visadapt.experiments.catalogue import FULL, is_adapter
+from visadapt.experiments.decathlon import scores_of
 from visadapt.experiments.record import Result
-from visadapt.report.formatting import file_name, join_words, mean_and_std
-from visadapt.report.section import Section
-from visadapt.report.statistics import group_by
+from visadapt.report.advice import validated
+from visadapt.report.claims import DECATHLON
+from visadapt.report.formatting import file_name, join_words, mean_and_std, pluralize
+from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import at_least, group_by, interval, shared_problems
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DOMAINS = 3
+"""Number of domains from which a comparison has a score."""
 
 Case = tuple[str, ...]
 """A network, and the problems that the score covers."""
@@ -24,13 +31,18 @@ Scores = dict[str, list[Result]]
 
 
 def decathlon(results: Sequence[Result]) -> Section | None:
-    """Build the section of the experiment ``decathlon``; None without scores."""
-    all_results = [r for r in results if r.experiment == "decathlon"]
-    scores = [r for r in all_results if r.metric == "decathlon"]
+    """Build the section of the experiment ``decathlon``, and of networks compared on several domains of images; None
+    without scores."""
+    own = [r for r in results if r.experiment == "decathlon"]
+    compared = _compared(results, {r.network for r in own})
+    scores = [r for r in own if r.metric == "decathlon"]
+    for group in group_by([r for r in compared if r.split == "test"], lambda r: r.network).values():
+        scores += scores_of(group, FULL)
     groups = group_by(scores, lambda r: (r.network, *r.facts["problems"]))
     cases = {case: group_by(_newest(group), lambda r: r.contender) for case, group in groups.items()}
     if not cases:
         return None
+    parts = [*own, *compared]
     return Section(
         "decathlon",
         "One number for many domains",
@@ -39,7 +51,48 @@ def decathlon(results: Sequence[Result]) -> Section | None:
         "points without errors, 250 for full fine-tuning, 0 at twice its error. Bars are means over seeds, whiskers "
         "the range over seeds.",
         tuple(_bars(case, by) for case, by in cases.items()),
-        tuple(_table(case, all_results, by) for case, by in cases.items()),
+        tuple(_table(case, parts, by) for case, by in cases.items()),
+        tuple(claim for case, by in cases.items() if (claim := _beats(case, parts, by))),
+    )
+
+
+def _compared(results: Sequence[Result], known: Container[str]) -> list[Result]:
+    """Return the results of comparisons on at least `DOMAINS` domains of images, on those that all share."""
+    images = [r for r in results if (r.experiment, r.modality, r.metric) == ("compare", "image", "accuracy")]
+    kept = []
+    for network, group in group_by(images, lambda r: r.network).items():
+        shared = shared_problems([r for r in group if r.split == "test"])
+        if len(shared) >= DOMAINS and network not in known:
+            kept += [r for r in group if (r.network, r.problem) in shared]
+    return kept
+
+
+def _beats(case: Case, results: Sequence[Result], scores: Scores) -> Claim | None:
+    """Test the adapter that is best on validation data against full fine-tuning, paired by seed."""
+    network, *names = case
+    problems = {(network, name) for name in names}
+    trials = group_by([r for r in results if (r.network, r.split) == (network, "validation")], lambda r: r.contender)
+    chosen = {
+        name: score
+        for name in scores
+        if is_adapter(name) and (score := validated(trials.get(name, []), problems)) is not None
+    }
+    if not chosen or FULL not in scores:
+        return None
+    best = max(chosen, key=lambda name: chosen[name])
+    full = {r.seed: r.score for r in scores[FULL]}
+    differences = [r.score - full[r.seed] for r in scores[best] if r.seed in full]
+    span = ""
+    if len(differences) > 1:
+        low, high = interval(differences)
+        span = f"; difference, 95 % interval {low:+,.0f} to {high:+,.0f}".replace("-", "−")
+    return DECATHLON.tested(
+        network,
+        at_least(differences),
+        f"{best}: {_mean(scores[best]):,.0f}, full fine-tuning: {_mean(scores[FULL]):,.0f}, over "
+        f"{pluralize(len(problems), 'domain')}{span}",
+        len(problems) * (len(scores[best]) + len(scores[FULL])),
+        "image",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 
 from visadapt.report.assembly import Report
@@ -60,15 +61,16 @@ CLASSES = {True: "holds", False: "fails", None: "open"}
 
 def page(report: Report) -> str:
     """Render a report as one HTML page, with figures and style included."""
-    claims = [claim for section in report.sections for claim in section.claims]
-    links = [("advice", ADVICE)] * (report.advice is not None) + [("claims", "Claims")] * bool(claims)
+    links = [("advice", ADVICE)] * (report.advice is not None) + [("claims", "Claims")] * bool(report.claims)
     links += [(section.name, section.title) for section in report.sections]
     entries = "".join(f"<li><a href='#{anchor}'>{escape(title)}</a></li>" for anchor, title in links)
     parts = [f"<h1>{escape(report.title)}</h1>", f"<nav aria-label='Sections'><ul>{entries}</ul></nav>"]
     if report.advice is not None:
-        parts.append(f"<section id='advice'><h2>{ADVICE}</h2>{_table(report.advice)}</section>")
-    if claims:
-        parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(claims)}</section>")
+        tables = "".join(map(_table, report.choices))
+        text = f"<p class='finding'>{escape(report.lead)}</p>"
+        parts.append(f"<section id='advice'><h2>{ADVICE}</h2>{text}{tables}</section>")
+    if report.claims:
+        parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(report.claims)}</section>")
     parts += [_section(section) for section in report.sections]
     environments = "".join(f"<li>{escape(line)}</li>" for line in report.made_with)
     footer = f"<footer><h2>Environments</h2><ul>{environments}</ul></footer>" if environments else ""
@@ -107,7 +109,7 @@ def _table(table: Table) -> str:
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{table.html()}</div>'
 
 
-def _claims(claims: list[Claim]) -> str:
+def _claims(claims: Sequence[Claim]) -> str:
     """Render one card per claim, with one line per case that it was tested on."""
     cards = []
     for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from visadapt.printable import markdown_text
 from visadapt.report.assembly import Report
 from visadapt.report.section import Claim, Section
@@ -18,12 +20,12 @@ def markdown(report: Report, figures: str) -> str:
     Returns:
         The page.
     """
-    claims = [claim for section in report.sections for claim in section.claims]
     parts = [f"# {markdown_text(report.title)}"]
     if report.advice is not None:
-        parts += ["## Which method should I take?", f"{report.advice.title}.", report.advice.markdown()]
-    if claims:
-        parts += ["## Claims", _claims(claims)]
+        parts += ["## Which method should I take?", markdown_text(report.lead)]
+        parts += [part for table in report.choices for part in (f"{markdown_text(table.title)}.", table.markdown())]
+    if report.claims:
+        parts += ["## Claims", claims_table(report.claims).markdown()]
     parts += [_section(section, figures) for section in report.sections]
     if report.made_with:
         parts += ["## Environments", "\n".join(f"* {markdown_text(line)}" for line in report.made_with)]
@@ -38,7 +40,8 @@ def _section(section: Section, figures: str) -> str:
     return "\n\n".join(parts)
 
 
-def _claims(claims: list[Claim]) -> str:
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """Build the table of claims with their verdicts."""
     rows = [
         (
             claim.text,
@@ -50,4 +53,4 @@ def _claims(claims: list[Claim]) -> str:
         )
         for claim in claims
     ]
-    return Table(("claim", "source", "case", "verdict", "measured", "training runs"), rows).markdown()
+    return Table(("claim", "source", "case", "verdict", "measured", "training runs"), rows)

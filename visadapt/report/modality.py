@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from visadapt.experiments.catalogue import is_adapter
 from visadapt.experiments.record import Result
+from visadapt.report.claims import BOTH_ENDS, HALF_LOSS, UPPER_HALF
+from visadapt.report.clipping import clipped_line, window
 from visadapt.report.formatting import join_words, signed
 from visadapt.report.section import Claim, Section
 from visadapt.report.statistics import (
@@ -23,9 +25,6 @@ from visadapt.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_LOSS = 1.0
-"""Points below adapters in all layers that still count as no loss."""
 
 Networks = dict[str, list[Result]]
 """Results by network."""
@@ -62,6 +61,8 @@ def modality(results: Sequence[Result]) -> Section | None:
 
 
 def _scatter(networks: Networks, gaps: dict[str, dict[str, float]]) -> Drawing:
+    visible = window([gap for by_name in gaps.values() for gap in by_name.values()])
+
     def draw(look: Look) -> Figure:
         figure, (axes,) = look.panels(1, 3.8, "Points relative to full fine-tuning, by trained parameters")
         for number, (network, by_name) in enumerate(gaps.items()):
@@ -70,15 +71,19 @@ def _scatter(networks: Networks, gaps: dict[str, dict[str, float]]) -> Drawing:
                 names = [name for name in by_name if is_adapter(name) is filled]
                 x = [mean(percent_trained(r) for r in networks[network] if r.contender == name) for name in names]
                 face = style["color"] if filled else "none"
-                axes.scatter(x, [by_name[name] for name in names], s=38, marker=style["marker"], facecolors=face,
+                y = [visible.clip(by_name[name]) for name in names]
+                axes.scatter(x, y, s=38, marker=style["marker"], facecolors=face,
                              edgecolors=style["color"], alpha=0.85, label=f"{network}, {kind}")  # fmt: skip
+                for place, name in zip(x, names, strict=True):
+                    if by_name[name] not in visible:
+                        clipped_line(axes, visible, [place], [by_name[name]], color=style["color"], linestyle="")
         axes.axhline(0, color=look.ink, linewidth=0.8)
         # symlog, since a linear probe trains 0 %
         axes.set_xscale("symlog", linthresh=0.01)
         axes.set_xlim(-0.003, 180)
         plain_ticks(axes.xaxis)
         axes.set_xlabel("trained parameters in % of the backbone, without heads")
-        axes.set_ylabel("points relative to full fine-tuning")
+        axes.set_ylabel(visible.label("points relative to full fine-tuning"))
         look.legend(figure)
         return figure
 
@@ -107,18 +112,21 @@ def _depth(networks: Networks) -> Drawing:
         network: {end: _gaps_to_all(group, end) for end in ("first", "last")} for network, group in networks.items()
     }
 
+    visible = window([gap for by in ends.values() for points in by.values() for gap in points.values()])
+
     def draw(look: Look) -> Figure:
         figure, panels = look.panels(len(networks), 2.8, "Which layers need adapters", sharey=True)
         for axes, (network, group) in zip(panels, networks.items(), strict=True):
             for number, (end, points) in enumerate(ends[network].items()):
-                axes.plot(list(points), list(points.values()), label=f"{end} k layers", **look.series(number))
+                style = look.series(number)
+                clipped_line(axes, visible, list(points), list(points.values()), label=f"{end} k layers", **style)
             axes.axhline(0, color=look.ink, linewidth=0.8)
             axes.set_title(f"{network}, {group[0].facts['layers']} layers")
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(ends[network]["last"]))
             plain_ticks(axes.xaxis)
             axes.set_xlabel("k, layers with adapters")
-            axes.set_ylabel("points relative to all layers")
+            axes.set_ylabel(visible.label("points relative to all layers"))
         look.legend(figure)
         return figure
 
@@ -140,13 +148,11 @@ def _upper(network: str, results: Sequence[Result]) -> Claim | None:
     measured = f"last {k} of {layers} layers: {signed(last[k])} points, first {k}: {signed(first[k])}"
     upper, whole = ([r for r in results if r.facts["where"] == where] for where in (f"last {k}", "all"))
     differences = paired_differences(upper, whole)
-    enough, training_runs = at_least(differences, -MAX_LOSS), 2 * len(differences)
+    enough, training_runs = at_least(differences, -HALF_LOSS), 2 * len(differences)
     missing = None if enough is None else not enough
     if results[0].modality == "text":
-        text = f"The upper half of the layers suffices on text: within {MAX_LOSS:g} point of all layers"
-        return Claim(text, "Houlsby et al. 2019, §3.6", network, enough, measured, training_runs)
-    text = f"Both ends need adapting on images: the upper half alone is more than {MAX_LOSS:g} point below all layers"
-    return Claim(text, "Rebuffi et al. 2018, §4.2", network, missing, measured, training_runs)
+        return UPPER_HALF.tested(network, enough, measured, training_runs, "text")
+    return BOTH_ENDS.tested(network, missing, measured, training_runs, "image")
 
 
 def _table(networks: Networks, gaps: dict[str, dict[str, float]]) -> Table:

@@ -19,6 +19,7 @@ class Claim:
         holds: whether the claim holds in this case, by the 95 % interval of a mean; None if that cannot be decided.
         measured: the figures behind the verdict.
         training_runs: number of training runs behind the verdict.
+        modality: ``image`` or ``text``.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Claim:
     holds: bool | None
     measured: str
     training_runs: int
+    modality: str = ""
 
     @property
     def verdict(self) -> str:

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from visadapt.experiments.record import Result
+from visadapt.report.claims import UNFORGOTTEN
 from visadapt.report.formatting import file_name, mean_and_std, signed
 from visadapt.report.section import Claim, Section
 from visadapt.report.statistics import group_by, mean_score
@@ -188,11 +189,10 @@ def _unforgotten(network: str, results: Several[Result]) -> Claim | None:
     if not pairs:
         return None
     same = sum(now == then for now, then in pairs)
-    return Claim(
-        "Nothing is forgotten: earlier tasks give the same logits, bit for bit",
-        "Houlsby et al. 2019, §1",
+    return UNFORGOTTEN.tested(
         network,
         same == len(pairs),
         f"{same} of {len(pairs)} later measurements",
         len({(r.contender, r.seed, r.facts["after"]) for r in results if r.contender != SHARED}),
+        results[0].modality,
     )

@@ -8,7 +8,7 @@ from functools import cache
 from statistics import mean, stdev
 from typing import TypeVar
 
-from visadapt.experiments.catalogue import FULL
+from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.record import Result
 
 Key = TypeVar("Key", bound=Hashable)
@@ -52,6 +52,20 @@ def gaps_to_full(results: Sequence[Result]) -> dict[str, float]:
             for name, runs in contenders.items():
                 gaps.setdefault(name, []).append(mean_score(runs) - mean_score(contenders[FULL]))
     return {name: mean(values) for name, values in gaps.items()}
+
+
+def shared_problems(results: Sequence[Result]) -> set[tuple[str, str]]:
+    """Return the networks and problems that methods are compared on: those with full fine-tuning and an adapter.
+
+    Means over different problems cannot be compared. Of a run that is not finished these are the problems of the
+    adapter that was run on most of them; among equals, those that most contenders were run on.
+    """
+    problems = {
+        name: {(r.network, r.problem) for r in runs} for name, runs in group_by(results, lambda r: r.contender).items()
+    }
+    full = problems.pop(FULL, set())
+    sets = [own & full for name, own in problems.items() if is_adapter(name) and own & full]
+    return max(sets, key=lambda own: (len(own), sum(own <= other for other in problems.values())), default=set())
 
 
 def paired_differences(results: Sequence[Result], others: Sequence[Result]) -> list[float]:

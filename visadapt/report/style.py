@@ -177,9 +177,18 @@ def _matplotlib(module: str) -> Any:
     return require(f"matplotlib.{module}", "a figure", "visadapt[plots]")
 
 
-def plain_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, 0.1 and 10, instead of powers of ten."""
-    axis.set_major_formatter(_matplotlib("ticker").FuncFormatter(lambda value, _: f"{value:g}"))
+def plain_ticks(axis: Axis, *, between: bool = False) -> None:
+    """Label a logarithmic axis with plain numbers, 0.1 and 10, instead of powers of ten.
+
+    Args:
+        axis: the axis.
+        between: label 0.2 and 0.5 too, for an axis of few powers of ten.
+    """
+    ticker = _matplotlib("ticker")
+    if between:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 @dataclass(frozen=True)

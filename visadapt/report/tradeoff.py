@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.catalogue import FULL
 from visadapt.experiments.record import Result
 from visadapt.optional import require
+from visadapt.report.claims import FEWER, FLAT, MAX_RANGE
+from visadapt.report.clipping import clipped_line, window
 from visadapt.report.formatting import file_name, join_words, mean_and_std, seed_spread, signed, two_digits
 from visadapt.report.section import Claim, Section
 from visadapt.report.statistics import (
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
 
 FLAT_WIDTHS = range(8, 257)
 """Widths that Houlsby et al. find to be equally good."""
-
-MAX_RANGE = 1.0
-"""Largest difference in points between their means that counts as equal; the paper's differ by 0.5."""
 
 LINES = {"m": "adapters", "n": "top layers"}
 """Fact with the size of a contender → name of its line in the figures."""
@@ -76,29 +75,33 @@ def _share(results: Sequence[Result], fact: str, size: int) -> float:
 def _curves(network: str, results: Sequence[Result]) -> Drawing:
     lines = {fact: points for fact in LINES if (points := _points(results, fact))}
     norms = [r for r in results if r.contender == "norms only"]
+    medians = [median(gaps) for points in lines.values() for gaps in points.values()]
+    visible = window(medians)
 
     def draw(look: Look) -> Figure:
         np = require("numpy", "a figure", "visadapt[plots]")
         figure, (axes,) = look.panels(1, 3.6, f"{network}: score by trained parameters")
         for number, (fact, points) in enumerate(lines.items()):
             x = [_share(results, fact, size) for size in points]
-            low, middle, high = (np.array([np.percentile(gaps, q) for gaps in points.values()]) for q in (20, 50, 80))
+            low, middle, high = (
+                [visible.clip(np.percentile(gaps, q)) for gaps in points.values()] for q in (20, 50, 80)
+            )
             axes.fill_between(x, low, high, color=look.colour(number), alpha=0.2, linewidth=0)
-            axes.plot(x, middle, label=f"{LINES[fact]}, {fact} at the marks", **look.series(number))
+            label = f"{LINES[fact]}, {fact} at the marks"
+            clipped_line(axes, visible, x, list(map(median, points.values())), label=label, **look.series(number))
             for size, *point in zip(points, x, middle, strict=True):
-                axes.annotate(str(size), (point[0], point[1]), xytext=(0, -12), textcoords="offset points", ha="center",
+                axes.annotate(str(size), (point[0], point[1]), xytext=(0, -13), textcoords="offset points", ha="center",
                               fontsize=7.5, color=look.colour(number))  # fmt: skip
         if norms:
             style = {**look.series(2), "linestyle": ""}
-            axes.plot(
-                [mean(map(percent_trained, norms))], [gaps_to_full(results)["norms only"]], label="norms only", **style
-            )
+            place, value = mean(map(percent_trained, norms)), gaps_to_full(results)["norms only"]
+            clipped_line(axes, visible, [place], [value], label="norms only", **style)
         axes.axhline(0, color=look.ink, linewidth=0.8)
         axes.margins(y=0.08)
         axes.set_xscale("log")
-        plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis, between=True)
         axes.set_xlabel("trained parameters in % of the backbone")
-        axes.set_ylabel("points relative to full fine-tuning")
+        axes.set_ylabel(visible.label("points relative to full fine-tuning"))
         look.legend(figure)
         return figure
 
@@ -131,13 +134,12 @@ def _flat(network: str, results: Sequence[Result]) -> Claim | None:
     best, worst = max(means, key=lambda m: means[m]), min(means, key=lambda m: means[m])
     gap = means[best] - means[worst]
     groups = group_by([r for r in results if r.facts.get("m") in means], lambda r: (r.problem, r.facts["m"])).values()
-    return Claim(
-        f"The score hardly depends on the width from m = 8 to 256: means within {MAX_RANGE:g} point",
-        "Houlsby et al. 2019, §3.6",
+    return FLAT.tested(
         network,
         at_least([MAX_RANGE - each for each in _paired(results, ("m", best), ("m", worst))]),
         f"{gap:.1f} points between m = {best} and m = {worst}, of {len(means)} widths{seed_spread(groups)}",
         sum(map(len, groups)),
+        results[0].modality,
     )
 
 
@@ -158,11 +160,10 @@ def _fewer(network: str, results: Sequence[Result]) -> Claim | None:
     smaller = {m: mean(gaps) for m, gaps in adapters.items() if _share(results, "m", m) < cost}
     m = max(smaller, key=lambda m: smaller[m], default=None)
     differences = [] if m is None else _paired(results, ("m", m), ("n", n))
-    return Claim(
-        "Adapters reach the best score of top layers with fewer parameters",
-        "Houlsby et al. 2019, Fig. 3",
+    return FEWER.tested(
         network,
         at_least(differences),
         f"top {n}: {signed(best)} points at {two_digits(cost)} %; {reached}",
         2 * len(differences),
+        results[0].modality,
     )

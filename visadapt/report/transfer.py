@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from visadapt.experiments.record import Result
-from visadapt.report.formatting import file_name, mean_and_std, signed
+from visadapt.report.claims import HELPS
+from visadapt.report.formatting import join_words, mean_and_std, pluralize, signed
 from visadapt.report.heatmap import heatmaps
-from visadapt.report.section import Section
-from visadapt.report.statistics import group_by, mean_score
+from visadapt.report.section import Claim, Section
+from visadapt.report.statistics import at_least, group_by, interval, mean_score, paired_differences
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
@@ -34,9 +36,12 @@ def transfer(results: Sequence[Result]) -> Section | None:
         f"Starting from another domain's adapters changes the score by {signed(least)} to {signed(most)} points; the "
         f"largest gain is on {target} from {source} ({network}).",
         "Rows are the domains that are learned, columns the domains whose adapters and norms they start from, with a "
-        "new head. Points relative to training from scratch, on test data, mean over seeds.",
-        tuple(_matrix(name, group) for name, group in networks.items()),
-        tuple(_table(name, group) for name, group in networks.items()),
+        "new head. Points relative to training from scratch, on test data, mean over seeds. The first table has the "
+        "mean over the other domains, with its 95 % interval over these and the seeds: of each domain as the one that "
+        "is learned, and as the one that is started from.",
+        (_matrices(networks),),
+        tuple(table for name, group in networks.items() for table in (_means(name, group), _table(name, group))),
+        tuple(_helps(name, group) for name, group in networks.items()),
     )
 
 
@@ -49,21 +54,78 @@ def _gains(results: Sequence[Result]) -> Gains:
     return gains
 
 
-def _matrix(network: str, results: Sequence[Result]) -> Drawing:
-    gains = _gains(results)
-    targets = list(dict.fromkeys(target for target, _ in gains))
-    names = list(dict.fromkeys([*targets, *(source for _, source in gains)]))
+def _differences(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
+    """Return (target, source) → points gained, one per seed that both were run with."""
+    scratch = [r for r in results if r.facts["source"] is None]
+    pairs = group_by([r for r in results if r.facts["source"] is not None], lambda r: (r.problem, r.facts["source"]))
+    return {pair: each for pair, runs in pairs.items() if (each := paired_differences(runs, scratch))}
+
+
+def _matrices(networks: dict[str, list[Result]]) -> Drawing:
+    """Draw the matrices of all networks side by side."""
+    gains = {network: _gains(group) for network, group in networks.items()}
+    targets = {network: list(dict.fromkeys(target for target, _ in by)) for network, by in gains.items()}
+    names = {
+        network: list(dict.fromkeys([*targets[network], *(source for _, source in by)]))
+        for network, by in gains.items()
+    }
 
     def draw(look: Look) -> Figure:
-        title = f"{network}: points gained by starting from another domain's adapters"
-        figure, (axes,) = look.panels(1, 1.2 + 0.5 * len(targets), title)
-        heatmaps([axes], look, [[[gains.get((target, source)) for source in names] for target in targets]], names)
-        axes.set_xlabel("starts from")
-        axes.set_ylabel("learns")
+        title = "Points gained by starting from another domain's adapters"
+        height = 1.5 + 0.36 * max(map(len, targets.values()))
+        figure, panels = look.panels(len(networks), height, title)
+        matrices = [
+            [[by.get((target, source)) for source in names[network]] for target in targets[network]]
+            for network, by in gains.items()
+        ]
+        heatmaps(panels, look, matrices, list(names.values()))
+        for axes, network in zip(panels, networks, strict=True):
+            axes.set_title(network)
+            axes.set_xlabel("starts from")
+            axes.set_ylabel("learns")
         return figure
 
-    values = "; ".join(f"{target} from {source} {signed(gain)}" for (target, source), gain in gains.items())
-    return Drawing(file_name("transfer", network), f"Matrix of points gained on {network}: {values}.", draw)
+    values = "; ".join(
+        f"{network}: " + ", ".join(f"{target} from {source} {signed(gain)}" for (target, source), gain in by.items())
+        for network, by in gains.items()
+    )
+    return Drawing("transfer", f"Matrices of points gained, side by side. {values}.", draw)
+
+
+def _means(network: str, results: Sequence[Result]) -> Table:
+    """Build the table of mean gains by domain, as the one that is learned and as the one that is started from."""
+    differences = _differences(results)
+    domains = list(dict.fromkeys(name for pair in differences for name in pair))
+    rows = [
+        (domain, *(cell for end in (0, 1) for cell in _mean_gain(_at(differences, domain, end)))) for domain in domains
+    ]
+    headings = ("domain", "learns: points", "95 % interval", "starts others: points", "95 % interval")
+    return Table(headings, rows, f"{network}: mean gain over the other domains and seeds")
+
+
+def _at(differences: dict[tuple[str, str], list[float]], domain: str, end: int) -> list[float]:
+    return [value for pair, values in differences.items() if pair[end] == domain for value in values]
+
+
+def _mean_gain(values: Sequence[float]) -> tuple[str, str]:
+    if not values:
+        return "–", "–"
+    return signed(mean(values)), " to ".join(map(signed, interval(values))) if len(values) > 1 else "–"
+
+
+def _helps(network: str, results: Sequence[Result]) -> Claim:
+    differences = _differences(results)
+    values = [value for each in differences.values() for value in each]
+    ends = [interval(each) for each in differences.values() if len(each) > 1]
+    decided = [f"{sum(low > 0 for low, _ in ends)} better", f"{sum(high < 0 for _, high in ends)} worse"]
+    measured = "no pair shares a seed"
+    if values:
+        span = f", 95 % interval {' to '.join(map(signed, interval(values)))}" if len(values) > 1 else ""
+        measured = (
+            f"{signed(mean(values))} points, mean of {pluralize(len(differences), 'pair')}{span}; by their own "
+            f"intervals {join_words(decided)}"
+        )
+    return HELPS.tested(network, at_least(values), measured, len(results), results[0].modality)
 
 
 def _table(network: str, results: Sequence[Result]) -> Table:

@@ -62,6 +62,10 @@ class Composition:
         """That of some samples of the batch."""
         return Composition(self._registry, [self.tasks[i] for i in samples], self._held)
 
+    def all_roles(self) -> dict[str, frozenset[str]]:
+        """The roles of the tasks' parts, by path of their host."""
+        return {path: self.roles(path) for profile in self.profiles for path in profile.roles}
+
     def roles(self, path: str) -> frozenset[str]:
         """The roles of the tasks' parts at a host."""
         found: frozenset[str] = frozenset()

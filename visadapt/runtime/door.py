@@ -17,6 +17,7 @@ from visadapt.backbone.batch import is_cache, leaves
 from visadapt.backbone.heads import width_of
 from visadapt.backbone.modules import CHILD, REGISTRY
 from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.shared_pass import repeated
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
@@ -78,6 +79,9 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     training = bool(model.__dict__["training"])
     head = registry.facts.head
     classes = None if head is None else width_of(registry.facts.modules[head.final])
+    one = batches.single(model, (args, kwargs), len(tasks), classes)
+    if one is not None:
+        return _for_all(model, registry, tasks, (args, kwargs), one, classes)
     facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
     if len(distinct) == 1:
         with registry.within(distinct[0]):
@@ -93,6 +97,22 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
                 # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, facts, args, kwargs)
+
+
+def _for_all(model: nn.Module, registry: Registry, tasks: Any, given: Any, cut: Any, classes: int | None) -> Any:
+    """Run a whole model on one sample for several tasks: its backbone once as far as the tasks do not act."""
+    batches, distinct = registry.facts.batches, tuple(dict.fromkeys(tasks))
+    views = repeated(given, cut, len(tasks), views=True)
+    facts = batches.facts(model, views, len(tasks), len(distinct) > 1, classes)
+    if len(distinct) > 1 and not _divided_within(registry, facts, distinct):
+        composition = composed(registry, tasks)
+        shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
+        if shared is not None:
+            with registry.within(Mixed.within(composition, facts, shared)):
+                return model.forward(*given[0], **given[1])
+    # the tasks act from the start, or where they part is not established
+    args, kwargs = repeated(given, cut, len(tasks))
+    return enter(model, registry, tasks, args, kwargs)
 
 
 READS_CONTEXT = torch.__version__ >= "2.14"

@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batch import Key
+from visadapt.backbone.batch import Key, mapped
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
+from visadapt.backbone.shared_pass import spread
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import is_hooked
@@ -56,6 +57,7 @@ class Here:
             known = self._facts()
             self.inputs: dict[Key, Fact] = known.inputs
             self.outputs: dict[Key, Fact] = known.outputs
+        self.shared = tasks.shared if isinstance(tasks, Mixed) else None
 
     def _facts(self) -> Any:
         """What is known of the rows here: of this batch, or (in a graph being made) of all batches."""
@@ -73,6 +75,14 @@ class Here:
                 "at a time: call the model without torch.compile"
             )
         return known
+
+    def is_first(self) -> bool:
+        """Whether one sample becomes one row per task here."""
+        return self.shared is not None and self.shared.place == self.path
+
+    def spread(self, given: Any, facts: dict[Key, Fact]) -> Any:
+        """What belongs to the one sample, for every task."""
+        return spread(given, facts, len(self.composition.tasks))
 
     def groups(self) -> tuple[list[nn.ModuleDict], Division]:
         """The parts of each group of samples, and which group each sample is in."""
@@ -192,6 +202,20 @@ def outside(place: str) -> VisadaptError:
     )
 
 
+def _of_one(here: Here, out: Any) -> Any:
+    """Let parts act that do so on the output of a host which ran for the one sample of all tasks."""
+    changed = here.act(here.spread(out, here.outputs), None, False)
+    if not here.is_first():
+        # all of them only watch
+        return out
+    # what follows may write to it, and rows of the bare backbone may still share memory
+    return mapped(lambda _, leaf: leaf.contiguous() if _is_shared(leaf) else leaf, changed)
+
+
+def _is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) > 1 and leaf.stride(0) == 0
+
+
 def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any, args: Any, kwargs: Any) -> Any:
     """A host's forward for a batch of mixed tasks; see the module."""
     if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
@@ -209,6 +233,11 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
     here = Here(host, parts, tasks)
     if not here.roles:
         return plain.forward(host, *args, **kwargs)
+    if here.shared is not None:
+        if here.is_first() and here.shared.at_input:
+            args, kwargs = here.spread((args, kwargs), here.inputs)
+        elif here.is_first() or here.path in here.shared.single:
+            return _of_one(here, plain.forward(host, *args, **kwargs))
     if "before" in here.roles:
         # each group with an input of its own: apart from the start
         return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)

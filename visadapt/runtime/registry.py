@@ -14,6 +14,7 @@ from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, own_modules, unwrapped
 from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.shared_pass import SharedPass
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
@@ -57,15 +58,17 @@ class Mixed(Named):
 
     Attributes:
         rows: the facts of the batch.
+        shared: where one sample becomes one row per task; None where every task has a sample of its own.
     """
 
     rows: RowFacts
+    shared: SharedPass | None = None
 
     @staticmethod
-    def within(composition: Any, rows: RowFacts) -> Mixed:
+    def within(composition: Any, rows: RowFacts, shared: SharedPass | None = None) -> Mixed:
         """The tasks of a composition with the facts of their batch."""
         mixed = Mixed(composition.tasks)
-        mixed.composition, mixed.rows = composition, rows
+        mixed.composition, mixed.rows, mixed.shared = composition, rows, shared
         return mixed
 
 

@@ -57,14 +57,19 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
     padded with −inf; `visadapt.split` takes the logits apart again.
 
+    With a list of several tasks and a batch of one sample, every task answers that sample: one row per task. What lies
+    below the first module at which a task acts runs once: of `visadapt.Ladder` and `visadapt.Linear` the whole
+    backbone, of adapters in the last stage what is before it. Where the first run shows that the tasks cannot part
+    there (they act from the start, or the model reads the size of its batch before), the sample is repeated for each.
+
     A forward is for the task that is chosen where it begins, and so is what gradient checkpointing computes of it again
     in backward, wherever that is. A block in a generator counts while the generator runs. A thread that is started in
     the block has to choose for itself.
 
     Args:
         model: an injected model.
-        task: its name, None for the bare backbone, a list that names one for each sample, or ``"auto"``: the model's
-            decider chooses for each sample (see `visadapt.fit_decider`).
+        task: its name, None for the bare backbone, a list that names one for each sample (or all that are to answer
+            one sample), or ``"auto"``: the model's decider chooses for each sample (see `visadapt.fit_decider`).
 
     Yields:
         The same model.
@@ -81,6 +86,9 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
         ...     logits = model(images)  # one task per sample, one pass of the backbone
         >>> {task: rows.shape for task, rows in visadapt.split(model, logits, ["birds", "flowers", "birds"]).items()}
         {'birds': torch.Size([2, 5]), 'flowers': torch.Size([1, 3])}
+        >>> with torch.no_grad(), visadapt.using(model, ["birds", "flowers"]):
+        ...     model(images[:1]).shape  # both tasks of one image
+        torch.Size([2, 5])
     """
     registry = registry_of(model)
     with registry.only(_checked(model, registry, task), generator_of(sys._getframe(1))):

@@ -173,7 +173,7 @@ class LogitsModel(nn.Module):
         """
         engine, model = self.engine, self.model
         if engine.device.type != "cuda":
-            raise VisadaptError(f"compile='graphs' must have a CUDA device, got {str(engine.device)!r}")
+            raise VisadaptError(f"device must be a CUDA device for compile='graphs', got {str(engine.device)!r}")
         if engine.processes > 1 or engine.parts > 1:
             raise VisadaptError("compile='graphs' needs one process and accumulate=1")
         self.__dict__["graphs"] = Graphs(lambda ready: _outputs(model, ready).float(), parameters, model, engine.device)
