@@ -42,7 +42,7 @@ def blocks(results: list[Result], report: Report) -> dict[str, str]:
     parts = {
         "setting": setting(results),
         "figures": figures(report),
-        "advice": f"{report.lead}",
+        "advice": "\n".join(f"* {sentence}" for sentence in report.lead),
         "budgets": "" if report.budgets is None else report.budgets.markdown(),
         "summary": summary(results).markdown(),
         "methods": methods(results),
@@ -136,7 +136,7 @@ def main() -> None:
     report = build(results)
     parts = blocks(results, report)
     if args.print:
-        print(report.lead, report.budgets, summary(results), claims_table(report.claims), sep="\n\n")
+        print(*report.lead, report.budgets, summary(results), claims_table(report.claims), sep="\n\n")
         return
     for old in (ROOT / "docs" / "results").glob("*.svg"):
         old.unlink()

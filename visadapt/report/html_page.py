@@ -67,7 +67,7 @@ def page(report: Report) -> str:
     parts = [f"<h1>{escape(report.title)}</h1>", f"<nav aria-label='Sections'><ul>{entries}</ul></nav>"]
     if report.advice is not None:
         tables = "".join(map(_table, report.choices))
-        text = f"<p class='finding'>{escape(report.lead)}</p>"
+        text = "".join(f"<p class='finding'>{escape(sentence)}</p>" for sentence in report.lead)
         parts.append(f"<section id='advice'><h2>{ADVICE}</h2>{text}{tables}</section>")
     if report.claims:
         parts.append(f"<section id='claims'><h2>Claims</h2>{_claims(report.claims)}</section>")

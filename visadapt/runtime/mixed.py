@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import Key, mapped
+from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
 from visadapt.backbone.shared_pass import spread
@@ -24,7 +25,7 @@ from visadapt.methods.stacking import Rows, Stacked
 from visadapt.runtime.by_row import run_by_row
 from visadapt.runtime.composition import Cluster, Composition
 from visadapt.runtime.division import Division, UnfitError, grouped
-from visadapt.runtime.door import enter
+from visadapt.runtime.door import enter, enter_by, is_outside, outside
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.profile import Step
 from visadapt.runtime.registry import Mixed, Named, Parts
@@ -194,14 +195,6 @@ def _on_output(step: Step, parts: list[nn.Module], out: Tensor, rows: Rows, fres
     return rows.put(out, {g: around(part, rows.take(out, g), ()) for g, part in enumerate(parts)})
 
 
-def outside(place: str) -> VisadaptError:
-    """What is raised where a host is called without the whole model."""
-    return VisadaptError(
-        f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
-        "sample: give a batch of mixed tasks to model(...) itself, or run one task at a time"
-    )
-
-
 def _of_one(here: Here, out: Any) -> Any:
     """Let parts act that do so on the output of a host which ran for the one sample of all tasks."""
     changed = here.act(here.spread(out, here.outputs), None, False)
@@ -220,6 +213,8 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
     """A host's forward for a batch of mixed tasks; see the module."""
     if REGISTRY in host.__dict__ and not isinstance(tasks, Mixed) and not is_tracing():
         return enter(host, parts._registry, tasks, args, kwargs)
+    if is_outside(tasks) and isinstance(tasks, Named) and not is_tracing():
+        return enter_by(parts._registry, Entry(parts._path), tasks, host.forward, args, kwargs)
     if isinstance(tasks, str) or not (isinstance(tasks, Named) or is_tracing()):
         raise outside(parts._path)
     if not isinstance(tasks, Named):
