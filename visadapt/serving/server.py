@@ -25,6 +25,7 @@ from visadapt.runtime.modes import keep_modes
 from visadapt.serving.backbones import Backbone
 from visadapt.serving.catalogue import Catalogue, Entry, model_digest
 from visadapt.serving.forward import Forward, warm_up
+from visadapt.serving.heap import trim_heap
 from visadapt.serving.limits import Limits
 from visadapt.serving.metrics import Metrics
 from visadapt.serving.model_pool import ModelPool
@@ -150,6 +151,7 @@ class Server:
             self._modes.enter_context(keep_modes(self.pool.model))
             self.pool.model.eval()
             warm_up(self._forward, min(3, self.pool.most), self._max_batch)
+            trim_heap()
             self._worker.start()
             self.ready = True
         return self
