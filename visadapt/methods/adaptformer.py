@@ -36,6 +36,13 @@ class AdaptFormer(Method):
 
     Raises:
         VisadaptError: an option is out of range; at a site no MLP is found, beside which to stand.
+
+    Examples:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2)
+        >>> model = visadapt.inject(vit, visadapt.AdaptFormer(m=4), task="flowers", num_classes=3)
+        >>> visadapt.summary(model)["flowers"].sites
+        2
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp",)

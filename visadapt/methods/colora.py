@@ -13,7 +13,7 @@ from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import Operator, as_kernel, check_weight, convolve, is_operator, operator_of, rows_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, check_fraction, check_width
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, setting
 from visadapt.methods.edge_filter import edge_preserving
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
 from visadapt.methods.method import Method, width
@@ -242,4 +242,4 @@ class DepthwiseBranch(nn.Module):
         Raises:
             VisadaptError: always.
         """
-        raise VisadaptError("its filter depends on its input (CoLoRA(branch=False) would merge)")
+        raise VisadaptError(f"its filter depends on its input ({setting('branch', False)} would merge)")

@@ -49,6 +49,15 @@ class ConvAdapter(Method):
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution, or is one of token sequences; at a site
             of ``residual-parallel`` there is no block of several modules.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> expected = backbone.eval()(images)
+        >>> model = visadapt.inject(backbone, visadapt.ConvAdapter(gamma=2), task="flowers")
+        >>> torch.equal(model(images), expected)
+        True
+        >>> visadapt.summary(model)["flowers"].sites
+        16
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

@@ -36,6 +36,13 @@ class DAN(Method):
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear, or its weight is not a
             parameter.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.DAN(diagonal=True), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

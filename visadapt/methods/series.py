@@ -37,6 +37,13 @@ class Series(Method):
 
     Raises:
         VisadaptError: an option is out of range; ``norm`` at a site of token sequences.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.Series(), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

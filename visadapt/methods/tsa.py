@@ -38,6 +38,13 @@ class TSA(Method):
 
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear; ``align`` finds no head.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.TSA(), task="flowers", num_classes=3, norms="frozen").eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
