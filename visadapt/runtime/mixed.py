@@ -115,6 +115,46 @@ class Here:
                 outs.append(function(parts, own_args, own_kwargs))
         return division.join(outs, self.outputs)
 
+    def before(self, args: Any) -> Any:
+        """What the host is called with, changed by each task's parts on its own rows.
+
+        Returns:
+            The arguments; None where some part cannot act on the whole batch at once.
+        """
+        clusters = self.composition.clusters
+        steps = [() if c.profile is None else c.profile.before.get(self.path, ()) for c in clusters]
+        if not args or not isinstance(args[0], Tensor) or any(not step.rowwise for own in steps for step in own):
+            return None
+        given = [self.inputs.get((0, i)) if isinstance(arg, Tensor) else None for i, arg in enumerate(args)]
+        division = Division(self.composition.cluster_of, self.place, self.composition.members)
+        for number, (cluster, own) in enumerate(zip(clusters, steps, strict=True)):
+            if own:
+                args = self._before(cluster, own, division, number, args, given)
+        return args
+
+    def _before(
+        self, cluster: Cluster, steps: Any, division: Division, number: int, args: Any, given: list[Fact | None]
+    ) -> Any:
+        whole = len(self.composition.clusters) == 1
+        rows = {
+            i: division.rows(arg.shape[0], arg.device, given[i])
+            for i, arg in enumerate(args)
+            if isinstance(arg, Tensor)
+        }
+        own = args if whole else tuple(rows[i].take(arg, number) if i in rows else arg for i, arg in enumerate(args))
+        within = Division(cluster.number, self.place, cluster.samples)
+        inner = within.rows(own[0].shape[0], own[0].device, given[0])
+        changed = own
+        for step in steps:
+            parts = [self.parts[cast("str", name)][step.name] for name in cluster.names]
+            changed = cast("Any", parts[0]).rowwise(changed, Stacked(parts, inner))
+        if whole:
+            return changed
+        return tuple(
+            arg if new is old else rows[i].put(arg, {number: new})
+            for i, (arg, old, new) in enumerate(zip(args, own, changed, strict=True))
+        )
+
     def act(self, out: Any, first: Any, fresh: bool, key: Key = ()) -> Any:
         """Let all parts act that do so on the host's output, each task's on its own rows.
 
@@ -234,8 +274,11 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
         elif here.is_first() or here.path in here.shared.single:
             return _of_one(here, plain.forward(host, *args, **kwargs))
     if "before" in here.roles:
-        # each group with an input of its own: apart from the start
-        return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
+        changed = here.before(args)
+        if changed is None:
+            # each group with an input of its own: apart from the start
+            return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
+        args = changed
     if here.roles & {"instead", "weights"}:
         out = None
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
