@@ -162,7 +162,7 @@ class Stacked:
     def _inside(self, path: Sequence[str]) -> Sequence[nn.Module]:
         modules = self.parts
         for step in path:
-            modules = [cast("nn.Module", module.__dict__["_modules"][step]) for module in modules]
+            modules = [module.__dict__["_modules"][step] for module in modules]
         return modules
 
 

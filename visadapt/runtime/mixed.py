@@ -87,13 +87,13 @@ class Here:
 
     def groups(self) -> tuple[list[nn.ModuleDict], Division]:
         """The parts of each group of samples, and which group each sample is in."""
-        parts, composition = self.parts, self.composition
-        names, number, samples = composition.names, composition.number, composition.samples
-        if any(name is None or name not in parts for name in names):
+        composition = self.composition
+        number, samples = composition.number, composition.samples
+        own = composition.parts(self.path)
+        if None in own:
             # tasks without parts here are one group, with the bare backbone
-            names, number, samples = grouped([n if n is not None and n in parts else None for n in composition.tasks])
-        own = [NONE if name is None else parts[name] for name in names]
-        return own, Division(number, self.place, samples)
+            own, number, samples = grouped([own[n] for n in number])
+        return [NONE if parts is None else parts for parts in own], Division(number, self.place, samples)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
@@ -144,9 +144,9 @@ class Here:
         own = args if whole else tuple(rows[i].take(arg, number) if i in rows else arg for i, arg in enumerate(args))
         within = Division(cluster.number, self.place, cluster.samples)
         inner = within.rows(own[0].shape[0], own[0].device, given[0])
-        changed = own
+        changed, held = own, self._held(cluster)
         for step in steps:
-            parts = [self.parts[cast("str", name)][step.name] for name in cluster.names]
+            parts = [each.__dict__["_modules"][step.name] for each in held]
             changed = cast("Any", parts[0]).rowwise(changed, Stacked(parts, inner))
         if whole:
             return changed
@@ -185,6 +185,10 @@ class Here:
                 values[number] = changed
         return rows.put(out, values) if values else out
 
+    def _held(self, cluster: Cluster) -> list[nn.ModuleDict]:
+        by_name = dict(zip(self.composition.names, self.composition.parts(self.path), strict=True))
+        return [cast("nn.ModuleDict", by_name[name]) for name in cluster.names]
+
     def _cluster(
         self, cluster: Cluster, out: Tensor, first: Any, output: Fact | None, given: Fact | None, fresh: bool
     ) -> Tensor:
@@ -194,10 +198,11 @@ class Here:
             return out
         division = Division(cluster.number, self.place, cluster.samples)
         rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
-        held = [self.parts[cast("str", name)] for name in cluster.names]
+        held = self._held(cluster)
         fresh = fresh and not any(step.role == "watch" for step in steps)
         for step in steps:
-            parts = [own[step.name] for own in held]
+            # not by index, which takes a Python call per task
+            parts = [own.__dict__["_modules"][step.name] for own in held]
             if step.role == "beside":
                 beside = division.rows(first.shape[0], first.device, given)
                 out = _beside(step, parts, out, first, rows, beside)
@@ -285,7 +290,7 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
             groups, division = here.groups()
             x = args[0]
             rows = division.rows(x.shape[0] if x.ndim else 0, x.device, here.inputs.get((0, 0)))
-            out = stack_norms(host, plain, groups, rows, x)
+            out = stack_norms(host, plain, here.composition.norms(here.path), groups, rows, x)
         if out is None:
             out = here.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
         fresh = is_fresh(nn.Linear, NONE)

@@ -14,19 +14,25 @@ from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.batchnorm import carried
 from visadapt.backbone.modules import is_stateful, parameter_count
 from visadapt.backbone.subclass import plain_class
+from visadapt.backbone.tracing import is_tracing
 from visadapt.methods.stacking import Rows, batch_norm
 from visadapt.runtime.registry import Parts
-from visadapt.runtime.roles import role
 
 
 def stack_norms(
-    host: nn.Module, plain: type[nn.Module], groups: Sequence[nn.ModuleDict], rows: Rows, x: Tensor
+    host: nn.Module,
+    plain: type[nn.Module],
+    looks: Sequence[Any] | None,
+    groups: Sequence[nn.ModuleDict],
+    rows: Rows,
+    x: Tensor,
 ) -> Tensor | None:
     """A BatchNorm (in eval mode) or LayerNorm in which every sample has its task's affine part and statistics.
 
     Args:
         host: the backbone's norm.
         plain: its class.
+        looks: class and mode of the tasks' own norms; None where tasks change the norm otherwise.
         groups: the tasks' parts there.
         rows: which group each row of ``x`` belongs to.
         x: the norm's input.
@@ -34,16 +40,17 @@ def stack_norms(
     Returns:
         The output, or None where the norm is of another kind or sees its batch's statistics.
     """
-    if not is_stackable(host, plain):
+    if looks is None or not is_stackable(host, plain):
         return None
-    norms: list[Any] = []
-    for parts in groups:
-        own = parts._modules.get("norm")
-        if any(part is not own and role(part) in ("instead", "weights") for part in parts.values()):
-            return None
-        norms.append(host if own is None else own)
-    moves = _layer_norm_layout(host, plain) is None
-    if any(plain_class(norm) is not plain_class(host) or (norm.training and moves) for norm in norms):
+    norms: list[Any] = [parts._modules.get("norm", host) for parts in groups]
+    cls = plain_class(host)
+    trains = _layer_norm_layout(host, plain) is None and (
+        host.training
+        or any(training for _, training in looks)
+        # modes may have changed since the tasks were looked at
+        or (is_tracing() and any(norm.training for norm in norms))
+    )
+    if trains or any(kind is not cls for kind, _ in looks):
         return None
 
     def gathered(name: str) -> Tensor | None:
