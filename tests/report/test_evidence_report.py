@@ -82,7 +82,7 @@ def test_an_interrupted_run_has_a_report(results: list[Result], count: int) -> N
 def test_before_any_final_run_there_is_a_comparison_of_nothing(results: list[Result]) -> None:
     tests = [result for result in results if result.experiment == "compare" and result.split == "test"]
     report = build(tests[:2])
-    assert (report.advice, report.budgets, report.lead) == (None, None, "")
+    assert (report.advice, report.budgets, report.lead) == (None, None, ())
     assert {claim.verdict for claim in report.claims} == {"cannot be decided"}
 
 

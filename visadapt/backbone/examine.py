@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
+from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.modules import own_modules, plain_copy, unwrapped
 from visadapt.backbone.reordering import Watch, chose_rows
@@ -21,7 +22,9 @@ from visadapt.backbone.trace import quiet
 from visadapt.errors import VisadaptError
 
 
-def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None) -> RowFacts:
+def examine(
+    model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None, entry: Entry = WHOLE
+) -> RowFacts:
     """Find the row facts of a batch.
 
     Args:
@@ -29,6 +32,7 @@ def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int
         given: ``(args, kwargs)`` of its call.
         samples: N, the expected number of samples.
         classes: number of classes of the backbone's own head; larger labels in the batch are clamped.
+        entry: the method that is called with the batch.
 
     Raises:
         VisadaptError: the batch cannot be split into N samples, or the output for one sample depends on the others.
@@ -45,21 +49,24 @@ def examine(model: nn.Module, given: tuple[Any, Any], samples: int, classes: int
     given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
     why = ""
     for cut in cuts:
-        found = _attempted(model, given, cut, samples)
+        found = _attempted(model, given, cut, samples, entry)
+        if isinstance(found, RowFacts) and entry != WHOLE:
+            found = _told_apart(model, given, found, samples, entry)
         if isinstance(found, RowFacts):
             return found
         why = why or found
     raise VisadaptError(
-        f"{samples} tasks were named for a batch of {size_of(given)}, which {type(unwrapped(model)).__name__} does not "
+        f"{samples} tasks were named for a batch of {size_of(given)}, which {entry.shown(unwrapped(model))} does not "
         f"treat as {samples} samples independent of each other ({why}): name one task per sample, or run one task at a "
         "time"
     )
 
 
-def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts | str:
+@torch.no_grad()
+def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts | str:
     """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
     try:
-        return _examined(model, given, cut, samples)
+        return _examined(model, given, cut, samples, entry)
     except VisadaptError as error:
         return str(error)
     except Exception as error:  # a model may raise anything if the batch was split along the wrong axis
@@ -71,8 +78,28 @@ def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int)
     # labels of other tasks need not fit the backbone's own loss: try without them
     rest = {name: value for name, value in kwargs.items() if name not in labels}
     own = {key: axis for key, axis in cut.items() if key not in {(1, name) for name in labels}}
-    found = _attempted(model, (args, rest), own, samples)
+    found = _attempted(model, (args, rest), own, samples, entry)
     return replace(found, cut=cut) if isinstance(found, RowFacts) else failure
+
+
+def _told_apart(model: nn.Module, given: Any, found: RowFacts, samples: int, entry: Entry) -> RowFacts | str:
+    """The facts, unless another axis of what a part of a model was given may be that of the samples just as well.
+
+    What a whole model takes has its samples along the first axis, or depends on the order of all others. A layer that
+    acts on each token alone cannot tell samples from tokens: then the samples must lie along the first axis, and as
+    many tokens as samples are refused.
+    """
+    for key, leaf in leaves(given):
+        axis = found.cut.get(key)
+        if not isinstance(leaf, Tensor) or not isinstance(axis, int):
+            continue
+        other = 0 if axis else 1
+        if axis or (leaf.ndim == 3 and leaf.shape[1] == samples):
+            size = leaf.shape[other]
+            elsewhere = _attempted(model, given, {**found.cut, key: other}, size, entry) if size > 1 else ""
+            if isinstance(elsewhere, RowFacts):
+                return f"samples may lie along axis {axis} or {other} of a tensor of shape {tuple(leaf.shape)}"
+    return found
 
 
 def _is_label(name: Any) -> bool:
@@ -153,13 +180,13 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
 
 
-def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int) -> RowFacts:
+def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts:
     twin = twin_of(unwrapped(model))
     pair = take(given, cut, _distinct(given, cut, samples))
-    facts = _compared(twin, pair, cut)
+    facts = _compared(twin, pair, cut, entry)
     if not facts.evidence and samples > 1:
         try:
-            varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut)
+            varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut, entry)
         except Exception:  # the model may refuse made-up values; then there is no evidence
             return facts
         return varied
@@ -265,7 +292,7 @@ def _prints(tree: Any) -> dict[Key, Print]:
     return {key: Print.of(leaf) for key, leaf in leaves(tree) if isinstance(leaf, Tensor)}
 
 
-def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
+def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry) -> RowFacts:
     """Run the twin on (p, q) and on (q, p, q), and compare the results."""
     three = take(pair, cut, [1, 0, 1])
     recorder = _Recorder(twin)
@@ -275,7 +302,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis]) -> RowFacts:
         recorder.calls = {}
         watch = Watch((args, kwargs))
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), full_precision(), watch:
-            out = twin(*args, **kwargs)
+            out = entry.of(twin)(*args, **kwargs)
         runs.append((recorder.calls, out, watch))
     (few, small, first), (more, large, second) = runs
     hosts = {}
@@ -303,7 +330,13 @@ def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
     if isinstance(small, Tensor) and isinstance(large, Tensor):
         fact = fact_of(small, large)
         grown = small.shape != large.shape
-        if fact == UNKNOWN and grown and sum(p != q for p, q in zip(small.shape, large.shape, strict=False)) == 1:
+        if fact == UNKNOWN and grown and small.ndim == large.ndim:
+            if sum(p != q for p, q in zip(small.shape, large.shape, strict=True)) > 1:
+                name = ".".join(map(str, key)) or "its output"
+                raise VisadaptError(
+                    f"{name} has several axes of samples, {tuple(small.shape)} for two: it compares samples, of which "
+                    "each has its own task"
+                )
             raise VisadaptError("the output for one sample depends on the others")
         return {key: fact}
     inner = dict(children(small) or ()), dict(children(large) or ())

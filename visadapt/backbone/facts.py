@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visadapt.backbone.entry import Entry
 from visadapt.backbone.find import find_sites
 from visadapt.backbone.heads import Head, find_head, traced_head
 from visadapt.backbone.known_batches import KnownBatches
@@ -28,6 +29,7 @@ class Facts:
         model: the backbone.
         modules: its modules by path, without those of tasks.
         batches: which rows belong to which sample, for the kinds of batch that it has met.
+        entries: the same of what entered by other methods than its forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,6 +37,7 @@ class Facts:
         self.modules = own_modules(model)
         self._traced_head: Head | None = None
         self.batches = KnownBatches()
+        self.entries: dict[Entry, KnownBatches] = {}
 
     @property
     def name(self) -> str:

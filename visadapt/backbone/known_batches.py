@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from visadapt.backbone.batch import Axis, Key, is_cache, leaves
+from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 from visadapt.backbone.shared_pass import SharedPass, find_shared
@@ -19,15 +20,19 @@ _TRIES = 3
 
 
 class KnownBatches:
-    """Row facts by signature of the batch: its structure, dtypes and sizes other than the number of samples.
+    """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
 
     If two batches that differ only in their sizes have the same facts, these facts are used for every size.
+
+    Args:
+        entry: the method that is called with the batches.
 
     Attributes:
         hosts: facts that hold for all batches so far, by path of the module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entry: Entry = WHOLE) -> None:
+        self._entry = entry
         self.hosts: dict[str, HostRows] = {}
         self._exact: dict[Any, RowFacts] = {}
         self._general: dict[Any, RowFacts] = {}
@@ -60,7 +65,7 @@ class KnownBatches:
         if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
-        found = examine(model, given, samples, classes)
+        found = examine(model, given, samples, classes, self._entry)
         self._tries[exact] = self._tries.get(exact, 0) + 1
         if len(self._exact) >= 1024:
             self._exact.clear()

@@ -33,6 +33,9 @@ FORWARDS = "_visadapt_forwards"
 REGISTRY = "_visadapt"
 """Attribute of an injected model that holds its registry."""
 
+ENTERED = "_visadapt_entered"
+"""Attribute of a module inside an injected model at which batches of mixed tasks may enter."""
+
 OURS = "_visadapt_hook"
 """Attribute of a hook of visadapt's."""
 
@@ -90,6 +93,7 @@ def unfreeze(module: nn.Module) -> None:
     module.__dict__.pop(LEAN, None)
     module.__dict__.pop(PREFIX, None)
     module.__dict__.pop(UNFUSED, None)
+    module.__dict__.pop(ENTERED, None)
     release_forward(module)
     drop_hooks(module)
     if made_by(type(module)):
@@ -177,7 +181,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     memo = {} if memo is None else memo
     # a memo that already knows what belongs to visadapt makes deepcopy pass it by
     for inner in own_modules(module).values():
-        ours = (inner._modules.get(CHILD), inner.__dict__.get(LEAN), inner.__dict__.get(REGISTRY))
+        ours = (inner._modules.get(CHILD), *(inner.__dict__.get(name) for name in (LEAN, REGISTRY, ENTERED)))
         memo |= {id(each): None for each in ours if each is not None}
         for parameter in inner._parameters.values():
             if isinstance(parameter, Compact) and id(parameter) not in memo:

@@ -8,6 +8,7 @@ from statistics import mean
 
 from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.record import Result
+from visadapt.report.claims import MAX_LOSS
 from visadapt.report.formatting import join_words, pluralize, signed
 from visadapt.report.statistics import group_by, interval, paired_differences, percent_trained, shared_problems
 from visadapt.table import Table
@@ -110,12 +111,15 @@ def by_network(results: Sequence[Result]) -> dict[str, list[Comparison]]:
 
 
 def taken(comparisons: Sequence[Comparison]) -> Comparison | None:
-    """Return the smallest adapter that is above full fine-tuning; else the smallest of which no difference could be
-    seen; else the one that comes nearest. None without adapters."""
+    """Return the adapter to take; None without adapters.
+
+    The smallest that is above full fine-tuning; else the smallest that is surely within `MAX_LOSS` points of it, by its
+    interval; else the one that comes nearest. A wide interval alone recommends nothing.
+    """
     adapters = [c for c in comparisons if is_adapter(c.name)]
     above = [c for c in adapters if c.verdict == "above"]
-    even = [c for c in adapters if c.verdict != "below"]
-    return above[0] if above else even[0] if even else max(adapters, key=lambda c: c.points, default=None)
+    sure = [c for c in adapters if c.low > -MAX_LOSS]
+    return above[0] if above else sure[0] if sure else max(adapters, key=lambda c: c.points, default=None)
 
 
 def advice(results: Sequence[Result]) -> Table | None:
@@ -127,14 +131,15 @@ def advice(results: Sequence[Result]) -> Table | None:
             rows.append((network, best.name, *_figures(best), problems))
     headings = ("network", "take", "of backbone", "file", "points", "95 % interval", "against full fine-tuning", "on")
     title = (
-        "The smallest adapter that is not below full fine-tuning on test data, or the one that comes nearest; points "
-        "are differences from full fine-tuning"
+        "The smallest adapter that is better than full fine-tuning on test data, else the smallest that is surely "
+        f"within {MAX_LOSS:g} point of it, else the one that comes nearest; points are differences from full "
+        "fine-tuning"
     )
     return Table(headings, rows, title) if rows else None
 
 
-def lead(results: Sequence[Result]) -> str:
-    """Answer "which method should I take?" in one sentence per network; empty if nothing can be compared."""
+def lead(results: Sequence[Result]) -> tuple[str, ...]:
+    """Answer "which method should I take?" in one sentence per network; none if nothing can be compared."""
     sentences = []
     for network, comparisons in by_network(results).items():
         best = taken(comparisons)
@@ -147,7 +152,7 @@ def lead(results: Sequence[Result]) -> str:
             f"On {network}, take {best.name}: it trains {best.percent:.2f} % of the backbone, and {seen} full "
             f"fine-tuning ({signed(best.points)} points, 95 % interval {best.interval})."
         )
-    return " ".join(sentences)
+    return tuple(sentences)
 
 
 def budgets(results: Sequence[Result]) -> Table | None:

@@ -38,7 +38,7 @@ class Report:
         advice: which method to take on which network, if methods were compared with full fine-tuning.
         sections: one section per experiment.
         made_with: one line per environment (device, versions, commit) with its number of results.
-        lead: the advice in sentences.
+        lead: the advice, one sentence per network.
         budgets: which method to take for which budget of trained parameters.
         claims: every claim about the kinds of data that there are results of, those without results included.
     """
@@ -47,7 +47,7 @@ class Report:
     advice: Table | None
     sections: tuple[Section, ...]
     made_with: tuple[str, ...]
-    lead: str = ""
+    lead: tuple[str, ...] = ()
     budgets: Table | None = None
     claims: tuple[Claim, ...] = ()
 

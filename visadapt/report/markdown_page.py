@@ -22,7 +22,10 @@ def markdown(report: Report, figures: str) -> str:
     """
     parts = [f"# {markdown_text(report.title)}"]
     if report.advice is not None:
-        parts += ["## Which method should I take?", markdown_text(report.lead)]
+        parts += [
+            "## Which method should I take?",
+            "\n".join(f"* {markdown_text(sentence)}" for sentence in report.lead),
+        ]
         parts += [part for table in report.choices for part in (f"{markdown_text(table.title)}.", table.markdown())]
     if report.claims:
         parts += ["## Claims", claims_table(report.claims).markdown()]

@@ -101,6 +101,12 @@ class Choices(TasksInUse):
             return self._traced()
         return self._acting().tasks
 
+    def may_be_divided(self) -> bool:
+        """Whether several tasks may be meant, so that `acting` has to be asked."""
+        block = (BLOCKS.get() or {}).get(self._number)
+        tasks = (self._held or self._default if block is None else block).tasks
+        return bool(self._streams) or (block is not None and block.closed) or isinstance(tasks, tuple) or tasks == AUTO
+
     def check_current(self) -> None:
         """Refuse a task that was removed since it was chosen.
 

@@ -1,45 +1,50 @@
-"""The model's forward for a batch of mixed tasks: one pass over the whole batch, or one pass per task.
+"""Entries of mixed batches: the model's forward, another method of the model, or a module inside it called directly.
 
-Before the first batch of a kind runs, the rows of each sample are found at every module (see `visadapt.backbone.rows`).
-If they are known at every module where the batch's tasks differ, the backbone runs once over the whole batch.
-Otherwise it runs one task at a time on that task's samples and the outputs are joined: slower, but always exact.
+Rows are examined for each entry separately. While an entry runs, the modules inside it do not act as entries.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from functools import update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from visadapt.backbone.batch import is_cache, leaves
-from visadapt.backbone.heads import width_of
-from visadapt.backbone.modules import CHILD, REGISTRY
-from visadapt.backbone.rows import RowFacts
-from visadapt.backbone.shared_pass import repeated
+from visadapt.backbone.entry import Entry
+from visadapt.backbone.known_batches import KnownBatches
+from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
+from visadapt.runtime.blocks import frames
 from visadapt.runtime.choice import AUTO
-from visadapt.runtime.composition import Composition, composed
-from visadapt.runtime.division import Division, UnfitError
-from visadapt.runtime.registry import Mixed, Parts, Registry
-from visadapt.runtime.weights import changes
+from visadapt.runtime.divided import TRYING, run_batch, trying
+from visadapt.runtime.registry import Mixed, Registry
 
 
-class CacheError(VisadaptError):
-    """A key-value cache was passed with a mixed batch that runs one task at a time; tasks cannot share one."""
+class OutsideError(VisadaptError):
+    """A host was called with a mixed batch outside of an entry whose rows are known."""
 
 
 @cached
 def door_class(plain: ModuleClass) -> ModuleClass:
-    """Return a subclass of the root module's class whose forward accepts batches of mixed tasks."""
+    """Return a subclass whose forward and other public methods accept batches of mixed tasks.
+
+    Args:
+        plain: class of the root module, or of a module that contains hosts.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         registry: Registry | None = self.__dict__.get(REGISTRY)
-        tasks = None if registry is None else registry.current()
-        if registry is None or not is_outside(tasks):
+        if registry is None:
+            return _entered(self, "forward", plain.forward, args, kwargs)
+        tasks = registry.current()
+        if not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
         if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
             return _uncompiled(self, registry, tasks, args, kwargs)
@@ -49,12 +54,66 @@ def door_class(plain: ModuleClass) -> ModuleClass:
         return enter(self, registry, tasks, args, kwargs)
 
     forward.__wrapped__ = plain.forward  # type: ignore[attr-defined]
-    return subclass(plain, door_class, forward=forward)
+    return subclass(plain, door_class, **_methods(plain), forward=forward)
+
+
+def _methods(plain: ModuleClass) -> dict[str, Any]:
+    """Return the public methods of a class, wrapped so that they can be entries."""
+    found: dict[str, Any] = {}
+    for base in reversed(plain.__mro__):
+        if base in nn.Module.__mro__:
+            continue
+        for name, own in vars(base).items():
+            found.pop(name, None)
+            usual = isinstance(own, FunctionType) and not name.startswith("_") and not hasattr(nn.Module, name)
+            if usual and not (inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own)):
+                found[name] = _method(name, own)
+    return found
+
+
+def _method(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _entered(self, name, own, args, kwargs)
+
+    return update_wrapper(method, own)
+
+
+def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a method of a module; with a mixed batch, as an entry if it calls hosts."""
+    registry: Registry | None
+    registry, path = module.__dict__.get(ENTERED) or (module.__dict__.get(REGISTRY), "")
+    if is_tracing() or registry is None or module.__dict__.get("_is_replica") or not registry.may_be_divided():
+        return own(module, *args, **kwargs)
+    tasks = registry.acting()
+    if not is_outside(tasks) or tasks == AUTO or registry in TRYING.get():
+        return own(module, *args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return own(module, *args, **kwargs)
+
+    entry = Entry(path, name)
+    # gradient checkpointing counts what is saved, so nothing may run twice under its hooks
+    if entry not in registry.facts.entries and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        try:
+            with trying(registry):
+                return call(*args, **kwargs)
+        except OutsideError:
+            pass  # it calls hosts: from now on it is an entry
+    return enter_by(registry, entry, tasks, call, args, kwargs)
 
 
 def is_outside(tasks: Any) -> bool:
     """Return whether several tasks or "auto" are active and the batch has not been examined yet."""
     return tasks == AUTO or (isinstance(tasks, tuple) and not isinstance(tasks, Mixed))
+
+
+def outside(place: str, reason: object = "") -> OutsideError:
+    """Return the error for a host that is called outside of an entry."""
+    why = f" ({reason})" if reason else ""
+    return OutsideError(
+        f"{place} was called outside of the model's own forward, where it is not known which rows belong to which "
+        f"sample{why}: give a batch of mixed tasks to model(...) itself, or run one task at a time"
+    )
 
 
 def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> Any:
@@ -74,45 +133,7 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
-    distinct = tuple(dict.fromkeys(tasks))
-    batches = registry.facts.batches
-    training = bool(model.__dict__["training"])
-    head = registry.facts.head
-    classes = None if head is None else width_of(registry.facts.modules[head.final])
-    one = batches.single(model, (args, kwargs), len(tasks), classes)
-    if one is not None:
-        return _for_all(model, registry, tasks, (args, kwargs), one, classes)
-    facts = batches.facts(model, (args, kwargs), len(tasks), len(distinct) > 1, classes)
-    if len(distinct) == 1:
-        with registry.within(distinct[0]):
-            return model.forward(*args, **kwargs)
-    composition = composed(registry, tasks)
-    if not _divided_within(registry, facts, distinct):
-        try:
-            with registry.within(Mixed.within(composition, facts)):
-                return model.forward(*args, **kwargs)
-        except UnfitError as error:
-            batches.forget((args, kwargs), len(tasks), training, facts)
-            if training:
-                # norms may have updated their statistics already, so this call cannot be repeated
-                raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
-    return _one_by_one(model, registry, composition, facts, args, kwargs)
-
-
-def _for_all(model: nn.Module, registry: Registry, tasks: Any, given: Any, cut: Any, classes: int | None) -> Any:
-    """Run a whole model on one sample for several tasks: its backbone once as far as the tasks do not act."""
-    batches, distinct = registry.facts.batches, tuple(dict.fromkeys(tasks))
-    views = repeated(given, cut, len(tasks), views=True)
-    facts = batches.facts(model, views, len(tasks), len(distinct) > 1, classes)
-    if len(distinct) > 1 and not _divided_within(registry, facts, distinct):
-        composition = composed(registry, tasks)
-        shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
-        if shared is not None:
-            with registry.within(Mixed.within(composition, facts, shared)):
-                return model.forward(*given[0], **given[1])
-    # the tasks act from the start, or where they part is not established
-    args, kwargs = repeated(given, cut, len(tasks))
-    return enter(model, registry, tasks, args, kwargs)
+    return run_batch(model, registry, tasks, model.forward, registry.facts.batches, args, kwargs)
 
 
 READS_CONTEXT = torch.__version__ >= "2.14"
@@ -122,69 +143,41 @@ a batch's composition is no longer known, and a mixed batch is not compiled."""
 _uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
 
 
-def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
-    """Return whether the tasks differ at a module whose rows are not known."""
-    paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
-    return (
-        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
-    )
-
-
-def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
-    """Return whether the tasks differ at one module whose rows are not known."""
-    parts, module = _parts_at(registry, path), registry.hosts.get(path)
-    if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
-        return False
-    owners = [name for name in distinct if name is not None and changes(parts, name)]
-    if facts.knows(path):
-        # a forward pre-hook may read the module's weights (torch's older weight norm does)
-        return bool(owners)
-    if path in facts.hosts:
-        return len({name if name in parts else None for name in distinct}) > 1
-    # not called in the examined forwards; if it is called now, it raises. Its weights may be read without a call, by an
-    # enclosing module whose rows may be known (as attention reads the weights of its output projection)
-    around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
-    covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
-    return bool(owners) and len(distinct) > 1 and not covered
-
-
-def _parts_at(registry: Registry, path: str) -> Parts:
-    module = registry.hosts.get(path)
-    parts = None if module is None else module._modules.get(CHILD)
-    # another thread may just have removed the last task here
-    return parts if isinstance(parts, Parts) else Parts()
-
-
-def _one_by_one(
-    model: nn.Module,
+def enter_by(
     registry: Registry,
-    composition: Composition,
-    facts: RowFacts,
+    entry: Entry,
+    tasks: tuple[str | None, ...],
+    call: Callable[..., Any],
     args: Any,
     kwargs: Any,
 ) -> Any:
-    division = Division(composition.number, type(model).__name__, composition.samples)
-    cache = next((key for key, leaf in leaves((args, kwargs)) if is_cache(leaf)), None)
-    if cache is not None or kwargs.get("use_cache") is True:
-        raise CacheError(
-            f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
-            "call it without one (use_cache=False), or run one task at a time"
-        )
-    outs = []
+    """Run a batch of mixed tasks that enters elsewhere than at the model's forward.
+
+    Args:
+        registry: the model's registry.
+        entry: module and method.
+        tasks: one task per sample.
+        call: the method, bound to its module.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Raises:
+        OutsideError: another entry is being tried, a torch.fx graph makes the call, or its rows cannot be found.
+        VisadaptError: a task was removed, or the model is reserved for another thread.
+    """
+    place = entry.path if entry.method == "forward" else joined(entry.path, entry.method)
+    if registry in TRYING.get() or any(isinstance(f.f_locals.get("self"), GraphModule) for f in frames()):
+        # between the modules that a graph calls, its operators may reorder rows
+        raise outside(place)
+    registry.reservation.check()
+    registry.in_use()
+    batches = registry.facts.entries.setdefault(entry, KnownBatches(entry))
     try:
-        for number, name in enumerate(composition.names):
-            own_args, own_kwargs = division.share((args, kwargs), _all_free(facts, (args, kwargs)), number)
-            with registry.within(name):
-                outs.append(model.forward(*own_args, **own_kwargs))
-        return division.join(outs, facts.outputs)
-    except UnfitError as error:
-        raise VisadaptError(
-            f"a mixed batch of this {type(model).__name__} runs one task at a time, and {error}"
-        ) from error
-
-
-def _all_free(facts: RowFacts, given: Any) -> dict[Any, Any]:
-    return {**{key: "free" for key, leaf in leaves(given) if isinstance(leaf, Tensor)}, **facts.cut}
+        return run_batch(registry.facts.model, registry, tasks, call, batches, args, kwargs)
+    except OutsideError:
+        raise
+    except VisadaptError as error:
+        raise outside(place, error) from error
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:

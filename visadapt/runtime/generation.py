@@ -21,8 +21,9 @@ from visadapt.backbone.rows import Fact, Lying
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
+from visadapt.runtime.divided import CacheError
 from visadapt.runtime.division import Division, UnfitError, grouped
-from visadapt.runtime.door import CacheError, is_outside
+from visadapt.runtime.door import is_outside
 from visadapt.runtime.registry import Registry
 
 _EXPAND = "_expand_inputs_for_generation"

@@ -159,6 +159,7 @@ class Registry(Choices):
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
         profiles: of tasks, as far as batches of mixed tasks asked for them.
+        doors: ``hosts`` as they were when the modules around them were made to take batches of mixed tasks.
         last_number: the number of the task that came last, removed or not.
     """
 
@@ -178,6 +179,7 @@ class Registry(Choices):
         self.lean: Any = None
         self.source: Source | None = None
         self.profiles: list[Any] = []
+        self.doors: dict[str, nn.Module] | None = None
         self.last_number = 0
         self._by_number: tuple[Any, dict[int, str]] = (None, {})
         # by task, the number of changes that its modules have
@@ -347,6 +349,12 @@ def check_filled(registry: Registry, tasks: Iterable[Any]) -> None:
 
 def tasks(model: nn.Module) -> dict[str, Task]:
     """The tasks of a model by name, in the order they came; empty if it was never injected.
+
+    Args:
+        model: any model.
+
+    Returns:
+        A mapping from the task's name to its `Task`: labels, number of classes, norms and notes.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)

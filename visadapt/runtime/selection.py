@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.modules import ModelT, unwrapped
+from visadapt.backbone.modules import ENTERED, ModelT, ancestors, unwrapped
 from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import generator_of
@@ -112,8 +112,26 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
 
 
 def _open_door(model: nn.Module) -> None:
-    """Let a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice."""
-    backbone = unwrapped(model)
+    """Let a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice.
+
+    They may enter at any module with hosts inside: some models are called in steps (``forward_features``, ``encoder``).
+    """
+    backbone, registry = unwrapped(model), registry_of(model)
+    if registry.doors is registry.hosts:
+        return
+    with registry.lock:
+        hosts = registry.hosts
+        for path in {outer for host in hosts for outer in ancestors(host) if outer} - hosts.keys():
+            module = registry.facts.modules[path]
+            if plain_class(module).forward is not nn.Module.forward:
+                module.__dict__[ENTERED] = registry, path
+                if door_class not in made_by(type(module)):
+                    dress(module, door_class)
+        _open_front(backbone)
+        registry.doors = hosts
+
+
+def _open_front(backbone: nn.Module) -> None:
     if door_class not in made_by(type(backbone)):
         dress(backbone, door_class)
         if generates(plain_class(backbone)):
@@ -123,8 +141,22 @@ def _open_door(model: nn.Module) -> None:
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
     """The task that a forward here and now performs; None for the bare backbone; a tuple for a mixed batch.
 
+    Args:
+        model: an injected model.
+
+    Returns:
+        The task's name; None for the bare backbone; a tuple with one name per sample for a mixed batch.
+
     Raises:
         VisadaptError: the model was never injected.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.active(model)
+        'flowers'
+        >>> with visadapt.using(model, None):
+        ...     print(visadapt.active(model))
+        None
     """
     name: str | tuple[str | None, ...] | None = registry_of(model).in_use()
     return tuple(name) if isinstance(name, tuple) else name

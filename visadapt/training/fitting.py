@@ -64,8 +64,12 @@ def fit(
 ) -> Fit:
     """Train one task of a model; the backbone and the other tasks stay bit-identical.
 
-    With validation data the model ends in the state after the best epoch, otherwise in that after the last. The same
-    seed gives the same numbers on the same machine; the caller's random state is left alone.
+    With validation data the model ends in the state after the best epoch, or in that of the linear probe that a new
+    head starts as, if no epoch is better: on that data a task never ends below its own probe. Without, it ends in the
+    state after the last epoch, which may be worse than the probe. The loss on training data cannot tell: it falls while
+    a task overfits, and rises where a recipe mixes or crops images. Hold samples back, such as with
+    `visadapt.data.ImageSet.holdout`, where that matters. The same seed gives the same numbers on the same machine; the
+    caller's random state is left alone.
 
     Under ``accelerate launch`` or ``torchrun``, each process computes its part of every batch. The results equal those
     of one process, except for batch statistics of norms and for random numbers; running statistics that the task owns
@@ -78,7 +82,7 @@ def fit(
             argument names; an `visadapt.data.ImageSplit`; `visadapt.data.ImageFiles`, which are read in worker
             processes; a mapping with ``labels``; or a ``DataLoader`` of such batches. Labels are class indices, for
             cross entropy; floats, for the squared error of one output; or what ``loss`` says.
-        validation: data in the same forms, to score each epoch.
+        validation: data in the same forms, to score the linear probe and each epoch; None keeps the last epoch.
         recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.
