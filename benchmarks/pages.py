@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.regimes import REGIMES
 from visadapt.experiments import Result, read_results
-from visadapt.report import Report, build, write
+from visadapt.report import Claim, Report, build, write
 from visadapt.report.advice import Comparison, by_network, comparison_table
 from visadapt.report.claims import MAX_TRAINED, STATEMENTS, Statement
 from visadapt.report.formatting import join_words, pluralize, signed
@@ -31,14 +32,29 @@ MOST = 8
 """Rows of README's table."""
 
 
+EARLIER = RESULTS / "evidence.csv"
+"""Results of smaller training sets, for the claims that nothing else tests."""
+
+
 def published() -> Path:
-    """Return the file of the published evidence: that of the regime with the largest training sets."""
-    files = [RESULTS / f"evidence-{name}.csv" for name in ("cuda",)]
-    return next((file for file in files if file.is_file()), RESULTS / "evidence.csv")
+    """Return the file of the published evidence: that of the GPU, if it exists."""
+    file = RESULTS / "evidence-cuda.csv"
+    return file if file.is_file() else EARLIER
 
 
-def blocks(results: list[Result], report: Report) -> dict[str, str]:
-    """Make the parts of pages that are filled, by name."""
+def earlier() -> tuple[Claim, ...]:
+    """Return the claims as earlier results test them; none if these are the published ones."""
+    return build(read_results(EARLIER)).claims if published() != EARLIER and EARLIER.is_file() else ()
+
+
+def blocks(results: list[Result], report: Report, before: Sequence[Claim] = ()) -> dict[str, str]:
+    """Make the parts of pages that are filled, by name.
+
+    Args:
+        results: the published results.
+        report: their report.
+        before: what `earlier` returns.
+    """
     parts = {
         "setting": setting(results),
         "figures": figures(report),
@@ -47,7 +63,9 @@ def blocks(results: list[Result], report: Report) -> dict[str, str]:
         "summary": summary(results).markdown(),
         "methods": methods(results),
     }
-    return parts | {f"finding {number}": finding(each, report) for number, each in enumerate(STATEMENTS, start=1)}
+    return parts | {
+        f"finding {number}": finding(each, report, before) for number, each in enumerate(STATEMENTS, start=1)
+    }
 
 
 def setting(results: list[Result]) -> str:
@@ -74,14 +92,21 @@ def figures(report: Report) -> str:
     return "\n\n".join(f"![{drawing.alt}](results/{drawing.name}.svg)" for drawing in shown)
 
 
-def finding(statement: Statement, report: Report) -> str:
-    """Say what became of a claim, with the figures behind it."""
-    claims = [claim for claim in report.claims if claim.text == statement.text]
-    lines = [
-        f"* {claim.case}: **{claim.verdict}** ({pluralize(claim.training_runs, 'training run')}): {claim.measured}."
-        for claim in claims
-    ]
+def finding(statement: Statement, report: Report, before: Sequence[Claim]) -> str:
+    """Say what became of a claim, with the figures behind it; without any, what earlier results say."""
+    lines = []
+    for claim in (claim for claim in report.claims if claim.text == statement.text):
+        old = [c for c in before if (c.text, c.modality) == (claim.text, claim.modality) and c.training_runs]
+        if claim.training_runs or not old:
+            lines.append(_verdict(claim, claim.case))
+        else:
+            lines += [_verdict(each, f"{each.case}, in earlier runs with small training sets") for each in old]
     return "\n".join((f"**{statement.text}** ({statement.source}).", "", *lines))
+
+
+def _verdict(claim: Claim, case: str) -> str:
+    runs = pluralize(claim.training_runs, "training run")
+    return f"* {case}: **{claim.verdict}** ({runs}): {claim.measured}."
 
 
 def summary(results: list[Result]) -> Table:
@@ -134,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     results = read_results(published())
     report = build(results)
-    parts = blocks(results, report)
+    parts = blocks(results, report, earlier())
     if args.print:
         print(*report.lead, report.budgets, summary(results), claims_table(report.claims), sep="\n\n")
         return

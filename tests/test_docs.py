@@ -20,6 +20,7 @@ from visadapt import METHODS, VisadaptError
 from visadapt.data import load_images
 from visadapt.experiments import Result, read_results
 from visadapt.report import Report, build
+from visadapt.report.claims import STATEMENTS
 from visadapt.report.markdown_page import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -59,7 +60,7 @@ def test_the_page_of_results_is_current(evidence) -> None:
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
 def test_the_tables_of_a_page_are_current(page, evidence) -> None:
     said = page.read_text(encoding="utf-8")
-    assert said == pages.filled(said, pages.blocks(*evidence)), "run python -m benchmarks.pages"
+    assert said == pages.filled(said, pages.blocks(*evidence, pages.earlier())), "run python -m benchmarks.pages"
 
 
 def test_what_stands_between_the_comments_is_replaced() -> None:
@@ -69,6 +70,20 @@ def test_what_stands_between_the_comments_is_replaced() -> None:
         "# Title\n<!-- a 1 -->\n\nnew\n\n<!-- /a 1 -->\ntext\n<!-- b -->\n\ntable\n\n<!-- /b -->\n"
     )  # fmt: skip
     assert pages.filled(once, {"a 1": "new", "b": "table"}) == once
+
+
+def test_a_claim_without_results_has_those_of_earlier_runs() -> None:
+    def tested(statement, modality, training_runs):
+        return statement.tested(modality, None, f"{training_runs} measured", training_runs, modality)
+
+    both, images = STATEMENTS[0], STATEMENTS[1]
+    report = Report("t", None, (), (), claims=(tested(both, "text", 4), tested(both, "image", 0)))
+    before = [tested(both, "text", 7), tested(both, "image", 9), tested(images, "image", 5)]
+    assert pages.finding(both, report, before).splitlines()[2:] == [
+        "* text: **cannot be decided** (4 training runs): 4 measured.",
+        "* image, in earlier runs with small training sets: **cannot be decided** (9 training runs): 9 measured.",
+    ]
+    assert pages.finding(both, report, ()).endswith("(0 training runs): 0 measured.")
 
 
 def test_the_table_of_the_readme_fits_a_screen(evidence) -> None:

@@ -1,10 +1,11 @@
-"""The functions that users start with have an example in their docstring, which runs as written."""
+"""Public functions and classes say what they take, give and refuse, with an example that runs as written."""
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import inspect
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +13,25 @@ import pytest
 import torch
 
 import visadapt
+import visadapt.data
+import visadapt.serving
 import visadapt.training
 from tests.models import ZOO
 from visadapt.export.program import export
-from visadapt.serving import Server
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        name: getattr(visadapt, name)
-        for name in (
-            "inject",
-            "sites",
-            "summary",
-            "activate",
-            "using",
-            "parameters",
-            "trainable",
-            "save",
-            "load",
-            "merge",
-            "unmerge",
-            "remove",
-            "eject",
-            "split",
-            "lean",
-            "cache_prefix",
-            "fit_decider",
-            "decide",
-            "tasks",
-            "combine",
-            "open",
-            "preprocess",
-            "predict",
-            "fold",
-            "set_alpha",
-            "Bottleneck",
-            "Mona",
-            "DoRA",
-            "CoLoRA",
-            "Ladder",
-        )
-    },
-    **{name: getattr(visadapt.training, name) for name in ("fit", "evaluate", "predict")},
-    "export": export,
-    "Server": Server,
-}
+
+def public() -> dict[str, Any]:
+    """The public functions and classes by name, but for the experiments and their report."""
+    found = {}
+    for room in (visadapt, visadapt.training, visadapt.data, visadapt.serving):
+        for name, each in vars(room).items():
+            known = inspect.isclass(each) or inspect.isfunction(inspect.unwrap(each) if callable(each) else each)
+            if known and not name.startswith("_") and each.__module__.startswith("visadapt."):
+                found[name if room is visadapt else f"{room.__name__}.{name}"] = each
+    return {**found, "export": export}
+
+
+FUNCTIONS = public()
 
 
 def example(name: str) -> doctest.DocTest:
@@ -67,7 +42,7 @@ def example(name: str) -> doctest.DocTest:
         "visadapt": visadapt,
         "Recipe": visadapt.training.Recipe,
         "backbone": ZOO["tiny/resnet"].make(),
-        name: function,
+        name.rpartition(".")[2]: function,
     }
     return doctest.DocTestParser().get_doctest(inspect.getdoc(function) or "", names, name, None, None)
 
@@ -81,3 +56,23 @@ def test_the_example_runs_as_written(name: str, tmp_path: Path, monkeypatch: pyt
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     if runner.run(test, out=report.append).failed:
         pytest.fail("".join(report), pytrace=False)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_results_and_errors_are_described(name: str) -> None:
+    function = inspect.unwrap(FUNCTIONS[name])
+    said = inspect.getdoc(function) or ""
+    if inspect.isclass(function):
+        fields = dataclasses.fields(function) if dataclasses.is_dataclass(function) else ()
+        named = [field.name for field in fields if field.init]
+    else:
+        signature = inspect.signature(function)
+        named = list(signature.parameters)
+        gives = signature.return_annotation not in (None, "None")
+        assert (
+            not gives or re.search(r"^(Returns|Yields):$", said, re.MULTILINE) or said.startswith(("Return", "Yield"))
+        ), "Returns"
+        raises = "raise VisadaptError" in inspect.getsource(function)
+        assert not raises or "\nRaises:\n" in said, "Raises"
+    described = {word for line in said.splitlines() for word in re.findall(r"^ +\*{0,2}(\w+)[:,]|, (\w+):", line)[:1]}
+    assert [each for each in named if not any(each in words for words in described)] == []

@@ -111,6 +111,7 @@ def check_argument(value: Any, hint: Any, name: str) -> None:
         VisadaptError: the argument is named.
     """
     if not matches(value, hint):
+        value, hint, name = _innermost(value, hint, name)
         plain = isinstance(value, str | int | float | complex | bytes | None)
         shown = f"{value!r:.80}" if plain else type(value).__name__
         raise VisadaptError(f"{name} must be {_words(hint)}, got {shown}")
@@ -156,6 +157,26 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, numbers.Real)
     return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _innermost(value: Any, hint: Any, name: str) -> tuple[Any, Any, str]:
+    """The element of a mapping or a sequence that has the wrong type, with its annotation and its name."""
+    for one in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        origin, inner = get_origin(one), get_args(one)
+        if not isinstance(origin, type) or isinstance(value, str | bytes) or not isinstance(value, origin):
+            continue
+        held: Any = value
+        if issubclass(origin, Mapping):
+            for key, element in held.items():
+                if not matches(key, inner[0]):
+                    return key, inner[0], f"a key of {name}"
+                if not matches(element, inner[1]):
+                    return _innermost(element, inner[1], f"{name}[{key!r}]")
+        elif issubclass(origin, AbstractSequence) and (origin is not tuple or inner[-1] is ...):
+            for index, element in enumerate(held):
+                if not matches(element, inner[0]):
+                    return _innermost(element, inner[0], f"{name}[{index}]")
+    return value, hint, name
 
 
 _NAMES: dict[Any, str] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,13 @@ class VisadaptError(ValueError):
     """A request was invalid; the message says what was wrong and, if possible, the nearest right name.
 
     It is raised before anything is changed: model, task and file are as they were.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.activate(model, "flower")
+        Traceback (most recent call last):
+            ...
+        visadapt.errors.VisadaptError: no task 'flower'; did you mean 'flowers'?
     """
 
 
@@ -38,9 +46,38 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; there is: {shown}"
 
 
-def option(name: str) -> str:
-    """Spell an option as the caller gives it: ``text=`` to a function, ``--text`` on the command line."""
-    return f"--{name.replace('_', '-')}" if _COMMAND_LINE.get() else f"{name}="
+def option(name: str, value: str = "") -> str:
+    """Spell an option as the caller gives it: ``text=`` to a function, ``--text VALUE`` on the command line.
+
+    Args:
+        name: the parameter of the function.
+        value: what stands for its value on the command line.
+    """
+    return f"--{name.replace('_', '-')} {value}".rstrip() if _COMMAND_LINE.get() else f"{name}="
+
+
+def setting(name: str, value: object) -> str:
+    """Spell an option of a method as the caller gives it: ``activation=None``, or ``--option activation=null``.
+
+    Args:
+        name: the option.
+        value: a value that JSON can hold.
+    """
+    return f"--option {name}={json.dumps(value)}" if _COMMAND_LINE.get() else f"{name}={value!r}"
+
+
+def check_unused(unused: Iterable[str], why: str) -> None:
+    """Refuse options that have no effect.
+
+    Args:
+        unused: names of the options that were given without need, as parameters of a function.
+        why: the reason, as a clause: ``"photos is a folder of classes"``.
+
+    Raises:
+        VisadaptError: there are some; they are named.
+    """
+    if named := [option(name) for name in unused]:
+        raise VisadaptError(f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {why}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ def test_a_flat_folder_is_split_and_said(photos: Path, tmp_path: Path) -> None:
     task = tmp_path / "flat.visadapt"
     trained = run("train", photos / "flat", *IMAGES, "--out", task)
     assert "flat: 5 of 25 images held out for test" in trained.stderr
+    assert re.search(r"flat \((train|validation|test)\): skipping 1 of ", trained.stderr)
     assert "12.jpg is not a readable image" in trained.stderr
+    assert "quick setting: 1 epoch, head first" in trained.stderr
     assert f"next: visadapt predict new-images/ --task {task}" in trained.stderr
     # as many as the folder has, but for the damaged one
     (whole,) = records(run("evaluate", task, photos / "flat", "--json"))

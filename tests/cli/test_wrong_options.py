@@ -70,7 +70,9 @@ def options(command: str) -> Iterator[tuple[str, str]]:
         kinds = {kind, *get_args(kind)}
         if not isinstance(info, OptionInfo) or bool in kinds:
             continue
-        declared = [text for text in info.param_decls or () if text.startswith("--")]
+        # typer keeps the first of them as the default
+        spelt = (info.default, *(info.param_decls or ()))
+        declared = [text for text in spelt if isinstance(text, str) and text.startswith("--")]
         option = declared[0] if declared else f"--{name.replace('_', '-')}"
         for value in NUMBERS if kinds & {int, float} else PATHS if Path in kinds else WORDS:
             yield option, value
@@ -113,7 +115,7 @@ HUGE = "9" * 30
 MEANT = {
     # what `run_experiment` refuses, which does not run here
     *(("experiment", option, word) for option in ("--engine", "--device") for word in WORDS),
-    *(("experiment", option, path) for option in ("--results", "--root") for path in PATHS),
+    *(("experiment", option, path) for option in ("--results",) for path in PATHS),
     ("experiment", "--processes", HUGE),
     *(("report", "--title", word) for word in WORDS),
     ("report", "--out", "{new}"),

@@ -349,3 +349,25 @@ def test_a_namesake_of_a_set_is_warned_of(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match=r"loading the data set 'tweets', not .*'\./tweets'"):
         assert load_text("tweets").name == "tweets"
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("tweets", {"text": 0}, "text= has no effect: tweets comes with the package"),
+        ("tweets", {"label": "y", "root": "x"}, "label= and root= have no effect: tweets comes with the package"),
+        ("{file}", {"config": "sst2"}, "config= has no effect: .* is a table"),
+        ("{file}", {"root": "x"}, "root= has no effect: .* has an absolute path"),
+    ],
+)
+def test_an_option_without_effect(tmp_path: Path, data: str, options: dict, message: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\na,b\n")
+    with pytest.raises(VisadaptError, match=message):
+        load_text(data.format(file=file), **options)
+
+
+def test_splits_that_are_made_are_said_and_root_is_where_a_path_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
+    found = load_text("a.csv", root=tmp_path)
+    assert found.remarks == ("a.csv: 4 of 20 rows held out for test", "a.csv: 2 of 16 rows held out for validation")

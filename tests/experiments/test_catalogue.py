@@ -60,10 +60,10 @@ def test_every_method_for_convolutions_can_be_injected(name) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("botleneck m=8", "no method 'botleneck'; did you mean 'bottleneck'"),
+        ("botleneck m=8", "no contender 'botleneck'; did you mean 'bottleneck'"),
         ("bottleneck n=8", "Bottleneck has no option 'n'"),
         ("bottleneck m=0", "m must be a positive integer"),
-        ("", "no method ''"),
+        ("", "no contender ''"),
     ],
 )
 def test_a_wrong_name_or_option_is_refused(name, message) -> None:

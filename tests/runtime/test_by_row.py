@@ -7,13 +7,32 @@ import pickle
 import random
 
 import pytest
+import timm
 import torch
+from timm.models.resnet import Bottleneck as ResNetBottleneck
+from timm.models.resnet import ResNet
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
-from tests.models import ZOO, output, stir
-from visadapt import SSF, Bottleneck, Ladder, LoRA, Parallel, VisadaptError, using
+from tests.models import ZOO, enliven, output, short, stir
+from visadapt import (
+    DAN,
+    SSF,
+    TSA,
+    AdaptFormer,
+    Bottleneck,
+    ConvAdapter,
+    DoRA,
+    Ladder,
+    LoRA,
+    Mona,
+    Parallel,
+    Series,
+    VisadaptError,
+    using,
+)
 
+SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 TASKS = ("a", "b", "c", "d")
 
 
@@ -24,8 +43,29 @@ def _dynamo():
     torch._dynamo.reset()
 
 
+def vit():
+    torch.manual_seed(0)
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=7
+    )
+    return enliven(net).eval()
+
+
+def resnext():
+    torch.manual_seed(0)
+    net = ResNet(ResNetBottleneck, (1, 1, 1, 1), num_classes=7, cardinality=4, base_width=32, channels=(8, 8, 16, 16))
+    return enliven(net).eval()
+
+
+BACKBONES = {"resnet": short, "resnext": resnext, "vit": vit, "bert": lambda: short(text=True)}
+
+
+def inputs_of(name, n):
+    return ZOO["transformers/bert" if name == "bert" else "tiny/resnet"].inputs(n=n)
+
+
 def injected(name, method, **options):
-    model = ZOO[name].make()
+    model = BACKBONES[name]()
     for seed, task in enumerate(TASKS):
         visadapt.inject(model, method, task=task, num_classes=3 + 2 * seed, **options)
         stir(model, task, seed)
@@ -35,22 +75,37 @@ def injected(name, method, **options):
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        ("tiny/resnet", Bottleneck(m=2), {}),
-        ("tiny/resnet", Ladder(m=2), {}),
-        ("tiny/resnet", Parallel(rank=2), {}),
-        ("transformers/bert", Bottleneck(m=2), {}),
-        ("transformers/bert", SSF(), {"norms": "frozen"}),
+        ("resnet", Bottleneck(m=2), {}),
+        ("resnet", Ladder(m=2), {}),
+        ("resnet", Parallel(), {"norms": "frozen"}),
+        ("resnet", Parallel(rank=2), {"norms": "frozen"}),
+        ("resnet", Series(), {"norms": "frozen"}),
+        ("resnet", Mona(m=2), {"norms": "frozen"}),
+        ("resnet", LoRA(r=2, alpha=4), {"norms": "frozen"}),
+        ("resnet", DoRA(r=2), {"norms": "frozen"}),
+        ("resnet", DAN(), {"norms": "frozen"}),
+        ("resnet", TSA(align=True), {"norms": "frozen"}),
+        *[("resnet", ConvAdapter(scheme=scheme), {"norms": "frozen"}) for scheme in SCHEMES],
+        ("resnext", LoRA(r=2), {"norms": "frozen"}),
+        ("bert", Bottleneck(m=2), {}),
+        ("bert", SSF(), {"norms": "frozen"}),
+        ("bert", LoRA(r=2), {"norms": "frozen"}),
+        ("bert", DoRA(r=2), {"norms": "frozen"}),
+        ("bert", Parallel(rank=2), {"where": "query", "norms": "frozen"}),
+        ("bert", AdaptFormer(m=2), {"norms": "frozen"}),
+        ("vit", AdaptFormer(m=2), {"norms": "frozen"}),
+        ("vit", LoRA(r=2), {}),
     ],
     ids=str,
 )
 def test_all_compositions_run_one_graph(name, method, options) -> None:
-    model, inputs = injected(name, method, **options), ZOO[name].inputs(n=5)
+    model, inputs = injected(name, method, **options), inputs_of(name, 5)
     counter, draw = CompileCounter(), random.Random(0)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         with using(model, [None, *TASKS]):
             output(model, inputs)  # shows which rows belong to which sample
-        for _ in range(20):
+        for _ in range(30):
             tasks = draw.choices([*TASKS, None], k=5)
             with using(model, tasks):
                 expected = output(model, inputs)
@@ -59,8 +114,21 @@ def test_all_compositions_run_one_graph(name, method, options) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", [Series(norm=False), Parallel(), Bottleneck(m=16, depthwise=True)], ids=str)
+def test_few_tasks_with_large_matrices_are_each_alone(method) -> None:
+    model, x = injected("resnet", method, norms="frozen"), inputs_of("resnet", 8)["x"][..., :32, :32]
+    tasks = ["a", "b", "b", "a", "b", "a", "a", "b"]
+    with torch.no_grad():
+        with using(model, tasks):
+            found = model(x)
+        for i, task in enumerate(tasks):
+            with using(model, task):
+                alone = model(x[i : i + 1])
+            torch.testing.assert_close(found[i : i + 1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_graph_sees_changed_values_and_new_tasks_and_refuses_removed_ones() -> None:
-    model, inputs = injected("tiny/resnet", Bottleneck(m=2)), ZOO["tiny/resnet"].inputs(n=3)
+    model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -84,7 +152,7 @@ def test_a_graph_sees_changed_values_and_new_tasks_and_refuses_removed_ones() ->
 
 
 def test_tasks_of_several_methods_compile_once_per_composition() -> None:
-    model, inputs = injected("tiny/resnet", Bottleneck(m=2)), ZOO["tiny/resnet"].inputs(n=2)
+    model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 2)
     visadapt.inject(model, LoRA(r=2), task="e", num_classes=3)
     stir(model.eval(), "e", 9)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -96,7 +164,7 @@ def test_tasks_of_several_methods_compile_once_per_composition() -> None:
 
 
 def test_modes_that_change_after_the_tasks_were_chosen(image) -> None:
-    model = injected("tiny/resnet", Bottleneck(m=2, dropout=0.5))
+    model = injected("resnet", Bottleneck(m=2, dropout=0.5))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), using(model, ["a", "b"]):
         assert torch.equal(model(image), model(image))
@@ -108,7 +176,7 @@ def test_modes_that_change_after_the_tasks_were_chosen(image) -> None:
 
 
 def test_the_number_of_a_task_is_never_given_again() -> None:
-    model = injected("tiny/resnet", Bottleneck(m=2))
+    model = injected("resnet", Bottleneck(m=2))
     used = {task.number for task in visadapt.tasks(model).values()}
     visadapt.remove(model, "d")
     for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import re
 import subprocess
@@ -19,7 +20,8 @@ pytest.importorskip("fastapi")
 import uvicorn
 from PIL import Image
 
-from tests.serving.conftest import LABELS, png, write_text_task
+import visadapt
+from tests.serving.conftest import LABELS, NOTES, network, png, write_text_task
 from visadapt.serving import Server
 from visadapt.serving.app import build_app
 from visadapt.serving.service import LocalService
@@ -40,6 +42,8 @@ const done = async () => {
     drawn: [...document.querySelectorAll(".track i")].map(i => i.offsetWidth / i.parentElement.offsetWidth * 100),
     preview: $("preview").naturalWidth,
     error: $("error").textContent,
+    aside: $("tasks").scrollWidth - $("tasks").clientWidth,
+    height: Math.max(0, ...[...document.querySelectorAll(".bar")].map(b => b.offsetHeight)),
     overflow: document.documentElement.scrollWidth - innerWidth,
     width: innerWidth,
   });
@@ -101,9 +105,9 @@ def images(written: Path) -> Iterator[Site]:
 def told(browser: list[str], url: str, width: int = 1200) -> dict[str, Any]:
     command = [*browser, TIME, f"--window-size={width},900", "--dump-dom", url]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    title = re.search(r"<title>(.*?)</title>", shown)
+    title = re.search(r"<title>(.*?)</title>", shown, re.DOTALL)
     assert title, shown[-500:]
-    found: dict[str, Any] = json.loads(title.group(1).replace("&quot;", '"').replace("&amp;", "&"))
+    found: dict[str, Any] = json.loads(html.unescape(title.group(1)))
     return found
 
 
@@ -139,6 +143,39 @@ def test_a_pasted_text_is_classified(bert: Path, tmp_path: Path, browser: list[s
         found = told(browser, f"{site.url}/probe")
     assert sorted(found["labels"]) == ["bad", "good"]
     assert (found["tasks"], found["broken"], found["error"]) == (["films"], ["rotten"], "")
+
+
+HOSTILE = {
+    "<img src=x onerror=document.title='no'>": "<img src=x onerror=document.title='no'>",
+    "</script><b>&amp;": "</script><b>&amp;",
+    "a\x1b[31m\x07": "a\\x1b[31m\\x07",
+    "two\nlines\0": "two\\x0alines\\x00",
+    "\u202egnp.exe": "\\u202egnp.exe",
+    "🚢 Zürich \u2028": "🚢 Zürich \\u2028",
+    "x" * 400: "x" * 400,
+    "Z\u0301\u0300\u0302" * 40: "Z\u0301\u0300\u0302" * 40,
+}
+"""Labels, and how they are shown."""
+
+
+def test_names_and_labels_cannot_act_on_the_page(tmp_path: Path, browser: list[str]) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    model = network()
+    visadapt.inject(model, m=4, task="a" * 180, num_classes=len(HOSTILE), labels=tuple(HOSTILE))
+    visadapt.save(model, "a" * 180, folder / f"{'a' * 180}.visadapt", notes=NOTES)
+    (folder / "<b>x\x1b\u202e.visadapt").write_bytes(b"no task")
+    (folder / "place.visadapt").mkdir()
+    steps = DROP.replace("DATA", base64.b64encode(png()).decode())
+    with Site(Server(folder), steps) as site:
+        for width in (1200, 390):
+            found = told(browser, f"{site.url}/probe", width)
+            assert sorted(found["labels"]) == sorted(HOSTILE.values())
+            assert found["broken"] == ["<b>x\\x1b\\u202e", "place"]
+            assert (found["tasks"], found["error"]) == (["a" * 180], "")
+            # neither a long name nor a long label takes the page's width or height
+            assert max(found["overflow"], found["aside"]) <= 0
+            assert found["height"] < 100
 
 
 def test_an_error_is_shown(written: Path, browser: list[str]) -> None:

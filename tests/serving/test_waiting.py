@@ -13,10 +13,26 @@ import pytest
 from tests.serving.conftest import CLASSES, png, write_text_task
 from visadapt.backbone import known_batches
 from visadapt.serving import Server
+from visadapt.serving.heap import trim_heap
 from visadapt.serving.samples import Sample
 from visadapt.serving.waiting import Item, WaitingQueue
 
 WAIT = 0.4
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
+
+
+def test_freed_memory_is_returned_to_the_system() -> None:
+    blocks = [bytearray(b"1") * 50_000 for _ in range(4000)]
+    kept, before = blocks[::40], resident()
+    del blocks
+    if trim_heap():
+        # what is free between blocks that are in use
+        assert resident() < before - 100
+    assert len(kept) == 100
 
 
 def items(count: int) -> list[Item]:

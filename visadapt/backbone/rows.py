@@ -2,8 +2,7 @@
 
 A copy of the backbone runs on two samples of the batch, (p, q), and then on three, (q, p, q). The batch axis of a
 tensor is the axis that grows from 2k to 3k. Its order is the one in which the rows for (q, p, q) repeat those for
-(p, q).
-Where a module mixes samples, or orders them by their data, no order fits and the rows are marked as unknown.
+(p, q). Where a module mixes samples, or orders them by their data, no order fits and the rows are marked as unknown.
 """
 
 from __future__ import annotations

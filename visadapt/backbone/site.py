@@ -56,6 +56,11 @@ class Site:
         norm: path of the norm that alone takes the host's output; a constant after the host merges into it.
         traced: whether it took a run on fake tensors to find it. A task file keeps such sites, so that loading does not
             trace.
+
+    Examples:
+        >>> site = visadapt.sites(backbone)[0]
+        >>> site.host, site.kind, site.channels, site.layout
+        ('layer1.0.conv1', 'conv3x3', 8, 'NCHW')
     """
 
     host: str
@@ -99,6 +104,11 @@ class Sites(tuple[Site, ...]):
     Attributes:
         left_out: what is missing among them, and why. A method that stands at these kinds of site by default refuses
             the model; ``where=`` chooses others.
+
+    Examples:
+        >>> sites = visadapt.sites(backbone, "conv3x3")
+        >>> len(sites), sites[0].kind
+        (16, 'conv3x3')
     """
 
     left_out: tuple[LeftOut, ...] = ()

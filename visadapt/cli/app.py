@@ -15,6 +15,7 @@ from visadapt import __version__
 from visadapt.cli.evaluate import evaluate
 from visadapt.cli.experiment import experiment
 from visadapt.cli.export import export
+from visadapt.cli.given import Command
 from visadapt.cli.merge import merge
 from visadapt.cli.output import say
 from visadapt.cli.predict import predict
@@ -110,4 +111,4 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
 for command, examples in EXAMPLES.items():
     name = command.__name__
     epilog = "\n".join(["\b", "Examples:", *(f"  visadapt {name} {example}" for example in examples)])
-    app.command(name, epilog=epilog, no_args_is_help=True)(command)
+    app.command(name, cls=Command, epilog=epilog, no_args_is_help=True)(command)

@@ -9,6 +9,7 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.one_task import open_one
 from visadapt.cli.options import (
     BatchSize,
@@ -67,7 +68,9 @@ def evaluate(
     that train held out, give --split test and train's --seed. A table is read as train read its own.
     """
     check_loading(seed, memory)
-    if split is not None:
+    if split is None:
+        refuse_unused("without --split no samples are held out", "seed")
+    else:
         check_choice(split, SPLITS, "split")
     for name in metric or ():
         check_choice(name, METRICS, "metric")
@@ -76,15 +79,17 @@ def evaluate(
     spec = tasks(model)[name]
     problem = spec.notes.get("problem_type", "single_label_classification")
     metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
+    noted = TableOptions().over(spec.notes.get("table")).given
     options = table.given
-    options["noted"] = TableOptions().over(spec.notes.get("table")).given
     if root is not None:
         options["root"] = root
     if online:
         options["online"] = True
     if isinstance(inputs, ImageInputs):
         options |= {"damaged": damaged, "memory": int(memory * 1e9)}
-    splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, **options)
+    else:
+        refuse_unused(f"{task} takes texts", "damaged", "memory")
+    splits = inputs.load(data, seed=seed, labels=spec.labels, whole=split is None, noted=noted, **options)
     if isinstance(inputs, TextInputs) and "inputs" in spec.notes and splits.inputs != inputs:
         takes, has = ("pairs of texts", "single texts") if inputs.pairs else ("single texts", "pairs")
         raise VisadaptError(f"task {name!r} takes {takes}, but {data} has {has}: choose the columns with --text")

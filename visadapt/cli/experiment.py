@@ -11,10 +11,11 @@ import typer
 
 from visadapt import experiments
 from visadapt.checks import check_choice
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import Device, Root
 from visadapt.cli.output import say, show
 from visadapt.errors import VisadaptError
-from visadapt.experiments import Experiment, ImageProblem, Problem, contender, run_experiment
+from visadapt.experiments import Experiment, ImageProblem, Problem, TextProblem, contender, run_experiment
 from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.executors import get_engine
 from visadapt.experiments.fair import comparisons, costs
@@ -73,7 +74,7 @@ def experiment(
         ),
     ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Number of test samples; default: all.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels; default: 64.")] = None,
     augment: Annotated[
         bool | None,
         typer.Option(help="Move training images at random by up to an eighth of their side; default: in compare only."),
@@ -85,7 +86,7 @@ def experiment(
     fast: Annotated[
         bool, typer.Option("--fast", help="Train in bf16 autocast: faster where the hardware computes in bf16.")
     ] = False,
-    length: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per text.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per text; default: 64.")] = None,
     root: Root = None,
     engine: Annotated[str, typer.Option(help="Where runs execute: local, or ray.")] = "local",
     processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 1,
@@ -100,16 +101,26 @@ def experiment(
     and seed, with 95 % intervals.
     """
     check_choice(name, EXPERIMENTS, "experiment")
+    if mirror and augment is False:
+        raise VisadaptError("--mirror is a part of --augment, and --no-augment was given: leave one of them out")
     comparing = EXPERIMENTS[name] is experiments.Compare
     shifted = mirror or (comparing if augment is None else augment)
     given = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
     changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
     problems = tuple(_problem(text, root, given, changed) for text in problem)
+    if not any(isinstance(each, ImageProblem) for each in problems):
+        refuse_unused("all problems are of texts", "size", "augment", "mirror")
+    if not any(isinstance(each, TextProblem) for each in problems):
+        refuse_unused("all problems are of images", "length")
+    if not any(each.uses_root for each in problems):
+        refuse_unused("the data of every problem is found without it", "root")
     numbers = tuple(range(seeds))
     plans: Sequence[Experiment]
     lines: list[str] = []
     if comparing:
         plans = fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
+        if not any(each.lengths for plan in fair for each in plan.contenders):
+            refuse_unused("a linear probe has epochs and a precision of its own", "epochs", "fast")
         lines = [line for plan in fair for line in costs(plan)]
     elif fast or len(epochs or ()) > 1:
         raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
@@ -118,7 +129,7 @@ def experiment(
     get_engine(engine)
     if engine == "local":
         check_device(device or "cpu")
-    for line in lines:
+    for line in (*map(_sizes, problems if comparing else ()), *lines):
         say(line)
     made = [
         result
@@ -131,13 +142,24 @@ def experiment(
             show(table)
 
 
+def _sizes(problem: Problem) -> str:
+    data = problem.splits
+    train, validation = (0 if part is None else len(part) for part in (data.train, data.validation))
+    return (
+        f"{problem.backbone} {problem.name}: {train:,} training, {validation:,} validation and {len(data.test):,} test "
+        f"samples of {len(data.classes)} classes"
+    )
+
+
 def _problem(text: str, root: Path | None, given: dict[str, int | None], changed: dict[str, str | None]) -> Problem:
     backbone, colon, data = text.rpartition(":")
     if not colon or not backbone or not data:
         raise VisadaptError(f"--problem must be BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
-    folder = None if root is None else str(root)
-    plain = experiments.problem(backbone, data, root=folder, **given)
-    return dataclasses.replace(plain, **changed) if isinstance(plain, ImageProblem) else plain  # type: ignore[arg-type]
+    plain = experiments.problem(backbone, data, root=None if root is None else str(root))
+    # of several problems, images have a size and texts a length
+    taken = {field.name for field in dataclasses.fields(plain)}
+    options = {**{key: value for key, value in given.items() if value is not None}, **changed}
+    return dataclasses.replace(plain, **{key: value for key, value in options.items() if key in taken})  # type: ignore[arg-type]
 
 
 def _planned(

@@ -16,6 +16,7 @@ from torch import nn
 
 import visadapt
 from visadapt.checks import check_choice, check_count
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import (
     BatchSize,
     Build,
@@ -36,7 +37,7 @@ from visadapt.data.text import TEXT_COLUMNS
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.opening import Prediction
-from visadapt.opening.predicting import read_logits
+from visadapt.opening.predicting import problem_of, read_logits
 from visadapt.printable import printable, printable_json
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
@@ -76,20 +77,27 @@ def predict(
     """
     check_choice(form, FORMATS, "format")
     check_count(batch_size, "--batch-size")
-    if out is not None:
+    if out is None:
+        refuse_unused("without --out no file is written", "force")
+    else:
         check_writable(out, force)
     model = visadapt.open(task, backbone=backbone, build=pairs(build, "--build"), online=online)
     prepared = {name: visadapt.preprocess(model, name, online=online).inputs for name in tasks(model)}
     seen = {isinstance(each, ImageInputs) for each in prepared.values()}
     if len(seen) > 1:
         raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
+    if all(problem_of(spec) == "regression" for spec in tasks(model).values()):
+        refuse_unused("a regression answers with all its values", "top")
     if seen.pop():
-        if table.given:
-            raise VisadaptError(f"--{next(iter(table.given))} must be left out: it has no meaning for image files")
+        refuse_unused(f"{_named(task)} images", "text", "header", "delimiter", "encoding")
         names = _images(inputs)
     else:
         noted = tasks(model)[next(iter(prepared))].notes.get("table")
         paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
+        if not any(map(_is_text_table, inputs)):
+            refuse_unused("the input has no table (.csv, .tsv)", "text", "header", "delimiter")
+        if all(place == "-" for place in inputs):
+            refuse_unused("standard input is read in the terminal's encoding", "encoding")
         names = _texts(inputs, table.over(noted), paired)
     unread = [name for name in names if not _is_text(name)]
     for name in unread:
@@ -106,6 +114,10 @@ def predict(
             show(printed) if out is None else print(printed, file=file)
     if unread:
         raise typer.Exit(1)
+
+
+def _named(files: list[str]) -> str:
+    return f"{files[0]} takes" if len(files) == 1 else "these tasks take"
 
 
 def _is_text(name: str) -> bool:
@@ -125,13 +137,17 @@ def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str
     texts: list[str] = []
     for place in places:
         path = Path(place)
-        if place != "-" and is_table(path) and not path.name.lower().endswith(".txt"):
+        if _is_text_table(place):
             texts += _column(path, table, paired)
         else:
             texts += _lines(place, table.form.encoding)
     if not texts:
         raise VisadaptError("the input has no text to predict on")
     return texts
+
+
+def _is_text_table(place: str) -> bool:
+    return place != "-" and is_table(Path(place)) and not place.lower().endswith(".txt")
 
 
 def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:

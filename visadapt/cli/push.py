@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import visadapt
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.one_task import open_one
 from visadapt.cli.options import Build, Online, OtherBackbone, TaskFile, pairs
 
@@ -31,6 +32,8 @@ def push(
     Prints the repository at the new commit, as the other commands take it in place of a task file. The account is that
     of `hf auth login` or HF_TOKEN.
     """
+    if not card:
+        refuse_unused("--no-card writes no README.md", "metric", "license")
     model, name = open_one(task, backbone, pairs(build, "--build"), online)
     pushed = visadapt.push_to_hub(
         model,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from visadapt.checks import check_choice
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import Build, Device, Online, OtherBackbone, pairs
 from visadapt.cli.output import say
 from visadapt.optional import require
@@ -55,6 +56,10 @@ def serve(
     / classifies images and texts, and /docs describes the API.
     """
     check_choice(engine, ENGINES, "engine")
+    if exact:
+        refuse_unused("--exact runs every sample alone", "max_batch", "max_wait_ms")
+    if engine == "ray":
+        refuse_unused("--engine ray writes no line per request", "log_requests")
     for library in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         require(library, "serving", "visadapt[serve]")
     running = require("visadapt.serving.running", "serving", "visadapt[serve]")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 import visadapt
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import (
     Build,
     Method,
@@ -41,8 +43,10 @@ def summary(
     For a task file, its contents; for a backbone, what the method would train.
     """
     if target.partition("/")[0] not in PLACES or os.path.isfile(target):
-        for file in located(target):
-            show(contents(file.path))
+        pages = [replace(contents(file.path), title=file.origin) for file in located(target)]
+        refuse_unused(f"{target} is a task file", "method", "m", "option", "norms", "where", "build")
+        for page in pages:
+            show(page)
         return
     model = build_backbone(target, pairs(build, "--build"))
     terms = [number(term) for term in where or ()]

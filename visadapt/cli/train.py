@@ -12,6 +12,7 @@ import typer
 
 import visadapt
 from visadapt.checks import check_choice
+from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import (
     Build,
     Damaged,
@@ -183,9 +184,10 @@ def train(
     model = open_backbone(backbone, loading)
     inputs = inputs_of(model, backbone, size, length)
     changed = flips_and_shifts or steps.augmentation.crops or steps.augmentation.mixes
-    if isinstance(inputs, TextInputs) and changed:
-        given = "--augment" if flips_and_shifts else "random changes of images"
-        raise VisadaptError(f"{given} applies to images only, and {backbone} takes texts")
+    if isinstance(inputs, TextInputs):
+        of_images = ("flips_and_shifts", "random_crop", "rand_augment", "mixup", "cutmix", "damaged")
+        # quick keeps features of texts under this limit
+        refuse_unused(f"{backbone} takes texts", *of_images, *(() if quick else ("memory",)))
     options = {**table.given, **({} if root is None else {"root": root}), **({"online": True} if online else {})}
     chosen: dict[str, Any] = {}
 
@@ -212,8 +214,6 @@ def train(
         splits = inputs.load(data, seed=seed, **options)
         choose(len(splits.train))
     steps = steps.replace(**{key: value for key, value in chosen.items() if key != "size"})
-    for remark in splits.remarks:
-        say(remark)
     metric = metric or METRIC_OF[splits.problem_type]
     check_metric(metric, splits.train.labels, max(1, len(splits.classes)))
     if splits.problem_type == "single_label_classification" and len(present := splits.train.labels.unique()) < 2:
@@ -221,6 +221,8 @@ def train(
         raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
     if steps.augmentation.mixes and splits.problem_type != "single_label_classification":
         raise VisadaptError("--mixup and --cutmix need one class per image")
+    for remark in splits.remarks:
+        say(remark)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         visadapt.inject(
@@ -284,8 +286,9 @@ def train(
 def _described(chosen: dict[str, Any], recipe: Recipe, cached: str | None) -> str:
     """The quick setting in one line."""
     parts = [f"images of {chosen['size']} pixels"] if "size" in chosen else []
-    parts.append(f"{'at most ' if recipe.patience else ''}{recipe.epochs} epochs")
-    if recipe.patience:
+    stops = recipe.patience is not None and recipe.patience < recipe.epochs
+    parts.append(f"{'at most ' if stops else ''}{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}")
+    if stops:
         parts.append(f"stop after {recipe.patience} without a better score")
     if recipe.head_first:
         parts.append("head first")

@@ -39,6 +39,11 @@ def path(name: str) -> Path:
 
     Raises:
         VisadaptError: no bundled file has this name.
+
+    Examples:
+        >>> from visadapt.data import path
+        >>> path("mnist.webp").is_file()
+        True
     """
     if name not in names():
         raise VisadaptError(f"no bundled file {name!r}{nearest(name, names())}")

@@ -16,16 +16,17 @@ import torch
 from visadapt.data import minilm_path, tokenizer_of
 from visadapt.data.allowlist import SIZES, may_name, objections
 from visadapt.data.hub import WEIGHTLESS, resolve
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, option
 from visadapt.limits import check_limit, limit
 from visadapt.optional import require
 
-BY_HAND = (
-    "if you trust it, give it yourself by backbone= and build= (on the command line by --backbone NAME and "
-    "--build KEY=VALUE)"
-)
 # neither code nor pickles; files in subfolders are of other frameworks
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
+
+
+def by_hand() -> str:
+    """Say how the caller may choose what a file may not."""
+    return f"if you trust it, give it yourself by {option('backbone', 'NAME')} and {option('build', 'KEY=VALUE')}"
 
 
 def vetted(
@@ -49,7 +50,7 @@ def vetted(
     given = given or {}
     refused = objections(name, {key: value for key, value in build.items() if key not in given})
     if refused:
-        raise VisadaptError(f"{source} must not choose {', '.join(refused)}: {BY_HAND}")
+        raise VisadaptError(f"{source} must not choose {', '.join(refused)}: {by_hand()}")
     place, _, rest = name.partition("/")
     options = {**build, **given}
     sizes = {key: value for key, value in build.items() if key in SIZES and key not in given}
@@ -85,13 +86,13 @@ def check_tokenizer(name: str) -> None:
     """Refuse names of tokenizers that no file may choose."""
     if not (name == "bundled/minilm" or (name.startswith("hf/") and may_name(name))):
         raise VisadaptError(f"a file must not choose the tokenizer {name!r:.200} (a local path, or not a plain name): "
-                            f"{BY_HAND}")  # fmt: skip
+                            f"{by_hand()}")  # fmt: skip
 
 
 def _absent(name: str, what: str) -> VisadaptError:
     return VisadaptError(
-        f"{what} of {name!r}, which a file names, must be on this machine: online=True (--online) downloads them, or "
-        f"{BY_HAND}"
+        f"{what} of {name!r}, which a file names, must be on this machine: {option('online')} downloads them, or "
+        f"{by_hand()}"
     )
 
 
@@ -111,12 +112,14 @@ def _snapshot(name: str, online: bool, revision: str | None = None) -> Path:
 def _check_whole(name: str, folder: Path, online: bool) -> None:
     if (folder / "adapter_config.json").exists():
         # such a repository names a base model of its own choice
-        raise VisadaptError(f"{name!r}, which a file names, must be a whole model, not an adapter: {BY_HAND}")
+        raise VisadaptError(f"{name!r}, which a file names, must be a whole model, not an adapter: {by_hand()}")
     weights = any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     if weights and (folder / "config.json").is_file():
         return
     if online:
-        raise VisadaptError(f"{name!r}, which a file names, must have a config.json and safetensors weights: {BY_HAND}")
+        raise VisadaptError(
+            f"{name!r}, which a file names, must have a config.json and safetensors weights: {by_hand()}"
+        )
     raise _absent(name, "the safetensors weights")
 
 
@@ -175,7 +178,7 @@ def _timm(name: str, rest: str, options: dict[str, Any], online: bool) -> dict[s
 def _torchvision(name: str, rest: str, options: dict[str, Any], online: bool) -> None:
     models = require("torchvision.models", name, "torchvision")
     if rest not in models.list_models(module=models):
-        raise VisadaptError(f"{name!r}, which a file names, must be a classifier of torchvision: {BY_HAND}")
+        raise VisadaptError(f"{name!r}, which a file names, must be a classifier of torchvision: {by_hand()}")
     weights = options.get("weights", "DEFAULT")
     if online or weights is None:
         return

@@ -97,10 +97,15 @@ class Found:
                     f"got {len(whole_train)}"
                 )
             rest, chosen = held_out(whole_train.labels, max(1, len(whole_train) // share), seed)
-            splits["train"], splits[split] = whole_train.subset(rest), whole_train.subset(chosen)
+            splits["train"] = replace(whole_train.subset(rest), name=_part(whole_train.name, "train"))
+            splits[split] = replace(whole_train.subset(chosen), name=_part(whole_train.name, split))
             if "test" not in self.splits:
                 remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} images held out for {split}")
         return replace(self, splits=splits, remarks=tuple(remarks))
+
+
+def _part(name: str, split: str) -> str:
+    return f"{name.removesuffix(' (train)')} ({split})"
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,6 @@ class ImageColumns:
         root: folder of the images; None for that of the table.
         form: how the table is written.
         targets: what its labels are.
-        given: the options that the caller gave, which must not be ignored.
     """
 
     image: Column | None = None
@@ -121,52 +125,34 @@ class ImageColumns:
     root: Path | None = None
     form: Format = field(default_factory=Format)
     targets: Targets = field(default_factory=Targets)
-    given: tuple[str, ...] = ()
-
-    def check_used(self, data: str, used: Sequence[str] = ()) -> None:
-        """Refuse options that the data do not take.
-
-        Args:
-            data: for the message.
-            used: the options that they take.
-
-        Raises:
-            VisadaptError: another one was given.
-        """
-        unused = [name for name in self.given if name not in used]
-        if unused:
-            raise VisadaptError(f"{option(unused[0])} must be left out: it has no meaning for {data}")
 
 
-def find_images(path: Path, classes: Sequence[str] | None, columns: ImageColumns) -> Found:
-    """Find the labelled images of a folder or table.
+def layout_of(path: Path) -> Path | dict[str, Path]:
+    """Find out how the labelled images of a path are laid out.
 
     Args:
         path: a folder or a table.
-        classes: names of the labels in their order, if the training images need not have all; None to take their own.
-        columns: of a table.
+
+    Returns:
+        The table, or the folder of each split; a folder of classes only is the split ``train``.
 
     Raises:
-        VisadaptError: the layout is not one of those that are understood, which are listed; or an option of tables was
-            given for a folder of classes.
+        VisadaptError: the layout is not one of those that are understood, which are listed.
     """
     if os.path.isfile(path):
         if not is_table(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
-        return _table(path, classes, columns)
+        return path
     tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
     splits = _split_folders(path)
-    folders = f"{path}, whose folders are the classes"
     if splits:
-        columns.check_used(folders)
-        return _folders(path, splits, classes)
+        return splits
     if any(files_below(folder) for folder in _class_folders(path)) and not (
         len(tables) == 1 and len(_class_folders(path)) == 1
     ):
-        columns.check_used(folders)
-        return _folders(path, {"train": path}, classes)
+        return {"train": path}
     if len(tables) == 1:
-        return _table(tables[0], classes, columns)
+        return tables[0]
     if tables:
         raise VisadaptError(f"{path} has several tables: give one of {', '.join(file.name for file in tables)}")
     loose = len(_images_in(path))
@@ -248,8 +234,17 @@ def _split_folders(path: Path) -> dict[str, Path]:
     return splits
 
 
-def _folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -> Found:
-    """Folders of classes; ``known`` are the classes of the task."""
+def in_folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -> Found:
+    """Find the images of folders of classes.
+
+    Args:
+        path: the folder that was named.
+        splits: the folder of each split, with one folder per class.
+        known: classes of the task in their order; None for those of the training images.
+
+    Raises:
+        VisadaptError: a class has no images or is not one of the task's, or the folders are not laid out so.
+    """
     first = splits.get("train") or next(iter(splits.values()))
     names = {split: [p.name for p in _class_folders(folder)] for split, folder in splits.items()}
     own = next(split for split, folder in splits.items() if folder == first)
@@ -291,7 +286,17 @@ def _folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None) -
     return Found(path.name, tuple(classes), parts)
 
 
-def _table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> Found:
+def in_table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> Found:
+    """Find the images that a table names.
+
+    Args:
+        file: the table.
+        known: classes of the task in their order; None for those of the training images.
+        columns: how the table names images and labels.
+
+    Raises:
+        VisadaptError: the table has no such column, a label is empty, or an image does not exist.
+    """
     table = read_table(file, columns.form)
     place = table.column(_file_column(table, columns.image))
     labels = table.cells(table.column(_label_column(table, columns.label)))

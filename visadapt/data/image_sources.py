@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from visadapt.data import bundled
 from visadapt.data.datasets_library import is_stored
 from visadapt.data.image_datasets import find_in_datasets
 from visadapt.data.image_file import pil, to_tensor
-from visadapt.data.image_layouts import Found, ImageColumns, find_images
+from visadapt.data.image_layouts import Found, ImageColumns, in_folders, in_table, layout_of
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import stratified
 from visadapt.data.tables import Format
 from visadapt.data.targets import Targets
-from visadapt.errors import VisadaptError, nearest, option
+from visadapt.errors import VisadaptError, check_unused, nearest, option
 from visadapt.optional import require
 
-_BUNDLED = ("cifar10", "mnist", "fashion-mnist")
+BUNDLED = ("cifar10", "mnist", "fashion-mnist", "digits")
+"""Data sets that come with the package, or with scikit-learn."""
+
+_OF_DATASETS = ("image", "label", "regression", "multi_label")
+"""Options that describe the columns of a data set of the ``datasets`` library."""
+
+_OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
+"""Options that describe a table."""
 
 _OF_DATASETS = ("image", "label", "regression", "multi_label")
 """Options of tables that data sets of the ``datasets`` library take too."""
@@ -55,40 +62,47 @@ def find(
 
     Args:
         data: as `visadapt.data.load_images` takes it.
-        root: see there.
-        download: see there.
-        classes: see there.
-        online: see there.
-        noted: options of the table that a task was trained on, for data that take them.
-        **columns: options of a table, which are refused where the data do not take them.
+        root: as there.
+        download: as there.
+        classes: as there.
+        online: as there.
+        noted: further options, such as a task's notes, for data that is described by them; other data ignores them.
+        **columns: as there.
 
     Raises:
-        VisadaptError: there is no such data set, its layout is not understood, or it does not take an option.
+        VisadaptError: there is no such data set, its layout is not understood, or an option has no effect on it.
     """
-    described = _columns(root, columns, noted or {})
-    if not isinstance(data, str | Path):
-        described.check_used("a data set of the datasets library", _OF_DATASETS)
-        return find_in_datasets(data, "the data set", classes, described)
-    name = str(data)
-    if name in (*_BUNDLED, "digits"):
-        # a root may be meant for others of several data sets
-        described.check_used(f"the data set {name!r}", ("root",))
+    given = {key: value for key, value in {"root": root, **columns}.items() if value is not None}
+    if given.get("regression") is False:
+        del given["regression"]
+    _check_known(given)
+
+    def reading(options: tuple[str, ...], what: str) -> ImageColumns:
+        check_unused((key for key in given if key not in options), what)
+        return _columns({key: value for key, value in {**(noted or {}), **given}.items() if key in options})
+
+    name = str(data) if isinstance(data, str | Path) else "the data set"
+    if not isinstance(data, str | Path) or name.startswith("hf/"):
+        described = reading(_OF_DATASETS, f"{name} is not a table")
+        return find_in_datasets(data, name, classes, described, online)
+    if name in BUNDLED:
+        reading((), f"{name} comes with the package")
         bundled.warn_of_namesake(name)
-        return _bundled(name) if name in _BUNDLED else _digits()
+        return _digits() if name == "digits" else _bundled(name)
     if name.startswith("torchvision/"):
-        described.check_used(f"the data set {name!r}", ("root",))
+        reading(("root",), f"{name} is a data set of torchvision")
         return _torchvision(name, root, download)
     path = Path(name)
-    if name.startswith("hf/") or is_stored(path):
-        described.check_used(f"the data set {name!r}", _OF_DATASETS)
-    if name.startswith("hf/"):
-        return find_in_datasets(name, name, classes, described, online)
     if not os.path.exists(path):
-        known = (*_BUNDLED, "digits", "torchvision/CIFAR10", *_siblings(path))
+        known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):
-        return find_in_datasets(path, path.name, classes, described)
-    return find_images(path, classes, described)
+        return find_in_datasets(path, path.name, classes, reading(_OF_DATASETS, f"{name} is not a table"))
+    layout = layout_of(path)
+    if isinstance(layout, dict):
+        reading((), f"{name} is a folder of classes, not a table")
+        return in_folders(path, layout, classes)
+    return in_table(layout, classes, reading(("root", *_OF_TABLES), name))
 
 
 def _siblings(path: Path) -> Iterator[str]:
@@ -98,20 +112,19 @@ def _siblings(path: Path) -> Iterator[str]:
         return
 
 
-def _columns(root: str | Path | None, given: dict[str, Any], noted: Mapping[str, Any]) -> ImageColumns:
-    explicit = [name for name, value in given.items() if value not in (None, False)]
-    explicit += [] if root is None else ["root"]
-    given = {**noted, **given}
-    taken = ("image", "label", "header", "delimiter", "encoding", "regression", "multi_label")
+def _check_known(given: Iterable[str]) -> None:
     for name in given:
-        if name not in taken:
+        if name not in ("root", *_OF_TABLES):
             what = "applies to texts only, and these are images" if name == "text" else "is not an option of image data"
-            raise VisadaptError(f"{option(name)} {what}{'' if name == 'text' else nearest(name, taken)}")
+            raise VisadaptError(f"{option(name)} {what}{'' if name == 'text' else nearest(name, _OF_TABLES)}")
+
+
+def _columns(given: Mapping[str, Any]) -> ImageColumns:
     form = {name: given[name] for name in ("header", "delimiter", "encoding") if name in given}
     places = {name: given[name] for name in ("image", "label") if name in given}
     targets = Targets(bool(given.get("regression")), given.get("multi_label"))
-    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets,
-                        given=tuple(explicit))  # fmt: skip
+    root = given.get("root")
+    return ImageColumns(**places, root=None if root is None else Path(root), form=Format(**form), targets=targets)
 
 
 def _bundled(name: str) -> Found:

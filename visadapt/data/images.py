@@ -30,6 +30,12 @@ class ImageSplit:
         images: uint8, ``(N, 3, H, W)``; gray images have three equal channels.
         labels: class indices, int64 ``(N,)``; real values, float ``(N,)``; or bool ``(N, C)``, True for every label
             that applies.
+
+    Examples:
+        >>> from visadapt.data import ImageSplit
+        >>> split = ImageSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+        >>> split.subset([0, 2]).labels
+        tensor([0, 0])
     """
 
     images: Tensor
@@ -61,6 +67,13 @@ class ImageSet:
         train: training split; `holdout` takes a validation split from it.
         test: test split.
         validation: validation split, if the data set has one of its own.
+
+    Examples:
+        >>> from visadapt.data import load_images
+        >>> images = load_images("mnist")
+        >>> train, validation = images.holdout(200)
+        >>> len(train), len(validation), len(images.test)
+        (1800, 200, 1000)
     """
 
     name: str
@@ -136,6 +149,12 @@ def load_images(
     Raises:
         VisadaptError: there is no such data set or folder, its layout is not as above, its images differ in size and
             ``size`` is not given, too many are damaged, or a required library is missing.
+
+    Examples:
+        >>> from visadapt.data import load_images
+        >>> images = load_images("mnist")
+        >>> images.train.images.shape, images.train.labels.shape, images.classes[:3]
+        (torch.Size([2000, 3, 28, 28]), torch.Size([2000]), ('0', '1', '2'))
     """
     check_non_negative(damaged, "damaged")
     if size is not None and size < 1:
@@ -156,6 +175,14 @@ def load_squares(name_or_path: str | Path, size: int, **options: Any) -> ImageSe
         size: side to resize and crop to, unless all images are squares of one size already: these are kept, since small
             images take less memory.
         **options: passed to `load_images`.
+
+    Returns:
+        The data set, uint8 on the CPU.
+
+    Examples:
+        >>> from visadapt.data import load_squares
+        >>> load_squares("mnist", 64).train.images.shape  # squares already
+        torch.Size([2000, 3, 28, 28])
     """
     check_count(size, "size")
     try:
@@ -175,8 +202,18 @@ def image_files(place: str | Path) -> list[Path]:
     Args:
         place: the file or folder.
 
+    Returns:
+        Their paths.
+
     Raises:
         VisadaptError: there is no such file or folder, or no image in it.
+
+    Examples:
+        >>> from visadapt.data import image_files
+        >>> from PIL import Image
+        >>> Image.new("RGB", (40, 30)).save("rose.png")
+        >>> [file.name for file in image_files(".")]
+        ['rose.png']
     """
     path = Path(place)
     if os.path.isfile(path):
@@ -203,6 +240,13 @@ def read_images(files: Iterable[Any], size: int) -> Tensor:
 
     Raises:
         VisadaptError: a file is not a readable image, or ``files`` is empty.
+
+    Examples:
+        >>> from visadapt.data import read_images
+        >>> from PIL import Image
+        >>> Image.new("RGB", (40, 30)).save("rose.png")
+        >>> read_images(["rose.png"], size=16).shape
+        torch.Size([1, 3, 16, 16])
     """
     check_count(size, "size")
     return read_all(files, partial(square_pixels, size=size))

@@ -37,6 +37,13 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         labels: class indices or real values ``(N,)``, or bool ``(N, C)``, True for every label that applies.
         pixels: converts an RGB image to a uint8 tensor ``(3, H, W)``.
         name: for messages.
+
+    Examples:
+        >>> from visadapt.data import ImageFiles
+        >>> files = ImageFiles(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+        >>> image, label = files[1]
+        >>> image.shape, int(label)
+        (torch.Size([3, 8, 8]), 1)
     """
 
     items: Sequence[Any] | Tensor

@@ -23,6 +23,11 @@ class Samples:
         inputs: a tensor ``(N, …)``, or a dict of such tensors by the model's argument names.
         labels: one row per sample: class indices (int64) or real values ``(N,)``, or what else a loss takes, such as
             probabilities ``(N, C)`` or dense classes ``(N, H, W)``; None for unlabelled samples.
+
+    Examples:
+        >>> samples = visadapt.training.Samples(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)
+        >>> len(samples)
+        8
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -59,6 +64,14 @@ def ready(inputs: Any) -> Any:
     Args:
         inputs: a batch. uint8 images ``(N, 3, H, W)`` are normalised as ImageNet's networks want them; token ids with
             an ``attention_mask`` are cut to the longest text in the batch; anything else stays as it is.
+
+    Returns:
+        The batch as the model takes it: float32 ``(N, 3, H, W)`` for uint8 images.
+
+    Examples:
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> visadapt.training.ready(images).dtype
+        torch.float32
     """
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         return normalize(inputs)
@@ -74,8 +87,16 @@ def trimmed(inputs: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
     On an accelerator the texts stay as they are: to find out would wait for it. Cut them before they go there.
 
     Args:
-        inputs: tensors ``(N, L)`` with an ``attention_mask``; others stay as they are.
+        inputs: tensors ``(N, L)`` by name, with an ``attention_mask``; others stay as they are.
         multiple: number that the length is kept a multiple of, as far as there is padding.
+
+    Returns:
+        The same tensors, ``(N, L')`` with L' ≤ L.
+
+    Examples:
+        >>> ids = torch.tensor([[5, 6, 0], [7, 0, 0]])
+        >>> visadapt.training.trimmed({"input_ids": ids, "attention_mask": (ids > 0).long()})["input_ids"].shape
+        torch.Size([2, 2])
     """
     check_count(multiple, "multiple")
     mask = inputs["attention_mask"]
@@ -98,8 +119,18 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
         split: a `visadapt.data.TextSplit`, of texts or of pairs.
         max_length: maximum number of tokens; longer texts are truncated.
 
+    Returns:
+        Token ids and masks, int64 ``(N, L)`` each, with the split's labels.
+
     Raises:
         VisadaptError: the split is empty.
+
+    Examples:
+        >>> from visadapt.data import TextSplit, tokenizer_of
+        >>> split = TextSplit(["a rose", "a white lily"], torch.tensor([0, 1]))
+        >>> samples = visadapt.training.tokenised(tokenizer_of("bundled/minilm"), split)
+        >>> samples.inputs["input_ids"].shape
+        torch.Size([2, 5])
     """
     check_count(max_length, "max_length")
     if not len(split):

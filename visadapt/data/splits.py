@@ -78,8 +78,18 @@ def renumbered(data: Set, labels: Sequence[str]) -> Set:
         data: an ``ImageSet`` or a ``TextSet``.
         labels: the names of the task's labels.
 
+    Returns:
+        The same data set, with the labels' numbers of the task.
+
     Raises:
         VisadaptError: a class of the data is not one of the labels; the nearest is named.
+
+    Examples:
+        >>> from visadapt.data import TextSet, TextSplit, renumbered
+        >>> split = TextSplit(["a rose"], torch.tensor([0]))
+        >>> roses = TextSet("roses", ("rose",), split, split, split)
+        >>> renumbered(roses, ("lily", "rose")).train.labels
+        tensor([1])
     """
     whole: Any = data
     if not hasattr(whole, "classes") or not dataclasses.is_dataclass(whole):

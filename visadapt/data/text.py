@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,17 @@ from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
-from visadapt.data.datasets_library import SPLITS, holds_data_files, is_stored, labels_of, open_dataset
+from visadapt.data.datasets_library import SPLITS, labels_of, open_dataset
 from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, check_form, held_out
-from visadapt.errors import VisadaptError, nearest, option
+from visadapt.data.text_sources import BUNDLED, PRESETS, at_root, is_stored_set, options_of
+from visadapt.errors import VisadaptError, check_unused, nearest, option
 
 Text = str | tuple[str, str]
-
-_BUNDLED = ("tweets", "movies", "products", "editorials")
 
 _SENTIMENT = ("negative", "neutral", "positive")
 
 TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
-
-
-@dataclass(frozen=True)
-class _Preset:
-    """File format of a well-known data set: columns, label names, encoding."""
-
-    text: Column | tuple[Column, Column]
-    label: Column
-    classes: dict[str, str]
-    header: bool = True
-    encoding: str = "utf-8-sig"
-    delimiter: str = "\t"
-
-
-_PRESETS = {
-    "sst2": _Preset("sentence", "label", {"0": "negative", "1": "positive"}),
-    "cola": _Preset(3, 1, {"0": "unacceptable", "1": "acceptable"}, header=False),
-    "mrpc": _Preset(("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}),
-    "rte": _Preset(("sentence1", "sentence2"), "label", {c: c for c in ("entailment", "not_entailment")}),
-    # the distributed file names the labels, `DESC:manner How did …`; some copies number them, `0 How did …`
-    "trec": _Preset(
-        1,
-        0,
-        dict(zip("012345", ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"), strict=True)),
-        header=False,
-        encoding="latin-1",
-        delimiter=" ",
-    ),
-}
-
-KNOWN = (*_BUNDLED, *_PRESETS)
-"""Data sets that are known by name; how they are written is known too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +35,11 @@ class TextSplit:
         texts: one string per sample, or a pair of strings.
         labels: class indices, int64 ``(N,)``; real values, float ``(N,)``; or bool ``(N, C)``, True for every label
             that applies.
+
+    Examples:
+        >>> from visadapt.data import TextSplit
+        >>> TextSplit(["a rose", "a lily"], torch.tensor([0, 1])).subset([1]).texts
+        ['a lily']
     """
 
     texts: list[Text]
@@ -96,6 +68,12 @@ class TextSet:
         train: training split.
         validation: validation split, to choose settings by.
         test: test split.
+        remarks: what the library decided, for the user to know.
+
+    Examples:
+        >>> from visadapt.data import load_text
+        >>> load_text("tweets").classes
+        ('negative', 'neutral', 'positive')
     """
 
     name: str
@@ -103,6 +81,7 @@ class TextSet:
     train: TextSplit
     validation: TextSplit
     test: TextSplit
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -141,7 +120,7 @@ def load_text(
             ``"hf/NAME"``: another folder that this library loads, or a data set of the Hugging Face hub;
             a folder with ``train`` and ``test`` and/or ``dev`` (``validation``) files, ``.tsv`` or ``.csv``;
             a ``.tsv`` or ``.csv`` file (``.gz`` too), of which 10 % become validation and 20 % test.
-        root: folder that contains the GLUE and TREC folders.
+        root: folder that contains the GLUE and TREC folders, or that a relative path starts from.
         text: text column, or two for pairs, as names or as numbers from 0; None looks for the usual names.
         label: label column.
         header: whether the first line holds the column names; otherwise columns are numbered.
@@ -161,42 +140,50 @@ def load_text(
         The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
 
     Raises:
-        VisadaptError: there is no such data set, file or column, an option of tables is given for one that is known by
-            name, a line has too few columns or no label, or a split has
-            a label that is not one of the classes.
+        VisadaptError: there is no such data set, file or column, a line has too few columns or no label, a split has a
+            label that is not one of the classes, or an option has no effect on this data set.
+
+    Examples:
+        >>> import os
+        >>> from pathlib import Path
+        >>> from visadapt.data import load_text
+        >>> rows = ["text,label", *(f"review {i},{i % 2}" for i in range(20))]
+        >>> size = Path("reviews.csv").write_text(os.linesep.join(rows))
+        >>> reviews = load_text("reviews.csv")
+        >>> len(reviews.train), len(reviews.validation), len(reviews.test), reviews.classes
+        (14, 2, 4, ('0', '1'))
     """
     name = str(name_or_path) if isinstance(name_or_path, str | Path) else "the data set"
-    if name in KNOWN:
-        columns = {"text": text, "label": label != "label", "header": not header, "delimiter": delimiter,
-                 "encoding": encoding != "utf-8-sig", "regression": regression, "multi_label": multi_label}  # fmt: skip
-        if unused := [key for key, value in columns.items() if value not in (None, False)]:
-            raise VisadaptError(f"{option(unused[0])} must be left out: it has no meaning for the data set {name!r}")
-    if name in _BUNDLED:
+    given = {"root": root, "text": text, "delimiter": delimiter, "multi_label": multi_label, "config": config}
+    changed = {"label": label != "label", "header": not header, "encoding": encoding != "utf-8-sig"}
+    used = {key for key, value in given.items() if value is not None} | {key for key, value in changed.items() if value}
+    taken, what = options_of(name_or_path, root)
+    check_unused(sorted((used | ({"regression"} if regression else set())) - taken), what)
+    if name in BUNDLED:
         bundled.warn_of_namesake(name)
         return _bundled(name)
     targets = Targets(regression, multi_label)
-    if name in _PRESETS:
+    if name in PRESETS:
         if root is None:
             raise VisadaptError(f"{name!r} needs {option('root')}, the folder that contains the folder {name!r}")
-        preset = _PRESETS[name]
+        preset = PRESETS[name]
         form = Format(preset.header, preset.delimiter, preset.encoding)
         splits = _folder(Path(root) / name, _Reader(preset.text, preset.label, form))
         if name == "trec":
             splits = {split: rows.relabelled(lambda y: y.split(":")[0]) for split, rows in splits.items()}
         return _assemble(name, splits, seed, Targets(), preset.classes)
-    path, reader = Path(name), _Reader(text, label, Format(header, delimiter, encoding), targets)
+    path, reader = at_root(name, root), _Reader(text, label, Format(header, delimiter, encoding), targets)
     known = None if classes is None else {y: y for y in classes}
-    stored = is_stored(path) or (holds_data_files(path) and not any(map(is_table, path.iterdir())))
-    if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or stored:
-        given = path if isinstance(name_or_path, str | Path) and not name.startswith("hf/") else name_or_path
-        parts = open_dataset(given, name, online, config)
+    if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or is_stored_set(path):
+        source = path if isinstance(name_or_path, str | Path) and not name.startswith("hf/") else name_or_path
+        parts = open_dataset(source, name, online, config)
         splits, targets, own = _of_datasets(parts, name, text, label, targets)
         return _completed(name, splits, seed, targets, known or own, whole)
     if os.path.isdir(path):
         return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
     if not os.path.isfile(path):
         there = [p.name for p in path.parent.iterdir() if is_table(p)] if os.path.isdir(path.parent) else []
-        known_names = (*KNOWN, "hf/NAME", *there)
+        known_names = (*BUNDLED, *PRESETS, "hf/NAME", *there)
         raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")
     return _completed(path.name, {"train": reader.read(path)}, seed, targets, known, whole, where=str(path))
 
@@ -227,7 +214,10 @@ def _completed(
     codes = targets.encode(rows.labels, targets.names(rows.labels), where, rows.numbers)
     left, test = held_out(codes, len(rows) // 5, seed)
     parts = {"train": rows.subset(left.tolist()), "test": rows.subset(test.tolist())}
-    return _assemble(name, parts, seed, targets, known, validation=len(rows) // 10)
+    made = _assemble(name, parts, seed, targets, known, validation=len(rows) // 10)
+    remarks = [f"{name}: {len(made.test)} of {len(rows)} rows held out for test"]
+    remarks.append(f"{name}: {len(made.validation)} of {len(rows) - len(made.test)} rows held out for validation")
+    return replace(made, remarks=tuple(remarks))
 
 
 @takes()
@@ -239,8 +229,19 @@ def read_texts(file: Path, text: Column | Sequence[Column] | None = None, form: 
         text: text column, or two for pairs; None looks for the usual names.
         form: how the table is written.
 
+    Returns:
+        A string per row, or a pair of strings.
+
     Raises:
         VisadaptError: the file cannot be read, or has no such column.
+
+    Examples:
+        >>> import os
+        >>> from pathlib import Path
+        >>> from visadapt.data import read_texts
+        >>> size = Path("reviews.csv").write_text(os.linesep.join(["text,stars", "a rose,5"]))
+        >>> read_texts(Path("reviews.csv"))
+        ['a rose']
     """
     table = read_table(file, form or Format())
     return _texts(table, text_columns(table, text))

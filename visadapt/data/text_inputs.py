@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from visadapt.data.samples import Samples, tokenised, trimmed
 from visadapt.data.splits import Splits, renumbered
 from visadapt.data.targets import problem_type
-from visadapt.data.text import KNOWN, TextSplit, load_text
+from visadapt.data.text import TextSplit, load_text
+from visadapt.data.text_sources import options_of
 from visadapt.data.tokenizers import tokenizer_of
 from visadapt.errors import VisadaptError, option
 from visadapt.typed import check_integer
@@ -95,14 +96,14 @@ class TextInputs:
             name: as `visadapt.data.load_text` takes it.
             labels: class names in the task's order; None for those of the data.
             seed: seed of splits that the data set does not define.
-            noted: options of the table that a task was trained on, for data that are not known by name.
+            noted: further options, such as a task's notes, for data that is described by them; other data ignores them.
             **options: passed to `visadapt.data.load_text`.
         """
         if wrong := sorted(options.keys() & {"image", "download"}):
             raise VisadaptError(f"{name}: {' and '.join(map(option, wrong))} apply to images only, and these are texts")
-        if noted and name not in KNOWN:
-            options = {**noted, **options}
-        found = load_text(name, seed=seed, classes=labels, **options)
+        taken, _ = options_of(name, options.get("root"))
+        described = {key: value for key, value in (noted or {}).items() if key in taken}
+        found = load_text(name, seed=seed, classes=labels, **{**described, **options})
         found = found if labels is None else renumbered(found, labels)
         splits = (found.train, found.validation, found.test)
         train, validation, test = (self._tokens(split) if len(split) else None for split in splits)
@@ -110,7 +111,7 @@ class TextInputs:
             raise VisadaptError(f"{name} has no texts to test")
         inputs = dataclasses.replace(self, pairs=not isinstance(found.test.texts[0], str))
         kind = problem_type(found.test.labels)
-        return Splits(found.classes, train, validation, test, inputs, problem_type=kind)
+        return Splits(found.classes, train, validation, test, inputs, remarks=found.remarks, problem_type=kind)
 
     def _tokens(self, split: TextSplit) -> Samples:
         return tokenised(self.tokens, split, self.length)

@@ -36,6 +36,11 @@ def minilm_path() -> Path:
 
     Raises:
         VisadaptError: the package is not installed, or the folder has other files than the package.
+
+    Examples:
+        >>> from visadapt.data import minilm_path
+        >>> (minilm_path() / "config.json").is_file()
+        True
     """
     if MINILM in os.environ:
         return _checked(Path(os.environ[MINILM]))
@@ -64,8 +69,16 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
         backbone: ``"bundled/minilm"``, ``"hf/<name or folder>"``, or transformers' own name of it.
         **options: passed to ``AutoTokenizer.from_pretrained``.
 
+    Returns:
+        The tokenizer, with a padding token.
+
     Raises:
         VisadaptError: transformers is not installed, or has no such tokenizer.
+
+    Examples:
+        >>> from visadapt.data import tokenizer_of
+        >>> tokenizer_of("bundled/minilm")(["a rose"])["input_ids"]
+        [[101, 1037, 3123, 102]]
     """
     transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")

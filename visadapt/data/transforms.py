@@ -40,6 +40,13 @@ def normalize(
 
     Raises:
         VisadaptError: the images are not a uint8 batch of three channels.
+
+    Examples:
+        >>> from visadapt.data import normalize
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> batch = normalize(images, 64)
+        >>> batch.shape, round(float(batch[0, 0, 0, 0]), 3)
+        (torch.Size([2, 3, 64, 64]), -2.118)
     """
     if size is not None:
         check_count(size, "size")
@@ -69,6 +76,12 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool = True, cr
 
     Raises:
         VisadaptError: the images are not a batch, or the padding is negative.
+
+    Examples:
+        >>> from visadapt.data import augment
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> augment(images, torch.Generator().manual_seed(0), flip=False).shape
+        torch.Size([2, 3, 32, 32])
     """
     _check(images)
     if crop_padding < 0:

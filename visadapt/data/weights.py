@@ -26,8 +26,16 @@ def resnet50() -> nn.Module:
     the 3×3 conv as in torchvision, and the returned module has its strides there. Inputs are RGB with
     torchvision's ImageNet normalisation (see `normalize`); the head has 1000 classes.
 
+    Returns:
+        The network, 25.6 million parameters.
+
     Raises:
         VisadaptError: torchvision is missing, or the bundled file is damaged.
+
+    Examples:
+        >>> from visadapt.data import resnet50
+        >>> resnet50().fc.out_features
+        1000
     """
     models = require("torchvision.models", "the bundled ResNet-50", "torchvision")
     with torch.device("meta"):  # no default init, which would take longer than reading the weights
@@ -55,6 +63,12 @@ def dequantise(file: str | Path) -> dict[str, Tensor]:
 
     Raises:
         VisadaptError: the file is missing or damaged, or an int8 tensor has no scale.
+
+    Examples:
+        >>> from visadapt.data import dequantise, path
+        >>> weights = dequantise(path("resnet50_imagenet_int8.safetensors"))
+        >>> weights["conv1.weight"].dtype, weights["conv1.weight"].shape
+        (torch.float32, torch.Size([64, 3, 7, 7]))
     """
     try:
         state = load_file(file, device="cpu")

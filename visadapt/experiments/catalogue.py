@@ -106,5 +106,5 @@ def _options(words: Iterable[str]) -> dict[str, Any]:
 
 def _method(word: str, options: dict[str, Any]) -> Method:
     if word.lower() not in _METHODS:
-        raise VisadaptError(f"no method {word!r}{nearest(word.lower(), _METHODS)}")
+        raise VisadaptError(f"no contender {word!r}{nearest(word.lower(), _METHODS)}")
     return _METHODS[word.lower()].of(options)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from visadapt.checks import check_choice
 from visadapt.data import ImageSet, ImageSplit, augment, load_squares
 from visadapt.data.bounded import unpack_zip
+from visadapt.data.image_sources import BUNDLED
 from visadapt.data.inputs import ImageInputs, Splits
 from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples
@@ -56,6 +57,10 @@ class ImageProblem(Problem):
         if self.augment is not None:
             check_choice(self.augment, AUGMENTATIONS, "augmentation")
 
+    @property
+    def uses_root(self) -> bool:
+        return not (self.data in BUNDLED or self.data.startswith("hf/") or Path(self.data).is_absolute())
+
     def described(self) -> dict[str, Any]:
         facts = super().described()
         if self.augment is None:
@@ -90,7 +95,7 @@ class ImageProblem(Problem):
     def _read(self) -> ImageSet:
         path = Path(self.root or "", self.data)
         if not path.exists():
-            return load_squares(self.data, self.size, root=self.root)
+            return load_squares(self.data, self.size, root=self.root if self.uses_root else None)
         if not zipfile.is_zipfile(path):
             return load_squares(path, self.size)
         with tempfile.TemporaryDirectory() as folder:

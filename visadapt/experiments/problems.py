@@ -74,6 +74,11 @@ class Problem(ABC):
         return short_name(self.network)
 
     @property
+    @abstractmethod
+    def uses_root(self) -> bool:
+        """Whether the data is looked for in ``root``, if that is given."""
+
+    @property
     def splits(self) -> Splits:
         """The data as `visadapt.training.Samples`, loaded once per process."""
         return _splits(self)

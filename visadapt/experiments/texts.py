@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from visadapt.data import TextSplit, load_text, tokenizer_of
 from visadapt.data.inputs import Splits, TextInputs
+from visadapt.data.text_sources import options_of
 from visadapt.experiments.problems import Problem, subset_indices
 from visadapt.training import Samples, tokenised
 
@@ -36,8 +37,12 @@ class TextProblem(Problem):
     def metric(self) -> str:
         return "matthews" if self.name == "cola" else "accuracy"
 
+    @property
+    def uses_root(self) -> bool:
+        return "root" in options_of(self.data, self.root)[0]
+
     def load(self) -> Splits:
-        data = load_text(self.data, root=self.root)
+        data = load_text(self.data, root=self.root if self.uses_root else None)
         tokenizer = tokenizer_of(self.network)
 
         def samples(split: TextSplit, limit: int | None) -> Samples:

@@ -164,6 +164,11 @@ def unlean(model: ModelT) -> ModelT:
     Raises:
         VisadaptError: the model was never injected, or the originals were not kept (``original=None``). Nothing was
             changed then.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.unlean(visadapt.lean(model)) is model
+        True
     """
     registry = registry_of(model)
     with STRUCTURE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from visadapt.errors import VisadaptError
 from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
+from visadapt.methods.stacking import Own, pointwise
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
 
@@ -35,6 +36,13 @@ class AdaptFormer(Method):
 
     Raises:
         VisadaptError: an option is out of range; at a site no MLP is found, beside which to stand.
+
+    Examples:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2)
+        >>> model = visadapt.inject(vit, visadapt.AdaptFormer(m=4), task="flowers", num_classes=3)
+        >>> visadapt.summary(model)["flowers"].sites
+        2
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp",)
@@ -95,13 +103,19 @@ class ParallelBottleneck(nn.Module):
         self.up = Pointwise(m, site.channels, site.layout, std=0.0)
 
     def forward(self, x: Tensor) -> Any:
-        return self.change(x)
+        return self.change(x, self.down, self.up)
 
-    def change(self, x: Tensor) -> Tensor:
-        """What the branch makes of the MLP's input."""
-        z = F.dropout(F.relu(self.down(in_dtype_of(self.down.weight, x))), self.dropout, self.training)
-        delta: Tensor = self.up(z)
-        return (self.scale * delta).to(x.dtype)
+    def change(self, x: Tensor, down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the branch, with these projections, makes of the MLP's input."""
+        z = F.dropout(F.relu(down(in_dtype_of(self.down.weight, x))), self.dropout, self.training)
+        return (self.scale * up(z)).to(x.dtype)
+
+    def rowwise(self, x: Any, own: Own) -> Any:
+        """The same for a batch whose rows have tensors of their own."""
+        layout = self.down.layout
+        return self.change(
+            x, lambda z: pointwise(own.of("down"), z, layout), lambda z: pointwise(own.of("up"), z, layout)
+        )
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuse: the branch is nonlinear.
@@ -118,4 +132,9 @@ class BeforeSum(ParallelBottleneck):
     role: ClassVar[str] = "before"
 
     def forward(self, h: Tensor, x: Tensor, *rest: Any) -> Any:  # type: ignore[override]
-        return (h, x + self.change(x), *rest)
+        return (h, x + super().forward(x), *rest)
+
+    def rowwise(self, args: tuple[Any, ...], own: Own) -> tuple[Any, ...]:
+        """The same for a batch whose rows have tensors of their own."""
+        h, x, *rest = args
+        return (h, x + super().rowwise(x, own), *rest)

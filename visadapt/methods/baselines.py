@@ -23,6 +23,11 @@ class Linear(Method):
 
     Raises:
         VisadaptError: the task would have norms of its own, no head of its own, or sites.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, visadapt.Linear(), task="flowers", num_classes=3, norms="frozen")
+        >>> len(visadapt.parameters(model, "flowers")), visadapt.summary(model)["flowers"].methods
+        (2, 'Linear()')
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -52,6 +57,11 @@ class Norms(Method):
 
     Raises:
         VisadaptError: ``norms="frozen"``; the backbone has no norms; ``inject`` was given ``where=``.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, visadapt.Norms(), task="flowers", num_classes=3)
+        >>> len(visadapt.parameters(model, "flowers")), visadapt.summary(model)["flowers"].methods
+        (44, 'Norms()')
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()

@@ -14,7 +14,7 @@ from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.operators import CONVS
 from visadapt.backbone.site import Site, is_channels_first, is_sequence, rank_of
 from visadapt.checks import check_choice, check_flag, check_probability, check_std, check_width
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, setting
 from visadapt.methods.layers import (
     ACTIVATIONS,
     Pointwise,
@@ -195,7 +195,7 @@ class BottleneckAdapter(nn.Module):
     def as_affine(self) -> tuple[Tensor, Tensor]:
         """M = I + s⊙W2·W1 and c = s⊙(W2·b1 + b2) of a linear bottleneck, for merging."""
         if self.activation is not ACTIVATIONS[None]:
-            raise VisadaptError("its activation is not linear (activation=None would merge)")
+            raise VisadaptError(f"its activation is not linear ({setting('activation', None)} would merge)")
         if self.depthwise is not None:
             raise VisadaptError("its depthwise conv looks beyond one position")
         w1, w2 = self.down.weight.double(), self.up.weight.double()

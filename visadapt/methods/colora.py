@@ -13,11 +13,12 @@ from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import Operator, as_kernel, check_weight, convolve, is_operator, operator_of, rows_of
 from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, check_fraction, check_width
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, setting
 from visadapt.methods.edge_filter import edge_preserving
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
+from visadapt.methods.stacking import Own, in_groups, pointwise
 
 _ASIDE = ("downsample", "shortcut", "se", "se_module", "attn")
 
@@ -226,10 +227,19 @@ class DepthwiseBranch(nn.Module):
         z = edge_preserving(z, self.rank)
         return convolve(self.rank, z, self.b, stride=self.stride, padding=1, groups=len(self.a)).to(x.dtype)
 
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        layout = ("NCL", "NCHW", "NCDHW")[self.rank - 1]
+        z = edge_preserving(pointwise(own, in_dtype_of(self.a, x), layout, bias=False, matrix="a"), self.rank)
+        b = own("b").flatten(0, 1)
+        groups = len(self.a) * x.shape[0]
+        y = in_groups(z, lambda flat: convolve(self.rank, flat, b, stride=self.stride, padding=1, groups=groups))
+        return y.to(x.dtype)
+
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuse: the filter weighs neighbours by how alike they are.
 
         Raises:
             VisadaptError: always.
         """
-        raise VisadaptError("its filter depends on its input (CoLoRA(branch=False) would merge)")
+        raise VisadaptError(f"its filter depends on its input ({setting('branch', False)} would merge)")

@@ -20,6 +20,7 @@ from visadapt.methods.layers import as_channels_first, in_dtype_of
 from visadapt.methods.method import Method
 from visadapt.methods.policy import Policy
 from visadapt.methods.slot import Slot
+from visadapt.methods.stacking import Own, as_vector, in_groups, pointwise
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 
@@ -48,6 +49,15 @@ class ConvAdapter(Method):
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution, or is one of token sequences; at a site
             of ``residual-parallel`` there is no block of several modules.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> expected = backbone.eval()(images)
+        >>> model = visadapt.inject(backbone, visadapt.ConvAdapter(gamma=2), task="flowers")
+        >>> torch.equal(model(images), expected)
+        True
+        >>> visadapt.summary(model)["flowers"].sites
+        16
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
@@ -138,6 +148,18 @@ class ConvBottleneck(nn.Module):
 
         return as_channels_first(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
 
+    def change_rowwise(self, x: Tensor, own: Own, stride: tuple[int, ...] | None = None) -> Tensor:
+        """Δ(x) of a batch whose rows have tensors of their own."""
+        kernel, bias = own("down.weight").flatten(0, 1), own("down.bias").flatten()
+        operator, groups = self.operator, self.groups * x.shape[0]
+
+        def delta(z: Tensor) -> Tensor:
+            z = in_groups(z, lambda flat: operator.apply(flat, kernel, bias, groups, stride))
+            z = pointwise(own.of("up"), F.relu(z), operator.layout)
+            return z * as_vector(own("scale"), z, operator.layout)
+
+        return as_channels_first(delta, in_dtype_of(self.scale, x), self.layout).to(x.dtype)
+
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
         """Refuse: Δ is nonlinear.
 
@@ -163,6 +185,10 @@ class ConvBeside(ConvBottleneck):
     def forward(self, x: Tensor) -> Tensor:
         return self.change(x)
 
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        return self.change_rowwise(x, own)
+
 
 class ConvAfter(ConvBottleneck):
     """u + Δ(u)."""
@@ -171,6 +197,10 @@ class ConvAfter(ConvBottleneck):
 
     def forward(self, u: Tensor) -> Tensor:
         return u + self.change(u)
+
+    def rowwise(self, u: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        return u + self.change_rowwise(u, own)
 
 
 class BranchAdapter(ConvBottleneck):
@@ -182,14 +212,24 @@ class BranchAdapter(ConvBottleneck):
         self, method: ConvAdapter, inputs: int, outputs: int, operator: Operator, layout: str, slot: Slot
     ) -> None:
         super().__init__(method, inputs, outputs, operator, layout)
-        self.slot = slot
+        self._slot = slot
 
     def forward(self, h: Tensor) -> Tensor:
-        x = self.slot.take("a residual-parallel adapter", "its block's forward")
+        x = self._kept()
+        return h + self.change(x, self._stride(x, h))
+
+    def rowwise(self, h: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        x = self._kept()
+        return h + self.change_rowwise(x, own, self._stride(x, h))
+
+    def _kept(self) -> Tensor:
+        return self._slot.take("a residual-parallel adapter", "its block's forward")
+
+    def _stride(self, x: Tensor, h: Tensor) -> tuple[int, ...]:
+        """The stride of the branch, which may have some anywhere: what it made of the size says how much."""
         first = 2 if is_channels_first(self.layout) else 1
-        # the branch may have strides anywhere: what it made of the size says how much
-        stride = tuple(-(-x.shape[axis] // h.shape[axis]) for axis in range(first, first + rank_of(self.layout)))
-        return h + self.change(x, stride)
+        return tuple(-(-x.shape[axis] // h.shape[axis]) for axis in range(first, first + rank_of(self.layout)))
 
 
 class Tap(nn.Module):
@@ -199,8 +239,12 @@ class Tap(nn.Module):
 
     def __init__(self, slot: Slot) -> None:
         super().__init__()
-        self.slot = slot
+        self._slot = slot
 
     def forward(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
-        self.slot.put(x)
+        self._slot.put(x)
         return (x, *rest)
+
+    def rowwise(self, args: tuple[Any, ...], own: Own) -> tuple[Any, ...]:
+        """The same for a batch whose rows have tensors of their own."""
+        return self(*args)  # type: ignore[no-any-return]

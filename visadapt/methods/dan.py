@@ -13,6 +13,7 @@ from visadapt.backbone.site import Site
 from visadapt.checks import check_flag, is_real
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
+from visadapt.methods.stacking import Own
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class DAN(Method):
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear, or its weight is not a
             parameter.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.DAN(diagonal=True), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
@@ -81,20 +89,28 @@ class Controller(nn.Module):
         return ("weight",) if self.bias is None else ("weight", "bias")
 
     def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._changed(parameters, self.controller, self.bias)
+
+    def rowwise(self, parameters: dict[str, Tensor], own: Own) -> dict[str, Tensor]:
+        """The same for each sample of a batch with tensors of its own."""
+        return self._changed(parameters, own("controller", False), None if self.bias is None else own("bias", False))
+
+    def _changed(self, parameters: dict[str, Tensor], controller: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+        """The changed parameters, or one of each per sample where D and the bias are."""
         changed = {}
         if "weight" in parameters:
-            changed["weight"] = self._combined(parameters["weight"])
-        if self.bias is not None and "bias" in parameters:
+            changed["weight"] = self._combined(parameters["weight"], controller)
+        if shift is not None and "bias" in parameters:
             bias = parameters["bias"]
-            changed["bias"] = bias + (self.alpha * self.bias).to(bias.dtype)
+            changed["bias"] = bias + (self.alpha * shift).to(bias.dtype)
         return changed
 
-    def _combined(self, weight: Tensor) -> Tensor:
-        own = torch.promote_types(weight.dtype, self.controller.dtype)
-        d = (self.controller if self.bits is None else rounded(self.controller, self.bits)).to(own)
+    def _combined(self, weight: Tensor, controller: Tensor) -> Tensor:
+        own = torch.promote_types(weight.dtype, controller.dtype)
+        d = (controller if self.bits is None else rounded(controller, self.bits)).to(own)
         matrix = rows_of(weight, self.transposed).to(own)
-        delta = d[:, None] * matrix if d.ndim == 1 else d @ matrix
-        delta = delta.t() if self.transposed else delta.view_as(weight)
+        delta = d[..., None] * matrix if self.controller.ndim == 1 else d @ matrix
+        delta = delta.mT if self.transposed else delta.view(*delta.shape[:-2], *weight.shape)
         return weight + (self.alpha * delta).to(weight.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

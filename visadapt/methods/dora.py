@@ -14,6 +14,7 @@ from visadapt.checks import check_positive, check_width
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import truncated_normal_
 from visadapt.methods.method import Method, width
+from visadapt.methods.stacking import Own
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,25 @@ class DoRAWeight(nn.Module):
     def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         if "weight" not in parameters:
             return {}
-        weight = parameters["weight"]
-        rows = rows_of(weight, self.transposed).to(torch.promote_types(weight.dtype, self.a.dtype))
-        changed = rows + self.scale * (self.b @ self.a)
+        return {"weight": self._changed(parameters["weight"], self.a, self.b, self.magnitude)}
+
+    def rowwise(self, parameters: dict[str, Tensor], own: Own) -> dict[str, Tensor]:
+        """The same for each sample of a batch with tensors of its own."""
+        a, b, magnitude = (own(name, False) for name in ("a", "b", "magnitude"))
+        return {"weight": self._changed(parameters["weight"], a, b, magnitude)} if "weight" in parameters else {}
+
+    def _changed(self, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+        """W̃, or one per sample where A, B and m are."""
+        rows = rows_of(weight, self.transposed).to(torch.promote_types(weight.dtype, a.dtype))
+        changed = rows + self.scale * (b @ a)
         norm = _norm(changed.detach())
         # a channel without weights has no direction yet; dividing by its norm would give gradients that are not numbers
         one = torch.ones_like(norm)
-        gain = torch.where(norm > 0, self.magnitude / torch.where(norm > 0, norm, one), one)
-        changed = (changed * gain[:, None]).to(weight.dtype)
-        return {"weight": changed.t() if self.transposed else changed.view_as(weight)}
+        gain = torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, one), one)
+        changed = (changed * gain[..., None]).to(weight.dtype)
+        return changed.mT if self.transposed else changed.view(*changed.shape[:-2], *weight.shape)
 
 
 def _norm(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
     return norm

@@ -14,6 +14,7 @@ from visadapt.backbone.site import Site
 from visadapt.checks import check_positive, check_probability, check_width
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
 from visadapt.methods.method import Method, width
+from visadapt.methods.stacking import Own, in_groups, pointwise
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class LoRA(Method):
 
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.LoRA(r=4), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv")
@@ -77,6 +85,22 @@ class LoRAAdapter(nn.Module):
             # N × groups·r: what the one A makes of each group
             z = self.operator.apply(z, self.a.repeat(groups, *(1,) * (self.a.ndim - 1)), groups=groups)
             z = convolve(self.operator.rank, z, as_kernel(self.b, self.operator.rank), groups=groups)
+        return (z * self.scale).to(x.dtype)
+
+    def rowwise(self, x: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        z = F.dropout(in_dtype_of(self.a, x), self.dropout, self.training)
+        operator, groups = self.operator, self.operator.groups
+        if not operator.conv:
+            z = pointwise(own, z, operator.layout, bias=False, matrix="a")
+        else:
+            kernel = own("a").repeat(1, groups, *(1,) * (self.a.ndim - 1)).flatten(0, 1)
+            z = in_groups(z, lambda flat: operator.apply(flat, kernel, groups=groups * x.shape[0]))
+        if groups == 1:
+            z = pointwise(own, z, operator.layout, bias=False, matrix="b")
+        else:
+            b = as_kernel(own("b").flatten(0, 1), operator.rank)
+            z = in_groups(z, lambda flat: convolve(operator.rank, flat, b, groups=groups * x.shape[0]))
         return (z * self.scale).to(x.dtype)
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.site import Site, Where
-from visadapt.errors import VisadaptError, nearest
+from visadapt.errors import VisadaptError, nearest, option
 from visadapt.methods.policy import Policy
 
 
@@ -23,6 +23,13 @@ class Method:
         kinds: the kinds of site it goes to where ``where`` does not say; none if it stands at no site.
         where: what ``where`` is if ``inject`` is not told; None for all sites of these kinds.
         norms: what the norm policy is if ``inject`` is not told.
+
+    Examples:
+        >>> method = visadapt.Parallel(rank=4)
+        >>> method.kinds, method.norms
+        (('conv3x3',), 'affine')
+        >>> method == visadapt.Parallel(rank=4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
@@ -89,7 +96,7 @@ class Method:
             VisadaptError: ``where`` named some all the same.
         """
         if sites:
-            raise VisadaptError(f"{type(self).__name__} stands at no sites: leave where= out")
+            raise VisadaptError(f"{type(self).__name__} adds nothing at sites: leave {option('where')} out")
 
     def count(self, site: Site, host: nn.Module) -> int:
         """Number of parameters of the adapter at ``site``, without allocating it."""

@@ -19,7 +19,7 @@ from visadapt.errors import VisadaptError
 from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
-from visadapt.methods.stacking import Own, as_vector, pointwise
+from visadapt.methods.stacking import Own, as_vector, in_groups, pointwise
 
 _KERNELS = (3, 5, 7)
 
@@ -180,8 +180,7 @@ class MonaAdapter(nn.Module):
             h,
             lambda name: as_vector(own(name), h, self.layout),
             lambda name, z: pointwise(own.of(name), z, self.layout),
-            # one group per channel of every row
-            lambda z: _depthwise(self.rank, z.flatten(0, 1)[None], weight, bias.flatten()).view(z.shape),
+            lambda z: in_groups(z, lambda flat: _depthwise(self.rank, flat, weight, bias.flatten())),
         )
 
 

@@ -28,6 +28,13 @@ class Full(Method):
 
     Raises:
         VisadaptError: ``inject`` was given ``where=``.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.Full(), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -46,6 +53,11 @@ class Biases(Method):
 
     Raises:
         VisadaptError: ``inject`` was given ``where=``; the backbone has no bias.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, visadapt.Biases(), task="flowers", num_classes=3, norms="frozen")
+        >>> len(visadapt.parameters(model, "flowers")), visadapt.summary(model)["flowers"].methods
+        (23, 'Biases()')
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -69,6 +81,13 @@ class TopLayers(Method):
 
     Raises:
         VisadaptError: ``n`` is not a positive integer, or there are fewer blocks.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.TopLayers(n=1), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp", "conv3x3")

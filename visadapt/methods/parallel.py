@@ -42,6 +42,13 @@ class Parallel(Method):
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear; the task named by ``factor_of``
             has no factor of that rank there.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.Parallel(rank=2), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)

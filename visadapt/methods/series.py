@@ -14,6 +14,7 @@ from visadapt.checks import check_choice, check_flag
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import Pointwise, as_channels_first, in_dtype_of
 from visadapt.methods.method import Method
+from visadapt.methods.stacking import Own, batch_norm, pointwise
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Series(Method):
 
     Raises:
         VisadaptError: an option is out of range; ``norm`` at a site of token sequences.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.Series(), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
@@ -72,6 +80,18 @@ class SeriesAdapter(nn.Module):
             z = as_channels_first(self.norm, z, self.layout)
         delta: Tensor = self.project(z)
         return u + delta.to(u.dtype)
+
+    @property
+    def is_rowwise(self) -> bool:
+        """Whether rows do not depend on each other: BN1 does not normalise by its batch."""
+        return self.norm is None or not self.norm.training
+
+    def rowwise(self, u: Tensor, own: Own) -> Tensor:
+        """The same for a batch whose rows have tensors of their own."""
+        z, norm = in_dtype_of(self.project.weight, u), self.norm
+        if norm is not None:
+            z = as_channels_first(lambda maps: batch_norm(own.of("norm"), maps, norm.eps), z, self.layout)
+        return u + pointwise(own.of("project"), z, self.layout, bias=False).to(u.dtype)
 
     def as_affine(self) -> tuple[Tensor, Tensor | None]:
         """(I + A·diag(s), A·t), where BN1 is u·s + t in eval mode.

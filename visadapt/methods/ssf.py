@@ -28,6 +28,13 @@ class SSF(Method):
 
     Raises:
         VisadaptError: ``init_std`` is out of range; the backbone cannot be traced (give ``inject`` an ``example=``).
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.SSF(), task="flowers", num_classes=3).eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()

@@ -6,14 +6,15 @@ tasks' parts there, and it asks for tensors by name, which it is given with one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visadapt.backbone.autocast import is_autocast
-from visadapt.backbone.operators import convolve
+from visadapt.backbone.operators import as_kernel, convolve
 from visadapt.backbone.site import is_channels_first
 from visadapt.backbone.tracing import is_tracing
 
@@ -136,14 +137,24 @@ class Stacked:
         self.samples = len(rows.number)
 
     def __call__(self, name: str, repeat: bool = True) -> Tensor:
+        return self.rows.gather(self.tensors(name), repeat)
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """One per part."""
         *path, last = name.split(".")
         modules = self._inside(path)
         # not by getattr, which a module answers slowly: there may be thousands to ask
         held = modules[0].__dict__
         where = next((kind for kind in ("_parameters", "_buffers") if last in held[kind]), None)
         if where is None:
-            return self.rows.gather([getattr(module, last) for module in modules], repeat)
-        return self.rows.gather([module.__dict__[where][last] for module in modules], repeat)
+            return [getattr(module, last) for module in modules]
+        return [module.__dict__[where][last] for module in modules]
+
+    def is_apart(self, matrix: str, x: Tensor) -> bool:
+        """Whether few groups of rows have matrices that cost more to gather per row than rows cost to gather."""
+        if self.rows.groups * 2 > self.samples or is_tracing():
+            return False
+        return self.samples * self.tensors(matrix)[0].numel() > 4 * x.numel()
 
     def of(self, child: str) -> Stacked:
         return Stacked(self._inside(child.split(".")), self.rows)
@@ -151,7 +162,7 @@ class Stacked:
     def _inside(self, path: Sequence[str]) -> Sequence[nn.Module]:
         modules = self.parts
         for step in path:
-            modules = [cast("nn.Module", module.__dict__["_modules"][step]) for module in modules]
+            modules = [module.__dict__["_modules"][step] for module in modules]
         return modules
 
 
@@ -173,32 +184,66 @@ class Single:
         return Single(self.part.get_submodule(child))
 
 
-def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True) -> Tensor:
+def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True, matrix: str = "weight") -> Tensor:
     """y = W_t·x + b_t at every position, with the weights of each sample's task t.
 
     Args:
-        own: of a `visadapt.methods.layers.Pointwise`.
+        own: of a `visadapt.methods.layers.Pointwise`, a linear, a 1×1 convolution or another module with a matrix.
         x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
         layout: of ``x``.
         bias: whether there is one.
+        matrix: the name of W, outputs × inputs.
     """
     maps = is_channels_first(layout)
     if is_spread(x) and own.samples == len(x):
-        return _pointwise_of_one(own, x[0], layout, bias)
+        return _pointwise_of_one(own, x[0], layout, bias, matrix)
     if maps and x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return pointwise(own, x.movedim(1, -1), "NLC", bias).movedim(-1, 1)
-    weight, shift = own("weight", maps), own("bias", maps) if bias else None
+        return pointwise(own, x.movedim(1, -1), "NLC", bias, matrix).movedim(-1, 1)
+    if isinstance(own, Stacked) and own.is_apart(matrix, x):
+        rows, shifts = own.rows, own.tensors("bias") if bias else None
+        each, rank = [], x.ndim - 2
+        for group, weight in enumerate(own.tensors(matrix)):
+            z, w, b = rows.take(x, group), weight.flatten(1), None if shifts is None else shifts[group]
+            if not is_autocast(x.device.type):
+                w, b = w.to(x.dtype), None if b is None else b.to(x.dtype)
+            each.append(convolve(rank, z, as_kernel(w, rank), b) if maps and rank else F.linear(z, w, b))
+        return rows.join(each)
+    weight, shift = own(matrix, maps), own("bias", maps) if bias else None
+    return product(weight.flatten(2), shift, x, layout, own.samples)
+
+
+def product(weight: Tensor, shift: Tensor | None, x: Tensor, layout: str, samples: int) -> Tensor:
+    """y = W·x + b at every position, with other W and b for each row of maps, or for each sample of tokens.
+
+    Args:
+        weight: ``(N, outputs, inputs)``.
+        shift: ``(N, outputs)``, or None.
+        x: ``(N, C, …)`` or ``(N, …, C)``.
+        layout: of ``x``.
+        samples: of the batch, each of which may have several rows of tokens.
+    """
     if not is_autocast(x.device.type):
         weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
-    if maps:
+    if is_channels_first(layout):
         flat = x.flatten(2)
         y = torch.bmm(weight, flat) if shift is None else torch.baddbmm(shift[:, :, None], weight, flat)
         return y.view(x.shape[0], -1, *x.shape[2:])
     # the windows of one sample are one long sequence
-    flat = x.reshape(own.samples, -1, x.shape[-1])
+    flat = x.reshape(samples, -1, x.shape[-1])
     back = weight.transpose(1, 2)
     y = torch.bmm(flat, back) if shift is None else torch.baddbmm(shift[:, None, :], flat, back)
     return y.view(*x.shape[:-1], -1)
+
+
+def in_groups(x: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution of maps ``(N, C, …)`` with each row's own kernel: the rows are groups of channels of one sample.
+
+    Args:
+        x: channels first.
+        convolution: is given ``(1, N·C, …)``.
+    """
+    y = convolution(x.flatten(0, 1)[None])
+    return y.reshape(x.shape[0], -1, *y.shape[2:])
 
 
 def is_spread(x: Tensor) -> bool:
@@ -206,9 +251,9 @@ def is_spread(x: Tensor) -> bool:
     return not is_tracing() and x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
 
 
-def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool) -> Tensor:
+def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool, matrix: str) -> Tensor:
     """The same for one row ``x`` that all tasks' weights act on: one product with all of them."""
-    weight, shift = own("weight"), own("bias") if bias else None
+    weight, shift = own(matrix).flatten(2), own("bias") if bias else None
     count = len(weight)
     if not is_autocast(x.device.type):
         weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
@@ -217,7 +262,7 @@ def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool) -> Tensor:
         y = tall @ flat if shift is None else torch.addmm(shift.flatten()[:, None], tall, flat)
         return y.view(count, -1, *x.shape[1:])
     wide = nn.functional.linear(x, weight.flatten(0, 1), None if shift is None else shift.flatten())
-    return wide.unflatten(-1, (count, -1)).movedim(-2, 0)
+    return wide.view(*wide.shape[:-1], count, -1).movedim(-2, 0)
 
 
 def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
@@ -233,13 +278,30 @@ def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
 
 
 def depthwise(own: Own, x: Tensor, padding: int = 1) -> Tensor:
-    """A depthwise convolution of channels-first maps ``(N, C, …)`` with each row's own kernel: C·N groups of one."""
-    kernel, shift = own("weight"), own("bias")
-    flat = x.flatten(0, 1)[None]
-    rank = x.ndim - 2
-    return convolve(rank, flat, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=flat.shape[1]).view(
-        x.shape
-    )
+    """A depthwise convolution of channels-first maps ``(N, C, …)`` with each row's own kernel."""
+    kernel, shift, rank = own("weight").flatten(0, 1), own("bias").flatten(), x.ndim - 2
+    return in_groups(x, lambda flat: convolve(rank, flat, kernel, shift, padding=padding, groups=flat.shape[1]))
+
+
+def batch_norm(own: Callable[[str], Tensor | None], x: Tensor, eps: float) -> Tensor:
+    """A BatchNorm of maps ``(N, C, …)`` in eval mode with each row's own affine part and statistics.
+
+    Args:
+        own: of the norm.
+        x: channels first.
+        eps: of the norm.
+    """
+    mean, var, weight, bias = (cast("Tensor", own(name)) for name in ("running_mean", "running_var", "weight", "bias"))
+    wide = x if x.dtype == weight.dtype or is_autocast(x.device.type) else x.to(weight.dtype)
+    if wide.is_contiguous():
+        # samples × channels as so many channels: the kernel that a task alone would use, and so its very bits
+        flat = wide.view(1, -1, *wide.shape[2:]) if wide.ndim > 2 else wide.view(1, -1)
+        stats = (mean.flatten(), var.flatten(), weight.flatten(), bias.flatten())
+        return F.batch_norm(flat, *stats, training=False, eps=eps).view_as(wide).to(x.dtype)
+    ones = [1] * (x.ndim - 2)
+    scale = weight * torch.rsqrt(var + eps)
+    shift = torch.addcmul(bias, mean, scale, value=-1)
+    return torch.addcmul(shift.view(*shift.shape, *ones), wide, scale.view(*scale.shape, *ones)).to(x.dtype)
 
 
 def as_vector(vector: Tensor, x: Tensor, layout: str) -> Tensor:

@@ -20,6 +20,7 @@ from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method
 from visadapt.methods.parallel import Parallel, ParallelAdapter
 from visadapt.methods.policy import Policy
+from visadapt.methods.stacking import Own, pointwise
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class TSA(Method):
 
     Raises:
         VisadaptError: an option is out of range; a site is not a convolution or linear; ``align`` finds no head.
+
+    Examples:
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> model = visadapt.inject(backbone, visadapt.TSA(), task="flowers", num_classes=3, norms="frozen").eval()
+        >>> plain = visadapt.merge(model, "flowers")
+        >>> torch.allclose(plain(images), model(images), atol=1e-4)
+        True
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv3x3",)
@@ -83,4 +91,10 @@ class Alignment(nn.Module):
 
     def forward(self, f: Tensor, *rest: Any) -> tuple[Any, ...]:
         delta: Tensor = self.align(in_dtype_of(self.align.weight, f))
+        return (f + delta.to(f.dtype), *rest)
+
+    def rowwise(self, args: tuple[Any, ...], own: Own) -> tuple[Any, ...]:
+        """The same for a batch whose rows have tensors of their own."""
+        f, *rest = args
+        delta = pointwise(own.of("align"), in_dtype_of(self.align.weight, f), self.align.layout, bias=False)
         return (f + delta.to(f.dtype), *rest)

@@ -13,7 +13,7 @@ from torch import nn
 from visadapt.arguments import takes
 from visadapt.data.file_requests import vetted
 from visadapt.data.inputs import Inputs, from_description
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, option
 from visadapt.opening.backbones import open_backbone, recorded_backbone
 from visadapt.opening.repository import located
 from visadapt.runtime.registry import Source, registry_of, tasks
@@ -101,9 +101,7 @@ def _backbone(
         return open_backbone(given, options), Source(given, options) if isinstance(given, str) else None
     recorded = recorded_backbone(notes)
     if recorded is None:
-        raise VisadaptError(
-            f"{file} does not record its backbone: give it with backbone= (--backbone on the command line)"
-        )
+        raise VisadaptError(f"{file} does not record its backbone: give it with {option('backbone')}")
     name, options = recorded
     place, loading = vetted(str(file), name, options, build, online=online)
     return open_backbone(place, loading), Source(name, {**options, **(build or {})}, by_hand=False)

@@ -37,6 +37,11 @@ class Prediction:
         probabilities: of these labels: a softmax over the classes, or a sigmoid each where an input may have several
             labels; empty for a regression.
         values: outputs of a regression; empty otherwise.
+
+    Examples:
+        >>> prediction = visadapt.Prediction("flowers", ("lily", "rose"), (0.75, 0.25))
+        >>> prediction.label, prediction.probability
+        ('lily', 0.75)
     """
 
     task: str

@@ -55,6 +55,14 @@ def push_to_hub(
     Raises:
         VisadaptError: there is no such task, a name is not that of a repository, a license or a branch, or the upload
             fails.
+
+    Examples:
+        >>> # needs an account: visadapt.push_to_hub(model, "flowers", "user/flowers", metrics={"accuracy": 0.93})
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.push_to_hub(model, "flowers", "flowers")
+        Traceback (most recent call last):
+            ...
+        visadapt.errors.VisadaptError: repository must be 'user/repo', got 'flowers'
     """
     registry = registry_of(model)
     names = [registry.task(name).name for name in ([task] if isinstance(task, str) else task)]

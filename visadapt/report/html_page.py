@@ -110,7 +110,17 @@ def _table(table: Table) -> str:
 
 
 def _claims(claims: Sequence[Claim]) -> str:
-    """Render one card per claim, with one line per case that it was tested on."""
+    """Render one card per claim, with one line per case that it was tested on; those without results are folded."""
+    tested = [claim for claim in claims if claim.training_runs]
+    cards = _cards(tested)
+    untested = [claim for claim in claims if not claim.training_runs]
+    if not untested:
+        return cards
+    summary = f"{pluralize(len(untested), 'claim')} without results"
+    return f"{cards}<details><summary>{summary}</summary>{_cards(untested)}</details>"
+
+
+def _cards(claims: Sequence[Claim]) -> str:
     cards = []
     for text, source in dict.fromkeys((claim.text, claim.source) for claim in claims):
         cases = "".join(
@@ -120,4 +130,4 @@ def _claims(claims: Sequence[Claim]) -> str:
             if claim.text == text
         )
         cards.append(f"<li>{escape(text)} <cite>({escape(source)})</cite><ul>{cases}</ul></li>")
-    return f"<ul class='claims'>{''.join(cards)}</ul>"
+    return f"<ul class='claims'>{''.join(cards)}</ul>" if cards else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from visadapt.backbone.heads import width_of
 from visadapt.backbone.modules import CHILD
+from visadapt.backbone.operators import CONV_FORWARDS, is_operator, operator_of
 from visadapt.backbone.rows import Fact, Lying
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
+from visadapt.methods.stacking import in_groups, product
 from visadapt.runtime.composition import Composition
 from visadapt.runtime.hf_config import mixed_config
 from visadapt.runtime.mixed_norms import is_stackable, norm_rowwise
 from visadapt.runtime.profile import Profile, Step
 from visadapt.runtime.registry import Named, Parts, Registry
+from visadapt.runtime.roles import AROUND
 
 _REGISTRIES: weakref.WeakValueDictionary[int, Registry] = weakref.WeakValueDictionary()
 
@@ -136,11 +139,11 @@ class RowCall:
         )
         return found.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else found
 
-    def keep(self, changed: Tensor, out: Tensor) -> Tensor:
-        """``changed``, but ``out`` in rows of the bare backbone."""
+    def keep(self, changed: Tensor, out: Tensor, repeat: bool = True) -> Tensor:
+        """``changed``, but ``out`` in rows (or samples) of the bare backbone."""
         own = (self.index >= 0).to(out.device)
-        own = own.repeat_interleave(self.repeat, 0) if self.repeat > 1 else own
-        return torch.where(own.view(-1, *[1] * (out.ndim - 1)), changed, out)
+        own = own.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else own
+        return torch.where(own.view(-1, *[1] * (changed.ndim - 1)), changed, out)
 
 
 def run_by_row(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Named, args: Any, kwargs: Any) -> Any:
@@ -164,29 +167,37 @@ def run_by_row(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Nam
         return plain.forward(host, *args, **kwargs)
     if known is None or not known.known or not args or not isinstance(args[0], Tensor):
         return None
-    x = args[0]
-    given = RowCall(tasks, parts, x, known.inputs.get((0, 0)))
-    core: Step | None = None
+    given = RowCall(tasks, parts, args[0], known.inputs.get((0, 0)))
+    core = next((step for step in steps if step.role == "instead"), None)
+    if any(not step.rowwise for step in steps if step is not core):
+        return None
+
+    def rowwise(step: Step, at: RowCall, value: Any, like: Tensor) -> Any:
+        part: Any = profile.examples[parts._path][step.name]
+        return part.rowwise(value, Fetched(at, step.name, profile.shapes[parts._path][step.name], _wide(like)))
+
     for step in steps:
-        if step.role == "instead" and core is None:
-            core = step
-        elif step.role not in ("after", "beside", "watch") or not step.rowwise:
-            return None
+        if step.role == "before":
+            changed = rowwise(step, given, args, args[0])
+            args = tuple(old if new is old else given.keep(new, old) for new, old in zip(changed, args, strict=True))
+    x = args[0]
+    weights = [step for step in steps if step.role == "weights"]
     out: Any = None
-    if core is None:
+    if core is None and not weights:
         out = plain.forward(host, *args, **kwargs)
     elif len(args) == 1 and not kwargs:
-        out = _instead(host, plain, core, given, tasks, x)
+        if core is not None and not weights:
+            out = _instead(host, plain, core, given, tasks, x)
+        elif core is None and len(weights) == 1:
+            out = _operated(host, plain, given, x, lambda own: rowwise(weights[0], given, own, own["weight"]))
     if not isinstance(out, Tensor):
         return None
     rows = RowCall(tasks, parts, out, known.outputs.get(()))
     for step in steps:
-        if step is core:
+        if step.role not in AROUND:
             continue
-        part: Any = profile.examples[parts._path][step.name]
-        shapes = profile.shapes[parts._path][step.name]
         at, tensor = (given, x) if step.role == "beside" else (rows, out)
-        changed = part.rowwise(tensor, Fetched(at, step.name, shapes, _wide(tensor)))
+        changed = rowwise(step, at, tensor, tensor)
         if step.role == "beside":
             changed = out + changed
         if step.role != "watch":
@@ -197,6 +208,29 @@ def run_by_row(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Nam
 def _wide(tensor: Tensor) -> Tensor:
     """A tensor in the dtype of adapters, which stay in fp32 beside a half-precision backbone."""
     return tensor if tensor.dtype == torch.float64 else tensor.new_empty((), dtype=torch.float32)
+
+
+def _operated(
+    host: nn.Module, plain: type[nn.Module], rows: RowCall, x: Tensor, change: Callable[[dict[str, Tensor]], Any]
+) -> Tensor | None:
+    """A convolution or linear with each sample's own weights; None where its forward does more."""
+    own: dict[str, Tensor] = {name: p for name, p in host._parameters.items() if p is not None}
+    if not is_operator(host) or "weight" not in own or getattr(host, "padding_mode", "zeros") != "zeros":
+        return None
+    operator = operator_of(host, plain.__name__)
+    if plain.forward not in (*CONV_FORWARDS, nn.Linear.forward) and not operator.transposed:
+        return None
+    each = {name: p.expand(rows.index.shape[0], *p.shape) for name, p in own.items()}
+    for name, value in change(own).items():
+        each[name] = rows.keep(value.to(own[name].dtype), own[name], False)
+    weight, bias = each["weight"], each.get("bias")
+    if not operator.conv:
+        return product(weight.mT if operator.transposed else weight, bias, x, operator.layout, rows.samples)
+    if rows.repeat > 1:
+        weight = weight.repeat_interleave(rows.repeat, 0)
+        bias = None if bias is None else bias.repeat_interleave(rows.repeat, 0)
+    kernels, shifts = weight.flatten(0, 1), None if bias is None else bias.flatten()
+    return in_groups(x, lambda flat: operator.apply(flat, kernels, shifts, operator.groups * x.shape[0]))
 
 
 def _instead(

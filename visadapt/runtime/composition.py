@@ -6,6 +6,9 @@ Samples of tasks whose parts are alike form a cluster; at each host one batched 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
 
 from visadapt.runtime.division import grouped
 from visadapt.runtime.profile import Held, Profile
@@ -65,6 +68,17 @@ class Composition:
     def all_roles(self) -> dict[str, frozenset[str]]:
         """The roles of the tasks' parts, by path of their host."""
         return {path: self.roles(path) for profile in self.profiles for path in profile.roles}
+
+    def parts(self, path: str) -> list[nn.ModuleDict | None]:
+        """Each distinct task's parts at a host; None for the bare backbone and for tasks without parts there."""
+        held = self._held
+        return [None if name is None else held[name].parts.get(path) for name in self.names]
+
+    def norms(self, path: str) -> list[Any] | None:
+        """The class and mode of the tasks' own norms at a host; None where tasks change it otherwise."""
+        steps = [step for profile in self.profiles for step in profile.steps.get(path, ())]
+        core = [step for step in steps if step.role in ("instead", "weights")]
+        return None if any(step.name != "norm" for step in core) else [step.looks for step in core]
 
     def roles(self, path: str) -> frozenset[str]:
         """The roles of the tasks' parts at a host."""

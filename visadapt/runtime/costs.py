@@ -95,6 +95,12 @@ class Summary(dict[str, TaskSummary]):
 def summary(model: nn.Module) -> Summary:
     """Per task: parameters, fraction of the backbone, bytes, norms, head. Prints as a table.
 
+    Args:
+        model: an injected model.
+
+    Returns:
+        A mapping from the task's name to its costs: parameters as counts, sizes in bytes.
+
     Raises:
         VisadaptError: the model was never injected.
 

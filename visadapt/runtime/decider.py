@@ -193,6 +193,9 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
         model: an injected model with a decider.
         inputs: a batch as the model takes it.
 
+    Returns:
+        The name of the task of each sample, in the order of the batch.
+
     Raises:
         VisadaptError: the model has no decider, or its decider names a task that is gone.
 
@@ -215,8 +218,23 @@ def decide(model: nn.Module, inputs: Any) -> list[str]:
 def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the model's decider to a safetensors file, atomically.
 
+    Args:
+        model: an injected model with a decider.
+        path: file to write.
+
+    Returns:
+        The path.
+
     Raises:
         VisadaptError: the model has none, or the folder cannot be written to.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> visadapt.save_decider(model, "decider.safetensors").name
+        'decider.safetensors'
     """
     decider = registry_of(model).decider
     if decider is None:
@@ -230,9 +248,25 @@ def save_decider(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     """Load a decider into an injected model.
 
+    Args:
+        model: an injected model.
+        path: file that `save_decider` wrote.
+
+    Returns:
+        The decider; the model uses it from now on.
+
     Raises:
         VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone (what differs is
             named); a task it knows is not in the model.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="dark", num_classes=3)
+        >>> model = visadapt.inject(model, m=4, task="bright", num_classes=3).eval()
+        >>> dark, bright = torch.randn(8, 3, 32, 32) - 2, torch.randn(8, 3, 32, 32) + 2
+        >>> decider = visadapt.fit_decider(model, {"dark": [dark], "bright": [bright]})
+        >>> path = visadapt.save_decider(model, "decider.safetensors")
+        >>> visadapt.load_decider(model, path).tasks
+        ('dark', 'bright')
     """
     registry = registry_of(model)
     decider = read_decider(model, path)

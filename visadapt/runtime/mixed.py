@@ -87,13 +87,13 @@ class Here:
 
     def groups(self) -> tuple[list[nn.ModuleDict], Division]:
         """The parts of each group of samples, and which group each sample is in."""
-        parts, composition = self.parts, self.composition
-        names, number, samples = composition.names, composition.number, composition.samples
-        if any(name is None or name not in parts for name in names):
+        composition = self.composition
+        number, samples = composition.number, composition.samples
+        own = composition.parts(self.path)
+        if None in own:
             # tasks without parts here are one group, with the bare backbone
-            names, number, samples = grouped([n if n is not None and n in parts else None for n in composition.tasks])
-        own = [NONE if name is None else parts[name] for name in names]
-        return own, Division(number, self.place, samples)
+            own, number, samples = grouped([own[n] for n in number])
+        return [NONE if parts is None else parts for parts in own], Division(number, self.place, samples)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
@@ -114,6 +114,46 @@ class Here:
             with self._registry.within(tasks):
                 outs.append(function(parts, own_args, own_kwargs))
         return division.join(outs, self.outputs)
+
+    def before(self, args: Any) -> Any:
+        """What the host is called with, changed by each task's parts on its own rows.
+
+        Returns:
+            The arguments; None where some part cannot act on the whole batch at once.
+        """
+        clusters = self.composition.clusters
+        steps = [() if c.profile is None else c.profile.before.get(self.path, ()) for c in clusters]
+        if not args or not isinstance(args[0], Tensor) or any(not step.rowwise for own in steps for step in own):
+            return None
+        given = [self.inputs.get((0, i)) if isinstance(arg, Tensor) else None for i, arg in enumerate(args)]
+        division = Division(self.composition.cluster_of, self.place, self.composition.members)
+        for number, (cluster, own) in enumerate(zip(clusters, steps, strict=True)):
+            if own:
+                args = self._before(cluster, own, division, number, args, given)
+        return args
+
+    def _before(
+        self, cluster: Cluster, steps: Any, division: Division, number: int, args: Any, given: list[Fact | None]
+    ) -> Any:
+        whole = len(self.composition.clusters) == 1
+        rows = {
+            i: division.rows(arg.shape[0], arg.device, given[i])
+            for i, arg in enumerate(args)
+            if isinstance(arg, Tensor)
+        }
+        own = args if whole else tuple(rows[i].take(arg, number) if i in rows else arg for i, arg in enumerate(args))
+        within = Division(cluster.number, self.place, cluster.samples)
+        inner = within.rows(own[0].shape[0], own[0].device, given[0])
+        changed, held = own, self._held(cluster)
+        for step in steps:
+            parts = [each.__dict__["_modules"][step.name] for each in held]
+            changed = cast("Any", parts[0]).rowwise(changed, Stacked(parts, inner))
+        if whole:
+            return changed
+        return tuple(
+            arg if new is old else rows[i].put(arg, {number: new})
+            for i, (arg, old, new) in enumerate(zip(args, own, changed, strict=True))
+        )
 
     def act(self, out: Any, first: Any, fresh: bool, key: Key = ()) -> Any:
         """Let all parts act that do so on the host's output, each task's on its own rows.
@@ -145,6 +185,10 @@ class Here:
                 values[number] = changed
         return rows.put(out, values) if values else out
 
+    def _held(self, cluster: Cluster) -> list[nn.ModuleDict]:
+        by_name = dict(zip(self.composition.names, self.composition.parts(self.path), strict=True))
+        return [cast("nn.ModuleDict", by_name[name]) for name in cluster.names]
+
     def _cluster(
         self, cluster: Cluster, out: Tensor, first: Any, output: Fact | None, given: Fact | None, fresh: bool
     ) -> Tensor:
@@ -154,10 +198,11 @@ class Here:
             return out
         division = Division(cluster.number, self.place, cluster.samples)
         rows = division.rows(out.shape[0] if out.ndim else 0, out.device, output)
-        held = [self.parts[cast("str", name)] for name in cluster.names]
+        held = self._held(cluster)
         fresh = fresh and not any(step.role == "watch" for step in steps)
         for step in steps:
-            parts = [own[step.name] for own in held]
+            # not by index, which takes a Python call per task
+            parts = [own.__dict__["_modules"][step.name] for own in held]
             if step.role == "beside":
                 beside = division.rows(first.shape[0], first.device, given)
                 out = _beside(step, parts, out, first, rows, beside)
@@ -234,15 +279,18 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
         elif here.is_first() or here.path in here.shared.single:
             return _of_one(here, plain.forward(host, *args, **kwargs))
     if "before" in here.roles:
-        # each group with an input of its own: apart from the start
-        return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
+        changed = here.before(args)
+        if changed is None:
+            # each group with an input of its own: apart from the start
+            return here.apart(lambda group, a, k: run(host, plain, group, a, k), args, kwargs)
+        args = changed
     if here.roles & {"instead", "weights"}:
         out = None
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             groups, division = here.groups()
             x = args[0]
             rows = division.rows(x.shape[0] if x.ndim else 0, x.device, here.inputs.get((0, 0)))
-            out = stack_norms(host, plain, groups, rows, x)
+            out = stack_norms(host, plain, here.composition.norms(here.path), groups, rows, x)
         if out is None:
             out = here.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
         fresh = is_fresh(nn.Linear, NONE)

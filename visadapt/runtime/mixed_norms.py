@@ -14,19 +14,25 @@ from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.batchnorm import carried
 from visadapt.backbone.modules import is_stateful, parameter_count
 from visadapt.backbone.subclass import plain_class
-from visadapt.methods.stacking import Rows
+from visadapt.backbone.tracing import is_tracing
+from visadapt.methods.stacking import Rows, batch_norm
 from visadapt.runtime.registry import Parts
-from visadapt.runtime.roles import role
 
 
 def stack_norms(
-    host: nn.Module, plain: type[nn.Module], groups: Sequence[nn.ModuleDict], rows: Rows, x: Tensor
+    host: nn.Module,
+    plain: type[nn.Module],
+    looks: Sequence[Any] | None,
+    groups: Sequence[nn.ModuleDict],
+    rows: Rows,
+    x: Tensor,
 ) -> Tensor | None:
     """A BatchNorm (in eval mode) or LayerNorm in which every sample has its task's affine part and statistics.
 
     Args:
         host: the backbone's norm.
         plain: its class.
+        looks: class and mode of the tasks' own norms; None where tasks change the norm otherwise.
         groups: the tasks' parts there.
         rows: which group each row of ``x`` belongs to.
         x: the norm's input.
@@ -34,16 +40,17 @@ def stack_norms(
     Returns:
         The output, or None where the norm is of another kind or sees its batch's statistics.
     """
-    if not is_stackable(host, plain):
+    if looks is None or not is_stackable(host, plain):
         return None
-    norms: list[Any] = []
-    for parts in groups:
-        own = parts._modules.get("norm")
-        if any(part is not own and role(part) in ("instead", "weights") for part in parts.values()):
-            return None
-        norms.append(host if own is None else own)
-    is_layer_norm = plain.forward is nn.LayerNorm.forward
-    if any(plain_class(norm) is not plain_class(host) or (norm.training and not is_layer_norm) for norm in norms):
+    norms: list[Any] = [parts._modules.get("norm", host) for parts in groups]
+    cls = plain_class(host)
+    trains = _layer_norm_layout(host, plain) is None and (
+        host.training
+        or any(training for _, training in looks)
+        # modes may have changed since the tasks were looked at
+        or (is_tracing() and any(norm.training for norm in norms))
+    )
+    if trains or any(kind is not cls for kind, _ in looks):
         return None
 
     def gathered(name: str) -> Tensor | None:
@@ -57,7 +64,7 @@ def stack_norms(
 
 def is_stackable(host: nn.Module, plain: type[nn.Module]) -> bool:
     """Whether a module is a norm that `norm_rowwise` computes."""
-    return plain.forward is nn.LayerNorm.forward or _is_batch_norm(host, plain)
+    return _layer_norm_layout(host, plain) is not None or _is_batch_norm(host, plain)
 
 
 def norm_rowwise(host: Any, plain: type[nn.Module], own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
@@ -69,7 +76,27 @@ def norm_rowwise(host: Any, plain: type[nn.Module], own: Callable[[str], Tensor 
         own: gives a parameter or buffer of that name with one entry per row of ``x``; None if the norm has none.
         x: the norm's input.
     """
-    return _layer_norm(host, own, x) if plain.forward is nn.LayerNorm.forward else _batch_norm(host, own, x)
+    layout = _layer_norm_layout(host, plain)
+    if layout is None:
+        return _batch_norm(host, own, x)
+    return _layer_norm(host, own, x) if layout == "NLC" else _layer_norm(host, own, x.movedim(1, -1)).movedim(-1, 1)
+
+
+_LAYER_NORMS = {
+    "timm.layers.norm.LayerNorm": "NLC",
+    "timm.layers.norm.LayerNorm2d": "NCHW",
+    "torchvision.models.convnext.LayerNorm2d": "NCHW",
+}
+"""The layouts of classes beside torch's own whose forward is a LayerNorm and nothing else."""
+
+
+def _layer_norm_layout(host: nn.Module, plain: type[nn.Module]) -> str | None:
+    if plain.forward is nn.LayerNorm.forward:
+        return "NLC"
+    cls = plain_class(host)
+    if plain.forward is not cls.forward or host.__dict__.get("_fast_norm"):
+        return None
+    return _LAYER_NORMS.get(f"{cls.__module__}.{cls.__name__}")
 
 
 def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
@@ -83,20 +110,7 @@ def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
 
 
 def _batch_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor) -> Tensor:
-    mean, var, weight, bias = (cast("Tensor", own(name)) for name in ("running_mean", "running_var", "weight", "bias"))
-    wide = x if x.dtype == weight.dtype or is_autocast(x.device.type) else x.to(weight.dtype)
-    eps = cast("float", host.eps)
-    if wide.is_contiguous():
-        # samples × channels as so many channels: the kernel that a task alone would use, and so its very bits
-        flat = wide.view(1, -1, *wide.shape[2:]) if wide.ndim > 2 else wide.view(1, -1)
-        stats = (mean.flatten(), var.flatten(), weight.flatten(), bias.flatten())
-        y = F.batch_norm(flat, *stats, training=False, eps=eps).view_as(wide)
-    else:
-        ones = [1] * (x.ndim - 2)
-        scale = weight * torch.rsqrt(var + eps)
-        shift = torch.addcmul(bias, mean, scale, value=-1)
-        y = torch.addcmul(shift.view(*shift.shape, *ones), wide, scale.view(*scale.shape, *ones))
-    y = y.to(x.dtype)
+    y = batch_norm(own, x, cast("float", host.eps))
     for child in host.children():
         # the dropout and the activation that some norms carry
         y = y if isinstance(child, Parts) else child(y)

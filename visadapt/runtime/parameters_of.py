@@ -16,8 +16,20 @@ from visadapt.runtime.selection import active
 def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Parameter]]:
     """A task's parameters by name (``host.part.tensor``, as in its file), for optimisers with groups.
 
+    Args:
+        model: an injected model.
+        task: name of the task.
+
+    Returns:
+        Pairs of name and parameter, in the order of the task's file.
+
     Raises:
         VisadaptError: there is no such task, or a module that holds its parts was replaced.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> dict(visadapt.named_parameters(model, "flowers"))["fc.head.weight"].shape
+        torch.Size([3, 32])
     """
     check_hosts(model, task)
     registry_of(model).ask(task)
@@ -37,6 +49,9 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
     Args:
         model: an injected model.
         task: its name; None for the active one.
+
+    Returns:
+        The parameters, each once.
 
     Raises:
         VisadaptError: there is no such task, or none is active.

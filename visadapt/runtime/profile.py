@@ -25,7 +25,7 @@ class Step:
         name: of the part.
         role: how it acts; see `visadapt.runtime.roles.role`.
         looks: what tasks' parts share: classes, options and shapes.
-        rowwise: whether its class computes batches of mixed tasks at once.
+        rowwise: whether it computes batches of mixed tasks at once, in the mode that it is in.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Step:
         how = role(part)
         # a forward that a module alone was given may fetch its weights from elsewhere
         given = any("forward" in module.__dict__ for module in part.modules())
-        rowwise = how in AROUND and hasattr(type(part), "rowwise") and not given
-        if how not in AROUND:
+        rowwise = (
+            how != "instead" and hasattr(type(part), "rowwise") and getattr(part, "is_rowwise", True) and not given
+        )
+        if rowwise or (how in AROUND and hasattr(type(part), "stacked") and not given):
+            looks: list[Any] = _looks(part)
+        elif how not in AROUND:
             # a norm of its own; the widths of heads may differ
-            looks: list[Any] = [plain_class(part), part.training] if name == "norm" else [how, plain_class(part)]
-        elif given:
-            looks = [id(part)]
-        elif rowwise or hasattr(type(part), "stacked"):
-            looks = _looks(part)
+            looks = [plain_class(part), part.training] if name == "norm" else [how, plain_class(part)]
         else:
-            looks = [type(part)]
+            looks = [id(part)] if given else [type(part)]
         return Step(name, how, looks, rowwise)
 
 
@@ -57,27 +57,29 @@ class Profile:
 
     Attributes:
         steps: by path of the host, in the order in which they act.
+        before: those of them that act on what the host is called with.
         around: those of them that act once the host's output is there.
         roles: of the steps, by path.
         shapes: of the tensors of each rowwise part, by path, name and the tensor's name.
-        acts: the first profile with the same ``around``.
-        examples: a part of each step in ``around`` that is rowwise, without values, by path and name.
+        acts: the first profile with the same ``before`` and ``around``.
+        examples: each rowwise part without values, by path and name.
     """
 
     def __init__(self, steps: dict[str, tuple[Step, ...]], parts: dict[str, nn.ModuleDict]) -> None:
         self.steps = steps
         self.acts = self
+        self.before = {path: tuple(s for s in own if s.role == "before") for path, own in steps.items()}
         self.around = {path: tuple(s for s in own if s.role in AROUND) for path, own in steps.items()}
         self.roles = {path: frozenset(s.role for s in own) for path, own in steps.items()}
         self.shapes = {
             path: {s.name: {key: tuple(p.shape) for key, p in _tensors(parts[path][s.name])} for s in own if s.rowwise}
-            for path, own in self.around.items()
+            for path, own in steps.items()
         }
         # one memo: a ladder's rungs and its side network hand each other tensors
         memo: dict[int, Any] = {}
         self.examples = {
             path: {s.name: _without_values(parts[path][s.name], memo) for s in own if s.rowwise}
-            for path, own in self.around.items()
+            for path, own in steps.items()
         }
 
 
@@ -98,7 +100,8 @@ class Held:
         found = next((known for known in profiles if known.steps == steps), None)
         if found is None:
             found = Profile(steps, parts)
-            found.acts = next((known.acts for known in profiles if known.around == found.around), found)
+            acts = (found.before, found.around)
+            found.acts = next((known.acts for known in profiles if (known.before, known.around) == acts), found)
             profiles.append(found)
         self.profile = found
         self.changes = -1

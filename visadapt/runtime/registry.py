@@ -350,6 +350,12 @@ def check_filled(registry: Registry, tasks: Iterable[Any]) -> None:
 def tasks(model: nn.Module) -> dict[str, Task]:
     """The tasks of a model by name, in the order they came; empty if it was never injected.
 
+    Args:
+        model: any model.
+
+    Returns:
+        A mapping from the task's name to its `Task`: labels, number of classes, norms and notes.
+
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
         >>> visadapt.tasks(model)["flowers"].num_classes

@@ -141,8 +141,22 @@ def _open_front(backbone: nn.Module) -> None:
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
     """The task that a forward here and now performs; None for the bare backbone; a tuple for a mixed batch.
 
+    Args:
+        model: an injected model.
+
+    Returns:
+        The task's name; None for the bare backbone; a tuple with one name per sample for a mixed batch.
+
     Raises:
         VisadaptError: the model was never injected.
+
+    Examples:
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> visadapt.active(model)
+        'flowers'
+        >>> with visadapt.using(model, None):
+        ...     print(visadapt.active(model))
+        None
     """
     name: str | tuple[str | None, ...] | None = registry_of(model).in_use()
     return tuple(name) if isinstance(name, tuple) else name

@@ -22,6 +22,11 @@ class Limits:
         queue: samples that wait at the same time; further requests are refused as overloaded.
         bodies: bytes of all HTTP requests that are received or answered at the same time; further ones are refused as
             overloaded.
+
+    Examples:
+        >>> from visadapt.serving import Limits
+        >>> Limits(queue=64).queue
+        64
     """
 
     body: int = 64 << 20

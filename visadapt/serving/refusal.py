@@ -35,6 +35,13 @@ class ServingError(VisadaptError):
         message: what was wrong, as one sentence.
         remedy: what the client or the operator can do.
         retry_after: seconds after which the same request may succeed; None if it cannot.
+
+    Examples:
+        >>> from visadapt.serving import ServingError
+        >>> raise ServingError("overloaded", "64 samples are waiting", "send the request again later", retry_after=1.0)
+        Traceback (most recent call last):
+            ...
+        visadapt.serving.refusal.ServingError: 64 samples are waiting
     """
 
     def __init__(self, name: str, message: str, remedy: str, *, retry_after: float | None = None) -> None:

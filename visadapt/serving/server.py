@@ -25,6 +25,7 @@ from visadapt.runtime.modes import keep_modes
 from visadapt.serving.backbones import Backbone
 from visadapt.serving.catalogue import Catalogue, Entry, model_digest
 from visadapt.serving.forward import Forward, warm_up
+from visadapt.serving.heap import trim_heap
 from visadapt.serving.limits import Limits
 from visadapt.serving.metrics import Metrics
 from visadapt.serving.model_pool import ModelPool
@@ -49,6 +50,12 @@ class Answer:
             have several labels; empty for a regression.
         logits: ``(classes,)``, float32, in the order of the task's classes.
         values: outputs of a regression; empty otherwise.
+
+    Examples:
+        >>> from visadapt.serving import Answer
+        >>> answer = Answer("flowers", "6f1c", ("rose", "lily"), (0.75, 0.25), torch.tensor([0.0, 1.1]))
+        >>> answer.labels[0], answer.scores[0]
+        ('rose', 0.75)
     """
 
     task: str
@@ -133,7 +140,7 @@ class Server:
         place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self._forward = Forward(self.pool, self.metrics, place, self.limits, exact, chooser)
         self._max_batch = max_batch
-        self._queue = WaitingQueue(self.limits.queue, max_batch, max_wait)
+        self._queue = WaitingQueue(self.limits.queue, max_batch, 0 if exact else max_wait)
         self._worker = Worker(self._queue, self._forward, self.metrics)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="visadapt-decode")
         self.ready = False
@@ -144,6 +151,7 @@ class Server:
             self._modes.enter_context(keep_modes(self.pool.model))
             self.pool.model.eval()
             warm_up(self._forward, min(3, self.pool.most), self._max_batch)
+            trim_heap()
             self._worker.start()
             self.ready = True
         return self

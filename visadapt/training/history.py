@@ -16,6 +16,11 @@ class Epoch:
         loss: mean training loss over its steps, while the parameters moved.
         score: the metric on the validation data afterwards; None without such data.
         seconds: duration, validation included; of a resumed epoch, of the resumed part only.
+
+    Examples:
+        >>> epoch = visadapt.training.Epoch(number=1, loss=0.5, score=0.75, seconds=2.0)
+        >>> epoch.score
+        0.75
     """
 
     number: int
@@ -39,6 +44,12 @@ class Fit:
         head_first: whether the head started as a linear probe, or why not, in words; empty if the recipe does not want
             it.
         start: validation score of that linear probe.
+
+    Examples:
+        >>> epochs = (visadapt.training.Epoch(1, 0.5, 0.75, 2.0), visadapt.training.Epoch(2, 0.4, 0.5, 2.0))
+        >>> history = visadapt.training.Fit("flowers", epochs, "accuracy", best=1, steps=20, parameters=300)
+        >>> history.score, history.seconds
+        (0.75, 4.0)
     """
 
     task: str | None
@@ -74,6 +85,7 @@ class Fit:
         ]
         title = f"{self.task or 'the whole network'}: {self.parameters:,} parameters trained"
         title += f"; head first: {self.head_first}" if self.head_first else ""
+        title += "; * is kept" if rows else ""
         return Table(("epoch", "loss", self.metric, "seconds"), rows, title)
 
     def __str__(self) -> str:

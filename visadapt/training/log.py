@@ -26,6 +26,17 @@ class JsonLines:
 
     Raises:
         VisadaptError: the folder does not exist.
+
+    Examples:
+        >>> import json
+        >>> from pathlib import Path
+        >>> log = visadapt.training.JsonLines("log.jsonl")
+        >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
+        >>> samples = torch.randn(8, 3, 32, 32), torch.randint(3, (8,))
+        >>> recipe = Recipe(epochs=2)
+        >>> history = visadapt.training.fit(model, "flowers", samples, recipe=recipe, log=[log], progress=False)
+        >>> [json.loads(line)["epoch"] for line in Path("log.jsonl").read_text().splitlines()]
+        [1, 2]
     """
 
     @takes()
@@ -58,6 +69,9 @@ class TensorBoard:
 
     Raises:
         VisadaptError: TensorBoard is not installed.
+
+    Examples:
+        >>> log = visadapt.training.TensorBoard("curves")  # fit(..., log=[log]); then: tensorboard --logdir curves
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

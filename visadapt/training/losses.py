@@ -24,7 +24,12 @@ IGNORED = -100
 
 
 class Diverged(VisadaptError):  # noqa: N818  named after the event, not with an Error suffix
-    """A loss, gradient or logit is NaN or infinite."""
+    """A loss, gradient or logit is NaN or infinite.
+
+    Examples:
+        >>> issubclass(visadapt.training.Diverged, visadapt.VisadaptError)
+        True
+    """
 
 
 @dataclass(frozen=True)

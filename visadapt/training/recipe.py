@@ -89,6 +89,11 @@ class Recipe:
 
     Raises:
         VisadaptError: a value is out of range; the message names it.
+
+    Examples:
+        >>> recipe = Recipe(epochs=20, lr=3e-3, patience=3)
+        >>> recipe.replace(warmup=0.0).factor(0, 10)
+        1.0
     """
 
     epochs: int = 3
