@@ -123,3 +123,84 @@ def test_settings_of_the_model(name):
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
     assert expected.shape == (2, 3)
+
+
+MORE = [
+    "test_coatnet",
+    "test_convnext3",
+    "test_efficientnet_ln",
+    "test_vit2",
+    "test_vit3",
+    "test_vit4",
+    "ghostnet_050",
+    "lcnet_035",
+    "mnasnet_small",
+    "mobilenetv2_035",
+    "mobilenetv4_conv_small_035",
+    "tinynet_e",
+    "regnety_002",
+    "edgenext_xx_small",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientvit_b0",
+    "repghostnet_050",
+    "fastvit_t8",
+    "starnet_s1",
+    "repvit_m0_9",
+    "poolformerv2_s12",
+    "resnet14t",
+    "resnet18d",
+    "seresnet18",
+    "legacy_seresnet18",
+    "skresnet18",
+    "darknet17",
+    "ese_vovnet19b_dw",
+    "dla46_c",
+    "convnext_atto",
+    "convnextv2_atto",
+    "gernet_s",
+    "repvgg_a0",
+    "rexnet_100",
+    "fbnetc_100",
+    "spnasnet_100",
+    "semnasnet_050",
+    "hgnetv2_b0",
+    "inception_next_atto",
+    "mobilenet_edgetpu_v2_xs",
+    "dpn48b",
+    "mobilenetv1_100",
+    "efficientnet_lite0",
+    "nf_resnet26",
+    "eca_resnext26ts",
+    "shvit_s1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_many_architectures(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4)
+    for task in "ab":
+        visadapt.inject(model, visadapt.Bottleneck(m=2, init_std=0.05), task=task, num_classes=3)
+    x = torch.randn(2, 3, 160, 160) if name.startswith("test_") else torch.randn(2, 3, 64, 64)
+    model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in visadapt.parameters(model, "b"))
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), expected)
+        if hasattr(model, "forward_intermediates"):
+            assert torch.equal(model.forward_intermediates(x)[0], features)
+        options = {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+        last = get_graph_node_names(model, tracer_kwargs=options)[1][-1]
+        assert torch.equal(create_feature_extractor(model, {last: "out"})(x)["out"], expected)
+        with visadapt.using(model, "a"):
+            other = model(x)
+        with visadapt.using(model, ["a", "b"]):
+            for found in (model(x), model.forward_head(model.forward_features(x))):
+                torch.testing.assert_close(found, torch.stack([other[0], expected[1]]), rtol=1e-4, atol=1e-4)
+        visadapt.eject(model)
+        model.reset_classifier(0)
+        assert len(model(x)) == 2

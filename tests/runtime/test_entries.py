@@ -228,3 +228,13 @@ def test_checkpointing_of_an_entry(reentrant):
     assert found[0]
     for own, other in zip(*found, strict=True):
         assert torch.equal(own, other)
+
+
+@torch.no_grad()
+def test_a_comparison_of_all_samples_is_refused_by_its_name():
+    model = ready(clip)
+    with (
+        using(model, TASKS),
+        pytest.raises(VisadaptError, match=r"logits_per_(image|text) has several axes"),
+    ):
+        model(input_ids=texts(), pixel_values=torch.randn(IMAGES))

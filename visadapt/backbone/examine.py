@@ -22,6 +22,10 @@ from visadapt.backbone.trace import quiet
 from visadapt.errors import VisadaptError
 
 
+class RelatedError(VisadaptError):
+    """A model compares the samples of a batch with each other."""
+
+
 def examine(
     model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None, entry: Entry = WHOLE
 ) -> RowFacts:
@@ -49,7 +53,14 @@ def examine(
     given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
     why = ""
     for cut in cuts:
-        found = _attempted(model, given, cut, samples, entry)
+        try:
+            found = _attempted(model, given, cut, samples, entry)
+        except RelatedError as error:
+            found = str(error)
+            if cut == cuts[0]:
+                # without some of the samples it would look as if the others were compared with a table
+                why = found
+                break
         if isinstance(found, RowFacts) and entry != WHOLE:
             found = _told_apart(model, given, found, samples, entry)
         if isinstance(found, RowFacts):
@@ -67,6 +78,8 @@ def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int,
     """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
     try:
         return _examined(model, given, cut, samples, entry)
+    except RelatedError:
+        raise
     except VisadaptError as error:
         return str(error)
     except Exception as error:  # a model may raise anything if the batch was split along the wrong axis
@@ -96,7 +109,10 @@ def _told_apart(model: nn.Module, given: Any, found: RowFacts, samples: int, ent
         other = 0 if axis else 1
         if axis or (leaf.ndim == 3 and leaf.shape[1] == samples):
             size = leaf.shape[other]
-            elsewhere = _attempted(model, given, {**found.cut, key: other}, size, entry) if size > 1 else ""
+            try:
+                elsewhere = _attempted(model, given, {**found.cut, key: other}, size, entry) if size > 1 else ""
+            except RelatedError:
+                continue
             if isinstance(elsewhere, RowFacts):
                 return f"samples may lie along axis {axis} or {other} of a tensor of shape {tuple(leaf.shape)}"
     return found
@@ -333,7 +349,7 @@ def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
         if fact == UNKNOWN and grown and small.ndim == large.ndim:
             if sum(p != q for p, q in zip(small.shape, large.shape, strict=True)) > 1:
                 name = ".".join(map(str, key)) or "its output"
-                raise VisadaptError(
+                raise RelatedError(
                     f"{name} has several axes of samples, {tuple(small.shape)} for two: it compares samples, of which "
                     "each has its own task"
                 )
