@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
 
 import pytest
 import timm
@@ -182,3 +183,31 @@ def test_the_number_of_a_task_is_never_given_again() -> None:
     for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):
         visadapt.inject(copied, m=2, task="e", num_classes=3)
         assert visadapt.tasks(copied)["e"].number not in used
+
+
+def test_a_compiled_model_in_generators_is_refused_and_in_threads_is_right() -> None:
+    model, x = injected("resnet", Bottleneck(m=2), norms="frozen"), inputs_of("resnet", 2)["x"]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected, wrong = {}, []
+    for task in ("a", "b"):
+        with torch.no_grad(), using(model, task):
+            expected[task] = model(x)
+
+    def outputs(task):
+        with using(model, task):
+            while True:
+                yield compiled(x)
+
+    def check(task):
+        with torch.no_grad(), using(model, task):
+            wrong.extend(task for _ in range(10) if not torch.allclose(compiled(x), expected[task], atol=1e-5))
+
+    for known in (False, True):  # before and after there is a graph of each task
+        with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="which of several generators"):
+            next(outputs("a"))
+        threads = [threading.Thread(target=check, args=(task,)) for task in ("a", "b", "a")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, known
