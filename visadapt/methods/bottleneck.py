@@ -147,8 +147,8 @@ class BottleneckAdapter(nn.Module):
         if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
             return False
         drops = self.training and self.drop_path > 0
-        hooked = any(map(is_hooked, (self.down, self.up))) or self.depthwise is not None
-        return not (drops or hooked or is_autocast(h.device.type)) and is_dense(h)
+        hooked = is_hooked(self.down) or is_hooked(self.up)
+        return not (drops or hooked or self.depthwise is not None or is_autocast(h.device.type)) and is_dense(h)
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
         """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1: the output is written once, and read before only as ``h``."""
@@ -168,7 +168,7 @@ class BottleneckAdapter(nn.Module):
         if is_channels_first(self.layout) and h.is_contiguous():
             # one product per row
             x = h.flatten(2)
-            down, offset, up = (self._spread(own, x, tensor) for tensor in (down, offset, up))
+            down, offset, up = self._spread(own, x, down), self._spread(own, x, offset), self._spread(own, x, up)
             z = torch.baddbmm(offset[:, :, None], down, x)
             return add(x, up, act(z, 1)).view(h.shape), z.view(len(h), down.shape[1], *h.shape[2:])
         # one product per sample: its windows are one long sequence

@@ -7,7 +7,7 @@ tasks' parts there, and it asks for tensors by name, which it is given with one 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,10 +175,11 @@ class Single:
         self.part = part
 
     def __call__(self, name: str, repeat: bool = True) -> Tensor:
-        value = self.part
+        value: Any = self.part
         for step in name.split("."):
             value = getattr(value, step)
-        return cast("Tensor", value)[None]
+        found: Tensor = value[None]
+        return found
 
     def of(self, child: str) -> Single:
         return Single(self.part.get_submodule(child))

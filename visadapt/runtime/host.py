@@ -51,7 +51,7 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
     level = count_given(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        parts = cast("Parts | None", self.__dict__["_modules"].get(CHILD))
+        parts: Parts | None = self.__dict__["_modules"].get(CHILD)
         if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
             # kept by someone since before this was a host, or before it was given another forward that calls this one
             return plain.forward(self, *args, **kwargs)

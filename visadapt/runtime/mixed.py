@@ -293,8 +293,8 @@ def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any,
             out = stack_norms(host, plain, here.composition.norms(here.path), groups, rows, x)
         if out is None:
             out = here.apart(lambda group, a, k: core(host, plain, group, a, k), args, kwargs)
-        fresh = is_fresh(nn.Linear, NONE)
+        fresh = is_fresh(nn.Linear)
     else:
         out = plain.forward(host, *args, **kwargs)
-        fresh = is_fresh(plain, NONE)
+        fresh = is_fresh(plain)
     return here.act(out, args[0] if args else None, fresh)

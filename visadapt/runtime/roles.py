@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,31 @@ def role(part: nn.Module) -> str:
     * after: called with the host's output; its result takes that one's place;
     * watch: called with the host's output, which stays what it is.
     """
-    return cast("str", getattr(type(part), "role", "instead"))
+    found: str = getattr(type(part), "role", "instead")
+    return found
 
 
 def run(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: Any, kwargs: Any) -> Any:
     """One task's forward at one host: first what changes its input, then it or what stands instead, then the others."""
-    for part in parts.values():
-        if role(part) == "before":
+    instead: Any = None
+    others: list[nn.Module] = []
+    watched = False
+    # this runs at every host of every forward: the parts are looked at once
+    own: Any = parts._modules.values()
+    for part in own:
+        how = role(part)
+        if how == "before":
             args = part(*args)
-    out = core(host, plain, parts, args, kwargs)
-    fresh = is_fresh(plain, parts)
-    for part in parts.values():
-        out = around(part, out, args, fresh)
+        elif how == "instead":
+            instead = part if instead is None else instead
+        else:
+            others.append(part)
+            watched = watched or how == "watch"
+    out = plain.forward(host, *args, **kwargs) if instead is None else instead(*args, **kwargs)
+    if others:
+        fresh = not watched and is_fresh(plain, instead)
+        for part in others:
+            out = around(part, out, args, fresh)
     return out
 
 
@@ -51,23 +64,20 @@ def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: An
     return plain.forward(host, *args, **kwargs)
 
 
-def is_fresh(plain: type[nn.Module], parts: nn.ModuleDict) -> bool:
+def is_fresh(plain: type[nn.Module], instead: nn.Module | None = None) -> bool:
     """Whether nothing else holds a host's output, so that what acts on it may take its memory.
 
-    That is so without autograd, at a layer of torch's own whose output no other part and no hook was shown.
+    That is so without autograd, at a layer of torch's own whose output no hook was shown.
+
+    Args:
+        plain: the host's class.
+        instead: what computes the output instead of the host, if anything does.
     """
     if torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
         return False
-    maker: Any = plain
-    for part in parts.values():
-        how = role(part)
-        if how == "watch":
-            return False
-        if how == "instead":
-            if is_hooked(part):
-                return False
-            maker = type(part)
-    return maker.forward in _MAKERS
+    if instead is None:
+        return plain.forward in _MAKERS
+    return type(instead).forward in _MAKERS and not is_hooked(instead)
 
 
 def around(part: nn.Module, out: Any, args: Any, fresh: bool = False) -> Any:
