@@ -144,5 +144,7 @@ def main(folder: Path) -> dict[str, dict[str, str]]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # a program that is started in the background of a shell ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert threading.active_count() == 1
     print(json.dumps(main(Path(sys.argv[1]))))

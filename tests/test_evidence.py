@@ -174,13 +174,14 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, capsys):
 
 def test_at_the_end_of_the_budget_a_run_in_progress_is_abandoned(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "GRACE", 0.1)
+    before = signal.getsignal(signal.SIGTERM)
     some = make_lab(tmp_path, deadline=time.time() + 3.0)
     start = time.time()
     with pytest.raises(Over, match="the budget"):
         some.run([compare("short"), compare("long", epochs=100_000)])
     assert time.time() - start < 20
     assert {result.contender for result in read_results(some.out)} == {"short"}
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_results_are_published_at_intervals(tmp_path, monkeypatch):

@@ -88,3 +88,5 @@ def bounded(base: Any) -> Any:
 
 
 BoundedProtocol: Any = bounded(AutoHTTPProtocol)
+# so that it can be pickled for other processes
+BoundedProtocol.__qualname__ = "BoundedProtocol"
