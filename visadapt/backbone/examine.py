@@ -286,6 +286,7 @@ class _Recorder:
 
     def __init__(self, twin: nn.Module) -> None:
         self.calls: dict[str, list[tuple[dict[Key, Any], dict[Key, Any]]]] = {}
+        self.writers: set[str] = set()
         for path, module in own_modules(twin).items():
             if not isinstance(module, torch.jit.ScriptModule):
                 # replaces forward instead of adding a hook: code that calls .forward directly skips hooks
@@ -299,6 +300,8 @@ class _Recorder:
             out = forward(*args, **kwargs)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 calls.append((inputs, _prints(out)))
+                if any(not torch.equal(inputs[key].rows, now.rows) for key, now in _prints((args, kwargs)).items()):
+                    self.writers.add(path)
             return out
 
         return recorded
@@ -325,7 +328,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry) ->
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
         if len(one) == len(other):
-            hosts[path] = merged(zip(one, other, strict=True))
+            hosts[path] = merged(zip(one, other, strict=True), path in recorder.writers)
     outputs = _outputs(small, large)
     told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
     if not told:

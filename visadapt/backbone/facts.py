@@ -103,7 +103,7 @@ class Facts:
         """
         return find_sites(self.model, self.modules, self.known_head, example)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that adapters are kept in: fp64 beside fp64, fp32 beside everything else."""
         parameters = (p for m in self.modules.values() for p in m._parameters.values() if p is not None)

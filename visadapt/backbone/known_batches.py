@@ -96,7 +96,7 @@ class KnownBatches:
         if kind in self._single:
             return self._single[kind]
         try:
-            self.facts(model, given, samples, True, classes)
+            cut = self.facts(model, given, samples, True, classes).cut
         except VisadaptError:
             try:
                 found = self.facts(model, given, 1, False, classes)
@@ -104,8 +104,29 @@ class KnownBatches:
                 return None
             self._single[kind] = found.cut
         else:
+            self._refuse_both(model, given, cut, samples, classes)
             self._single[kind] = None
         return self._single[kind]
+
+    def _refuse_both(
+        self, model: nn.Module, given: tuple[Any, Any], cut: dict[Key, Axis], samples: int, classes: int | None
+    ) -> None:
+        """Refuse a batch that may hold one sample just as well as ``samples`` along another axis.
+
+        Raises:
+            VisadaptError: it may.
+        """
+        shapes = [tuple(leaf.shape) for key, leaf in leaves(given) if isinstance(leaf, Tensor) and cut.get(key)]
+        if not any(shape[0] == 1 for shape in shapes):
+            return
+        try:
+            self.facts(model, given, 1, False, classes)
+        except VisadaptError:
+            return
+        raise VisadaptError(
+            f"{samples} tasks were named for a tensor of shape {shapes[0]}, which may be one sample or {samples}: run "
+            "one task at a time"
+        )
 
     def shared(
         self,

@@ -49,12 +49,14 @@ class HostRows:
     Attributes:
         inputs: fact by path in ``(args, kwargs)``.
         outputs: fact by path in the output.
+        writes: whether the module writes to its inputs, so that a copy of some rows cannot stand for them.
         known: True if each row belongs to one known sample: along the first axis, in the same order everywhere.
         order: ``tiled`` of its tensors; None if every sample has one row.
     """
 
     inputs: dict[Key, Fact]
     outputs: dict[Key, Fact]
+    writes: bool = False
     # computed in __post_init__: a cached_property takes a lock, which torch.compile cannot trace
     known: bool = field(init=False)
     order: bool | None = field(init=False)
@@ -164,11 +166,12 @@ def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
     return Lying(axis, repeat, as_tile < as_block)
 
 
-def merged(calls: Any) -> HostRows:
+def merged(calls: Any, writes: bool = False) -> HostRows:
     """Merge the facts of all calls of one module.
 
     Args:
         calls: per call the prints of inputs and outputs for two samples, and those for three.
+        writes: whether the module writes to its inputs in any of them.
     """
     found: tuple[dict[Key, Fact], dict[Key, Fact]] = {}, {}
     for fewer, more in calls:
@@ -176,7 +179,7 @@ def merged(calls: Any) -> HostRows:
             for key in few.keys() | many.keys():
                 fact = fact_of(few[key], many[key]) if key in few and key in many else UNKNOWN
                 kept[key] = fact if kept.setdefault(key, fact) == fact else _both(kept[key], fact)
-    return HostRows(*found)
+    return HostRows(*found, writes)
 
 
 def _both(one: Fact, other: Fact) -> Fact:
@@ -196,7 +199,7 @@ def both_hosts(one: HostRows, other: HostRows) -> HostRows:
             found[key] = left[key] if left[key] == right[key] else _both(left[key], right[key])
         return found
 
-    return HostRows(each(one.inputs, other.inputs), each(one.outputs, other.outputs))
+    return HostRows(each(one.inputs, other.inputs), each(one.outputs, other.outputs), one.writes or other.writes)
 
 
 def shape_of(facts: RowFacts) -> Any:

@@ -238,7 +238,7 @@ def _instead(
 ) -> Tensor | None:
     """A norm or a linear head with each row's tensors."""
     if step.name == "norm":
-        if step.looks != [plain_class(host), False] or not is_stackable(host, plain):
+        if step.looks != [plain_class(host), False, getattr(host, "eps", None)] or not is_stackable(host, plain):
             return None
         own = host._parameters | host._buffers
 

@@ -24,6 +24,7 @@ from visadapt.errors import VisadaptError
 from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.registry import Mixed, Parts, Registry
+from visadapt.runtime.roles import role
 from visadapt.runtime.weights import changes
 
 
@@ -122,8 +123,12 @@ def _for_all(
 def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
     """Return whether the tasks differ at a module whose rows are not known."""
     paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
+    writers = [path for path in registry.hosts if path in facts.hosts and facts.hosts[path].writes]
     return (
-        any(_differ(registry, facts, path, distinct) for path in paths) or bool(facts.reordered) or not facts.evidence
+        any(_runs_apart(_parts_at(registry, path), distinct) for path in writers)
+        or any(_differ(registry, facts, path, distinct) for path in paths)
+        or bool(facts.reordered)
+        or not facts.evidence
     )
 
 
@@ -143,6 +148,14 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
     covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
     return bool(owners) and len(distinct) > 1 and not covered
+
+
+def _runs_apart(parts: Parts, distinct: tuple[str | None, ...]) -> bool:
+    """Return whether a module runs for each task's rows by themselves."""
+    held = [None if name is None else parts._of(name) for name in distinct]
+    return any(
+        role(part) in ("before", "instead", "weights") for own in held if own is not None for part in own.values()
+    )
 
 
 def _parts_at(registry: Registry, path: str) -> Parts:

@@ -32,7 +32,7 @@ def stack_norms(
     Args:
         host: the backbone's norm.
         plain: its class.
-        looks: class and mode of the tasks' own norms; None where tasks change the norm otherwise.
+        looks: class, mode and eps of the tasks' own norms; None where tasks change the norm otherwise.
         groups: the tasks' parts there.
         rows: which group each row of ``x`` belongs to.
         x: the norm's input.
@@ -46,11 +46,11 @@ def stack_norms(
     cls = plain_class(host)
     trains = _layer_norm_layout(host, plain) is None and (
         host.training
-        or any(training for _, training in looks)
+        or any(training for _, training, _ in looks)
         # modes may have changed since the tasks were looked at
         or (is_tracing() and any(norm.training for norm in norms))
     )
-    if trains or any(kind is not cls for kind, _ in looks):
+    if trains or any(kind is not cls or eps != host.eps for kind, _, eps in looks):
         return None
 
     def gathered(name: str) -> Tensor | None:

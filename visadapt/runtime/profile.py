@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from visadapt.backbone.subclass import plain_class
 from visadapt.runtime.roles import AROUND, role
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
+    return any(module.__dict__[name] for name in _HOOKS)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -37,8 +44,8 @@ class Step:
     def of(name: str, part: nn.Module) -> Step:
         """The step of a part."""
         how = role(part)
-        # a forward that a module alone was given may fetch its weights from elsewhere
-        given = any("forward" in module.__dict__ for module in part.modules())
+        # a forward or a hook that a module alone was given may change what it computes, or fetch weights from elsewhere
+        given = any("forward" in module.__dict__ or has_hooks(module) for module in part.modules())
         rowwise = (
             how != "instead" and hasattr(type(part), "rowwise") and getattr(part, "is_rowwise", True) and not given
         )
@@ -46,7 +53,11 @@ class Step:
             looks: list[Any] = _looks(part)
         elif how not in AROUND:
             # a norm of its own; the widths of heads may differ
-            looks = [plain_class(part), part.training] if name == "norm" else [how, plain_class(part)]
+            looks = (
+                [id(part) if given else plain_class(part), part.training, getattr(part, "eps", None)]
+                if name == "norm"
+                else [how, plain_class(part)]
+            )
         else:
             looks = [id(part)] if given else [type(part)]
         return Step(name, how, looks, rowwise)
@@ -108,8 +119,16 @@ class Held:
         modules = [module for own in parts.values() for module in own.modules()]
         self._children = [module.__dict__["_modules"] for module in modules]
         self._were = [dict(children) for children in self._children]
-        options = [(module.__dict__, key) for module in modules for key in module.__dict__ if key[0] != "_"]
+        # not a tensor that a hook makes of parameters (torch's pruning and older weight norm), which has no one value
+        options = [
+            (module.__dict__, key)
+            for module in modules
+            for key, value in module.__dict__.items()
+            if key[0] != "_" and not isinstance(value, Tensor)
+        ]
         self._modules = [module.__dict__ for module in modules]
+        self._hooks = [module.__dict__[name] for module in modules for name in _HOOKS]
+        self._hooked = list(map(len, self._hooks))
         self._sizes = list(map(len, self._modules))
         self._dicts, self._keys = [d for d, _ in options], [key for _, key in options]
         self._values = [d[key] for d, key in options]
@@ -118,6 +137,8 @@ class Held:
         """Whether parts, options and modes are as they were found."""
         # in C, as a task may have hundreds of these
         if self._children != self._were or list(map(len, self._modules)) != self._sizes:
+            return False
+        if list(map(len, self._hooks)) != self._hooked:
             return False
         return list(map(dict.get, self._dicts, self._keys)) == self._values
 
@@ -130,8 +151,11 @@ class Held:
 
 def _looks(part: nn.Module) -> list[Any]:
     """Classes, options and shapes, all the way down."""
-    found: list[Any] = [type(part), *[(k, v) for k, v in part.__dict__.items() if k[0] != "_"]]
-    found += [(name, p.shape) for name, p in part._parameters.items() if p is not None]
+    found: list[Any] = [
+        type(part),
+        *[(k, id(v) if isinstance(v, Tensor) else v) for k, v in part.__dict__.items() if k[0] != "_"],
+    ]
+    found += [(name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None]
     for child in part._modules.values():
         if child is not None:
             found += _looks(child)
