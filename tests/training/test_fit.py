@@ -405,7 +405,8 @@ def test_the_history_prints_the_epoch_that_was_kept(injected: nn.Module, digits:
     assert "digits" in lines[0]
     assert f"{result.parameters:,}" in lines[0]
     assert "macro_f1" in lines[1]
-    assert [line.split()[0] for line in lines if "*" in line] == [str(result.best)]
+    assert lines[0].endswith("; * is kept")
+    assert [line.split()[0] for line in lines[1:] if "*" in line] == [str(result.best)]
     assert result.seconds == sum(epoch.seconds for epoch in result.epochs) > 0
 
 
