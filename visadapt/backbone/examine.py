@@ -300,7 +300,9 @@ class _Recorder:
             out = forward(*args, **kwargs)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 calls.append((inputs, _prints(out)))
-                if any(not torch.equal(inputs[key].rows, now.rows) for key, now in _prints((args, kwargs)).items()):
+                # a tensor that a module appends to a list among its arguments was not given to it
+                now = {key: given for key, given in _prints((args, kwargs)).items() if key in inputs}
+                if any(not torch.equal(inputs[key].rows, given.rows) for key, given in now.items()):
                     self.writers.add(path)
             return out
 
