@@ -29,6 +29,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+from benchmarks.figures import RESULTS
 from benchmarks.lab import Lab, Over
 from benchmarks.regimes import REGIMES, Data, Regime
 from visadapt.data.tokenizers import MINILM, minilm_path
@@ -46,8 +47,6 @@ from visadapt.experiments import (
 )
 from visadapt.experiments import Sequence as LearnInTurn
 from visadapt.training.recipe import COMPILE_MODES
-
-RESULTS = Path(__file__).parent / "results"
 
 FULL = "full fine-tuning"
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.figures import RESULTS
 from benchmarks.regimes import REGIMES
 from visadapt.experiments import Result, read_results
 from visadapt.report import Claim, Report, build, write
@@ -23,8 +24,6 @@ from visadapt.report.markdown_page import claims_table
 from visadapt.table import Table
 
 ROOT = Path(__file__).parents[1]
-
-RESULTS = ROOT / "benchmarks" / "results"
 
 PAGES = (ROOT / "docs" / "analysis.md", ROOT / "docs" / "choosing.md", ROOT / "README.md")
 

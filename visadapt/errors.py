@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
@@ -76,8 +76,13 @@ def check_unused(unused: Iterable[str], why: str) -> None:
     Raises:
         VisadaptError: there are some; they are named.
     """
-    if named := [option(name) for name in unused]:
-        raise VisadaptError(f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {why}")
+    refuse_without_effect([option(name) for name in unused], why)
+
+
+def refuse_without_effect(spelt: Sequence[str], why: str) -> None:
+    """Do what `check_unused` does for options that are spelt already."""
+    if spelt:
+        raise VisadaptError(f"{' and '.join(spelt)} {'has' if len(spelt) == 1 else 'have'} no effect: {why}")
 
 
 @contextmanager

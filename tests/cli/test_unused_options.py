@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -13,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import visadapt
+from tests.cli.photos import write_photos
 from tests.cli.test_cli import tiny_bert
 from visadapt.cli.app import EXAMPLES, app
 from visadapt.data.inputs import ImageInputs, TextInputs, described
@@ -91,10 +91,7 @@ ALWAYS = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("unused")
-    for label, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-        (root / "images" / label).mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (32, 32), (*color[:2], color[2] + number)).save(root / "images" / label / f"{number}.png")
+    write_photos(root / "images", 4)
     texts = root / "texts.tsv"
     texts.write_text("text\tlabel\n" + "".join(f"this is {i}\t{'no' if i % 2 else 'yes'}\n" for i in range(12)))
     (lines := root / "lines.txt").write_text("one\ntwo\n")

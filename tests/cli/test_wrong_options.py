@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
 import pytest
-from PIL import Image
 
 pytest.importorskip("typer")
 pytest.importorskip("uvicorn")
@@ -17,6 +16,7 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner, Result
 
 import visadapt
+from tests.cli.photos import write_photos
 from tests.full_disk import RESULT
 from tests.opening.hub_server import Hub, serving
 from visadapt.cli.app import EXAMPLES, app
@@ -97,10 +97,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("wrong")
-    for label, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-        (root / "images" / label).mkdir(parents=True)
-        for number in range(10):
-            Image.new("RGB", (32, 32), (*color[:2], color[2] + number)).save(root / "images" / label / f"{number}.png")
+    write_photos(root / "images", 10)
     model = open_backbone("timm/resnet10t", SMALL)
     visadapt.inject(model, visadapt.Parallel(), task="t", labels=("blue", "red"), num_classes=2)
     notes = {"backbone": {"name": "timm/resnet10t", "build": {}}, "inputs": described(ImageInputs(32))}

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, is_opaque, leaves, mapped, take
-from visadapt.backbone.examine import twin_of
 from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.rows import Lying, Print, RowFacts
-from visadapt.backbone.trace import quiet
+from visadapt.backbone.twin import examining, twin_of
 
 _ON_OUTPUT = frozenset({"after", "watch"})
 
@@ -123,8 +122,7 @@ class _Run:
                 module = modules[path]
                 module.forward = self._around(path, module.forward, changed, at_input)  # type: ignore[method-assign]
         args, kwargs = mapped(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._given)
-        devices = {p.device for p in self._twin.parameters() if p.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet():
+        with examining(self._twin):
             return self._twin(*args, **kwargs)
 
     def _around(self, path: str, forward: Any, change: Callable[[Any], Any] | None, at_input: bool) -> Any:

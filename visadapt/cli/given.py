@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from visadapt.errors import VisadaptError
+from visadapt.errors import refuse_without_effect
 
 _GIVEN: ContextVar[Mapping[str, str] | None] = ContextVar("given_options", default=None)
 """The options of the running command that were typed: how each is spelt, by the name of its parameter."""
@@ -50,5 +50,4 @@ def refuse_unused(why: str, *parameters: str) -> None:
     Raises:
         VisadaptError: one of them was typed; it is named.
     """
-    if unused := given(*parameters):
-        raise VisadaptError(f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect: {why}")
+    refuse_without_effect(given(*parameters), why)

@@ -204,9 +204,8 @@ def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True, matrix: str =
         rows, shifts = own.rows, own.tensors("bias") if bias else None
         each, rank = [], x.ndim - 2
         for group, weight in enumerate(own.tensors(matrix)):
-            z, w, b = rows.take(x, group), weight.flatten(1), None if shifts is None else shifts[group]
-            if not is_autocast(x.device.type):
-                w, b = w.to(x.dtype), None if b is None else b.to(x.dtype)
+            z = rows.take(x, group)
+            w, b = _in_dtype_of(x, weight.flatten(1), None if shifts is None else shifts[group])
             each.append(convolve(rank, z, as_kernel(w, rank), b) if maps and rank else F.linear(z, w, b))
         return rows.join(each)
     weight, shift = own(matrix, maps), own("bias", maps) if bias else None
@@ -223,8 +222,7 @@ def product(weight: Tensor, shift: Tensor | None, x: Tensor, layout: str, sample
         layout: of ``x``.
         samples: of the batch, each of which may have several rows of tokens.
     """
-    if not is_autocast(x.device.type):
-        weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
+    weight, shift = _in_dtype_of(x, weight, shift)
     if is_channels_first(layout):
         flat = x.flatten(2)
         y = torch.bmm(weight, flat) if shift is None else torch.baddbmm(shift[:, :, None], weight, flat)
@@ -247,17 +245,27 @@ def in_groups(x: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
     return y.reshape(x.shape[0], -1, *y.shape[2:])
 
 
-def is_spread(x: Tensor) -> bool:
+def _in_dtype_of(x: Tensor, weight: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A matrix and its bias in the dtype of ``x``; under autocast the operators choose theirs."""
+    if is_autocast(x.device.type):
+        return weight, shift
+    return weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
+
+
+def shares_memory(x: Tensor) -> bool:
     """Whether the rows of a tensor are one row in the memory of one."""
-    return not is_tracing() and x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
+    return x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
+
+
+def is_spread(x: Tensor) -> bool:
+    """Whether one product may act on one row for all, as they are the same; a tracer's rows may differ later."""
+    return not is_tracing() and shares_memory(x)
 
 
 def _pointwise_of_one(own: Own, x: Tensor, layout: str, bias: bool, matrix: str) -> Tensor:
     """The same for one row ``x`` that all tasks' weights act on: one product with all of them."""
-    weight, shift = own(matrix).flatten(2), own("bias") if bias else None
+    weight, shift = _in_dtype_of(x, own(matrix).flatten(2), own("bias") if bias else None)
     count = len(weight)
-    if not is_autocast(x.device.type):
-        weight, shift = weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
     if is_channels_first(layout):
         flat, tall = x.flatten(1), weight.flatten(0, 1)
         y = tall @ flat if shift is None else torch.addmm(shift.flatten()[:, None], tall, flat)

@@ -75,7 +75,7 @@ class Composition:
         return [None if name is None else held[name].parts.get(path) for name in self.names]
 
     def norms(self, path: str) -> list[Any] | None:
-        """The class and mode of the tasks' own norms at a host; None where tasks change it otherwise."""
+        """The class, mode and eps of the tasks' own norms at a host; None where tasks change it otherwise."""
         steps = [step for profile in self.profiles for step in profile.steps.get(path, ())]
         core = [step for step in steps if step.role in ("instead", "weights")]
         return None if any(step.name != "norm" for step in core) else [step.looks for step in core]

@@ -8,7 +8,7 @@ Otherwise it runs one task at a time on that task's samples and the outputs are 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,7 +24,7 @@ from visadapt.errors import VisadaptError
 from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.division import Division, UnfitError
 from visadapt.runtime.registry import Mixed, Parts, Registry
-from visadapt.runtime.roles import role
+from visadapt.runtime.roles import AROUND
 from visadapt.runtime.weights import changes
 
 
@@ -84,7 +84,7 @@ def run_batch(
         with registry.within(distinct[0]):
             return call(*args, **kwargs)
     composition = composed(registry, tasks)
-    if not _divided_within(registry, facts, distinct):
+    if not _divided_within(registry, facts, composition):
         try:
             with registry.within(Mixed.within(composition, facts)):
                 return call(*args, **kwargs)
@@ -109,8 +109,8 @@ def _for_all(
     batches, distinct = registry.facts.batches, tuple(dict.fromkeys(tasks))
     views = repeated(given, cut, len(tasks), views=True)
     facts = batches.facts(model, views, len(tasks), len(distinct) > 1, classes)
-    if len(distinct) > 1 and not _divided_within(registry, facts, distinct):
-        composition = composed(registry, tasks)
+    composition = composed(registry, tasks)
+    if len(distinct) > 1 and not _divided_within(registry, facts, composition):
         shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
         if shared is not None:
             with registry.within(Mixed.within(composition, facts, shared)):
@@ -120,19 +120,19 @@ def _for_all(
     return run_batch(model, registry, tasks, call, batches, args, kwargs)
 
 
-def _divided_within(registry: Registry, facts: RowFacts, distinct: tuple[str | None, ...]) -> bool:
-    """Return whether the tasks differ at a module whose rows are not known."""
+def _divided_within(registry: Registry, facts: RowFacts, composition: Composition) -> bool:
+    """Return whether the tasks differ at a module whose rows are not known, or that writes to its input."""
     paths = [path for path, host in registry.hosts.items() if host._forward_pre_hooks or not facts.knows(path)]
     writers = [path for path in registry.hosts if path in facts.hosts and facts.hosts[path].writes]
     return (
-        any(_runs_apart(_parts_at(registry, path), distinct) for path in writers)
-        or any(_differ(registry, facts, path, distinct) for path in paths)
+        any(composition.roles(path).difference(AROUND) for path in writers)
+        or any(_differ(registry, facts, path, composition.names) for path in paths)
         or bool(facts.reordered)
         or not facts.evidence
     )
 
 
-def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str | None, ...]) -> bool:
+def _differ(registry: Registry, facts: RowFacts, path: str, distinct: Sequence[str | None]) -> bool:
     """Return whether the tasks differ at one module whose rows are not known."""
     parts, module = _parts_at(registry, path), registry.hosts.get(path)
     if facts.knows(path) and not (module is not None and module._forward_pre_hooks):
@@ -148,14 +148,6 @@ def _differ(registry: Registry, facts: RowFacts, path: str, distinct: tuple[str 
     around = [outer for outer in registry.hosts if path.startswith(f"{outer}.") and facts.knows(outer)]
     covered = any(all(changes(_parts_at(registry, outer), name) for name in owners) for outer in around)
     return bool(owners) and len(distinct) > 1 and not covered
-
-
-def _runs_apart(parts: Parts, distinct: tuple[str | None, ...]) -> bool:
-    """Return whether a module runs for each task's rows by themselves."""
-    held = [None if name is None else parts._of(name) for name in distinct]
-    return any(
-        role(part) in ("before", "instead", "weights") for own in held if own is not None for part in own.values()
-    )
 
 
 def _parts_at(registry: Registry, path: str) -> Parts:

@@ -21,7 +21,7 @@ from visadapt.backbone.shared_pass import spread
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import is_hooked
-from visadapt.methods.stacking import Rows, Stacked
+from visadapt.methods.stacking import Rows, Stacked, shares_memory
 from visadapt.runtime.by_row import run_by_row
 from visadapt.runtime.composition import Cluster, Composition
 from visadapt.runtime.division import Division, UnfitError, grouped
@@ -247,11 +247,9 @@ def _of_one(here: Here, out: Any) -> Any:
         # all of them only watch
         return out
     # what follows may write to it, and rows of the bare backbone may still share memory
-    return mapped(lambda _, leaf: leaf.contiguous() if _is_shared(leaf) else leaf, changed)
-
-
-def _is_shared(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) > 1 and leaf.stride(0) == 0
+    return mapped(
+        lambda _, leaf: leaf.contiguous() if isinstance(leaf, Tensor) and shares_memory(leaf) else leaf, changed
+    )
 
 
 def run_mixed(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Any, args: Any, kwargs: Any) -> Any:
