@@ -88,8 +88,8 @@ def compared(problems: Sequence[Problem], regime: Regime, names: Mapping[str, tu
 
 def bars(data: Data, regime: Regime) -> Iterator[Experiment]:
     problems = alternating(data, regime)
-    if regime.first is not None:
-        yield from compared(problems[: regime.first], regime, {each: names[:3] for each, names in BARS.items()})
+    for count in regime.first:
+        yield from compared(problems[:count], regime, {each: names[:3] for each, names in BARS.items()})
     yield from compared(problems, regime, BARS)
 
 

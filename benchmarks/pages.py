@@ -1,6 +1,6 @@
 """Fill the pages that show the evidence, with their figures, from the published results.
 
-python -m benchmarks.pages            # docs/results.md, docs/choosing.md, and the tables of docs/analysis.md and README
+python -m benchmarks.pages            # docs/results*.md, and the tables of docs/analysis.md, docs/choosing.md, README
 python -m benchmarks.pages --print    # print the tables only
 
 A page keeps its own text; what stands between the comments ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures import RESULTS
 from benchmarks.regimes import REGIMES
 from visadapt.experiments import Result, read_results
 from visadapt.report import Claim, Report, build, write
-from visadapt.report.advice import Comparison, by_network, comparison_table
+from visadapt.report.advice import Comparison, by_network, comparison_table, lead
 from visadapt.report.claims import MAX_TRAINED, STATEMENTS, Statement
 from visadapt.report.formatting import join_words, pluralize, signed
 from visadapt.report.markdown_page import claims_table
@@ -31,48 +32,92 @@ MOST = 8
 """Rows of README's table."""
 
 
-EARLIER = RESULTS / "evidence.csv"
-"""Results of smaller training sets, for the claims that nothing else tests."""
+FILES = {"evidence-cuda.csv": "results", "evidence-cpu.csv": "results", "evidence.csv": "results-earlier"}
+"""Published results, those that decide first, and the page that each has; the last are of small training sets."""
+
+EARLIER = "in earlier runs with small training sets"
 
 
-def published() -> Path:
-    """Return the file of the published evidence: that of the GPU, if it exists."""
-    file = RESULTS / "evidence-cuda.csv"
-    return file if file.is_file() else EARLIER
+@dataclass(frozen=True)
+class Evidence:
+    """Published results of one regime.
+
+    Attributes:
+        file: CSV file of the results.
+        results: the results.
+        report: their report.
+    """
+
+    file: Path
+    results: list[Result]
+    report: Report
+
+    @classmethod
+    def read(cls, file: Path) -> Evidence | None:
+        """Read a file of results; None if it does not compare methods on both texts and images yet."""
+        results = read_results(file) if file.is_file() else []
+        compared = by_network(results)
+        if {r.modality for r in results if r.network in compared} != {"text", "image"}:
+            return None
+        return cls(file, results, build(results))
+
+    @property
+    def page(self) -> str:
+        """Name of the page of all its figures and tables."""
+        return FILES[self.file.name]
 
 
-def earlier() -> tuple[Claim, ...]:
-    """Return the claims as earlier results test them; none if these are the published ones."""
-    return build(read_results(EARLIER)).claims if published() != EARLIER and EARLIER.is_file() else ()
+def published() -> list[Evidence]:
+    """Read the published evidence: that of the GPU, else of the CPU, and the earlier for what it does not test."""
+    pages: dict[str, Evidence] = {}
+    for name, page in FILES.items():
+        evidence = None if page in pages else Evidence.read(RESULTS / name)
+        if evidence is not None:
+            pages[page] = evidence
+    return list(pages.values())
 
 
-def blocks(results: list[Result], report: Report, before: Sequence[Claim] = ()) -> dict[str, str]:
+def blocks(all_evidence: Sequence[Evidence]) -> dict[str, str]:
     """Make the parts of pages that are filled, by name.
 
     Args:
-        results: the published results.
-        report: their report.
-        before: what `earlier` returns.
+        all_evidence: what `published` returns.
     """
+    decides, *others = all_evidence
+    budgets = decides.report.budgets
+    before = [claim for each in others for claim in each.report.claims]
     parts = {
-        "setting": setting(results),
-        "figures": figures(report),
-        "advice": "\n".join(f"* {sentence}" for sentence in report.lead),
-        "budgets": "" if report.budgets is None else report.budgets.markdown(),
-        "summary": summary(results).markdown(),
-        "methods": methods(results),
+        "setting": setting(decides),
+        "figures": figures(all_evidence),
+        "advice": advice(all_evidence),
+        "budgets": "" if budgets is None else budgets.markdown(),
+        "summary": summary(decides.results).markdown(),
+        "methods": methods(decides.results),
+        "earlier methods": "\n\n".join(f"{setting(each)}\n\n{methods(each.results)}" for each in others),
     }
     return parts | {
-        f"finding {number}": finding(each, report, before) for number, each in enumerate(STATEMENTS, start=1)
+        f"finding {number}": finding(each, decides.report, before) for number, each in enumerate(STATEMENTS, start=1)
     }
 
 
-def setting(results: list[Result]) -> str:
+def advice(all_evidence: Sequence[Evidence]) -> str:
+    """Say which method to take on each network, in a line each; the first evidence on a network decides."""
+    decides, *others = all_evidence
+    lines = [f"* {sentence}" for sentence in decides.report.lead]
+    known = set(by_network(decides.results))
+    for each in others:
+        more = [result for result in each.results if result.network not in known]
+        lines += [f"* {sentence[:-1]}, {EARLIER}." for sentence in lead(more)]
+    return "\n".join(lines)
+
+
+def setting(evidence: Evidence) -> str:
     """Say what was measured, in which regime and on what."""
+    results = evidence.results
     regime = REGIMES.get(results[0].regime or "")
     devices = join_words(sorted({r.machine.get("device", "an unknown device") for r in results}))
     seeds = pluralize(len({r.seed for r in results}), "seed")
-    text = f"{len(results):,} results of `benchmarks/results/{published().name}`, {seeds}, on {devices}"
+    text = f"{len(results):,} results of `benchmarks/results/{evidence.file.name}`, {seeds}, on {devices}"
     if regime is None:
         return f"{text}. Training sets are small: 500 texts, or 2,000 images of 48 px seen once."
     epochs = {kind: " or ".join(map(str, n)) for kind, n in (("t", regime.text_epochs), ("i", regime.image_epochs))}
@@ -85,10 +130,14 @@ def setting(results: list[Result]) -> str:
     )
 
 
-def figures(report: Report) -> str:
-    """Show the figures of the comparison, of the transfer between domains and of the decathlon."""
-    shown = [d for section in report.sections for d in section.drawings if section.name in ("compare", "transfer")]
-    return "\n\n".join(f"![{drawing.alt}](results/{drawing.name}.svg)" for drawing in shown)
+def figures(all_evidence: Sequence[Evidence]) -> str:
+    """Show the figures of the comparison and of the transfer, each of the first evidence that has one."""
+    lines = []
+    for name in ("compare", "transfer"):
+        sections = [(e, section) for e in all_evidence for section in e.report.sections if section.name == name]
+        for evidence, section in sections[:1]:
+            lines += [f"![{drawing.alt}]({evidence.page}/{drawing.name}.svg)" for drawing in section.drawings]
+    return "\n\n".join(lines)
 
 
 def finding(statement: Statement, report: Report, before: Sequence[Claim]) -> str:
@@ -99,7 +148,7 @@ def finding(statement: Statement, report: Report, before: Sequence[Claim]) -> st
         if claim.training_runs or not old:
             lines.append(_verdict(claim, claim.case))
         else:
-            lines += [_verdict(each, f"{each.case}, in earlier runs with small training sets") for each in old]
+            lines += [_verdict(each, f"{each.case}, {EARLIER}") for each in old]
     return "\n".join((f"**{statement.text}** ({statement.source}).", "", *lines))
 
 
@@ -156,16 +205,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     args = parser.parse_args()
-    results = read_results(published())
-    report = build(results)
-    parts = blocks(results, report, earlier())
+    all_evidence = published()
+    parts = blocks(all_evidence)
     if args.print:
-        print(*report.lead, report.budgets, summary(results), claims_table(report.claims), sep="\n\n")
+        decides = all_evidence[0]
+        tables = decides.report.budgets, summary(decides.results), claims_table(decides.report.claims)
+        print(parts["advice"], *tables, sep="\n\n")
         return
-    for old in (ROOT / "docs" / "results").glob("*.svg"):
-        old.unlink()
-    write(published(), ROOT / "docs" / "results")
-    (ROOT / "docs" / "results.html").unlink()
+    for evidence in all_evidence:
+        page = ROOT / "docs" / evidence.page
+        for old in page.glob("*.svg"):
+            old.unlink()
+        write(evidence.file, page)
+        page.with_suffix(".html").unlink()
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
 

@@ -28,8 +28,7 @@ class Regime:
         seed_count: number of seeds.
         compile: compile mode of the training steps; see `visadapt.training.Recipe`.
         whole: text sets of which all training texts are used.
-        first: number of problems that the first three contenders are compared on before anything else; None to begin
-            with all problems and contenders.
+        first: numbers of problems that the first three contenders are compared on before anything else, in turn.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Regime:
     seed_count: int = 5
     compile: str | None = None
     whole: tuple[str, ...] = ()
-    first: int | None = None
+    first: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ class Regime:
 REGIMES = {
     # what these take is printed by `python -m benchmarks.estimate`, given all data; see there how it is estimated
     # two cores, in the background of other work: about 10 hours for what comes first
-    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=6),
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=(3, 4, 6)),
     # one GPU and many processes: what the budget allows, seed by seed of the first stage, then the other stages
     "cuda": Regime(
         "cuda", 2000, 2000, 500, 1500, 64, (3, 9, 20), (5, 9), text_batch=32, compile="graphs", whole=("cola",)

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from benchmarks import pages
 from benchmarks.figures import RESULTS, missed, read, with_goals
 from benchmarks.goals import GOALS
 from tests.opening.test_hub import hub  # noqa: F401
+from tests.report import fake_results
 from visadapt import METHODS, VisadaptError
 from visadapt.data import load_images
-from visadapt.experiments import Result, read_results
-from visadapt.report import Report, build
+from visadapt.experiments import write_csv
+from visadapt.report import Report
 from visadapt.report.claims import STATEMENTS
 from visadapt.report.markdown_page import markdown
 
@@ -44,23 +46,23 @@ def test_every_goal_was_measured_and_every_miss_has_its_reason() -> None:
 
 
 @pytest.fixture(scope="module")
-def evidence() -> tuple[list[Result], Report]:
-    results = read_results(pages.published())
-    return results, build(results)
+def evidence() -> list[pages.Evidence]:
+    return pages.published()
 
 
-def test_the_page_of_results_is_current(evidence) -> None:
-    _, report = evidence
-    said = markdown(report, "results")
-    assert (DOCS / "results.md").read_text(encoding="utf-8") == said, "run python -m benchmarks.pages"
-    drawings = {drawing.name for section in report.sections for drawing in section.drawings}
-    assert {path.stem for path in (DOCS / "results").glob("*.svg")} == drawings
+def test_the_pages_of_results_are_current(evidence) -> None:
+    assert {each.page for each in evidence} == {path.stem for path in DOCS.glob("results*.md")}
+    for each in evidence:
+        said = markdown(each.report, each.page)
+        assert (DOCS / f"{each.page}.md").read_text(encoding="utf-8") == said, "run python -m benchmarks.pages"
+        drawings = {drawing.name for section in each.report.sections for drawing in section.drawings}
+        assert {path.stem for path in (DOCS / each.page).glob("*.svg")} == drawings
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
 def test_the_tables_of_a_page_are_current(page, evidence) -> None:
     said = page.read_text(encoding="utf-8")
-    assert said == pages.filled(said, pages.blocks(*evidence, pages.earlier())), "run python -m benchmarks.pages"
+    assert said == pages.filled(said, pages.blocks(evidence)), "run python -m benchmarks.pages"
 
 
 def test_what_stands_between_the_comments_is_replaced() -> None:
@@ -86,9 +88,29 @@ def test_a_claim_without_results_has_those_of_earlier_runs() -> None:
     assert pages.finding(both, report, ()).endswith("(0 training runs): 0 measured.")
 
 
+def test_what_new_evidence_does_not_test_is_shown_from_the_earlier_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    new = list(fake_results.compare())
+    vgg16 = [replace(r, network="vgg16", key=f"{r.key}-vgg16") for r in new if r.network == "resnet50"]
+    write_csv([*new, *vgg16, *fake_results.transfer()], tmp_path / "evidence.csv")
+    write_csv([r for r in new if r.modality == "text"], tmp_path / "evidence-cpu.csv")
+    assert [each.page for each in pages.published()] == ["results-earlier"], "texts only do not decide"
+    write_csv(new, tmp_path / "evidence-cpu.csv")
+    published = pages.published()
+    assert [each.page for each in published] == ["results", "results-earlier"]
+    parts = pages.blocks(published)
+    earlier = [line for line in parts["advice"].splitlines() if line.endswith(f", {pages.EARLIER}.")]
+    assert [line.split(",")[0] for line in earlier] == ["* On vgg16"]
+    assert len(parts["advice"].splitlines()) == 3
+    assert "(results/compare-minilm.svg)" in parts["figures"]
+    assert "vgg16" not in parts["figures"]
+    assert "(results-earlier/transfer.svg)" in parts["figures"]
+    assert "### vgg16" in parts["earlier methods"]
+    assert "### vgg16" not in parts["methods"]
+
+
 def test_the_table_of_the_readme_fits_a_screen(evidence) -> None:
-    results, _ = evidence
-    assert 1 <= len(pages.summary(results).rows) <= pages.MOST
+    assert 1 <= len(pages.summary(evidence[0].results).rows) <= pages.MOST
 
 
 BLOCK = re.compile(r"```(python|sh|text)\n(.*?)```", re.DOTALL)
