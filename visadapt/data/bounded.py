@@ -31,6 +31,9 @@ def open_image(file: Path | str | IO[bytes], name: str) -> Any:
         VisadaptError: it is not a readable image, or has more pixels than `visadapt.limits.LIMITS` allows.
     """
     pil = require("PIL.Image", "loading images", "pillow")
+    if isinstance(file, Path | str) and os.path.exists(file) and not os.path.isfile(file):
+        # what comes out of a pipe may never end
+        raise VisadaptError(f"{name} is not a readable image: it is not a regular file")
     if variable("IMAGE_PIXELS") in os.environ and pil.MAX_IMAGE_PIXELS is not None:
         # Pillow has a bound of its own
         pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, limit("IMAGE_PIXELS"))

@@ -31,9 +31,6 @@ _OF_DATASETS = ("image", "label", "regression", "multi_label")
 _OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
 """Options that describe a table."""
 
-_OF_DATASETS = ("image", "label", "regression", "multi_label")
-"""Options of tables that data sets of the ``datasets`` library take too."""
-
 _TRAIN_FLAG = {"train": True}, {"train": False}
 
 _SPLIT_NAME = {"split": "train"}, {"split": "test"}
@@ -93,7 +90,7 @@ def find(
         reading(("root",), f"{name} is a data set of torchvision")
         return _torchvision(name, root, download)
     path = Path(name)
-    if not os.path.exists(path):
+    if not name or not os.path.exists(path):
         known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):

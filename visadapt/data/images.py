@@ -219,6 +219,8 @@ def image_files(place: str | Path) -> list[Path]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
+        if os.path.exists(path):
+            raise VisadaptError(f"{place} must be an image or a folder of images")
         siblings = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise VisadaptError(f"no image or folder {place}{nearest(path.name, siblings)}")
     found = files_below(path)
