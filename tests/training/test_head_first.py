@@ -357,13 +357,16 @@ def test_files_and_rows_of_a_cached_prefix_are_held_back_too(digits: ImageSet) -
         ({"validation": -0.1}, r"validation must be data or a fraction in \(0, 1\), got -0.1"),
         ({"validation": float("nan")}, "validation must be a finite number, got nan"),
         ({"validation": True}, r"validation must be data or a fraction in \(0, 1\), got True"),
-        ({"train": (torch.randn(1, 3, 16, 16), torch.tensor([1]))}, "at least two training samples, got 1"),
+        (
+            {"train": (torch.randn(1, 3, 16, 16), torch.tensor([1]))},
+            "training data must have at least two samples for validation=0.2, got 1",
+        ),
         ({"train": torch.randn(4, 3, 16, 16)}, "the training data has no labels"),
         ({"train": (torch.randn(4, 3, 16, 16), torch.tensor([1, -1, 0, 2]))}, "training labels must be from 0 to 9"),
         (
             {"train": DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))},
-            "validation=0.2 takes samples from tensors or ImageFiles, got a DataLoader: split its data set, such as "
-            "with torch.utils.data.random_split",
+            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, such "
+            "as with torch.utils.data.random_split",
         ),
     ],
 )

@@ -164,13 +164,15 @@ def held_back(data: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     whole = data if isinstance(data, ImageFiles) else _samples(data, "training")
     if whole is None:
         raise VisadaptError(
-            f"validation={fraction:g} takes samples from tensors or ImageFiles, got a {type(data).__name__}: split its "
-            "data set, such as with torch.utils.data.random_split"
+            f"training data must be tensors or ImageFiles for validation={fraction:g}, got a {type(data).__name__}: "
+            "split its data set, such as with torch.utils.data.random_split"
         )
     if whole.labels is None:
         raise VisadaptError("the training data has no labels")
     if len(whole) < 2:
-        raise VisadaptError(f"validation={fraction:g} needs at least two training samples, got {len(whole)}")
+        raise VisadaptError(
+            f"training data must have at least two samples for validation={fraction:g}, got {len(whole)}"
+        )
     labels = whole.labels
     if labels.ndim != 1 or labels.dtype != torch.int64 or int(labels.min()) < 0:
         # not classes: chosen regardless of the labels
