@@ -25,6 +25,7 @@ from visadapt.methods.layers import undrawn
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, new_plan
+from visadapt.reading import check_file
 from visadapt.runtime.host import check_free
 from visadapt.runtime.measured import measured
 from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
@@ -224,8 +225,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     Raises:
         VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"path must be a task file, got the folder {path}")
+    check_file(path, "path", "a task file")
     # of a name that is too long, pathlib would raise
     if not os.path.isfile(path):
         siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if os.path.isdir(Path(path).parent) else []

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
+from visadapt.data.bounded import is_image
 from visadapt.data.datasets_library import SPLITS
-from visadapt.data.image_file import SUFFIXES, is_image
+from visadapt.data.image_file import SUFFIXES
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import numbers_of, relabelled
 from visadapt.data.tables import Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, held_out
 from visadapt.errors import VisadaptError, nearest, option
+from visadapt.reading import check_file
 
 LAYOUTS = (
     "CLASS/image.jpg, or train/CLASS/image.jpg with test/ and val/ beside train/, "
@@ -143,6 +145,8 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
         if not is_table(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return path
+    if not os.path.isdir(path):
+        check_file(path, "data", "a folder or a table of images")
     tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
     splits = _split_folders(path)
     if splits:
