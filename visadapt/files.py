@@ -56,6 +56,17 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder, and a pipe or device, whose end may never come; a path where nothing is passes.
+
+    Raises:
+        VisadaptError: the message names what there is.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "folder" if os.path.isdir(path) else "pipe, socket or device"
+        raise VisadaptError(f"{path} must be a file, got a {kind}")
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and the folders that it is in, if there is none.
 

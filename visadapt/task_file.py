@@ -19,6 +19,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
+from visadapt.files import check_regular
 from visadapt.frozen.precision import precision_notes
 from visadapt.methods import METHODS
 from visadapt.methods.layers import undrawn
@@ -226,6 +227,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     """
     if os.path.isdir(path):
         raise VisadaptError(f"path must be a task file, got the folder {path}")
+    check_regular(path)
     # of a name that is too long, pathlib would raise
     if not os.path.isfile(path):
         siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if os.path.isdir(Path(path).parent) else []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.files import replacing
+from visadapt.files import check_regular, replacing
 
 _DIGEST = "visadapt_digest"
 
@@ -80,6 +80,7 @@ def read_described(path: Path, kind: str, what: str) -> Content:
         VisadaptError: the file cannot be read, is not a safetensors file with such a description, or was changed after
             it was written.
     """
+    check_regular(path)
     try:
         data = path.read_bytes()
         tensors = parse(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from visadapt.errors import VisadaptError
+from visadapt.files import check_regular
 from visadapt.limits import check_limit, limit, variable
 from visadapt.optional import require
 
@@ -35,6 +36,8 @@ def open_image(file: Path | str | IO[bytes], name: str) -> Any:
         # Pillow has a bound of its own
         pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, limit("IMAGE_PIXELS"))
     try:
+        if isinstance(file, str | Path):
+            check_regular(file)
         with pil.open(file) as image:
             check_limit(image.width * image.height, "IMAGE_PIXELS", name)
             image.load()

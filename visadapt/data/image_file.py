@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visadapt.data.bounded import open_image
 from visadapt.errors import VisadaptError
+from visadapt.files import check_regular
 from visadapt.limits import check_limit
 from visadapt.optional import available, require
 
@@ -79,6 +80,7 @@ def read_image(source: Any) -> Image:
 def is_image(file: Path) -> bool:
     """Whether the content of a file, not its name, is of a format that Pillow knows."""
     try:
+        check_regular(file)
         with pil().open(file):
             return True
     except Exception:

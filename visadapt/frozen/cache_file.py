@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
+from visadapt.files import check_regular
 from visadapt.tensor_file import raw
 
 try:
@@ -54,6 +55,7 @@ class CacheFile:
     def _recorded(self) -> dict[str, Any]:
         """What the key says; nothing if there is none, or one of another format."""
         try:
+            check_regular(self.key)
             found = parse_json(self.key.read_text(encoding="utf-8"), str(self.key))
         except (OSError, ValueError, RecursionError):  # a VisadaptError is a ValueError
             return {}
@@ -73,6 +75,8 @@ class CacheFile:
         """
         found = self._recorded()
         if found != self._description(identity, found.get("digest")):
+            return None
+        if not os.path.isfile(self.path):
             return None
         with suppress(OSError), self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == self.size and _digest(file) == found["digest"]:
