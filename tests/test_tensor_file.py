@@ -116,7 +116,7 @@ def test_other_descriptions_and_files_are_named(tmp_path) -> None:
     write_described(tmp_path / "f", DECIDER, {"n": 1}, {"t": torch.ones(1)})
     with pytest.raises(VisadaptError, match="f is not a task file: its header has no description 'visadapt'"):
         read_described(tmp_path / "f", "visadapt", "task file")
-    with pytest.raises(VisadaptError, match=r"cannot read .*: it must be a file, got a folder"):
+    with pytest.raises(VisadaptError, match="must be a file, got a folder"):
         read_described(tmp_path, DECIDER, "decider")
     with pytest.raises(VisadaptError, match="the description of g must be JSON"):
         write_described(tmp_path / "g", DECIDER, {"n": object()}, {})

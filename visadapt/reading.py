@@ -138,7 +138,7 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
 def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "special file")
-        raise VisadaptError(f"cannot read {path}: it must be a file, got a {kind}")
+        raise VisadaptError(f"{path} must be a file, got a {kind}")
 
 
 def _stored(descriptor: int, size: int) -> int:

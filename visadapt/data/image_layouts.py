@@ -306,11 +306,12 @@ def in_table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> 
     labels = table.cells(table.column(_label_column(table, columns.label)))
     root = columns.root or file.parent
     files = [root / cell for cell in table.cells(place)]
-    absent = [path for path in files if not path.is_file()]
+    # of a name that is too long, pathlib would raise
+    absent = [path for path in files if not os.path.isfile(path)]
     if absent:
-        siblings = [p.name for p in absent[0].parent.iterdir()] if absent[0].parent.is_dir() else []
+        siblings = [p.name for p in absent[0].parent.iterdir()] if os.path.isdir(absent[0].parent) else []
         raise VisadaptError(
-            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {absent[0]}"
+            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {str(absent[0])[:200]}"
             f"{nearest(absent[0].name, siblings)} ({option('root')} is the folder that the names start from)"
         )
     if columns.targets.separator is None and (
