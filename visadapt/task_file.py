@@ -57,9 +57,9 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     Args:
         model: an injected model.
         task: name of the task.
-        path: of the file, ``flowers.visadapt`` say; an existing one is replaced.
-        notes: what else the file should remember, as JSON values: how inputs are prepared, say. They join those that
-            the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
+        path: of the file, such as ``flowers.visadapt``; an existing one is replaced.
+        notes: further entries for the file, as JSON values, such as how inputs are prepared. They are added to those
+            that the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
 
     Returns:
         The path.
@@ -112,7 +112,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "backbone": fingerprint(backbone, spec.owned, registry.digests),
     }
     if description["traced"]:
-        # beside them, as earlier versions read "traced" without these
+        # separate, as earlier versions read "traced" without these
         sites = {name: registry.traced[name] for name in description["traced"]}
         description["blocks"] = {name: [site.block, site.stage] for name, site in sites.items()}
     try:
@@ -147,7 +147,7 @@ def load(
     Args:
         model: the backbone that the task was trained on.
         path: of the file.
-        task: a name to give it, if not its own.
+        task: another name for the task.
         check: ``weights``: the backbone must have the very weights that the task was trained on; ``shapes``: only their
             names and shapes (a backbone rounded to another dtype, say).
 
@@ -212,7 +212,7 @@ def load(
     except VisadaptError as error:
         raise VisadaptError(f"{path}: {error}") from error
     with torch.random.fork_rng(devices=[]), undrawn():
-        # what is drawn here all the same is overwritten: the caller's random numbers stay as they were
+        # values that are drawn here are overwritten: the caller's random state does not change
         plan = new_plan(facts, spec, placements)
     _fill(path, plan.parts, tensors)
     commit(facts, plan).digests = digests
@@ -359,7 +359,7 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
     values |= {name: nn.Parameter(values[name]) for name, own in expected.items() if isinstance(own, nn.Parameter)}
     for _, part, state in places:
         own_values = OrderedDict((key, values[first[id(own)]]) for key, own in state.items())
-        # without the versions of its modules a norm with statistics is taken for one of torch 0.4, and filled up
+        # without the versions of its modules, torch treats a norm with statistics as one of torch 0.4
         own_values._metadata = state._metadata  # type: ignore[attr-defined]
         part.load_state_dict(own_values, assign=True)
         part.requires_grad_(True)
