@@ -148,9 +148,9 @@ def test_inputs_of_the_other_kind_are_refused_by_name(photos: Path, bert: Path, 
     for data, task, words in (
         (photos / "flat" / "light" / "1.jpg", texts, "1.jpg is an image, and the task takes texts"),
         (tmp_path / "a.xlsx", texts, "a.xlsx is not a text file, and the task takes texts"),
-        (tmp_path, texts, "as a text file: it is a folder"),
+        (tmp_path, texts, "an input must be a text file, got the folder"),
         ("-", images, "- is standard input, from which only texts are read, and the task takes images"),
-        ("/dev/null", images, "/dev/null must be an image or a folder of images"),
+        ("/dev/null", images, "place must be an image or a folder, got the device /dev/null"),
     ):
         assert words in run("predict", data, "--task", task, *(reads(bert) if task == texts else ()), code=1).stderr
 

@@ -41,6 +41,7 @@ from visadapt.files import replacing
 from visadapt.opening import Prediction
 from visadapt.opening.predicting import problem_of, read_logits
 from visadapt.printable import printable, printable_json
+from visadapt.reading import check_file
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import predict as logits
@@ -171,7 +172,7 @@ def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
 
 
 def _checked(found: list[Any], file: Path, paired: bool) -> list[str]:
-    if isinstance(found[0], tuple) != paired:
+    if found and isinstance(found[0], tuple) != paired:
         takes = "pairs of texts" if paired else "single texts"
         raise VisadaptError(f"the task takes {takes}: choose the columns of {file} with --text")
     return [text if isinstance(text, str) else "\t".join(part.replace("\t", " ") for part in text) for text in found]
@@ -179,8 +180,8 @@ def _checked(found: list[Any], file: Path, paired: bool) -> list[str]:
 
 def _lines(place: str, encoding: str) -> list[str]:
     if place != "-" and not os.path.isfile(place):
-        reason = "it is a folder" if os.path.isdir(place) else "there is no such file"
-        raise VisadaptError(f"cannot read {place} as a text file: {reason}")
+        check_file(place, "an input", "a text file")
+        raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
     suffix = Path(place).suffix.lower()
     if suffix in IMAGES or suffix in OTHERWISE:
         what = "an image" if suffix in IMAGES else "not a text file"

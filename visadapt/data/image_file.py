@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +74,6 @@ def read_image(source: Any) -> Image:
             raise VisadaptError(f"{where}: {suffix} files need pillow-heif: pip install pillow-heif") from error
         raise
     return _rgb(_upright(opened), where, opened.format)
-
-
-def is_image(file: Path, formats: Sequence[str] | None = None) -> bool:
-    """Whether the content of a file, not its name, is of one of these formats; None for all that Pillow knows."""
-    if not file.is_file():
-        return False  # what comes out of a pipe may never end
-    try:
-        with pil().open(file, formats=formats):
-            return True
-    except Exception:
-        return False
 
 
 def to_tensor(image: Image) -> Tensor:
