@@ -365,8 +365,8 @@ def test_files_and_rows_of_a_cached_prefix_are_held_back_too(digits: ImageSet) -
         ({"train": (torch.randn(4, 3, 16, 16), torch.tensor([1, -1, 0, 2]))}, "training labels must be from 0 to 9"),
         (
             {"train": DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))},
-            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, such "
-            "as with torch.utils.data.random_split",
+            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, "
+            "such as with torch.utils.data.random_split",
         ),
     ],
 )
