@@ -76,7 +76,8 @@ def _renewed(old: nn.Module, final: Final, num_classes: int, facts: Facts) -> nn
     width = final.width(num_classes)
     fresh: nn.Module
     if isinstance(old, nn.Linear) and is_undrawn():
-        return nn.utils.skip_init(nn.Linear, old.in_features, width, **options)
+        empty = nn.utils.skip_init(nn.Linear, old.in_features, width, **options)  # type: ignore[no-untyped-call]
+        return cast("nn.Module", empty)
     if isinstance(old, nn.Linear):
         fresh = nn.Linear(old.in_features, width, **options)
     else:

@@ -102,7 +102,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "")
         prefix: of the names.
     """
     own = module.__dict__
-    if not _loads_plainly(type(module)) or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]:
+    cls: Any = type(module)
+    if not _loads_plainly(cls) or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]:
         names = module.state_dict(keep_vars=True)
         given = OrderedDict((name, state[prefix + name]) for name in names)
         # without the versions of its modules a norm with statistics is taken for one of torch 0.4, and filled up
