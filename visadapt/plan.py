@@ -1,4 +1,4 @@
-"""Plans: what an inject will do, made in full before anything is done, so that nothing is left half done."""
+"""Plans: all that an inject will do, computed before anything changes, so that an error leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from visadapt.runtime.root import capture_calls
 
 @dataclass
 class Plan:
-    """What an inject will do, made in full before anything is done."""
+    """All that an inject will do, computed before anything changes."""
 
     task: Task
     parts: list[tuple[str, str, nn.Module]]
@@ -97,7 +97,7 @@ def extended_plan(
     norms: str,
     also: Sequence[str] = (),
 ) -> Plan:
-    """The plan that adds a method to a task that exists; what it owns beside adapters stays what it is."""
+    """The plan that adds a method to an existing task; what it owns beside adapters does not change."""
     if norms != task.norms:
         raise VisadaptError(f"task {task.name!r} has norms={task.norms!r} already; it cannot have {norms!r} as well")
     if also and tuple(also) != task.also:
@@ -141,7 +141,7 @@ def _check_outside_owned(task: Task, sites: Sites) -> None:
                     "leave it out of where="
                 )
             raise VisadaptError(
-                f"{site.host} {where} the head that task {task.name!r} replaces: leave it out, or say head='frozen'"
+                f"{site.host} {where} the head that task {task.name!r} replaces: leave it out, or pass head='frozen'"
             )
 
 
@@ -154,7 +154,7 @@ def device_of(module: nn.Module, model: nn.Module) -> torch.device:
 
 
 def commit(facts: Facts, plan: Plan) -> Registry:
-    """Do what a plan says. Nothing here can fail for a reason of the user's."""
+    """Carry out a plan. Nothing here can fail because of user input."""
     with STRUCTURE:
         return _committed(facts, plan)
 
@@ -166,7 +166,7 @@ def _committed(facts: Facts, plan: Plan) -> Registry:
         registry = Registry(facts)
         registry.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
-        model.zero_grad()  # an optimiser moves whatever has a gradient
+        model.zero_grad()  # an optimiser changes every parameter that has a gradient
         for module in facts.modules.values():
             host.freeze(module)
             host.unfuse(module, registry)

@@ -1,4 +1,4 @@
-"""What a task file describes, compared with the tensors that it holds, before memory is taken for it."""
+"""Compare the description of a task file with its tensors, before memory is taken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_shapes(
 ) -> list[list[tuple[str, nn.Module]]]:
     """Refuse a task whose parts are not those that its file has tensors for.
 
-    Adapters are built on the meta device, one by one, and each is compared at once: what is described takes no memory,
+    Adapters are built on the meta device, and each is compared before the next is built: a description takes no memory,
     and no more time than the file has tensors. Copies of the backbone's modules are compared by their number of values.
 
     Args:

@@ -24,6 +24,7 @@ from visadapt.methods.layers import undrawn
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
 from visadapt.plan import commit, device_of, new_plan
+from visadapt.reading import check_file
 from visadapt.runtime.host import check_free
 from visadapt.runtime.measured import measured
 from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
@@ -56,9 +57,9 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     Args:
         model: an injected model.
         task: name of the task.
-        path: of the file, ``flowers.visadapt`` say; an existing one is replaced.
-        notes: what else the file should remember, as JSON values: how inputs are prepared, say. They join those that
-            the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
+        path: of the file, such as ``flowers.visadapt``; an existing one is replaced.
+        notes: further entries for the file, as JSON values, such as how inputs are prepared. They are added to those
+            that the task has already, and come back as ``visadapt.tasks(model)[task].notes``.
 
     Returns:
         The path.
@@ -111,7 +112,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         "backbone": fingerprint(backbone, spec.owned, registry.digests),
     }
     if description["traced"]:
-        # beside them, as earlier versions read "traced" without these
+        # separate, as earlier versions read "traced" without these
         sites = {name: registry.traced[name] for name in description["traced"]}
         description["blocks"] = {name: [site.block, site.stage] for name, site in sites.items()}
     try:
@@ -146,7 +147,7 @@ def load(
     Args:
         model: the backbone that the task was trained on.
         path: of the file.
-        task: a name to give it, if not its own.
+        task: another name for the task.
         check: ``weights``: the backbone must have the very weights that the task was trained on; ``shapes``: only their
             names and shapes (a backbone rounded to another dtype, say).
 
@@ -212,7 +213,7 @@ def load(
     except VisadaptError as error:
         raise VisadaptError(f"{path}: {error}") from error
     with torch.random.fork_rng(devices=[]), undrawn():
-        # what is drawn here all the same is overwritten: the caller's random numbers stay as they were
+        # values that are drawn here are overwritten: the caller's random state does not change
         plan = new_plan(facts, spec, placements, built)
     _fill(path, facts, plan.parts, tensors)
     commit(facts, plan).digests = digests
@@ -225,8 +226,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     Raises:
         VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"path must be a task file, got the folder {path}")
+    check_file(path, "path", "a task file")
     # of a name that is too long, pathlib would raise
     if not os.path.isfile(path):
         siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if os.path.isdir(Path(path).parent) else []

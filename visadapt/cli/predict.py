@@ -39,6 +39,7 @@ from visadapt.files import replacing
 from visadapt.opening import Prediction
 from visadapt.opening.predicting import problem_of, read_logits
 from visadapt.printable import printable, printable_json
+from visadapt.reading import check_file
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import predict as logits
@@ -167,6 +168,7 @@ def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
 
 def _lines(place: str, encoding: str) -> list[str]:
     if place != "-" and not os.path.isfile(place):
+        check_file(place, "an input", "a text file")
         raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
     text = sys.stdin.read() if place == "-" else read_text(Path(place), encoding)
     # split as training files are: a form feed or a U+2028 is part of a text

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
+from visadapt.data.bounded import is_image
 from visadapt.data.datasets_library import SPLITS
-from visadapt.data.image_file import SUFFIXES, is_image
+from visadapt.data.image_file import SUFFIXES
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import numbers_of, relabelled
 from visadapt.data.tables import Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, held_out
 from visadapt.errors import VisadaptError, nearest, option
+from visadapt.reading import check_file
 
 LAYOUTS = (
     "CLASS/image.jpg, or train/CLASS/image.jpg with test/ and val/ beside train/, "
@@ -143,6 +145,8 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
         if not is_table(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return path
+    if not os.path.isdir(path):
+        check_file(path, "data", "a folder or a table of images")
     tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
     splits = _split_folders(path)
     if splits:
@@ -302,11 +306,12 @@ def in_table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> 
     labels = table.cells(table.column(_label_column(table, columns.label)))
     root = columns.root or file.parent
     files = [root / cell for cell in table.cells(place)]
-    absent = [path for path in files if not path.is_file()]
+    # of a name that is too long, pathlib would raise
+    absent = [path for path in files if not os.path.isfile(path)]
     if absent:
-        siblings = [p.name for p in absent[0].parent.iterdir()] if absent[0].parent.is_dir() else []
+        siblings = [p.name for p in absent[0].parent.iterdir()] if os.path.isdir(absent[0].parent) else []
         raise VisadaptError(
-            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {absent[0]}"
+            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {str(absent[0])[:200]}"
             f"{nearest(absent[0].name, siblings)} ({option('root')} is the folder that the names start from)"
         )
     if columns.targets.separator is None and (

@@ -21,6 +21,7 @@ from visadapt.data.tables import Format
 from visadapt.data.targets import Targets
 from visadapt.errors import VisadaptError, check_unused, nearest, option
 from visadapt.optional import require
+from visadapt.reading import check_file
 
 BUNDLED = ("cifar10", "mnist", "fashion-mnist", "digits")
 """Data sets that come with the package, or with scikit-learn."""
@@ -94,6 +95,7 @@ def find(
         return _torchvision(name, root, download)
     path = Path(name)
     if not os.path.exists(path):
+        check_file(path, "data", "a folder or a table of images")
         known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from visadapt.data.bounded import read_gzip
 from visadapt.errors import VisadaptError, nearest, option
+from visadapt.reading import read_whole
 
 Column = str | int
 
@@ -155,7 +156,7 @@ def read_text(file: Path, encoding: str) -> str:
         VisadaptError: the file cannot be read, or a byte is not of the encoding; its place is named.
     """
     try:
-        content = read_gzip(file) if file.suffix.lower() == ".gz" else file.read_bytes()
+        content = read_gzip(file) if file.suffix.lower() == ".gz" else read_whole(file)
     except (OSError, EOFError, zlib.error) as error:
         raise VisadaptError(f"cannot read {file} as {encoding} text: {error}") from error
     if encoding in ("utf-8", "utf-8-sig"):

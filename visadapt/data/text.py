@@ -19,6 +19,7 @@ from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read
 from visadapt.data.targets import Targets, check_form, held_out
 from visadapt.data.text_sources import BUNDLED, PRESETS, at_root, is_stored_set, options_of
 from visadapt.errors import VisadaptError, check_unused, nearest, option
+from visadapt.reading import check_file
 
 Text = str | tuple[str, str]
 
@@ -182,6 +183,7 @@ def load_text(
     if os.path.isdir(path):
         return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
     if not os.path.isfile(path):
+        check_file(path, f"{option('name_or_path')}", "a file or a folder of texts")
         there = [p.name for p in path.parent.iterdir() if is_table(p)] if os.path.isdir(path.parent) else []
         known_names = (*BUNDLED, *PRESETS, "hf/NAME", *there)
         raise VisadaptError(f"no text data set, file or folder {name!r}{nearest(path.name, known_names)}")

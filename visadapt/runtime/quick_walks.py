@@ -1,7 +1,7 @@
-"""Walks over the modules of thousands of tasks, as near to the cost of their tensors as Python allows.
+"""Fast walks over the modules of thousands of tasks.
 
-Each does what a method of ``nn.Module`` or ``copy.deepcopy`` does, without the parts of it that a module without hooks
-and overrides does not need. A module with either is left to torch.
+Each does what a method of ``nn.Module`` or ``copy.deepcopy`` does, without the steps that only modules with hooks or
+overrides need. For such a module, torch's own method is called.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def set_modes(module: nn.Module, mode: bool) -> None:
     if not _trains_plainly(cls):
         module.train(mode)
         return
-    # where a frozen class remembers it, too
+    # also where a frozen class stores it
     module.__dict__["training"] = mode
     for child in module._modules.values():
         if child is not None:
@@ -106,7 +106,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "")
     if not _loads_plainly(cls) or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]:
         names = module.state_dict(keep_vars=True)
         given = OrderedDict((name, state[prefix + name]) for name in names)
-        # without the versions of its modules a norm with statistics is taken for one of torch 0.4, and filled up
+        # without the versions of its modules, torch treats a norm with statistics as one of torch 0.4
         given._metadata = names._metadata  # type: ignore[attr-defined]
         module.load_state_dict(given, assign=True)
         return
@@ -124,7 +124,7 @@ def changes_nothing(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
 
     Args:
         module: the module.
-        function: is not called again after the first tensor that it changes.
+        function: called on each tensor, up to the first that it changes.
     """
     cls: Any = type(module)
     if not _moves_plainly(cls):
