@@ -56,6 +56,14 @@ class Result:
             different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
         regime: name of the sizes, epochs and precision of a collection of experiments; results of two regimes are never
             in one report. None if they have none.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "bytes": 12_000}
+        >>> result = Result("key", "compare", "image", "resnet18", "digits", "bottleneck m=8", 0, "test",
+        ...                 metric="accuracy", score=0.91, seconds=12.5, lr=1e-3, epochs=3, facts={}, machine={}, **sizes)
+        >>> result.contender, result.score
+        ('bottleneck m=8', 0.91)
     """
 
     key: str
