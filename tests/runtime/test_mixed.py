@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import visadapt
 from tests.models import ZOO, Member, answer, enliven, output, stir
+from tests.versions import compiled_whole
 from visadapt import (
     DAN,
     SSF,
@@ -450,7 +451,7 @@ def test_a_mixed_batch_compiles_as_one_graph(name) -> None:
     model, inputs = shared(name), ZOO[name].inputs(n=6)
     with torch.no_grad(), using(model, LIST):
         expected = output(model, inputs)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = compiled_whole(model, backend="eager")
         assert torch.equal(output(compiled, inputs), expected)
     torch._dynamo.reset()
 
