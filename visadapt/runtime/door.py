@@ -92,7 +92,7 @@ def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, k
         return own(module, *args, **kwargs)
 
     entry = Entry(path, name)
-    # gradient checkpointing counts what is saved, so nothing may run twice under its hooks
+    # gradient checkpointing counts the saved tensors, so nothing may run twice under its hooks
     if entry not in registry.facts.entries and not _saves_through_hooks():
         try:
             with trying(registry):
@@ -153,7 +153,7 @@ def enter_by(
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Run a batch of mixed tasks that enters elsewhere than at the model's forward.
+    """Run a batch of mixed tasks by another entry than the model's forward.
 
     Args:
         registry: the model's registry.
