@@ -93,6 +93,17 @@ def test_an_order_that_depends_on_the_data_is_not_trusted(before):
     assert not found.knows("host")
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [torch.randperm, lambda n: torch.rand(n).argsort(), lambda n: torch.randint(n, (n,)), lambda n: torch.randperm(n).tolist()],
+    ids=["permutation", "sorted", "numbers", "python"],
+)  # fmt: skip
+def test_a_random_order_is_not_trusted(draw):
+    found = facts(Run(lambda x: x[draw(len(x))].sum() * 0 + x.mean(1)), torch.randn(4, 6, 8))
+    assert found.reordered
+    assert not found.knows("host")
+
+
 def test_tables_and_numbers_of_the_whole_batch_are_no_order():
     class Net(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _MARK = "_visadapt_from_input"
-"""Attribute set on tensors that were computed from the model's input."""
+"""Attribute set on tensors that were computed from the model's input or from random numbers."""
 
 _SORTS = {"sort", "topk", "kthvalue", "mode", "argsort", "msort"}
 _AT_DIM = {"index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
@@ -56,6 +56,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if marked:
             self._note(name, args, kwargs)
         out = _drawn(func, name, args, kwargs)
+        if name in _DRAWS:
+            # a random choice of rows (shuffled batch norm) is another one in the run that counts
+            mark(out)
         if marked:
             if name == "_local_scalar_dense":
                 self.numbers.append(out)

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from visadapt.backbone.batch import is_cache, leaves
-from visadapt.backbone.heads import width_of
 from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.rows import RowFacts
@@ -73,7 +72,7 @@ def run_batch(
     distinct = tuple(dict.fromkeys(tasks))
     training = bool(model.__dict__["training"])
     head = registry.facts.head
-    classes = None if head is None else width_of(registry.facts.modules[head.final])
+    classes = None if head is None else head.width(registry.facts.modules)
     if batches is registry.facts.batches:
         one = batches.single(model, (args, kwargs), len(tasks), classes)
         if one is not None:
