@@ -12,7 +12,7 @@ from torch import nn
 
 from visadapt import VisadaptError
 from visadapt.backbone.examine import examine
-from visadapt.backbone.rows import FREE, UNKNOWN, Lying
+from visadapt.backbone.rows import FREE, UNKNOWN, Lying, order_of
 
 SIZES = {
     "vocab_size": 50,
@@ -93,11 +93,15 @@ def test_an_order_that_depends_on_the_data_is_not_trusted(before):
     assert not found.knows("host")
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [torch.randperm, lambda n: torch.rand(n).argsort(), lambda n: torch.randint(n, (n,)), lambda n: torch.randperm(n).tolist()],
-    ids=["permutation", "sorted", "numbers", "python"],
-)  # fmt: skip
+DRAWS = {
+    "permutation": torch.randperm,
+    "sorted": lambda n: torch.rand(n).argsort(),
+    "numbers": lambda n: torch.randint(n, (n,)),
+    "python": lambda n: torch.randperm(n).tolist(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_a_random_order_is_not_trusted(draw):
     found = facts(Run(lambda x: x[draw(len(x))].sum() * 0 + x.mean(1)), torch.randn(4, 6, 8))
     assert found.reordered
@@ -218,3 +222,13 @@ def test_hooks_that_make_the_output_are_the_models_own_and_others_hear_nothing()
         heard.clear()
         assert facts(model, x).outputs == dict.fromkeys(keys, Lying(0))
         assert heard == []
+
+
+def test_an_order_for_each_number_of_samples():
+    for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 32, 63):
+        order = list(order_of(n))
+        assert len(order) == max(n, 3)
+        # a mean of the batch must not be that of the two samples
+        assert sum(order) / len(order) >= 0.6
+        moved = [order[i:] + order[:i] for i in range(1, n)] + [order[::2] + order[1::2], order[::-1]]
+        assert n < 4 or order not in moved

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from visadapt.backbone.entry import Entry
+from visadapt.backbone.added import added
+from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.find import find_sites
 from visadapt.backbone.heads import Head, find_head, traced_head
 from visadapt.backbone.known_batches import KnownBatches
@@ -38,6 +39,7 @@ class Facts:
         self._traced_head: Head | None = None
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
+        self._added: list[Any] = []
 
     @property
     def name(self) -> str:
@@ -47,6 +49,14 @@ class Facts:
     def hold(self) -> bool:
         """Whether the backbone still consists of the same modules at the same paths."""
         return own_modules(self.model) == self.modules
+
+    def of_batches(self, entry: Entry = WHOLE) -> KnownBatches:
+        """The row facts of batches that enter by a method, found anew since other forwards or hooks take part."""
+        now = added(self.modules)
+        if now != self._added:
+            # those that run meanwhile keep theirs
+            self._added, self.batches, self.entries = now, KnownBatches(), {}
+        return self.batches if entry == WHOLE else self.entries.setdefault(entry, KnownBatches(entry))
 
     @cached_property
     def known_head(self) -> Head | None:

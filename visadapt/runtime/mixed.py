@@ -169,7 +169,7 @@ class Here:
         if not isinstance(out, Tensor):
             if type(out) is tuple:
                 return (self.act(out[0], first, False, (*key, 0)), *out[1:])
-            (step, inner), *rest = children(out) or ()
+            (step, inner), *rest = cast("list[Any]", children(out))
             return rebuilt(out, [self.act(inner, first, False, (*key, step)), *[value for _, value in rest]])
         output, given = self.outputs.get(key), self.inputs.get((0, 0))
         clusters = self.composition.clusters

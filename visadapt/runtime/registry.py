@@ -20,6 +20,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
+from visadapt.runtime.noting import Noted
 from visadapt.runtime.symbolic import called, run_in_turn
 from visadapt.runtime.task_modules import TaskModules
 from visadapt.runtime.unfilled import Unfilled
@@ -155,6 +156,7 @@ class Registry(Choices):
         lean: how lean `visadapt.lean` made the model, None if it did not.
         decider: the one that ``auto`` asks.
         watch: what is looked at before and after each forward.
+        noted: the hooks that a mixed batch calls.
         unfilled: the tasks that may have tensors without values.
         traced: sites that no family knows, by full name, as they were traced.
         source: what the backbone was loaded by; None if it came as a module.
@@ -172,6 +174,7 @@ class Registry(Choices):
         self.versions = Versions(facts.model)
         self.watch = Watch()
         self.unfilled = Unfilled()
+        self.noted = Noted()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,5 +104,5 @@ def on_tensor(out: Any, function: Any) -> Any:
         return function(out)
     if type(out) is tuple:
         return (function(out[0]), *out[1:])
-    (_, first), *rest = children(out) or ()
+    (_, first), *rest = cast("list[Any]", children(out))
     return rebuilt(out, [function(first), *[value for _, value in rest]])
