@@ -42,18 +42,20 @@ def note_replacing(hook: Callable[..., Any]) -> None:
     _REPLACING.add(function_of(hook))
 
 
-def hooked(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return those of some modules that have hooks of their forward."""
-    return {path: each for path, each in modules.items() if each._forward_hooks or each._forward_pre_hooks}
+def added(modules: Mapping[str, nn.Module]) -> tuple[list[Any], list[nn.Module]]:
+    """Return what was added to modules.
 
-
-def added(modules: Mapping[str, nn.Module]) -> list[Any]:
-    """Return what was added to modules; it is equal as long as the same forwards and hooks take part."""
-    found: list[Any] = list(module_hooks._global_forward_hooks) + list(module_hooks._global_forward_pre_hooks)
+    Returns:
+        a list that is equal as long as the same forwards and hooks take part, and the modules with any hooks.
+    """
+    found: list[Any] = [*module_hooks._global_forward_hooks, *module_hooks._global_forward_pre_hooks]
+    hooked = []
     for path, module in modules.items():
         own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or FORWARDS in own:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            hooked.append(module)
             keys = [key for name in HOOKS for key, hook in own[name].items() if replaces(hook)]
-            forwards = [own[name] for name in ("forward", FORWARDS) if name in own]
-            found += [(path, keys, forwards)] if keys or forwards else []
-    return found
+            found += [(path, keys)] if keys else []
+        if "forward" in own or FORWARDS in own:
+            found.append((path, own.get("forward"), own.get(FORWARDS)))
+    return found, hooked

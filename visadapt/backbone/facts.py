@@ -31,6 +31,7 @@ class Facts:
         modules: its modules by path, without those of tasks.
         batches: which rows belong to which sample, for the kinds of batch that it has met.
         entries: the same of what entered by other methods than its forward.
+        hooked: the modules that had hooks when a batch of mixed tasks last asked.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,6 +40,7 @@ class Facts:
         self._traced_head: Head | None = None
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
+        self.hooked: list[nn.Module] = []
         self._added: list[Any] = []
 
     @property
@@ -52,7 +54,7 @@ class Facts:
 
     def of_batches(self, entry: Entry = WHOLE) -> KnownBatches:
         """The row facts of batches that enter by a method, found anew since other forwards or hooks take part."""
-        now = added(self.modules)
+        now, self.hooked = added(self.modules)
         if now != self._added:
             # those that run meanwhile keep theirs
             self._added, self.batches, self.entries = now, KnownBatches(), {}

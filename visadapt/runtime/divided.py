@@ -88,7 +88,7 @@ def run_batch(
     if not _divided_within(registry, facts, composition):
         try:
             within = registry.within(Mixed.within(composition, facts))
-            with registry.noted.within(registry.facts.modules) as replacing, within:
+            with registry.noted.within(registry.facts.hooked) as replacing, within:
                 out = call(*args, **kwargs)
             if not replacing:
                 return out
@@ -133,7 +133,7 @@ def _for_all(
         shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
         if shared is not None:
             within = registry.within(Mixed.within(composition, facts, shared))
-            with registry.noted.within(registry.facts.modules) as replacing, within:
+            with registry.noted.within(registry.facts.hooked) as replacing, within:
                 out = call(*given[0], **given[1])
             if not replacing:
                 return out

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.backbone.added import HOOKS, hooked, replaces
+from visadapt.backbone.added import HOOKS, replaces
 from visadapt.backbone.batch import leaves
 from visadapt.backbone.modules import OURS
 from visadapt.errors import VisadaptError
@@ -54,18 +54,18 @@ class Noted:
         return Noted, ()
 
     @contextmanager
-    def within(self, modules: Mapping[str, nn.Module]) -> Iterator[list[Any]]:
+    def within(self, modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
         """Note the hooks of some modules that replace anything within, beside those that are known to.
 
         Args:
-            modules: of the backbone, by path.
+            modules: those of the backbone that have hooks.
 
         Returns:
             A list of them, which is complete at the end.
         """
         with self._lock:
             self._running += 1
-            for module in hooked(modules).values():
+            for module in modules:
                 for hooks in (module.__dict__[name] for name in HOOKS):
                     for key, hook in list(hooks.items()):
                         if not (isinstance(hook, _Noting) or OURS in getattr(hook, "__dict__", ()) or replaces(hook)):
