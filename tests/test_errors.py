@@ -68,8 +68,8 @@ WRONG = {
     "one wrong term of two": (inject(where=["layer2", "layerX"]), r"where='layerX' matches no site"),
     "empty list": (inject(where=[]), r"where= must be a kind.*got \[\]"),
     "a float": (inject(where=2.5), r"where= must be a kind.*got 2\.5"),
-    "a bool": (inject(where=True), r"where= cannot hold True"),
-    "a float in a list": (inject(where=[0.5]), r"where= cannot hold 0\.5"),
+    "a bool": (inject(where=True), r"where= must hold kinds.*got True"),
+    "a float in a list": (inject(where=[0.5]), r"where= must hold kinds.*got 0\.5"),
     "sites() too": (lambda model, place: visadapt.sites(model, "layr3"), r"where='layr3' matches no site"),
     "no site at all": (
         lambda model, place: visadapt.inject(nn.Sequential(nn.Flatten()), m=2),

@@ -24,11 +24,13 @@ import visadapt
 from tests.models import ZOO
 from tests.test_described_sizes import little_memory
 from visadapt import VisadaptError
-from visadapt.data import load_images, minilm_path
+from visadapt.data import load_images, minilm_path, read_images
 from visadapt.data.allowlist import OPTIONS, objections
 from visadapt.data.file_requests import vetted
 from visadapt.data.hub import resolve
 from visadapt.data.inputs import TextInputs, from_description
+from visadapt.data.processors import ProcessorInputs
+from visadapt.data.repository_config import model_objections
 from visadapt.experiments.record import Result, write
 from visadapt.tensor_file import read_described, write_described
 
@@ -234,6 +236,8 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
 def _filled(value: Any, known: dict[str, Any]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(one, known) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one, known) for one in value]
     return value.replace("{folder}", str(known["folder"])).replace("{port}", str(known["port"])) if isinstance(
         value, str
     ) else value  # fmt: skip
@@ -280,6 +284,101 @@ def test_an_adapters_repository_does_not_choose_its_base(traps: Traps) -> None:
     result = traps.run("predict", traps.says(backbone={"name": "hf/evil/adapter"}))
     assert "'hf/evil/adapter', which a file names, must be a whole model, not an adapter" in result.stderr
     traps.assert_quiet()
+
+
+def _repository(traps: Traps, name: str, files: dict[str, Any]) -> str:
+    """A repository in the cache, with weights that fit nothing; the name of its backbone."""
+    folder = traps.folder / name
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(_filled(content, {"folder": traps.folder, "port": traps.port})))
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    _cached(folder, f"evil/{name}", traps.folder / "cache")
+    return f"hf/evil/{name}"
+
+
+BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "vocab_size": 99}  # fmt: skip
+WRAPPER = {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 2}
+
+# the config.json of a repository, and what the error names
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "a kernel": ({**BERT, "attn_implementation": "evil/kernel"}, "must not choose attn_implementation='evil/kernel'"),
+    "a kernel by another name": ({**BERT, "_attn_implementation": "evil/kernel:run"}, "_attn_implementation="),
+    "a kernel of a part": ({**BERT, "x": [{"attn_implementation": {"": "sdpa", "y": "a/b"}}]}, "attn_implementation="),
+    "experts": ({**BERT, "experts_implementation": "sonicmoe"}, "experts_implementation='sonicmoe'"),
+    "kernels of a quantisation": ({**BERT, "quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+    "a checkpoint by timm": (
+        {**WRAPPER, "model_args": {"checkpoint_path": "{folder}/pickle/pytorch_model.bin"}},
+        "checkpoint_path=",
+    ),
+    "a repository by timm": ({**WRAPPER, "architecture": "hf-hub:evil/other"}, "the backbone 'timm/hf-hub:evil/other'"),
+    "a folder by timm": ({**WRAPPER, "architecture": "local-dir:{folder}/code"}, "the backbone 'timm/local-dir:"),
+    "another backbone": ({"model_type": "detr", "backbone": "evil/code"}, "backbone='evil/code'"),
+    "weights of another backbone": ({"model_type": "detr", "use_pretrained_backbone": True}, "use_pretrained_backbone"),
+    "a size": ({**BERT, "hidden_size": 32768, "intermediate_size": 32768}, "bytes of parameters"),
+    "a size by timm": ({**WRAPPER, "model_args": {"channels": [4096] * 4}}, "bytes of parameters"),
+    "deep JSON": ({**BERT, "x": json.loads("[" * 100 + "]" * 100)}, "levels of nested JSON"),
+    "no object": ([BERT], "must be a JSON object, got list"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_repository_that_a_file_names_chooses_no_more_than_the_file(traps: Traps, case: str) -> None:
+    config, expected = CONFIGS[case]
+    name = _repository(traps, "chooses", {"config.json": config})
+    with little_memory():
+        (line,) = traps.run("merge", traps.says(backbone={"name": name})).stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    traps.assert_quiet()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "sdpa", "_name_or_path": "google/bert", "id2label": {"0": "a/b"}},
+        {"quantization_config": {"load_in_8bit": True}, "auto_map": {"AutoConfig": "x.Y"}, "backbone": None},
+        {"model_type": "timm_wrapper", "architecture": "resnet50.a1_in1k", "pretrained_cfg": {"url": "https://x/y"}},
+    ],
+)
+def test_honest_repositories_may_be_named(config: dict[str, Any]) -> None:
+    assert model_objections(config) == []
+
+
+def test_an_image_processor_of_a_repository_that_a_file_names(traps: Traps) -> None:
+    """It is read from the cache, and opens nothing else."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=2,
+                                    num_attention_heads=2, intermediate_size=16)  # fmt: skip
+    model, folder, side = transformers.ViTForImageClassification(config).eval(), traps.folder / "vit", 32
+    model.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    _cached(folder, "good/vit", traps.folder / "cache")
+    visadapt.inject(model, m=2, task="plain", labels=("a", "b"), num_classes=2)
+    file = visadapt.save(model, "plain", traps.folder / "vit.visadapt", notes={
+        "backbone": {"name": "hf/good/vit", "build": {"image_size": side}}})  # fmt: skip
+    opened = visadapt.open(file)
+    assert isinstance(visadapt.preprocess(opened).inputs, ProcessorInputs)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    stored = traps.folder / "cache" / "models--good--vit" / "snapshots" / ("0" * 40) / "preprocessor_config.json"
+    stored.write_text(json.dumps({**config, "repo_path": str(traps.folder), "class_info_file": "x.json"}))
+    with pytest.raises(VisadaptError, match=r"preprocessor_config.json of 'hf/good/vit' must not choose repo_path="):
+        visadapt.preprocess(visadapt.open(file))
+    traps.assert_quiet()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "summary"])
+def test_what_never_ends_is_not_read(traps: Traps, command: str) -> None:
+    for place in (traps.folder / "pipe.visadapt", traps.folder / "endless.visadapt"):
+        os.mkfifo(place) if place.stem == "pipe" else place.symlink_to("/dev/zero")
+        result = traps.run(command, place)
+        kind = "pipe" if place.stem == "pipe" else "device"
+        assert f"error: path must be a task file, got the {kind} {place}" in result.stderr
+        place.unlink()
+    os.mkfifo(traps.folder / "pipe.png")
+    with pytest.raises(VisadaptError, match=r"pipe\.png must be a file, got a pipe"):
+        read_images([traps.folder / "pipe.png"], 8)
 
 
 def test_summary_shows_what_a_file_asks_for_and_does_none_of_it(traps: Traps) -> None:
@@ -529,6 +628,9 @@ def test_a_checkpoint_chooses_nothing(traps: Traps) -> None:
     refused = _training(*resumes, "a.visadapt")
     assert refused.exit_code == 1
     assert f"{state} is not a whole checkpoint of a training run" in refused.stderr
+    state.unlink()
+    state.symlink_to("/dev/zero")
+    assert f"--checkpoint must be a file, got the device {state}" in _training(*resumes, "a.visadapt").stderr
     state.unlink()
     assert _training(*resumes, "a.visadapt").exit_code == 0
     content = read_described(state, "visadapt_training", "checkpoint")

@@ -86,10 +86,10 @@ def test_a_string_that_is_never_closed_is_refused_at_once() -> None:
     assert time.process_time() - begun < 2
 
 
-def test_a_file_of_holes_that_no_memory_can_hold_is_refused(tmp_path) -> None:
+def test_a_file_of_holes_is_refused(tmp_path) -> None:
     with (tmp_path / "f").open("wb") as file:
         file.truncate(1 << 42)
-    with pytest.raises(VisadaptError, match=r"cannot read .*f: it does not fit into memory"):
+    with pytest.raises(VisadaptError, match=r"f has more than 100 bytes per byte on the disk"):
         read_described(tmp_path / "f", DECIDER, "decider")
 
 
@@ -116,7 +116,7 @@ def test_other_descriptions_and_files_are_named(tmp_path) -> None:
     write_described(tmp_path / "f", DECIDER, {"n": 1}, {"t": torch.ones(1)})
     with pytest.raises(VisadaptError, match="f is not a task file: its header has no description 'visadapt'"):
         read_described(tmp_path / "f", "visadapt", "task file")
-    with pytest.raises(VisadaptError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(VisadaptError, match="must be a file, got a folder"):
         read_described(tmp_path, DECIDER, "decider")
     with pytest.raises(VisadaptError, match="the description of g must be JSON"):
         write_described(tmp_path / "g", DECIDER, {"n": object()}, {})

@@ -93,13 +93,13 @@ def inject(
             * ``"auto"``: new if ``num_classes`` is given, else a copy of what transformers'
               ``…ForSequenceClassification`` made for the problem, else the backbone's own, frozen;
             * a path, or a list of paths, of modules of the model: these are the head, new if ``num_classes`` is given
-              and else copied. A module that is called like a policy is named in a list: ``head=["new"]``.
+              and else copied. A module with the name of a policy is named in a list: ``head=["new"]``.
 
             The head is known from its library: timm's classifiers, the attribute that torchvision's forward ends in,
             what stands beside transformers' base model. In other models it is the layers that make the output, as a run
             on fake tensors shows (with ``example``, if the model's input cannot be guessed). Several layers that make
-            logits together, and auxiliary ones, follow ``num_classes`` together; where an output each has its own,
-            say which. A base model has no head, and a language model's belongs to its vocabulary.
+            logits together, and auxiliary ones, follow ``num_classes`` together; if each output has its own, name one.
+            A base model has no head, and a language model's belongs to its vocabulary.
         train_also: paths of further modules of which the task trains a copy: a second head, a detector's box predictor,
             an embedding. They are saved with the task, and mixed batches run each sample through its own task's.
             Norms in them are trained whole, and adapters are put elsewhere.
@@ -204,7 +204,7 @@ def remove(model: ModelT, task: str) -> ModelT:
     registry = registry_of(model)
     with STRUCTURE:
         gone = registry.task(task)
-        # first, so that whoever misses its parts finds out why
+        # first, so that code that finds its parts missing reports the removal
         registry.tasks = {name: other for name, other in registry.tasks.items() if name != task}
         registry.withdraw(task)
         registry.forget(task)
@@ -314,7 +314,7 @@ def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None
 def _new_task(
     facts: Facts, name: str, norms: str, head: Any, also: tuple[str, ...], num_classes: int | None, example: Any
 ) -> Task:
-    """A task with the policy that ``head`` and ``num_classes`` come to, without placements."""
+    """A task with the policy that ``head`` and ``num_classes`` mean, without placements."""
     if isinstance(head, str) and head not in HEAD_POLICIES and head not in facts.modules:
         known = (*HEAD_POLICIES, *filter(None, facts.modules))
         raise VisadaptError(
@@ -324,7 +324,7 @@ def _new_task(
     if head == "new" and num_classes is None:
         raise VisadaptError("head='new' needs num_classes=")
     if head in ("copy", "frozen") and num_classes is not None:
-        raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or say head='new'")
+        raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or pass head='new'")
     own: Head | None = None
     if named:
         own = head_at(facts.modules, head, facts.known_head, lambda: facts.trace_head(example))

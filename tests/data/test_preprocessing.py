@@ -23,7 +23,7 @@ from visadapt.data.inputs import (
     from_description,
     inputs_of,
 )
-from visadapt.data.pretrained import PooledClassifier
+from visadapt.data.pretrained import PooledClassifier, unfilled
 from visadapt.data.processors import ProcessorInputs
 from visadapt.errors import VisadaptError
 
@@ -111,6 +111,8 @@ def test_image_processors_are_reproduced(name: str, tmp_path: Path) -> None:
     [
         ({"image_processor_type": "AutoTokenizer"}, "must name an image processor of transformers"),
         ({"image_processor_type": "NoSuchImageProcessor"}, "has no image processor 'NoSuchImageProcessor'"),
+        ({"image_processor_type": "GlmImageProcessor"}, "cannot (build|prepare)|has no image processor"),
+        ({"image_processor_type": "AutoImageProcessor"}, "cannot build the image processor 'AutoImageProcessor'"),
         ({"auto_map": {}}, "an image processor must not set 'auto_map'"),
         ({"size": {"height": 10**9, "width": 1}}, "size of the image processor must be"),
         ({"image_mean": [0.1]}, "image_mean of the image processor must be three numbers"),
@@ -152,6 +154,9 @@ def test_a_folder_says_what_it_holds(kind: str, tmp_path: Path) -> None:
     getattr(transformers, model)(getattr(transformers, config)(**options)).save_pretrained(tmp_path)
     loaded = resolve(f"hf/{tmp_path}").eval()
     assert type(loaded).__name__ == expected
+    with torch.device("meta"):
+        shapes = [(type(p), p.shape) for p in unfilled(str(tmp_path)).parameters()]
+    assert shapes == [(type(p), p.shape) for p in loaded.parameters()]
     if options is VISION:
         transformers.ViTImageProcessor(**SIDES).save_pretrained(tmp_path)
         inputs = inputs_of(loaded, f"hf/{tmp_path}")

@@ -1,4 +1,4 @@
-"""Whether autocast is on, asked on any device."""
+"""Check whether autocast is on, on any device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 WITHOUT = frozenset(
     name for name in ("meta", "lazy", "ve", "fpga", "vulkan") if not torch.amp.is_autocast_available(name)
 )
-"""Types of device that have no autocast; asked here, as not every version of the compiler can ask in a graph."""
+"""Device types without autocast; found out once, since not every version of ``torch.compile`` can trace the query."""
 
 
 def is_autocast(device_type: str) -> bool:

@@ -1,4 +1,4 @@
-"""Axes as products of factors, of which some count channels: what a reshape regroups and a broadcast compares."""
+"""Axes as products of factors, some of which count channels; a reshape regroups them, a broadcast compares them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Axes: TypeAlias = tuple[Axis, ...]
 def channel_axis(axes: Axes | None) -> int | None:
     """The one axis that holds the channels, or None if it is not established.
 
-    A 2-D tensor whose last axis holds all features of a sample, channels and positions alike, has them there.
+    In a 2-D tensor whose last axis holds all features of a sample, channels and positions, it is that axis.
     """
     if axes is None:
         return None
@@ -48,7 +48,7 @@ def cleared(axes: Axes) -> Axes:
 
 
 def established(source: Axes | None, shape: Sequence[int], at: int) -> Axes:
-    """Channels at one axis and nowhere else."""
+    """Axes of which one alone holds the channels."""
     if source is None or len(source) != len(shape):
         source = plain(shape)
     axes = [*cleared(resize(source, shape))]
@@ -57,7 +57,7 @@ def established(source: Axes | None, shape: Sequence[int], at: int) -> Axes:
 
 
 def resize(axes: Axes, shape: Sequence[int]) -> Axes:
-    """The same axes at other sizes; one whose size changes is a single factor."""
+    """Set new sizes; an axis whose size changes becomes a single factor."""
     return tuple(
         axis if axis_size(axis) == size else axis_of_size(size, bool(axis) and all(factor.channel for factor in axis))
         for axis, size in zip(axes, shape, strict=True)
@@ -65,7 +65,7 @@ def resize(axes: Axes, shape: Sequence[int]) -> Axes:
 
 
 def agreed(inputs: Sequence[Axes], shape: Sequence[int]) -> Axes:
-    """What inputs that are broadcast against each other say of their common axes; nothing if they contradict."""
+    """Combine the axes of inputs that are broadcast against each other; no channels if they contradict each other."""
     best: Axes = ((),) * len(shape)
     for given in inputs:
         if len(given) > len(shape):
@@ -76,7 +76,7 @@ def agreed(inputs: Sequence[Axes], shape: Sequence[int]) -> Axes:
             continue
         if not claims(axes):
             continue
-        # an axis that is broadcast says nothing
+        # a broadcast axis carries no information
         whole = [i for i, size in enumerate(shape) if axis_size(axes[i]) == axis_size(best[i]) == size]
         more, fewer = claims(axes), claims(best)
         if (more ^ fewer) & set(whole):

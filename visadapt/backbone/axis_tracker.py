@@ -38,11 +38,11 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._axes: dict[int, Axes] = {}
-        # a tensor that died would leave its id to another
+        # kept alive, so that no other tensor gets its id
         self._alive: list[Tensor] = []
 
     def start(self, tensors: Iterable[Tensor]) -> None:
-        """Follow these tensors, of whose axes nothing is known."""
+        """Follow these tensors; nothing is known about their axes yet."""
         for tensor in tensors:
             self._note(tensor, plain(tensor.shape))
 
@@ -53,7 +53,7 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func.namespace != "prim":
-            # composite operators arrive here in one piece then
+            # composite operators then arrive here in one piece
             with self:
                 out = func.decompose(*args, **kwargs)
                 if out is not NotImplemented:
@@ -95,7 +95,7 @@ class _Step:
         self.first = next((value for value in named.values() if isinstance(value, Tensor)), None)
 
     def axes(self, name: str) -> Axes | None:
-        """Of an argument, None if it is not computed from the input."""
+        """The axes of an argument; None if it was not computed from the input."""
         value = self.named.get(name)
         return self.tracker.of(value) if isinstance(value, Tensor) else None
 
@@ -120,7 +120,7 @@ class _Step:
         if "batch_norm" in name or name == "native_group_norm":
             return None if number else self._normed_maps(shape)
         if name.startswith("linear"):
-            # of a quantised library, whose packed weight is not a tensor
+            # an operator of a quantisation library, whose packed weight is not a tensor
             return established(self.followed[0], shape, len(shape) - 1)
         if "rnn" in name or name in ("lstm", "gru"):
             return established(None, shape, len(shape) - 1)
@@ -136,7 +136,7 @@ class _Step:
         return None
 
     def _weighted(self, axes: Axes) -> Axes:
-        """Of heads and what is in each, a vector that scales or shifts the last axis is the weight of that one."""
+        """Keep the last axis alone of heads × width, where a vector of that width scales or shifts it."""
         found = claims(axes)
         size = axis_size(axes[-1]) if axes else 0
         weight = any(t.ndim == 1 and len(t) == size > 1 and self.tracker.of(t) is None for t in self.tensors)
@@ -145,7 +145,7 @@ class _Step:
         return axes
 
     def _normed_maps(self, shape: tuple[int, ...]) -> Axes:
-        """Channels on axis 1; behind the samples there already in an InstanceNorm, which is a BatchNorm of (1, N·C)."""
+        """Channels on axis 1; in an InstanceNorm, a BatchNorm of (1, N·C), that axis holds samples, then channels."""
         source = self.axes("input")
         if source is not None and len(source) == len(shape) and shape[0] == 1:
             flags = [factor.channel for factor in source[1]]
@@ -157,7 +157,7 @@ class _Step:
         return None if self.first is None else self.tracker.of(self.first)
 
     def _resized(self, shape: tuple[int, ...]) -> Axes | None:
-        """Every axis stays where it is, of whatever size."""
+        """Every axis stays in place; its size may change."""
         source = self._source()
         return resize(source, shape) if source is not None and len(source) == len(shape) else None
 
@@ -272,7 +272,7 @@ class _Step:
         return (*plain(shape[:-1]), axis_of_size(shape[-1], self.axes("weight") is None))
 
     def shuffled(self, shape: tuple[int, ...]) -> Axes | None:
-        """Pixels become channels or channels pixels: what the channels were, they remain."""
+        """Pixels become channels or channels pixels: the channel axis stays the same."""
         source, at = self._source(), len(shape) - 3
         if not source or not source[at] or not all(factor.channel for factor in source[at]):
             return None
@@ -329,7 +329,7 @@ _POINTWISE = {
     *("view_as_real_copy", "fill", "zero", "glu_jvp", "softplus", "_conj", "conj_physical"),
     *("celu", "elu", "hardsigmoid", "hardtanh", "leaky_relu", "selu"),
 }
-"""Operators on elements that torch, or a version of it before 2.14, does not tag so."""
+"""Elementwise operators that torch, or torch before 2.14, does not tag as such."""
 
 _STAYING = (
     *("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_", "upsample", "_upsample", "constant_pad", "pad"),
@@ -349,4 +349,4 @@ _STAYING = (
     *("sort", "topk", "glu", "chunk", "channel_shuffle", "native_channel_shuffle", "index_put", "index_add", "triu"),
     *("tril", "fractional_max_pool", "index_fill", "index_copy", "linalg_vector_norm", "renorm", "safe_softmax"),
 )
-"""Beginnings of the names of operators that leave every axis where it is, of whatever size."""
+"""Prefixes of the names of operators that leave every axis in place and may change its size."""

@@ -15,7 +15,7 @@ Key = tuple[Any, ...]
 """Path of a leaf: indices, names of keywords and of fields, from the outside in."""
 
 ITEMS = "items"
-"""In the place of a batch axis: a list or tuple that holds one element per sample."""
+"""Stands for the batch axis of a list or tuple that holds one element per sample."""
 
 Axis = int | str
 """The axis of a tensor along which the samples lie, or ``ITEMS``."""
@@ -37,7 +37,7 @@ def children(tree: Any) -> list[tuple[Any, Any]] | None:
 
 
 def rebuilt(tree: Any, values: list[Any]) -> Any:
-    """A container of the same kind that holds other values."""
+    """Rebuild a container of the same kind with other values."""
     if isinstance(tree, Mapping):
         if type(tree) is dict:
             return dict(zip(tree, values, strict=True))
@@ -72,7 +72,7 @@ def leaves(tree: Any, stop: Callable[[Key, Any], bool] | None = None, key: Key =
 def mapped(
     function: Callable[[Key, Any], Any], tree: Any, stop: Callable[[Key, Any], bool] | None = None, key: Key = ()
 ) -> Any:
-    """The tree with ``function(path, leaf)`` in the place of every leaf."""
+    """Replace every leaf of a tree by ``function(path, leaf)``."""
     inner = None if stop is not None and stop(key, tree) else children(tree)
     if inner is None:
         return function(key, tree)
@@ -80,7 +80,7 @@ def mapped(
 
 
 def take(tree: Any, cut: Mapping[Key, Axis], index: Sequence[int]) -> Any:
-    """Some samples of a batch, in the order of ``index``.
+    """Select samples of a batch, in the order of ``index``.
 
     Args:
         tree: the batch.
@@ -100,7 +100,7 @@ def take(tree: Any, cut: Mapping[Key, Axis], index: Sequence[int]) -> Any:
             return _copied(leaf)
         if isinstance(leaf, Tensor):
             return leaf.index_select(int(axis), torch.tensor(index, device=leaf.device))
-        # torch does not copy what is part of a graph
+        # torch does not copy a tensor that is part of an autograd graph
         held = {id(t): t.detach().clone() for t in _held(leaf)}
         chosen = copy.deepcopy(leaf, held)
         chosen.reorder_cache(torch.tensor(index))
@@ -114,7 +114,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def _held(thing: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors within an object's attributes."""
+    """Tensors in an object's attributes."""
     for value in list((getattr(thing, "__dict__", None) or {}).values()):
         for _, inner in leaves(value):
             if isinstance(inner, Tensor):
@@ -129,7 +129,7 @@ def is_cache(leaf: Any) -> bool:
 
 
 def is_opaque(leaf: Any, depth: int = 3) -> bool:
-    """Whether a leaf is an object that holds tensors out of sight, or one that keeps what it is given."""
+    """Whether a leaf is an object with tensors in its attributes, or a cache."""
     if leaf is None or isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf):
         return False
     if is_cache(leaf):

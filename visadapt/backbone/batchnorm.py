@@ -53,7 +53,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> list[tuple[str, str]]:
 
 
 def _record(model: nn.Module, given: Any) -> tuple[Flow, set[int]]:
-    """The dataflow of one forward, and the values that leave it: returned, or left in an attribute of a module."""
+    """The dataflow of one forward, and the values that leave it: returned, or stored in an attribute of a module."""
     outs: list[Any] = []
     flow = record(model, own_modules(model), lambda model, given: outs.append(call(model, given)), given)
     attributes = [
@@ -72,7 +72,7 @@ def _is_plain(conv: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether someone looks at what goes in and out of a module."""
+    """Whether a hook sees the inputs or outputs of a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -80,7 +80,7 @@ def is_watched(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def folded(conv: Conv, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The kernel s·W and the bias s·b + t that do what a conv and the eval-mode norm behind it do."""
+    """Fold an eval-mode norm into the conv before it: the kernel s·W and the bias s·b + t."""
     scale, shift = scale_and_shift(norm)
     if conv.bias is not None:
         shift = conv.bias.double() * scale + shift
@@ -90,7 +90,7 @@ def folded(conv: Conv, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def carried(norm: nn.Module) -> list[nn.Module]:
-    """What a norm applies after normalising: drop-out and activation, in timm's norms that carry them."""
+    """The dropout and activation that some of timm's norms apply after normalising."""
     return [child for name, child in norm._modules.items() if name in _CARRIED and not _is_identity(child)]  # type: ignore[misc]
 
 

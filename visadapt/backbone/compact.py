@@ -86,8 +86,8 @@ class Stored:
 class Compact(Tensor):
     """A weight kept in fewer bytes, with the shape, dtype and device of the weight that it stands for.
 
-    Layers that know it compute with what it holds; to every other operator it is a tensor of the rounded values, which
-    are made for the occasion. A clone is an ordinary tensor, of the original values where these were kept.
+    Layers that support it compute with the stored values; every other operator gets a temporary tensor of the rounded
+    values. A clone is an ordinary tensor, of the original values where these were kept.
 
     Args:
         stored: what it holds.
@@ -121,7 +121,7 @@ class Compact(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         held = self.stored
-        # of a mapped file, pickle would take the whole
+        # of a mapped file, pickle would write all of it
         original = None if held.original is None else held.original.clone()
         return _rebuilt, (held.values, held.scale, held.dtype, original, held._digest)
 
@@ -175,7 +175,7 @@ def _clone(weight: Compact, memory_format: torch.memory_format = torch.preserve_
 
 
 def _copied(weight: Compact, **to: Any) -> Compact:
-    # compact still: Module.to gives what this returns to the parameter that it was called on
+    # compact still: Module.to assigns the result to the parameter
     known = {key: to[key] for key in ("dtype", "device", "memory_format") if to.get(key) is not None}
     return Compact(weight.stored.copied(**known))
 
@@ -192,7 +192,7 @@ _OPERATORS: dict[Any, Any] = {
     torch.ops.aten._to_copy.default: _copied,
     torch.ops.aten.copy_.default: _overwritten,
 }
-"""What is not done on ordinary tensors made for the occasion."""
+"""Operators that act on what is held; all others act on a temporary tensor of the rounded values."""
 
 
 def as_parameter(stored: Stored) -> nn.Parameter:
@@ -232,9 +232,9 @@ def _channel_axis(scale: Tensor) -> int:
 
 
 def mapped(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors in a temporary file that is mapped into memory: they take disk, and memory only while read.
+    """Copy tensors to a temporary file that is mapped into memory: they take disk space, and memory only while read.
 
-    The file has no name once this returns, and is gone with the last tensor.
+    The file is unlinked before this returns; its space is freed with the last tensor.
 
     Raises:
         VisadaptError: the file cannot be written.
@@ -254,7 +254,7 @@ def mapped(weights: Sequence[Tensor]) -> list[Tensor]:
     except OSError as error:
         raise VisadaptError(
             f"the {end / 1e6:.0f} MB of the backbone's weights cannot be written to {tempfile.gettempdir()} "
-            f"({error}): say original='memory' to keep them there, or None to do without them"
+            f"({error}): pass original='memory' to keep them there, or None to do without them"
         ) from error
     return [
         whole[place : place + weight.nbytes].view(weight.dtype).view(weight.shape)

@@ -22,12 +22,12 @@ class Entry(NamedTuple):
     method: str = "forward"
 
     def of(self, backbone: nn.Module) -> Callable[..., Any]:
-        """What to call for it in a backbone or a copy of one: the module itself where the method is its forward."""
+        """The callable in a backbone or a copy of one: the module itself if the method is its forward."""
         module = backbone.get_submodule(self.path)
         return module if self.method == "forward" else getattr(module, self.method)  # type: ignore[no-any-return]
 
     def shown(self, backbone: nn.Module) -> str:
-        """How messages name it: the model's class, or the path of the method in the model."""
+        """Its name in messages: the model's class, or the path of the method in the model."""
         name = type(backbone).__name__
         return name if self == WHOLE else f"{name}.{joined(self.path, self.method)}"
 

@@ -60,11 +60,11 @@ def examine(
         except RelatedError as error:
             found = str(error)
             if cut == cuts[0]:
-                # without some of the samples it would look as if the others were compared with a table
+                # a batch split in another way can look right where samples are compared with each other
                 why = found
                 break
         if isinstance(found, RowFacts) and entry != WHOLE:
-            found = _told_apart(model, given, found, samples, entry)
+            found = _unambiguous(model, given, found, samples, entry)
         if isinstance(found, RowFacts):
             return found
         why = why or found
@@ -98,12 +98,12 @@ def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int,
     return replace(found, cut=cut) if isinstance(found, RowFacts) else failure
 
 
-def _told_apart(model: nn.Module, given: Any, found: RowFacts, samples: int, entry: Entry) -> RowFacts | str:
-    """The facts, unless another axis of what a part of a model was given may be that of the samples just as well.
+def _unambiguous(model: nn.Module, given: Any, found: RowFacts, samples: int, entry: Entry) -> RowFacts | str:
+    """Return the facts of a batch of a part of a model, or why another axis may be the batch axis just as well.
 
-    What a whole model takes has its samples along the first axis, or depends on the order of all others. A layer that
-    acts on each token alone cannot tell samples from tokens: then the samples must lie along the first axis, and as
-    many tokens as samples are refused.
+    A whole model has its samples along the first axis, or depends on the order along every other axis. A layer that
+    acts on each token alone treats samples and tokens alike: then the samples must lie along the first axis, and a
+    batch with as many tokens as samples is refused.
     """
     for key, leaf in leaves(given):
         axis = found.cut.get(key)

@@ -1,4 +1,4 @@
-"""What is known of a backbone: each fact established once, and asked for by name ever after."""
+"""Facts about a backbone, each established once and then looked up by name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Facts:
     Attributes:
         model: the backbone.
         modules: its modules by path, without those of tasks.
-        batches: which rows belong to which sample, for the kinds of batch that it has met.
-        entries: the same of what entered by other methods than its forward.
-        hooked: the modules that had hooks when a batch of mixed tasks last asked.
+        batches: which rows belong to which sample, for each kind of batch seen so far.
+        entries: the same for batches that entered through other methods than its forward.
+        hooked: the modules that had hooks when the last mixed batch began.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +66,7 @@ class Facts:
         return find_head(self.model, self.modules)
 
     def trace_head(self, example: Any = None) -> Head | None:
-        """The head as one forward on fake tensors shows it, run the first time it succeeds; None if it never did.
+        """The head as one forward on fake tensors shows it, kept after the first success; None if none succeeded.
 
         Args:
             example: an input; guessed if None.
@@ -117,19 +117,19 @@ class Facts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that adapters are kept in: fp64 beside fp64, fp32 beside everything else."""
+        """The dtype of adapters: fp64 for a backbone in fp64, fp32 for every other."""
         parameters = (p for m in self.modules.values() for p in m._parameters.values() if p is not None)
         return torch.float64 if {p.dtype for p in parameters} == {torch.float64} else torch.float32
 
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Paths of the modules that are its head; none if it has none that can be found."""
-        head = self.head  # which may have to be traced
+        head = self.head  # finding the head may take a trace
         return () if head is None else head.modules
 
     @property
     def size(self) -> int:
-        """Number of parameters outside the head, each once: the whole that fractions are parts of."""
+        """Number of parameters outside the head, each counted once; fractions of the backbone refer to it."""
         head = self.head_modules
         outside = {p for path, m in self.modules.items() if not within(path, head) for p in m._parameters.values()}
         return sum(p.numel() for p in outside if p is not None)

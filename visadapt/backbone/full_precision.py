@@ -1,7 +1,7 @@
-"""Single precision as it is written, where two computations are compared.
+"""Float32 without TF32, for comparing two computations.
 
-By default, convolutions on a GPU round their inputs to TF32, which has 10 bits. Two batches of other sizes, or a model
-and its merged copy, then differ by more than what a comparison is to find.
+By default, convolutions on a GPU round their inputs to TF32, with 10 bits of mantissa. Batches of different sizes, or a
+model and its merged copy, then differ by more than the comparison has to detect.
 """
 
 from __future__ import annotations

@@ -196,10 +196,18 @@ def _signature(given: Any, samples: int, training: bool) -> tuple[Any, Any]:
             pattern.append((key, leaf.dtype, lie, tuple(size == 1 for size in shape)))
             sizes.append(tuple(None if size == samples else size for size in shape))
         elif is_cache(leaf):
-            length = leaf.get_seq_length()
+            length = _length(leaf)
             pattern.append((key, type(leaf), length > 0))
             sizes.append(length)
         else:
             pattern.append((key, type(leaf)))
             sizes.append(leaf if isinstance(leaf, bool | int | float | str) else None)
     return tuple(pattern), (tuple(pattern), tuple(sizes), samples == 1)
+
+
+def _length(cache: Any) -> int:
+    """Number of tokens in a cache of keys and values; a cache of states, as Mamba's, counts none."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())

@@ -13,7 +13,7 @@ from visadapt.backbone.stored_values import packed_tensors
 from visadapt.backbone.subclass import made_by, stripped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-"""A user's own class, which functions that return the model they were given keep."""
+"""The class of the user's model, kept by functions that return the model they were given."""
 
 CHILD = "visadapt"
 """Name of the host's child that holds the tasks' parts."""
@@ -22,7 +22,7 @@ LEAN = "_visadapt_lean"
 """Attribute of a module that `visadapt.lean` made lean."""
 
 PREFIX = "_visadapt_prefix"
-"""Attribute of a module that cached prefixes spare: how many of them do."""
+"""Attribute of a module that cached prefixes skip: how many skip it."""
 
 UNFUSED = "_visadapt_unfused"
 """Attribute of a module that is kept off its fused kernel while a task is active."""
@@ -37,7 +37,7 @@ ENTERED = "_visadapt_entered"
 """Attribute of a module inside an injected model at which batches of mixed tasks may enter."""
 
 OURS = "_visadapt_hook"
-"""Attribute of a hook of visadapt's."""
+"""Attribute that marks visadapt's hooks."""
 
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.MultiheadAttention)
 
@@ -72,16 +72,16 @@ def is_stateful(module: nn.Module) -> bool:
 
 
 def release_forward(module: nn.Module) -> None:
-    """Put the forward that was given to a host back where Python finds it first."""
+    """Restore the forward that was assigned to a host as an instance attribute."""
     if forwards := module.__dict__.get(FORWARDS):
         module.__dict__["forward"] = forwards[-1]
         if len(forwards) == 1:
-            # of several, the outer ones may call the inner ones by way of what the host's forward was
+            # of several, an outer one may call an inner one through the host's attribute
             del module.__dict__[FORWARDS]
 
 
 def drop_hooks(module: nn.Module) -> None:
-    """Take away the hooks of visadapt's."""
+    """Remove visadapt's hooks."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if getattr(hook, OURS, False)]:
             del hooks[key]
@@ -89,7 +89,7 @@ def drop_hooks(module: nn.Module) -> None:
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Give a module without parts its own class back."""
+    """Restore the original class of a module without parts."""
     module.__dict__.pop(LEAN, None)
     module.__dict__.pop(PREFIX, None)
     module.__dict__.pop(UNFUSED, None)
@@ -103,7 +103,7 @@ def unfreeze(module: nn.Module) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a wrapper of ``torch.compile``, DataParallel or DistributedDataParallel."""
     while REGISTRY not in model.__dict__:
-        # by class, not by the child's name: a model of the user's may well call its only child ``module``
+        # by class, not by the child's name: a user's model may call its only child ``module``
         parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
         inner = model._modules.get("module" if parallel else "_orig_mod")
         if inner is None:
@@ -139,7 +139,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def own_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """The backbone's parameters, each once; tasks, of which there may be thousands, are not looked into."""
+    """The backbone's parameters, each once; tasks, of which there may be thousands, are not visited."""
     return {p for inner in own_modules(module).values() for p in inner._parameters.values() if p is not None}
 
 
@@ -179,7 +179,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         memo: as ``copy.deepcopy`` takes it: copies that exist already, by the id of the original.
     """
     memo = {} if memo is None else memo
-    # a memo that already knows what belongs to visadapt makes deepcopy pass it by
+    # deepcopy does not copy what the memo has already
     for inner in own_modules(module).values():
         ours = (inner._modules.get(CHILD), *(inner.__dict__.get(name) for name in (LEAN, REGISTRY, ENTERED)))
         memo |= {id(each): None for each in ours if each is not None}

@@ -19,11 +19,11 @@ _TORCH_NORMS = (
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""By the number of axes that are positions, from 1."""
+"""Indexed by the number of position axes, from 1."""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with an affine part, torch's own or another library's of that name."""
+    """Whether a module is a normalisation with an affine part, torch's own or one that is named like one."""
     own = affine_of(module)
     if not own or any(t.ndim != 1 for t in own.values()):
         return False

@@ -1,4 +1,4 @@
-"""Operators: the convolutions and linears that a kernel can stand beside, seen alike."""
+"""Operators: one interface to the convolutions and linears that a kernel can stand beside."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""By the number of axes that they slide along, from 1."""
+"""Indexed by the number of axes that they slide along, from 1."""
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 CONV_FORWARDS = tuple(conv.forward for conv in CONVS)
-"""What a convolution's class computes if it does nothing but convolve."""
+"""Forwards that do nothing but convolve."""
 
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -30,15 +30,15 @@ def convolve(rank: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
 
 
 def as_kernel(matrix: Tensor, rank: int) -> Tensor:
-    """A matrix outputs × inputs as the kernel of a convolution that looks at one position."""
-    # by an index, which torch.fx can trace where it cannot take a shape apart
+    """Return a matrix outputs × inputs as the kernel of a 1×1 convolution of this rank."""
+    # by an index, since torch.fx cannot trace the unpacking of a shape
     index: tuple[Any, ...] = (slice(None), slice(None), *(None,) * rank)
     return matrix[index]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """The geometry of a host with one weight: a convolution, or a linear, which has no kernel to speak of.
+    """The geometry of a host with one weight: a convolution or a linear.
 
     Attributes:
         inputs: channels in.
@@ -69,7 +69,7 @@ class Operator:
 
     @property
     def layout(self) -> str:
-        """Of its input and output, as `visadapt.methods.layers.Pointwise` takes it."""
+        """Layout of its input and output, as `visadapt.methods.layers.Pointwise` takes it."""
         return ("NLC", "NCL", "NCHW", "NCDHW")[self.rank]
 
     def pads(self, x: Tensor) -> list[int]:
@@ -116,7 +116,7 @@ class Operator:
         groups: int = 1,
         stride: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Convolve with another weight at the same geometry, or at another stride; a linear where it is one."""
+        """Apply another weight with the same geometry, or with another stride."""
         if not self.conv:
             return F.linear(x, weight, bias)
         if self.padding is None:
@@ -129,7 +129,7 @@ def operator_of(host: nn.Module, what: str) -> Operator:
 
     Args:
         host: the module.
-        what: where it is, for the error.
+        what: its path, for messages.
 
     Raises:
         VisadaptError: it is neither.
@@ -166,7 +166,7 @@ def operator_of(host: nn.Module, what: str) -> Operator:
 
 
 def is_operator(module: nn.Module) -> bool:
-    """Whether a module is one of these."""
+    """Whether a module is a convolution or a linear."""
     return isinstance(module, CONVS) or is_linear(module)
 
 
@@ -176,7 +176,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def plain_operator(host: nn.Module, what: str) -> Operator:
-    """The operator of a host whose output is its weight's and nothing else's, so that a kernel can be added to it.
+    """The operator of a host that only applies its weight, so that a kernel can be added to the weight.
 
     Raises:
         VisadaptError: its forward does more, such as standardising the weight, or its weight is not a parameter.
@@ -201,7 +201,7 @@ def check_weight(host: nn.Module, what: str) -> None:
 
 
 def centre_tap(operator: Operator, matrix: Tensor, host: nn.Module) -> Tensor:
-    """A matrix outputs × inputs as the kernel, in the shape of the host's weight, that does the same.
+    """Return a matrix outputs × inputs as an equivalent kernel in the shape of the host's weight.
 
     Raises:
         VisadaptError: the host is a grouped convolution, whose kernel has no place for a dense matrix.
@@ -217,5 +217,5 @@ def centre_tap(operator: Operator, matrix: Tensor, host: nn.Module) -> Tensor:
 
 
 def rows_of(weight: Tensor, transposed: bool = False) -> Tensor:
-    """A weight as a matrix with a row for each output channel."""
+    """Reshape a weight to a matrix with one row per output channel."""
     return weight.t() if transposed else weight.flatten(1)

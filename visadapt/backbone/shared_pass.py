@@ -2,7 +2,7 @@
 
 A copy of the backbone shows it. It runs on the sample as it is, with the tensor at the first adapter changed, and with
 both tensors as two rows from there on. If the last run gives what the others give, and every later adapter sees two
-samples, then one pass serves any number of tasks. What keeps the size of its batch from below fails here.
+samples, then one pass serves any number of tasks. A model that reuses the batch size from before that place fails.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def repeated(given: Any, cut: Mapping[Key, Axis], count: int, views: bool = Fals
 
 
 def spread(tree: Any, facts: Mapping[Key, Any], count: int) -> Any:
-    """What a module has for one sample, as it has it for ``count`` equal ones; views of the same memory if it can be.
+    """Repeat a module's arguments or output for one sample, as for ``count`` equal ones; views where possible.
 
     Args:
         tree: arguments or output of the module.
@@ -77,7 +77,7 @@ def spread(tree: Any, facts: Mapping[Key, Any], count: int) -> Any:
 
 
 def joined(rows: list[Tensor], fact: Lying) -> Tensor:
-    """The rows of several samples as one tensor, in the order that a module has them in."""
+    """Join the rows of several samples, in the order of the module's rows."""
     first = rows[0]
     if len(first) == 1 and all(tensor is first for tensor in rows):
         return first.expand(len(rows), *first.shape[1:])
@@ -100,7 +100,7 @@ def find_shared(
     """
     try:
         return _examined(model, given, facts, roles)
-    except Exception:  # whatever a model raises where rows come from nowhere
+    except Exception:  # a model may raise anything if the number of rows changes midway
         return None
 
 
@@ -177,7 +177,7 @@ def _examined(model: nn.Module, given: Any, facts: RowFacts, roles: Mapping[str,
 
 
 def _other(leaf: Any) -> Any:
-    """The same tensor with noise; no other value is known to be valid in the place of an integer."""
+    """Add noise to a tensor of floats; for integers no other value is known to be valid."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
     noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
@@ -185,7 +185,7 @@ def _other(leaf: Any) -> Any:
 
 
 def _is_joint(two: Any, one: Any, other: Any, facts: RowFacts) -> bool:
-    """Whether an output for two rows is that of the first and that of the other, and these differ."""
+    """Whether an output for two rows joins the outputs for each, and these differ."""
     evidence = False
     found = [dict(leaves(tree)) for tree in (two, one, other)]
     if not found[0].keys() == found[1].keys() == found[2].keys():

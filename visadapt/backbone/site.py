@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from visadapt.table import Table
 
 LAYOUTS = ("NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC")
-"""Where the channels are: on axis 1 of a series, map or volume, or on the last axis. ``NLC`` is any number of axes of
-positions, none at all too: ``(N, C)``."""
+"""Where the channels are: on axis 1 of a series, map or volume, or on the last axis. ``NLC`` stands for any number of
+position axes, including none: ``(N, C)``."""
 
 
 def is_channels_first(layout: str) -> bool:
@@ -19,12 +19,12 @@ def is_channels_first(layout: str) -> bool:
 
 
 def rank_of(layout: str) -> int:
-    """Number of axes that are positions: 1 for a series, 2 for a map, 3 for a volume."""
+    """Number of position axes: 1 for a series, 2 for a map, 3 for a volume."""
     return len(layout) - 2
 
 
 def is_sequence(layout: str) -> bool:
-    """Whether positions have no neighbours that are known: tokens, or a vector."""
+    """Whether positions have no known neighbours: tokens, or a vector."""
     return layout == "NLC"
 
 
@@ -91,7 +91,7 @@ class LeftOut:
 
     Attributes:
         kind: the kind of site.
-        reason: why it is none, with the path of the module.
+        reason: why it is not one, with the path of the module.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Cached subclasses that change how a module behaves but not what it is, and the class chains they form.
+"""Cached subclasses that change the behaviour of a module, and the chains of classes that they form.
 
 Other libraries swap a module's class too (torch's parametrizations, FSDP2), below ours or on top of it. A class is
 therefore added and removed by the function that makes it, never by its position: the chain is rebuilt without it, and
@@ -77,7 +77,7 @@ def subclass(plain: ModuleClass, make: Maker, **members: Any) -> ModuleClass:
     root, makers = getattr(plain, _RECIPE, (plain, ()))
 
     def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # another model is built by this class, as transformers' from_pretrained does: a plain one
+        # transformers' from_pretrained builds another model by this class: it must be a plain one
         self.__class__ = root
         root.__init__(self, *args, **kwargs)
 
@@ -106,7 +106,7 @@ def made_by(cls: ModuleClass) -> tuple[Maker, ...]:
 
 
 def rebuilt(cls: ModuleClass, change: Callable[[ModuleClass], ModuleClass]) -> ModuleClass:
-    """The class with what visadapt made of it changed by ``change``; other libraries' classes stay on top.
+    """Apply ``change`` to visadapt's part of a chain of classes; other libraries' classes stay on top.
 
     Args:
         cls: the class of a module.
@@ -141,7 +141,7 @@ def without(cls: ModuleClass, *makers: Maker) -> ModuleClass:
 
 
 def founded(cls: ModuleClass, make: Maker) -> ModuleClass:
-    """The class with the one that ``make`` makes below all others of visadapt's."""
+    """Insert the class that ``make`` makes below all other classes of visadapt."""
 
     def change(own: ModuleClass) -> ModuleClass:
         root, makers = getattr(own, _RECIPE, (own, ()))
@@ -153,5 +153,5 @@ def founded(cls: ModuleClass, make: Maker) -> ModuleClass:
 
 
 def stripped(cls: ModuleClass) -> ModuleClass:
-    """The class without anything of visadapt."""
+    """The class without visadapt's subclasses."""
     return rebuilt(cls, lambda own: getattr(own, _RECIPE, (own,))[0])

@@ -1,4 +1,4 @@
-"""The map that a sequence of tokens was cut from, as the library that made the backbone records it."""
+"""The map that a sequence of tokens was cut from, as the library of the backbone records it."""
 
 from __future__ import annotations
 

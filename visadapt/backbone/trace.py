@@ -129,7 +129,7 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             [v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")]
         ):
             if isinstance(held, Tensor) and not held.is_leaf:
-                # torch does not copy what is part of a graph
+                # torch does not copy a tensor that is part of an autograd graph
                 memo[id(held)] = held.detach()
     return plain_copy(model, memo).eval()
 
@@ -167,7 +167,7 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
         for given in candidates:
             fake = FakeTensorMode(allow_non_fake_inputs=True) if faked else None
             try:
-                # copied outside of the mode, which would balk at a table that an earlier forward left in a module
+                # copied outside of the mode, which fails on a tensor that an earlier forward stored in a module
                 copied = shadow(backbone, fake)
                 with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), fake or nullcontext():
                     inputs = tree_map_only(Tensor, fake.from_tensor if fake else torch.clone, given)
@@ -176,18 +176,18 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                 failure = failure or error
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
-        f"{type(backbone).__name__} does not run on {what} ({_told(failure)}); pass example= with an input it takes"
+        f"{type(backbone).__name__} does not run on {what} ({_shown(failure)}); pass example= with an input it takes"
     ) from failure
 
 
-def _told(error: Exception | None) -> str:
+def _shown(error: Exception | None) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
 
 _QUIET = threading.Lock()
 _quiet: tuple[int, ExitStack] = (0, ExitStack())
-"""How many blocks are quiet now, in all threads, and what puts back what the first of them found."""
+"""Number of open `quiet` blocks in all threads, and what restores the settings from before the first."""
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
         VisadaptError: as `trace_sites`.
     """
     if not calls:
-        raise VisadaptError(f"{name} is never called as a module when the model runs, so nothing can be put there")
+        raise VisadaptError(f"{name} is never called as a module when the model runs, so no adapter can stand there")
     shapes = [call.shape for call in calls if call.shape is not None]
     if len(shapes) < len(calls):
         raise VisadaptError(f"{name} does not give a tensor: it has no channels to adapt")
@@ -271,16 +271,16 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
 
 
 def output_layout(module: nn.Module, call: Call) -> str | None:
-    """The layout of what a module gave out in one call, None if it is not established.
+    """The layout of a module's output in one call; None if it is not established.
 
-    What was not computed from the input, such as a table of positions, is known by the module's own weight alone.
+    Of an output that was not computed from the input, such as a table of positions, only the module's weight tells.
     """
     axis = _output_axis(module, call)
     return None if axis is None or call.shape is None else layout_named(axis, len(call.shape))
 
 
 def channels_of(module: nn.Module, call: Call) -> int:
-    """Number of channels of what a module gave out in one call; 0 if their axis is not established."""
+    """Number of channels of a module's output in one call; 0 if their axis is not established."""
     axis = _output_axis(module, call)
     return 0 if axis is None or call.shape is None else int(call.shape[axis])
 
@@ -295,7 +295,7 @@ def _output_axis(module: nn.Module, call: Call) -> int | None:
 
 
 def unknown_axis(name: str, shape: Sequence[int], value: Value | None, several: bool = False) -> str:
-    """Why nothing can be put at a module: where its channels are is not known, or an adapter cannot stand there."""
+    """Why no adapter can stand at a module: its channel axis is not known, or not supported."""
     axis = None if value is None else channel_axis(value.axes)
     if several:
         reason = "differs from call to call"

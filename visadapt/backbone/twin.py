@@ -1,4 +1,4 @@
-"""A copy of a backbone that is run to see what it does, while nothing happens to the original."""
+"""A copy of a backbone that is run to examine it, without effects on the original."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def twin_of(backbone: nn.Module) -> nn.Module:
 
 @contextmanager
 def examining(twin: nn.Module) -> Iterator[None]:
-    """Run a copy to compare what it gives: without gradients, TF32, warnings and traces in the random state."""
+    """Compare outputs of a copy in this block: no gradients, no TF32, no warnings, and the random state is restored."""
     devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), quiet(), full_precision():
         yield

@@ -112,7 +112,7 @@ def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example:
         matched = [site for site in found if term(site)]
         what = f"predicate {getattr(term, '__name__', term)!r}"
     elif isinstance(term, bool) or not isinstance(term, range | slice | int):
-        raise VisadaptError(f"where= cannot hold {term!r:.60}: give a kind, a stage, a depth, a glob or a predicate")
+        raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {term!r:.60}")
     else:
         depths = range(1 + max((site.depth for site in usual), default=-1))
         wanted = _depths(term, depths)
@@ -157,7 +157,7 @@ def _match_name(facts: Facts, found: Sites, term: str, kinds: Sequence[str], exa
 
 
 def _check_complete(found: Sites, kinds: Sequence[str]) -> None:
-    """Refuse to mean all sites of some kinds where some places of these kinds are none."""
+    """Refuse to choose all sites of some kinds if places of these kinds were left out."""
     for missing in found.left_out:
         if missing.kind in kinds:
             raise VisadaptError(missing.reason)

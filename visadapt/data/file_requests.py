@@ -6,7 +6,7 @@ if the caller allows it; otherwise weights must be bundled or in the local cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,12 +16,17 @@ import torch
 from visadapt.data import minilm_path, tokenizer_of
 from visadapt.data.allowlist import SIZES, may_name, objections
 from visadapt.data.hub import WEIGHTLESS, resolve
+from visadapt.data.pretrained import unfilled
+from visadapt.data.processors import processor_of
+from visadapt.data.repository_config import CONFIG, model_objections, processor_objections, read_config
 from visadapt.errors import VisadaptError, option
 from visadapt.limits import check_limit, limit
 from visadapt.optional import require
 
 # neither code nor pickles; files in subfolders are of other frameworks
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
+
+PROCESSOR = "preprocessor_config.json"
 
 
 def by_hand() -> str:
@@ -57,6 +62,7 @@ def vetted(
     if place == "hf":
         folder = _snapshot(name, online, options.pop("revision", None))
         _check_whole(name, folder, online)
+        _check_config(name, folder, CONFIG, model_objections)
         _check_size(source, name, sizes, folder)
         return f"hf/{folder}", {"trust_remote_code": False, "use_safetensors": True, "weights_only": True, **options}
     _check_size(source, name, sizes, minilm_path() if name == "bundled/minilm" else None)
@@ -80,6 +86,25 @@ def tokenizer(name: str, *, online: bool = False) -> Any:
     check_tokenizer(name)
     folder = name if name.startswith("bundled/") else f"hf/{_snapshot(name, online)}"
     return tokenizer_of(folder, trust_remote_code=False)
+
+
+def image_processor(name: str, *, online: bool = False) -> Any:
+    """The image processor of a backbone that a file names; None if it has none.
+
+    Args:
+        name: of the backbone.
+        online: whether it may be downloaded.
+
+    Raises:
+        VisadaptError: it is not on this machine, or its configuration asks for what no file may choose.
+    """
+    if not name.startswith("hf/"):
+        return None
+    folder = _snapshot(name, online)
+    if not (folder / PROCESSOR).is_file():
+        return None
+    _check_config(name, folder, PROCESSOR, processor_objections)
+    return processor_of(f"hf/{folder}", trust_remote_code=False)
 
 
 def check_tokenizer(name: str) -> None:
@@ -123,18 +148,30 @@ def _check_whole(name: str, folder: Path, online: bool) -> None:
     raise _absent(name, "the safetensors weights")
 
 
+def _check_config(name: str, folder: Path, file: str, objections_to: Callable[[dict[str, Any]], list[str]]) -> None:
+    refused = objections_to(read_config(folder / file))
+    if refused:
+        raise VisadaptError(f"the {file} of {name!r} must not choose {', '.join(refused)}: {by_hand()}")
+
+
 def _check_size(source: str, name: str, sizes: Mapping[str, Any], folder: Path | None) -> None:
-    """Refuse a backbone that a file makes much larger than it is by its name."""
-    if not sizes:
+    """Refuse a backbone that a file makes much larger than it is by its name, or than its stored weights."""
+    if not sizes and folder is None:
         return
     try:
         size = _bytes(name, sizes, folder)
-        usual = _bytes(name, {}, folder) if size > limit("BACKBONE_BYTES") else 0
+        usual = 0 if size <= limit("BACKBONE_BYTES") else _bytes(name, {}, None) if folder is None else _stored(folder)
     except Exception as error:  # each library has its own errors for sizes that do not fit together
         chosen = ", ".join(f"{key}={value!r:.60}" for key, value in sizes.items())
-        raise VisadaptError(f"{name!r} cannot be built with {chosen}, as {source} asks: {error}") from error
+        what = f"{name!r} cannot be built with {chosen}, as {source} asks" if chosen else f"cannot load {name!r}"
+        raise VisadaptError(f"{what}: {error}") from error
     if size > 1.5 * usual:
         check_limit(size, "BACKBONE_BYTES", f"{name!r}, as {source} asks for it,")
+
+
+def _stored(folder: Path) -> int:
+    """What the stored weights take in memory: at most 4 bytes for each that is stored, as float32 for float8."""
+    return 4 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _bytes(name: str, sizes: Mapping[str, Any], folder: Path | None) -> int:
@@ -143,9 +180,7 @@ def _bytes(name: str, sizes: Mapping[str, Any], folder: Path | None) -> int:
         if folder is None:
             model = resolve(name, **{**WEIGHTLESS.get(name.partition("/")[0], {}), **sizes})
         else:
-            transformers = require("transformers", repr(name), "visadapt[text]")
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **sizes)
-            model = transformers.AutoModelForSequenceClassification.from_config(config)
+            model = unfilled(str(folder), **sizes)
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -76,15 +76,6 @@ def read_image(source: Any) -> Image:
     return _rgb(_upright(opened), where, opened.format)
 
 
-def is_image(file: Path) -> bool:
-    """Whether the content of a file, not its name, is of a format that Pillow knows."""
-    try:
-        with pil().open(file):
-            return True
-    except Exception:
-        return False
-
-
 def to_tensor(image: Image) -> Tensor:
     """Convert an RGB image to uint8, ``(3, H, W)``."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,14 @@ _KINDS: dict[str, type[ImageInputs] | type[TextInputs]] = {
 }
 
 
-def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int | None = None) -> Inputs:
+def inputs_of(
+    model: nn.Module,
+    name: str,
+    size: int | None = None,
+    length: int | None = None,
+    *,
+    processor: Callable[[str], Any] = processor_of,
+) -> Inputs:
     """Return the kind of inputs that a backbone takes.
 
     Args:
@@ -36,6 +43,7 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
         name: its name, as `visadapt.inject` takes it.
         size: image side in pixels; None for the side that the backbone was trained at.
         length: maximum tokens per text; None for 128.
+        processor: loads the image processor of a backbone of transformers by its name; None if it has none.
 
     Raises:
         VisadaptError: a size was given for texts or a length for images, or the backbone takes neither.
@@ -50,9 +58,9 @@ def inputs_of(model: nn.Module, name: str, size: int | None = None, length: int 
     if not isinstance(example, Tensor) or example.ndim != 4:
         raise VisadaptError(f"{name} must take images or texts, got a backbone of another kind")
     if getattr(model, "main_input_name", None) == "pixel_values":
-        processor = processor_of(name)
-        if processor is not None:
-            return ProcessorInputs.of(processor, name, size)
+        loaded = processor(name)
+        if loaded is not None:
+            return ProcessorInputs.of(loaded, name, size)
     published = getattr(model, "pretrained_cfg", None) or {}
     side = example.shape[-1] if size is None else size
     if not published:

@@ -70,6 +70,23 @@ def pretrained(name: str, **build: Any) -> nn.Module:
     return model
 
 
+def unfilled(folder: str, **sizes: Any) -> nn.Module:
+    """Build what `pretrained` loads from a folder, without its weights, on the default device.
+
+    Args:
+        folder: of a repository.
+        **sizes: options of the config.
+    """
+    transformers = require("transformers", f"'hf/{folder}'", "visadapt[text]")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **sizes)
+    with _quiet(transformers.utils.logging):
+        kind = _kind(config, transformers)
+        if kind is None:
+            return PooledClassifier(transformers.AutoModel.from_config(config), sizes.get("num_labels", 2))
+        model: nn.Module = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+        return model
+
+
 def _kind(config: Any, transformers: Any) -> str | None:
     """The kind of classifier that transformers has for a config; where it has several, that of the stored weights."""
     auto = transformers.models.auto.modeling_auto

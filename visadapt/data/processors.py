@@ -86,13 +86,13 @@ class ProcessorInputs(ImageInputs):
             side = (self.size, self.size)
             images = F.interpolate(images.float(), side, mode="bilinear", antialias=True).round().to(torch.uint8)
         options = _NORMALISE if self.parts == 2 else {}
-        return _pixel_values(_built(self.processor)(list(images), **options, return_tensors="pt"))
+        return _prepared(self.processor, list(images), **options)
 
     def pixels(self, image: Image) -> Tensor:
         check_resized(image, self.size)
         if self.parts == 1:
-            return _pixel_values(_built(self.processor)([image], return_tensors="pt"))[0]
-        return _uint8(_pixel_values(_built(self.processor)([image], **_CROP, return_tensors="pt")))[0]
+            return _prepared(self.processor, [image])[0]
+        return _uint8(_prepared(self.processor, [image], **_CROP))[0]
 
 
 def _divisible(built: Callable[..., Any], images: list[Tensor], whole: list[Tensor]) -> bool:
@@ -109,17 +109,18 @@ _CROP = {"do_rescale": False, "do_normalize": False}
 _NORMALISE = {"do_resize": False, "do_center_crop": False}
 
 
-def processor_of(backbone: str) -> Any:
+def processor_of(backbone: str, **options: Any) -> Any:
     """Load the image processor of a backbone of transformers; None if it has none.
 
     Args:
         backbone: ``"hf/<name or folder>"``.
+        **options: passed to ``AutoImageProcessor.from_pretrained``.
     """
     if not backbone.startswith("hf/") or not available("transformers"):
         return None
     transformers = require("transformers", "an image processor", "visadapt[text]")
     try:
-        return transformers.AutoImageProcessor.from_pretrained(backbone.removeprefix("hf/"))
+        return transformers.AutoImageProcessor.from_pretrained(backbone.removeprefix("hf/"), **options)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -178,8 +179,21 @@ def _built(config: Mapping[str, Any]) -> Callable[..., Any]:
         if not isinstance(processor, type):
             raise VisadaptError(f"this version of transformers has no image processor {kind!r}")
         options = {name: value for name, value in config.items() if name != "image_processor_type"}
-        _PROCESSORS[key] = processor(**options)
+        try:
+            _PROCESSORS[key] = processor(**options)
+        except Exception as error:  # processors differ in what they take
+            raise VisadaptError(f"transformers cannot build the image processor {kind!r}: {error}") from error
     return _PROCESSORS[key]
+
+
+def _prepared(config: Mapping[str, Any], images: list[Any], **options: Any) -> Tensor:
+    try:
+        return _pixel_values(_built(config)(images, **options, return_tensors="pt"))
+    except VisadaptError:
+        raise
+    except Exception as error:  # one that is not for classification, say
+        kind = config["image_processor_type"]
+        raise VisadaptError(f"the image processor {kind!r} cannot prepare images: {error!r:.200}") from error
 
 
 def _pixel_values(features: Any) -> Tensor:

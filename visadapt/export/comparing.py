@@ -1,4 +1,4 @@
-"""Comparing a merged model with its task: how much they differ, and how much the task differs from the backbone."""
+"""Compare a merged model with its task, and the task with the bare backbone."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from visadapt.runtime.twins import task_twin
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor of a merged model differs from the task's; all by the largest element.
+    """The difference between one tensor of a merged model and the task's, each by its largest element.
 
     Attributes:
-        where: in words.
+        where: name of the tensor, for messages.
         error: the difference.
         change: the difference between the task and the bare backbone; None where the two cannot be compared.
         size: of the task's.
@@ -41,7 +41,7 @@ class Difference:
 
 @dataclass
 class _Outcome:
-    """What a model gave: its outputs, and what went into its head before."""
+    """The outputs of a model, and the inputs of its head."""
 
     outputs: list[Tensor]
     features: list[Tensor]
@@ -51,7 +51,7 @@ class _Outcome:
 def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = None) -> list[Difference]:
     """Run a task, its merged model and the bare backbone on one input, and compare outputs and inputs of the head.
 
-    A head of the task's own hides how little the features may have changed, so these are compared as well.
+    A head of the task's own can hide a small change of the features, so these are compared as well.
 
     Args:
         model: the injected model.
@@ -63,7 +63,7 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
         VisadaptError: the model does not run on a guessed input.
     """
     paths = [path for path in facts_of(model).head_modules if path]
-    # modes and hooks are a copy's alone: other threads may be using the model, or have compiled it
+    # on a copy with its own modes and hooks: other threads may be using the model, or have compiled it
     twin = task_twin(model, task) or model
     with full_precision():
         with bare(twin, task):
@@ -92,7 +92,7 @@ def _largest(a: Tensor, b: Tensor | None = None) -> float:
     if b is None:
         finite = a.abs()[a.isfinite()]
         return float(finite.max()) if finite.numel() else 0.0
-    # what is infinite in both is alike
+    # values that are infinite in both are equal
     return float(torch.where(a == b, 0.0, (a.double() - b.double()).abs()).max())
 
 
@@ -112,7 +112,7 @@ def _first_run(model: nn.Module, paths: list[str], probe: Any) -> tuple[_Outcome
 
 
 def _random_inputs(model: nn.Module) -> Iterator[Any]:
-    """The guessed inputs with other values: all alike, tokens say little of what attention does."""
+    """The guessed inputs with random values: equal tokens would not test attention."""
     generator = torch.Generator().manual_seed(0)
     words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0)
     for guess in guess_inputs(model):
@@ -134,7 +134,7 @@ def _run(model: nn.Module, paths: list[str], probe: Any) -> _Outcome:
 
 @contextmanager
 def _watched(model: nn.Module, paths: list[str]) -> Iterator[list[Tensor]]:
-    """Collects what this thread gives to modules."""
+    """Collect the inputs of modules in this thread."""
     features: list[Tensor] = []
     thread = threading.get_ident()
 

@@ -41,7 +41,7 @@ def fold(model: nn.Module, *, example: Any = None) -> nn.Module:
     uses = Counter(tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None)
     for conv_path, norm_path in find_pairs(model, example):
         conv, norm = cast("Conv", model.get_submodule(conv_path)), model.get_submodule(norm_path)
-        # a weight that is tied has to stay what it is
+        # a weight that is tied must not change
         if not norm.training and uses[conv.weight.untyped_storage().data_ptr()] == 1 and _fold_pair(conv, norm):
             model.set_submodule(norm_path, _rest(norm))
     return model

@@ -1,4 +1,4 @@
-"""Absorbing: one task's parts written into the weights of a plain copy of its backbone, each by its exact rule."""
+"""Rules that write one task's parts into the weights of a plain copy of its backbone, exactly."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def absorb(
     """Make a plain copy of a backbone compute what one of its tasks does.
 
     Args:
-        plain: the copy, whose weights are changed; after an error it is of no use.
+        plain: the copy, whose weights are changed; after an error it is unusable.
         source: the injected backbone.
         registry: of its tasks.
         task: which of them.
         example: an input, as `visadapt.sites` takes it; guessed if None.
-        measured: whether the outputs of the two will be compared. If not, what only a comparison would show is looked
-            for: weights that other modules read too, and changes that rounding takes away.
+        measured: whether the outputs of the two will be compared. If not, two errors that only a comparison would show
+            are checked for: weights that other modules read too, and changes that are lost by rounding.
 
     Raises:
         VisadaptError: something cannot be merged exactly; the site and the reason are named.
@@ -56,7 +56,7 @@ def absorb(
         linear = max((len(site.linear) for (host, _), site in sites.items() if host == path), default=0)
         return 0 if path in {c for site in sites.values() for c in site.linear[:1]} or not linear else linear
 
-    # what stands behind a conv before what stands behind the norm that follows it
+    # parts behind a conv come before parts behind the norm that follows it
     for path in sorted(parts, key=order):
         rules.around(path, parts[path], sites)
     if not measured:
@@ -65,7 +65,7 @@ def absorb(
 
 
 class Norms:
-    """Which BatchNorm alone takes a conv's output: found by one run on fake tensors, if it is asked at all.
+    """The BatchNorm that is the only consumer of a conv's output, found by one run on fake tensors when first needed.
 
     Args:
         model: the injected backbone.
@@ -90,7 +90,7 @@ class Norms:
         return site.norm or self.found().get(site.host)
 
     def check(self, site: Site, conv: nn.Module, what: str) -> None:
-        """Refuse a conv and norm that are to be rewritten together if something looks between them."""
+        """Refuse to rewrite a conv and norm together if something else reads the tensor between them."""
         traced = site.traced and self.found().get(site.linear[0]) != site.linear[1]
         if traced or is_watched(conv):
             raise VisadaptError(
@@ -112,7 +112,7 @@ class _Rules:
         self._everywhere: set[tuple[nn.Module, str]] = set()
 
     def own(self, path: str, parts: nn.ModuleDict) -> None:
-        """Write what stands instead of a host, or the weights that it computes with."""
+        """Write the part that replaces a host, or the weights that it computes with."""
         roles = {role(part) for part in parts.values()}
         for name, part in parts.items():
             what = _what(name, path)
@@ -127,7 +127,7 @@ class _Rules:
                 self._assign(path, part, what)
 
     def around(self, path: str, parts: nn.ModuleDict, sites: dict[tuple[str, str], Site]) -> None:
-        """Write what stands beside and behind a host."""
+        """Write the parts beside and behind a host."""
         constant: Tensor | None = None
         last = Site(path, "module", 0, "", 0), ""
         for name, part in parts.items():
@@ -140,7 +140,7 @@ class _Rules:
                 matrix = matrix.double()
                 offset = torch.zeros(matrix.shape[0]).to(matrix) if offset is None else offset.double()
                 if constant is not None:
-                    # what those before it left over goes through it as well
+                    # the constant that earlier parts left over goes through it as well
                     offset = offset + (matrix * constant if matrix.ndim == 1 else matrix @ constant)
                 constant = self._after(site, matrix, offset, what)
                 last = site, what
@@ -200,7 +200,7 @@ class _Rules:
             self.weights.write(host, name, self.weights.read(host, name) + delta.double(), what)
 
     def _after(self, site: Site, matrix: Tensor, offset: Tensor, what: str) -> Tensor | None:
-        """Write y → M·y + c behind a host into the weights that make y; returns the constant that has no place."""
+        """Write y → M·y + c behind a host into the weights that make y; return the constant that has no place."""
         if _is_identity(matrix) and not offset.any():
             return None
         host = self.plain.get_submodule(site.host)
@@ -240,7 +240,7 @@ class _Rules:
     def _through_norm(self, conv: nn.Module, norm: nn.Module, matrix: Tensor, offset: Tensor, what: str) -> None:
         """Write M·(s⊙(W∗x + b) + t) + c as s'⊙(W'∗x + b') + t', with W' = diag(1/s')·M·diag(s)·W.
 
-        The norm's scale s' is its own s where that is not near 0, so that W' differs from W by what the task changes.
+        The norm's scale s' is its own s where that is not near 0, so that W' differs from W only by the task's change.
         """
         _check_affine(norm, what)
         read = self.weights.read
@@ -279,7 +279,7 @@ class _Rules:
         self.weights.write(layer, "weight", rows.t() if operator.transposed else rows, what)
 
     def _into_norm(self, site: Site, what: str, constant: Tensor) -> None:
-        """A constant that the conv has no bias for: the BatchNorm that follows subtracts that much less."""
+        """Write a constant for which the conv has no bias into the running mean of the BatchNorm that follows."""
         path = self.norms.after(site)
         norm = self.plain.get_submodule(path) if path else None
         if norm is None or not is_stateful(norm):

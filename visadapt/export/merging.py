@@ -22,7 +22,7 @@ from visadapt.runtime.root import capture_calls
 log = logging.getLogger(__name__)
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Largest error relative to the outputs that a merge may show where the task changes nothing at all."""
+"""Largest error, relative to the outputs, of a merge where the task changes nothing."""
 
 LOW_ROUNDING = 0.02
 """The same for half precision."""
@@ -32,20 +32,20 @@ LOW_ROUNDING = 0.02
 def merge(
     model: ModelT, task: str | None = None, *, inplace: bool = False, fold: bool = False, probe: Any = None
 ) -> ModelT:
-    """A plain backbone that computes what the task does: same class, same keys, no trace of visadapt.
+    """Merge a task into a plain backbone of the same class, with the same keys, without any trace of visadapt.
 
-    Exact rules: what acts on weights is written into them; a kernel beside a conv or linear is added to it (a 1×1 at
-    the centre tap of a k×k); a linear map M·y + c after a conv or linear gives M·W and M·b + c, and passes through the
-    eval-mode norm behind a conv; norms and heads take the place of the backbone's. All of it is computed in float64 and
-    rounded once. The merged model is then compared with the task on a probe; the largest error is logged (logger
-    ``visadapt.export.merging``; `merge_error` measures it again). An error that is more than rounding of what the
-    task changes is refused: 10⁻³ of the difference between the task and the bare backbone in float32, a tenth in half
+    The rules are exact: changes of weights are written into them; a kernel beside a conv or linear is added to it (a
+    1×1 at the centre tap of a k×k); a linear map M·y + c after a conv or linear gives M·W and M·b + c, and passes
+    through the eval-mode norm behind a conv; norms and heads replace the backbone's. All of it is computed in float64
+    and rounded once. The merged model is then compared with the task on a probe; the largest error is logged (logger
+    ``visadapt.export.merging``; `merge_error` measures it again). An error that is more than rounding of what the task
+    changes is refused: 10⁻³ of the difference between the task and the bare backbone in float32, a tenth in half
     precision. So is a task that changes less than the weights' dtype can hold.
 
     Args:
         model: an injected model, in eval mode if the task has statistics of its own.
         task: its name; None for the active one.
-        inplace: write into ``model`` itself and take all tasks out of it; `unmerge` undoes that, bit for bit.
+        inplace: write into ``model`` itself and remove all tasks; `unmerge` undoes that, bit for bit.
             Otherwise ``model`` stays as it is and a copy is merged.
         fold: afterwards fold every eval-mode BatchNorm into the conv before it (see `visadapt.fold`).
         probe: an input to compare on, as `visadapt.sites` takes an example; guessed if None; False for no
@@ -79,7 +79,7 @@ def merge(
     absorb(plain, source, registry, name, example, measured=probe is not False)
     for key, parameter in plain.named_parameters():
         parameter.requires_grad_(key in registry.trained)
-    _tell_width(plain, registry, name)
+    _set_width(plain, registry, name)
     plain.eval()
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in plain.parameters())
     if fold:
@@ -92,7 +92,7 @@ def merge(
 
 
 def _check(source: nn.Module, plain: nn.Module, name: str, probe: Any, low: torch.dtype | None) -> None:
-    """Refuse a merged model that is further from the task than rounding, and logs how far it is."""
+    """Refuse a merged model that differs from the task by more than rounding, and log the difference."""
     found = differences(source, plain, name, probe)
     outputs = [each for each in found if each.where == "the outputs"]
     error, largest = max(each.error for each in outputs), max(each.size for each in outputs)
@@ -100,7 +100,7 @@ def _check(source: nn.Module, plain: nn.Module, name: str, probe: Any, low: torc
     for each in found:
         dtype = low or each.dtype
         share = tolerance(dtype)
-        # where a task has a head of its own there is nothing of the backbone's to compare the outputs with
+        # the outputs of a head of the task's own have no counterpart in the backbone
         change = each.size if each.change is None else each.change
         most = share * change if change else ROUNDING.get(dtype, LOW_ROUNDING) * each.size
         if not each.error <= most:
@@ -148,7 +148,7 @@ def _move_into(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def _exchange(model: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
-    """Give a module other attributes, and returns those it had: all but the hooks, whose handles the user may hold."""
+    """Exchange the attributes of a module except its hooks, whose handles the user may hold; return the old ones."""
     kept = {key: value for key, value in model.__dict__.items() if "_hooks" not in key}
     for key in kept:
         del model.__dict__[key]
@@ -160,7 +160,7 @@ def unmerge(model: ModelT) -> ModelT:
     """Undo an in-place merge: restore the injected model with all its tasks, bit for bit.
 
     Args:
-        model: what ``merge(model, task, inplace=True)`` gave.
+        model: the result of ``merge(model, task, inplace=True)``.
 
     Returns:
         The same model.
@@ -188,8 +188,8 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
-def _tell_width(plain: nn.Module, registry: Registry, task: str) -> None:
-    """Let the attributes that libraries keep of a head's width follow the merged head."""
+def _set_width(plain: nn.Module, registry: Registry, task: str) -> None:
+    """Set the attributes in which libraries keep the width of a head."""
     width = registry.task(task).num_classes
     if task in registry.configs:
         plain.__dict__["config"] = copy.deepcopy(registry.configs[task])

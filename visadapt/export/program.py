@@ -38,7 +38,7 @@ def export(
     Args:
         model: an injected model, or a plain one (merged, say).
         path: ``….onnx``, or ``….pt2`` for ``torch.export.load``; an existing file is replaced.
-        task: its name; None for what the model does as it is.
+        task: its name; None to export the model in its present state.
         example: an input, of which rank and dtype count: a tensor or a dict of keyword arguments; None to guess.
         labels: names of the classes, kept as JSON under ``labels``: in ONNX's metadata, or as an extra file.
 
@@ -92,7 +92,7 @@ def _free(value: Tensor, model: nn.Module) -> dict[int, Any]:
 
 
 class _Sink(io.FileIO):
-    """A file that keeps its first error for later: torch's writer ends the process if a write fails."""
+    """A file that stores its first error for later: torch's writer aborts the process if a write fails."""
 
     error: OSError | None = None
 

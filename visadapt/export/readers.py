@@ -1,4 +1,4 @@
-"""Which modules read which weights: a merge changes a weight for all of them, an adapter acts at its host alone."""
+"""Find which modules read which weights: a merge changes a weight for all of them, an adapter acts only at its host."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def foreign_reader(model: nn.Module, names: set[str], example: Any = None) -> di
 
 
 class _Readers(TorchFunctionMode):
-    """Notes who reads the parameters of a throw-away copy of a model."""
+    """Records which modules read the parameters of a temporary copy of a model."""
 
     def __init__(self, model: nn.Module, names: set[str]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__":
-            # asking for a weight's dtype or shape does not compute with it
+            # reading a weight's dtype or shape does not compute with it
             here = self._stack[-1] if self._stack else ""
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and id(leaf) in self._names:

@@ -1,4 +1,4 @@
-"""The weights that a merge writes: computed in float64, rounded once at the end, and refused where that loses them."""
+"""The weights that a merge writes: computed in float64, rounded once, and refused if rounding loses a change."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Weights:
         return present.double()
 
     def present(self, module: nn.Module, name: str) -> Tensor:
-        """The same, in its own dtype if nothing was written to it yet."""
+        """The present value of a tensor, in its own dtype if nothing was written to it yet."""
         own = self._values.get((module, name))
         return _tensor(module, name) if own is None else own
 
@@ -74,7 +74,7 @@ class Weights:
         self._what[module, name] = what
 
     def written(self) -> Iterator[tuple[str, str]]:
-        """Names of the tensors that were written, and what was written there."""
+        """Names of the tensors that were written, and the part that was written there."""
         paths = {module: path for path, module in self.plain.named_modules()}
         for (module, name), what in self._what.items():
             if module in paths:
@@ -85,8 +85,8 @@ class Weights:
         """Round everything to its own dtype and put it into the model.
 
         Args:
-            measured: whether the merged model will be compared with the task; if not, what rounding takes of each
-                change must be within the tolerance.
+            measured: whether the merged model will be compared with the task; if not, the rounding error of each change
+                must be within the tolerance.
 
         Raises:
             VisadaptError: a weight is tied to one that the task leaves as it is, or does not fit its dtype.
@@ -99,7 +99,7 @@ class Weights:
             _tensor(*slot).copy_(value)
 
     def _check_ties(self, changed: dict[Slot, Tensor]) -> None:
-        """Refuse a change to memory that several tensors share, unless all of them are one tensor and want the same."""
+        """Refuse a change to memory that several tensors share, unless all of them get the same values."""
         paths = {module: path for path, module in self.plain.named_modules()}
         spans = [
             (*_span(tensor), (module, name))
@@ -146,7 +146,7 @@ def _double(slot: Slot) -> Tensor:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor lies at; none for an empty one, or one without memory."""
+    """The range of addresses of a tensor; empty for one without elements or memory."""
     if tensor.numel() == 0 or tensor.is_meta:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

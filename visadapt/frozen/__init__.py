@@ -1,4 +1,4 @@
-"""Frozen layers, made lean: what a backbone that does not learn need neither compute nor remember."""
+"""Lean frozen layers: a backbone that is not trained can compute less and keep less for the backward pass."""
 
 from visadapt.frozen.cached_prefix import CachedPrefix as CachedPrefix
 from visadapt.frozen.cached_prefix import cache_prefix as cache_prefix

@@ -1,12 +1,12 @@
-"""Masks at one bit an element."""
+"""Masks of one bit per element."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# times this, eight bytes of 0 or 1 have their bits side by side in the highest byte, and eight bits are spread over the
-# highest bits of eight bytes: the powers 2^0, 2^9, … 2^63 shift by nine, so that no two terms ever meet
+# multiplied by this, eight bytes of 0 or 1 have their bits side by side in the highest byte, and eight bits are spread
+# over the highest bits of eight bytes: the powers 2^0, 2^9, … 2^63 shift by nine, so that no two terms overlap
 _SHIFTS = sum(1 << 9 * i for i in range(8)) - (1 << 64)
 
 _LOWEST = sum(1 << 8 * i for i in range(8))
@@ -30,8 +30,8 @@ def unpack(bits: Tensor, shape: torch.Size, memory_format: torch.memory_format) 
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` where the mask says so, else 0."""
-    # by its bits: torch's CPU kernels that mix bool and float are many times slower
+    """``x`` where the mask is set, else 0."""
+    # on its bits: torch's CPU kernels that mix bool and float are many times slower
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return mask.view(torch.int8).neg().to(integer).bitwise_and_(x.view(integer)).view(x.dtype)
 

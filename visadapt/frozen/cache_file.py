@@ -1,4 +1,4 @@
-"""The file of a prefix cache: written beside and renamed, checked whole, and never written to again."""
+"""The file of a prefix cache: written to a temporary file, renamed, verified by a digest, and never changed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
+from visadapt.reading import SMALL, opened, read_whole
 from visadapt.tensor_file import raw
 
 try:
@@ -27,17 +28,15 @@ except ImportError:  # Windows
 
 FORMAT = 2
 
-_CHUNK = 1 << 24
-
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class CacheFile:
-    """Features in a file, as they lie in memory, and beside it ``<file>.key``: what they are of, as JSON.
+    """Features in a file, as they lie in memory, and their origin as JSON in ``<file>.key``.
 
     The key holds shape, dtype and a SHA-256 of the features, and the identity that they were computed for. A file is
-    made in ``<file>.partial``, by one writer at a time (others wait), and takes its place when it is whole and on the
-    disk. Who reads an older one goes on reading that.
+    written as ``<file>.partial``, by one writer at a time (others wait), and renamed when it is complete and on the
+    disk. A process that reads the older file keeps reading it.
 
     Args:
         path: of the features.
@@ -52,29 +51,29 @@ class CacheFile:
         self.size = math.prod(shape) * dtype.itemsize
 
     def _recorded(self) -> dict[str, Any]:
-        """What the key says; nothing if there is none, or one of another format."""
+        """The content of the key; empty if there is no key, or one of another format."""
         try:
-            found = parse_json(self.key.read_text(encoding="utf-8"), str(self.key))
-        except (OSError, ValueError, RecursionError):  # a VisadaptError is a ValueError
+            found = parse_json(read_whole(self.key, "JSON_BYTES").decode(), str(self.key))
+        except (ValueError, RecursionError):  # a VisadaptError is a ValueError
             return {}
         return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else {}
 
     def might_be(self, identity: dict[str, Any]) -> bool:
-        """Whether the key says of the features what ``identity`` says, which may be a part of their identity only."""
+        """Whether the key agrees with ``identity``, which may be only a part of the features' identity."""
         found = self._recorded()
         own = {**found.get("identity", {}), **identity}
         return found == self._description(own, found.get("digest"))
 
     def read(self, identity: dict[str, Any]) -> Tensor | None:
-        """The features, mapped read-only; None if the file is of something else, or not what was written.
+        """The features, mapped read-only; None if the file has another origin, or was changed.
 
         Args:
-            identity: what they have to be of, as JSON values.
+            identity: the required origin, as JSON values.
         """
         found = self._recorded()
         if found != self._description(identity, found.get("digest")):
             return None
-        with suppress(OSError), self.path.open("rb") as file:
+        with suppress(OSError, VisadaptError), opened(self.path) as file:
             if os.fstat(file.fileno()).st_size == self.size and _digest(file) == found["digest"]:
                 return self._map(file)
         return None
@@ -96,7 +95,7 @@ class CacheFile:
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
-        """The one writer of this file, as soon as there is no other.
+        """Return the only writer of this file, waiting while another writes.
 
         Raises:
             VisadaptError: the folder cannot be written to, or the disk is full. The file is as it was then.
@@ -123,17 +122,17 @@ class Writer:
         self.file, self.descriptor = file, descriptor
 
     def write(self, parts: Iterable[Tensor], identity: Callable[[], dict[str, Any]]) -> Tensor:
-        """Write the features and the key, and put both in their places.
+        """Write the features and the key, and rename both.
 
         Args:
             parts: consecutive pieces of the features.
-            identity: says what they are of, once all of them are written.
+            identity: returns their origin, once all of them are written.
 
         Returns:
             The features, mapped read-only.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: the disk is full, for example.
         """
         file, descriptor, digest = self.file, self.descriptor, hashlib.sha256()
         os.ftruncate(descriptor, 0)
@@ -149,7 +148,8 @@ class Writer:
             raise AssertionError(f"the pieces of {file.path} are not of the announced size")
         key = file._description(identity(), digest.hexdigest())
         beside = Path(f"{file.key}.partial")
-        with beside.open("w", encoding="utf-8") as written:
+        beside.unlink(missing_ok=True)
+        with beside.open("x", encoding="utf-8") as written:
             json.dump(key, written)
             written.flush()
             os.fsync(written.fileno())
@@ -162,11 +162,13 @@ class Writer:
 def _locked(path: Path) -> int:
     """Open a file that no other process or thread holds, waiting for those that do."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        # a link would let someone else choose the file that is cut off
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(path, flags, 0o666)
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # who held it may have renamed or removed it meanwhile
+            # the process that held it may have renamed or removed it
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
@@ -178,7 +180,7 @@ def _locked(path: Path) -> int:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Take the space on the disk, where the system can, so that a full disk is found before anything is computed."""
+    """Reserve the disk space, where the system can, so that a full disk is found before anything is computed."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -190,6 +192,6 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
+    while chunk := file.read(SMALL):
         digest.update(chunk)
     return digest.hexdigest()

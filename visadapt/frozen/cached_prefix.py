@@ -335,7 +335,7 @@ def _take(inputs: Any, index: Tensor) -> Any:
 
 
 def _check(prefix: Prefix, inputs: Any, features: Tensor) -> None:
-    refusal = f"going on from {prefix.path} does not give what the whole model gives: it cannot be kept"
+    refusal = f"resuming from {prefix.path} does not give what the whole model gives: it cannot be kept"
     with bare(prefix.model, prefix.task):
         expected = _tensors(call(prefix.model, inputs))
         try:
@@ -360,7 +360,7 @@ def _check_alone(prefix: Prefix, inputs: Any, features: Tensor, count: int) -> N
     rows = features.ndim > 0 and len(features) == count and alone.shape == (1, *features.shape[1:])
     if not rows or not _close(alone[0], features[0]):
         raise VisadaptError(
-            f"what {prefix.path} gives for one sample, {tuple(alone.shape)}, is not its row of what it gives for "
+            f"the output of {prefix.path} for one sample, {tuple(alone.shape)}, is not its row of the output for "
             f"{count}, {tuple(features.shape)}: it cannot be kept sample by sample"
         )
 

@@ -1,4 +1,4 @@
-"""Checksums of weights: whether tensors still hold the values that something was computed from."""
+"""Checksums of weights, to find out whether tensors have changed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 _SMALL = 1 << 13
-"""Bytes up to which a tensor is compared value by value; of larger ones, partial sums are."""
+"""Bytes up to which tensors are compared value by value; larger ones are compared by partial sums."""
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Checksums:
-    """What some tensors hold, in a few numbers.
+    """The values of some tensors, reduced to a few numbers.
 
-    A version counter does not see what is written through ``.data``, and an address may be used again, so the values
-    themselves are read: small tensors are kept, and of large ones the sums, modulo 2⁶⁴, of eight parts of their memory.
+    A version counter misses writes through ``.data``, and an address may be reused, so the values themselves are read:
+    small tensors are kept, and of large ones the sums, modulo 2⁶⁴, of eight parts of their memory.
     A tensor that was scaled, replaced, written to or moved to another dtype is noticed; one that was moved to another
     device is not. Reading costs about as much as copying the tensors would, and on an accelerator one synchronisation.
 
     Args:
-        tensors: in any order, which has to be the same in what is compared.
+        tensors: in an order that must be the same in both checksums that are compared.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

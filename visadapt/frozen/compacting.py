@@ -1,4 +1,4 @@
-"""Keeping a backbone's frozen weights in fewer bytes, and giving it its own ones back."""
+"""Store a backbone's frozen weights in fewer bytes, and restore the originals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visadapt.backbone.subclass import cached, plain_class, subclass
 from visadapt.errors import VisadaptError
 
 ORIGINALS = ("disk", "memory", None)
-"""Where the weights that a model had are kept."""
+"""Where the original weights of a model are kept."""
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -24,7 +24,7 @@ Place = tuple[nn.Module, str]
 
 @cached
 def storing_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A module whose weight is compact, and whose state dict has the weight that this stands for."""
+    """A subclass for a module with a compact weight, whose state dict has the original weight."""
 
     def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         plain._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
@@ -37,7 +37,7 @@ def storing_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a module looks up rows of a table, and does nothing else."""
+    """Whether a module only looks up rows of a table."""
     forward = plain_class(module).forward
     return isinstance(module, nn.Embedding) and forward is nn.Embedding.forward and module.max_norm is None
 
@@ -83,13 +83,13 @@ def _chosen(model: nn.Module, compute: torch.dtype | None, coded: bool) -> dict[
 
 @torch.no_grad()
 def compact(model: nn.Module, compute: torch.dtype | None, coded: bool, original: str | None) -> None:
-    """Keep the weights of convolutions, linears and attention, and tables where there are codes, in fewer bytes.
+    """Store the weights of convolutions, linears and attention, and with codes those of tables, in fewer bytes.
 
     Args:
         model: the backbone.
         compute: the dtype of the weights without codes.
         coded: whether weights are kept as 8-bit codes.
-        original: where the weights that it has are kept: ``disk``, ``memory`` or None.
+        original: where the original weights are kept: ``disk``, ``memory`` or None.
 
     Raises:
         VisadaptError: there is nothing to make compact, a weight is on the meta device, or the disk is full.
@@ -138,7 +138,7 @@ def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Compact]]:
 
 @torch.no_grad()
 def restore(model: nn.Module) -> None:
-    """Give a backbone the very weights back that it had.
+    """Restore the original weights of a backbone.
 
     Raises:
         VisadaptError: they were not kept. Nothing was changed then.

@@ -1,7 +1,7 @@
 """Autograd functions for frozen layers: each keeps for the backward pass only what the gradient of its input needs.
 
 After Bhatia & Dangel 2024, "Lowering PyTorch's Memory Consumption for Selective Differentiation" (arXiv 2404.12406): a
-layer that does not learn need not remember what its own gradient would be made of.
+frozen layer does not keep what only the gradient of its weights would need.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from visadapt.methods.bottleneck import BottleneckAdapter
 
 
 def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
-    """A backward pass that is differentiated no further, and computes in its own dtypes whatever autocast is on."""
+    """A backward pass without a second derivative, which computes in its own dtypes under any autocast."""
 
     def run(ctx: Any, grad: Tensor) -> Any:
         if not is_autocast(grad.device.type):
@@ -37,7 +37,7 @@ def _gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
+    """Number of writes to a tensor; inference tensors do not count them."""
     tensor = tensor.stored.values if isinstance(tensor, Compact) else tensor
     return -1 if tensor.is_inference() else tensor._version
 
@@ -56,7 +56,7 @@ def _check_unchanged(weight: Tensor, before: int, what: str) -> None:
 
 
 class FrozenLinear(Function):
-    """y = W·x + b with W and b frozen: keeps nothing but a reference to W, which may be compact."""
+    """y = W·x + b with W and b frozen: keeps only a reference to W, which may be compact."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -77,7 +77,7 @@ class FrozenConv(Function):
     """y = W∗x + b with W and b frozen: keeps neither input nor output; ∂L/∂x needs W alone.
 
     It computes in the dtype of x, which autocast may have chosen; no copy of W in that dtype is kept. W is not a saved
-    tensor, so that a checkpoint that is computed again may take another W that does the same (a folded one).
+    tensor, so that a checkpoint that is computed again may use an equivalent W (a folded one).
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class FrozenConv(Function):
         pointwise = ctx.weight.shape[2:] == (1, 1) and groups == 1 and not any(padding)
         if pointwise and (format_of(grad) is torch.channels_last or _is_large(grad)) and grad.device.type == "cpu":
             return _spread(_products(grad, kernel), ctx.shape, stride), *[None] * 6
-        # only the shape and layout of the input are read when nothing but its own gradient is asked for
+        # only the shape and layout of the input are read if its gradient alone is needed
         like = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device, memory_format=ctx.format)
         found, _, _ = torch.ops.aten.convolution_backward(
             grad,
@@ -128,7 +128,7 @@ class FrozenConv(Function):
 
 
 class MaskedReLU(Function):
-    """y = min(max(x, 0), limit): keeps one bit an element, where y is neither 0 nor the limit."""
+    """y = min(max(x, 0), limit): keeps one bit per element, set where y is neither 0 nor the limit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool, limit: float | None = None) -> Tensor:
@@ -139,7 +139,7 @@ class MaskedReLU(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, ctx.format = y.shape, format_of(y)
-        # y is not negative: what is not 0 is positive, and torch finds that several times as fast
+        # y is not negative, and torch compares with 0 several times as fast by !=
         positive = y.to(torch.bool)
         ctx.save_for_backward(pack(positive if limit is None else positive & (y < limit)))
         return y
@@ -152,7 +152,7 @@ class MaskedReLU(Function):
 
 
 class MaskedDropout(Function):
-    """y = x·z/(1 − p) with z drawn from {0, 1}: keeps z, one bit an element, by the random numbers of torch's own."""
+    """y = x·z/(1 − p) with z drawn from {0, 1} as torch's dropout draws it: keeps z, one bit per element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
@@ -194,7 +194,7 @@ class IndexedMaxPool(Function):
 
 
 class Activation(Function):
-    """y = φ(x) for an elementwise φ: keeps x, in the dtype that is chosen, and nothing that φ makes on its way."""
+    """y = φ(x) for an elementwise φ: keeps x, in the chosen dtype, and no intermediate result of φ."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], keep: torch.dtype) -> Tensor:
@@ -213,7 +213,7 @@ class Activation(Function):
 
 
 class LayerNorm(Function):
-    """y = γ·(x − μ)/σ + β: keeps x in the dtype that is chosen, μ and σ in their own."""
+    """y = γ·(x − μ)/σ + β: keeps x in the chosen dtype, μ and σ in their own."""
 
     @staticmethod
     def forward(
@@ -260,7 +260,7 @@ class FrozenNorm(Function):
 
 
 class NormInput(NamedTuple):
-    """What a BatchNorm's output can be made of again.
+    """The input of a BatchNorm, from which its output is recomputed.
 
     Attributes:
         x: its input, possibly in a narrower dtype.
@@ -277,9 +277,9 @@ class NormInput(NamedTuple):
 
 
 class OwnBatchNorm(Function):
-    """y = γ·(x − μ)/σ + β with the statistics frozen and γ, β a task's own: keeps x, in the dtype that is chosen.
+    """y = γ·(x − μ)/σ + β with the statistics frozen and γ, β a task's own: keeps x, in the chosen dtype.
 
-    What follows need not keep y: it keeps what is kept here, once more at no cost, and calls `output`.
+    The next layer need not keep y: it keeps the same `NormInput` and calls `output`.
     """
 
     @staticmethod
@@ -306,10 +306,10 @@ class OwnBatchNorm(Function):
 
 
 class Bottleneck(Function):
-    """a(h) = h + W2·φ(W1·h + b1) + b2: keeps h once, or nothing of it where a norm has it, and W1·h + b1.
+    """a(h) = h + W2·φ(W1·h + b1) + b2: keeps W1·h + b1, and h once, or not at all if a norm keeps its input.
 
-    φ(·) is made again, at the width of the bottleneck; so is W1·h + b1 where h is kept in a narrower dtype. Where h is
-    the output of a norm, ``source`` is what that norm keeps.
+    φ(·) is recomputed, at the width of the bottleneck; so is W1·h + b1 if h is kept in a narrower dtype. If h is the
+    output of a norm, ``source`` is what that norm keeps.
     """
 
     @staticmethod
@@ -320,7 +320,7 @@ class Bottleneck(Function):
         ctx.adapter, ctx.dtype, ctx.source = adapter, z.dtype, None if source is None else source[5:]
         kept = (h.to(keep),) if source is None else source[:5]
         ctx.save_for_backward(z if keep == h.dtype or z.dtype != h.dtype else None, *weights, *kept)
-        # torch forbids to write in place to a view that a function returns, as the sum of a residual block does
+        # torch forbids in-place writes, such as a residual sum, to a view that a function returns
         return y.detach()
 
     @staticmethod
@@ -365,7 +365,7 @@ def _pointwise_backward(
 
 
 def _is_large(x: Tensor) -> bool:
-    """Whether one matrix product a map is quicker on a CPU than a 1×1 convolution is: from about 12×12 positions up."""
+    """Whether one matrix product per map is faster on a CPU than a 1×1 convolution: from about 12×12 positions up."""
     return x.shape[2] * x.shape[3] >= 128
 
 

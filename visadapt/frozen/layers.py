@@ -1,4 +1,4 @@
-"""Lean classes of a frozen backbone's layers: the same layers, computing by functions that remember less."""
+"""Lean classes of a frozen backbone's layers: the same layers, with autograd functions that keep less."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.host import dress, hosting_class
 
 SOURCE = "_visadapt_source"
-"""Attribute of a norm's output: what it can be made of again, and its version then."""
+"""Attribute of a norm's output: what it can be recomputed from, and its version then."""
 
 
 @dataclass
 class Lean:
-    """How lean a model is; its lean layers share this.
+    """Settings of a lean model, shared by its lean layers.
 
     Attributes:
         keep: the dtype in which floats are kept for the backward pass, None for their own.
         compute: the dtype in which frozen layers compute, None for that of their inputs.
         weights: how their weights are kept: ``int8``, or None for a dtype.
         folds: which norms are folded into which convs.
-        begun: what the tasks' tensors held when they came to a model with such weights, by task.
+        begun: checksums of the tasks' tensors when they came to a model with such weights, by task.
     """
 
     keep: torch.dtype | None = None
@@ -75,11 +75,11 @@ class Lean:
         return ", ".join((*kept, *computed))
 
     def admit(self, task: str) -> None:
-        """Take note of a task that comes to the model."""
+        """Record a task that is added to the model."""
         begin(self.folds.registry, [task])
 
     def apply(self, part: nn.Module) -> None:
-        """Make a part of a task lean, and the activation that a norm carries, if they can be."""
+        """Make a part of a task lean if possible, and the activation inside a norm."""
         inner = carried(part) if is_foldable(part) else []
         for module, make in ((part, part_maker_for(part)), *((m, maker_for(m)) for m in inner)):
             if make is not None:
@@ -88,13 +88,13 @@ class Lean:
 
 
 def _remembers(x: Tensor) -> bool:
-    """Whether autograd (and not a compiler, which is lean by itself) records what happens to ``x``."""
+    """Whether autograd records what happens to ``x``, outside of ``torch.compile``, which saves memory by itself."""
     return x.requires_grad and torch.is_grad_enabled() and not is_tracing()
 
 
 @cached
 def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
-    """A frozen conv that keeps no input, with the norm behind it folded in where it may be."""
+    """A frozen conv that keeps no input, with the norm behind it folded in where possible."""
 
     def forward(self: Conv, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
@@ -109,7 +109,7 @@ def lean_conv(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _frozen_conv(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ordinary = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == weight.ndim
-    # to a task whose own weights these are they are not frozen
+    # weights that the task owns are not frozen
     learns = _learns(weight) or (bias is not None and _learns(bias))
     if isinstance(weight, Compact) and not is_tracing() and not learns:
         dtype = _computes_in(conv, x)
@@ -143,7 +143,7 @@ def _computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def _as_given(out: Tensor, x: Tensor) -> Tensor:
-    """A layer's output in the dtype of its input, but where autocast leaves it in the one that it was computed in."""
+    """Convert a layer's output to the dtype of its input, except under autocast."""
     return out if is_autocast(x.device.type) else out.to(x.dtype)
 
 
@@ -166,7 +166,7 @@ def lean_linear(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_embedding(plain: type[nn.Module]) -> type[nn.Module]:
-    """A frozen table whose rows are kept as codes: those that are looked up are decoded."""
+    """A frozen table with rows kept as codes; the rows that are looked up are decoded."""
 
     def forward(self: Any, index: Tensor) -> Tensor:
         weight = self.weight
@@ -181,7 +181,7 @@ def lean_embedding(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_norm(plain: type[nn.Module]) -> type[nn.Module]:
-    """A frozen BatchNorm that keeps no input, and does nothing where the conv before it has done its work already."""
+    """A frozen BatchNorm that keeps no input, and does nothing if the conv before it has applied it already."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         pair: Pair | Lean = self.__dict__[LEAN]
@@ -202,7 +202,7 @@ def lean_norm(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_relu(plain: type[nn.Module]) -> type[nn.Module]:
-    """A ReLU or ReLU6 that keeps one bit an element."""
+    """A ReLU or ReLU6 that keeps one bit per element."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not _remembers(x):
@@ -215,7 +215,7 @@ def lean_relu(plain: type[nn.Module]) -> type[nn.Module]:
 
 @cached
 def lean_dropout(plain: type[nn.Module]) -> type[nn.Module]:
-    """A dropout that keeps one bit an element."""
+    """A dropout that keeps one bit per element."""
 
     def forward(self: nn.Dropout, x: Tensor) -> Tensor:
         if not (self.training and 0 < self.p < 1 and not self.inplace and _remembers(x)):
@@ -294,7 +294,7 @@ def lean_bottleneck(plain: type[nn.Module]) -> type[nn.Module]:
     """An adapter that keeps its input once, or not at all where the norm before it does."""
 
     def forward(self: BottleneckAdapter, h: Tensor, fresh: bool = False) -> Tensor:
-        # autograd sees one function, and hooks on the projections inside it would see no gradient
+        # autograd sees one function: hooks on the projections inside it would get no gradient
         hooked = is_output_hooked(self.down) or is_output_hooked(self.up)
         if hooked or not self.is_bare or not _learns(self.down.weight):
             return cast("Tensor", plain.forward(self, h, fresh))
@@ -316,12 +316,12 @@ def _keep(module: nn.Module, x: Tensor) -> torch.dtype | None:
 
 
 def _learns(weight: Tensor) -> bool:
-    """Whether autograd (and not a compiler) looks for this parameter's gradient."""
+    """Whether autograd, outside of ``torch.compile``, computes this parameter's gradient."""
     return weight.requires_grad and torch.is_grad_enabled() and not is_tracing()
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether a function of both computes in the one dtype that they have."""
+    """Whether a function of both computes in their common dtype."""
     return x.dtype == weight.dtype and not is_autocast(x.device.type)
 
 
@@ -344,11 +344,11 @@ MAKERS: tuple[Maker, ...] = (
     lean_bottleneck,
     lean_root,
 )
-"""What makes lean classes."""
+"""The makers of lean classes."""
 
 
 def maker_for(module: nn.Module) -> Maker | None:
-    """What makes the lean class of a backbone's module, or None if it is as lean as it can be."""
+    """The maker of the lean class of a backbone's module, or None if there is nothing to save."""
     forward = without(type(module), hosting_class).forward
     if forward in CONV_FORWARDS and isinstance(module, CONVS):
         return lean_conv
@@ -369,14 +369,14 @@ def maker_for(module: nn.Module) -> Maker | None:
 
 
 def compact_maker_for(module: nn.Module) -> Maker | None:
-    """What makes the lean class of a module that is lean only if its weight is compact."""
+    """The maker of the lean class of a module that is lean only if its weight is compact."""
     if is_plain_linear(module):
         return lean_linear
     return lean_embedding if is_embedding(module) else None
 
 
 def part_maker_for(part: nn.Module) -> Maker | None:
-    """The same for a part of a task."""
+    """The maker of the lean class of a part of a task, or None."""
     if type(part) is BottleneckAdapter:
         return lean_bottleneck
     if type(part) is frozen_class(plain_class(part)) and is_foldable(part):

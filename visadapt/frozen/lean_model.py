@@ -1,4 +1,4 @@
-"""``lean``: a frozen backbone that remembers, and computes, only what a frozen backbone must."""
+"""``lean``: a frozen backbone that keeps and computes only what it has to."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ def lean(
     original: str | None = "disk",
     example: Any = None,
 ) -> ModelT:
-    """Make the frozen layers of an injected model lean, for training and for inference.
+    """Save memory and time in the frozen layers of an injected model, in training and in inference.
 
     An eval-mode BatchNorm is folded into the conv before it wherever the task owns neither; convs keep no input, ReLUs
-    one bit an element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all where it
-    stands behind a BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain
-    model up to rounding (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; `unlean` undoes it
-    exactly. To compute again what is kept, adapters' inputs too, switch on the backbone's own checkpointing: timm's
-    ``set_grad_checkpointing()``, say.
+    one bit per element, max-pools their indices. A bottleneck adapter keeps its input once, and not at all behind a
+    BatchNorm that the task owns, which keeps its own. Gradients and outputs are those of the plain model up to rounding
+    (a folded norm rounds otherwise). Nothing in ``state_dict`` changes; `unlean` undoes it exactly. To recompute what
+    is kept, adapters' inputs too, use the backbone's own checkpointing, such as timm's ``set_grad_checkpointing()``.
 
     ``compute`` and ``weights`` save more, and round the backbone. Convolutions, linears and attention's projections
     hold their frozen weights in half precision, or as 8-bit codes with a scale per output channel, and no copy in
-    fp32: half or a quarter of the bytes (a folded norm takes another half with ``compute``, and nothing with codes).
+    fp32: half or a quarter of the bytes (a folded norm needs another half with ``compute``, and nothing with codes).
     The originals are kept in a temporary file, which takes no memory, for `unlean`, `eject`, ``state_dict`` and the
-    backbone's fingerprint: task files fit the backbone as before. A checkpoint that is loaded replaces them. Adapters,
+    backbone's fingerprint: task files fit the backbone as before. Loading a checkpoint replaces them. Adapters,
     norms and heads stay in fp32. With ``compute`` a call of the whole model runs under autocast to that dtype, adapters
     included, and returns outputs in the model's own dtype; a layer that is called by itself returns its input's dtype.
     Such a model is not merged: call `unlean` first. A task that was trained on codes has a note that says so.
@@ -52,14 +51,14 @@ def lean(
         model: an injected model. Tasks may come and go afterwards.
         keep: a dtype in which to keep what the backward pass needs of an adapter's, a norm's or an activation's input,
             such as ``torch.bfloat16``: half the bytes, outputs as before, gradients rounded to that dtype's precision.
-            None keeps everything in its own. A model that is lean already goes on with this one.
+            None keeps everything in its own. A model that is lean already uses this one from now on.
         compute: ``torch.bfloat16`` (or ``float16``) for frozen layers that compute, and keep their weights, in that
             precision; None for the model's own.
-        weights: ``"int8"`` for weights as codes, from which values are made at each use, in the precision that is
-            computed in; tables of embeddings too. None keeps them as they are computed with.
+        weights: ``"int8"`` for weights as codes, decoded at each use to the precision of the computation; tables of
+            embeddings too. None stores them in the dtype of the computation.
         original: where the original weights are kept with ``compute`` or ``weights``: ``"disk"`` (a temporary file,
             placed by Python's ``tempfile``), ``"memory"``, or None for nowhere. Without them this cannot be undone.
-        example: an input to find out with which norm follows which conv, as `visadapt.sites` takes it.
+        example: an input to find out which norm follows which conv, as `visadapt.sites` takes it.
 
     Returns:
         The same model.
@@ -153,7 +152,7 @@ def _make_compact(
 
 
 def unlean(model: ModelT) -> ModelT:
-    """Undo `lean`, exactly: weights that are kept in fewer bytes are read again from where the originals are.
+    """Undo `lean`, exactly: the original weights are read back from where they are kept.
 
     Args:
         model: an injected model, lean or not.

@@ -1,4 +1,4 @@
-"""Which tasks were trained on a backbone whose weights were codes: their notes say so."""
+"""Notes in tasks that were trained on a backbone whose weights were codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTE = "trained on backbone weights"
 
 
 def begin(registry: Registry, tasks: Iterable[str]) -> None:
-    """Remember what tasks hold as they come to a model whose weights are codes, or are there when they become codes."""
+    """Record checksums of the tasks that are, or come, in a model whose weights are codes."""
     if registry.lean is not None and registry.lean.weights is not None:
         for name in tasks:
             registry.lean.begun[name] = _held(registry, name)

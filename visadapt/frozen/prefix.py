@@ -204,7 +204,7 @@ class Prefix:
                 self.check_task(name, "the cache")
         if _autocast(self.model) != self.autocast:
             raise VisadaptError(
-                f"the cache was made {_told(self.autocast)} and is used {_told(_autocast(self.model))}: make it in the "
+                f"the cache was made {_mode(self.autocast)} and is used {_mode(_autocast(self.model))}: make it in the "
                 "same autocast context that it is used in"
             )
         if self._hooks() != self.hooks:
@@ -278,7 +278,7 @@ class Prefix:
             _CALL.reset(token)
         if not at.reached:
             raise VisadaptError(
-                f"{self.path}, where the cache goes on, was not called: the model takes another path now"
+                f"{self.path}, from which the cache resumes, was not called: the model takes another path now"
             )
         return out
 
@@ -306,7 +306,7 @@ def _autocast(model: nn.Module) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_autocast(device) else None
 
 
-def _told(autocast: torch.dtype | None) -> str:
+def _mode(autocast: torch.dtype | None) -> str:
     return "without autocast" if autocast is None else f"under autocast to {autocast}"
 
 

@@ -1,4 +1,4 @@
-"""Methods: what can stand at a site. One file each; a new one is its file and its line in ``METHODS``."""
+"""Methods: what can be put at a site. Each is one file; a new method needs its file and a line in ``METHODS``."""
 
 from visadapt.methods.adaptformer import AdaptFormer
 from visadapt.methods.baselines import Linear, Norms

@@ -35,7 +35,7 @@ class AdaptFormer(Method):
         dropout: probability with which elements of ReLU(·) are dropped while training.
 
     Raises:
-        VisadaptError: an option is out of range; at a site no MLP is found, beside which to stand.
+        VisadaptError: an option is out of range; no MLP is found at a site.
 
     Examples:
         >>> import timm
@@ -73,7 +73,7 @@ def _beside(backbone: Facts, site: Site) -> tuple[str, bool]:
     block = backbone.modules[site.block]
     at = f"{site.block}." if site.block else ""
     output = block._modules.get("output")
-    # BERT and its kin: LayerNorm(dropout(dense(h)) + x) is all in one module, called with h and x
+    # BERT and similar: one module computes LayerNorm(dropout(dense(h)) + x), called with h and x
     if output is not None and site.host.startswith(f"{at}output.") and "intermediate" in block._modules:
         return f"{at}output", True
     for name in _MLPS:
@@ -90,7 +90,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 class ParallelBottleneck(nn.Module):
-    """s·W_up·ReLU(W_down·x): what is added beside."""
+    """s·W_up·ReLU(W_down·x), added to the output of the MLP."""
 
     role: ClassVar[str] = "beside"
 
@@ -106,7 +106,7 @@ class ParallelBottleneck(nn.Module):
         return self.change(x, self.down, self.up)
 
     def change(self, x: Tensor, down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the branch, with these projections, makes of the MLP's input."""
+        """The output of the branch, with these projections, for the MLP's input."""
         z = F.dropout(F.relu(down(in_dtype_of(self.down.weight, x))), self.dropout, self.training)
         return (self.scale * up(z)).to(x.dtype)
 
@@ -127,7 +127,7 @@ class ParallelBottleneck(nn.Module):
 
 
 class BeforeSum(ParallelBottleneck):
-    """The same where the module at the MLP's end takes the MLP's input as second argument and adds it."""
+    """The same for an MLP whose last module takes the MLP's input as second argument and adds it."""
 
     role: ClassVar[str] = "before"
 

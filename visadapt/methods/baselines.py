@@ -36,7 +36,7 @@ class Linear(Method):
         self.no_sites(sites)
         if task.norms != "frozen":
             raise VisadaptError(
-                f"Linear() trains a head on frozen features, and norms={task.norms!r} would change these: say "
+                f"Linear() trains a head on frozen features, and norms={task.norms!r} would change these: pass "
                 "norms='frozen', or Norms() to train the norms as well"
             )
         if task.head == "frozen" and backbone.head is None:
@@ -69,7 +69,7 @@ class Norms(Method):
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)
         if task.norms == "frozen":
-            raise VisadaptError("Norms() trains the norms, and norms='frozen' forbids it: say 'affine' or 'full'")
+            raise VisadaptError("Norms() trains the norms, and norms='frozen' forbids it: pass 'affine' or 'full'")
         if not backbone.norms:
             raise VisadaptError(f"Norms(): {backbone.name} has no norms")
         return ()

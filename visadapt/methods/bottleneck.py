@@ -27,7 +27,7 @@ from visadapt.methods.layers import (
     is_recorded,
 )
 from visadapt.methods.method import Method, later, width
-from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise
+from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise, with_bias
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class BottleneckAdapter(nn.Module):
         return y, inner
 
     def _fuses(self, h: Tensor) -> bool:
-        """Whether two products, the second of which adds to ``h``, compute it: nothing converts, drops or looks."""
+        """Whether two products, the second added to ``h``, compute it: no conversion, dropout or hook is in between."""
         if is_recorded() or has_torch_function_unary(h) or h.dtype != self.down.weight.dtype:
             return False
         if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
@@ -151,12 +151,10 @@ class BottleneckAdapter(nn.Module):
         return not (drops or hooked or self.depthwise is not None or is_autocast(h.device.type)) and is_dense(h)
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
-        """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1: the output is written once, and read before only as ``h``."""
-        up, shift = own("up.weight", False), own("up.bias", False)
+        """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1, with the output written in one pass."""
+        down, offset, up = own("down.weight", False), own("down.bias", False), with_bias(own, "up.weight", "up.bias")
         if self.scale is not None:
-            scale = own("scale", False)
-            up, shift = scale[:, :, None] * up, scale * shift
-        down, offset, up = own("down.weight", False), own("down.bias", False), torch.cat([up, shift[:, :, None]], 2)
+            up = own("scale", False)[:, :, None] * up
 
         def act(z: Tensor, axis: int) -> Tensor:
             z = F.dropout(self.activation(z), self.dropout, self.training)
@@ -181,14 +179,14 @@ class BottleneckAdapter(nn.Module):
 
     @staticmethod
     def _spread(own: Own, x: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor per sample as one per row of ``x``."""
+        """Repeat a tensor per sample to one per row of ``x``."""
         if own.samples == 1:
             return tensor.expand(len(x), *tensor.shape[1:])
         return tensor if own.samples == len(x) else tensor.repeat_interleave(len(x) // own.samples, 0)
 
     @property
     def is_bare(self) -> bool:
-        """Whether it computes h + W2·φ(W1·h + b1) + b2 and nothing else, in the mode that it is in."""
+        """Whether it computes only h + W2·φ(W1·h + b1) + b2 in its present mode."""
         drops = self.training and (self.dropout > 0 or self.drop_path > 0)
         return not drops and self.depthwise is None and self.scale is None
 

@@ -37,10 +37,10 @@ class CoLoRA(Method):
     and d·(⌊d/64⌋ + 9) of the branch (at least one channel).
 
     On the bottleneck block of a ResNet the two pointwise layers are W1 and W3, and a k×k convolution W2 is between
-    them. Channels of its output are other ones than those of its input, so W3ᵀ alone would lead from the block's output
-    to the wrong channels. What leads there, for features that change slowly over positions, is W̄2, the sum of its taps:
-    ΔW1 = s1·(W3·W̄2)ᵀ·B·A + B1·A1/σ1 and ΔW3 = s3·B·A·(W̄2·W1)ᵀ + B3·A3/σ3. W2 has an independent change of rank r_i,
-    and there is no depthwise convolution. Blocks of two k×k convolutions have no pointwise pair and are refused.
+    them. The channels of its output differ from those of its input, so W3ᵀ alone would map the block's output to the
+    wrong channels. For features that change slowly over positions, W̄2, the sum of its taps, maps between them: ΔW1 =
+    s1·(W3·W̄2)ᵀ·B·A + B1·A1/σ1 and ΔW3 = s3·B·A·(W̄2·W1)ᵀ + B3·A3/σ3. W2 has an independent change of rank r_i, and
+    there is no depthwise convolution. Blocks of two k×k convolutions have no pointwise pair and are refused.
 
     Without the branch (``branch=False``), and on ResNets, it merges exactly; the filter depends on its input.
 
@@ -124,7 +124,7 @@ def _kind(operator: Operator) -> str:
 
 
 class CorrelatedWeight(nn.Module):
-    """What changes the weight of one layer: B_i·A_i/σ_i, and its share of the block's common factor if it has one."""
+    """The change of one layer's weight: B_i·A_i/σ_i, and its share of the block's common factor if it has one."""
 
     role: ClassVar[str] = "weights"
     names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -198,7 +198,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def _frozen(layer: nn.Module) -> Tensor:
-    """The backbone's own weight of a layer, whichever task is meant."""
+    """The backbone's own weight of a layer, whichever task is active."""
     weight = layer._parameters["weight"]
     assert weight is not None
     return weight

@@ -41,7 +41,7 @@ class ConvAdapter(Method):
     By default W2 = b2 = 0: the network starts as it was, bit for bit. It is nonlinear and does not merge.
 
     Args:
-        gamma: γ, by how much the bottleneck is narrower.
+        gamma: γ, the factor by which the bottleneck is narrower.
         scheme: where it stands.
         init: ``zero``, or ``release`` for torch's own init of both convolutions, as the authors' code has it, with
             which the network does not start as it was.
@@ -204,7 +204,7 @@ class ConvAfter(ConvBottleneck):
 
 
 class BranchAdapter(ConvBottleneck):
-    """F(x) + Δ(x) at the end of a branch, with the x that the block's tap kept."""
+    """F(x) + Δ(x) at the end of a branch, with x as stored by the `Tap` of the block."""
 
     role: ClassVar[str] = "after"
 
@@ -227,13 +227,13 @@ class BranchAdapter(ConvBottleneck):
         return self._slot.take("a residual-parallel adapter", "its block's forward")
 
     def _stride(self, x: Tensor, h: Tensor) -> tuple[int, ...]:
-        """The stride of the branch, which may have some anywhere: what it made of the size says how much."""
+        """The stride of the whole branch, from the sizes of its input and output."""
         first = 2 if is_channels_first(self.layout) else 1
         return tuple(-(-x.shape[axis] // h.shape[axis]) for axis in range(first, first + rank_of(self.layout)))
 
 
 class Tap(nn.Module):
-    """Keeps what its host is called with until the branch's end asks for it."""
+    """Stores the input of its host for the end of the branch."""
 
     role: ClassVar[str] = "before"
 

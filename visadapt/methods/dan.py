@@ -28,8 +28,8 @@ class DAN(Method):
     Args:
         diagonal: scale each filter, rather than combine them.
         bits: None, or 2 to 8: D is rounded, row by row, to that many bits around zero, in every forward (gradients
-            pass through), so that what is trained is what is stored: packed integers and a scale per row. The paper
-            finds 8 and 6 bits to cost nothing. A state dict holds the rounded D as well.
+            pass through), so that the stored values, packed integers and a scale per row, are those that were trained.
+            The paper finds no loss at 8 and 6 bits. A state dict holds the rounded D as well.
         alpha: how much of the change acts: 1 the task's kernels, 0 the backbone's, a mixture between (the paper's
             switch α). `set_alpha` sets it afterwards.
 
@@ -92,7 +92,7 @@ class Controller(nn.Module):
         return self._changed(parameters, self.controller, self.bias)
 
     def rowwise(self, parameters: dict[str, Tensor], own: Own) -> dict[str, Tensor]:
-        """The same for each sample of a batch with tensors of its own."""
+        """The same for a batch whose samples have tensors of their own."""
         return self._changed(parameters, own("controller", False), None if self.bias is None else own("bias", False))
 
     def _changed(self, parameters: dict[str, Tensor], controller: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def rounded(d: Tensor, bits: int) -> Tensor:
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes as a string of bits, eight in a byte."""
+    """Codes as a string of bits, eight per byte."""
     whole = codes.flatten().to(torch.int64) + 2 ** (bits - 1) - 1
     flat = (whole[:, None] >> torch.arange(bits, device=codes.device) & 1).flatten()
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
@@ -160,7 +160,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
-    """The codes that `packed` made a string of."""
+    """The codes that `packed` packed."""
     flat = (stored.to(torch.int64)[:, None] >> torch.arange(8, device=stored.device) & 1).flatten()[: count * bits]
     whole = (flat.view(count, bits) << torch.arange(bits, device=stored.device)).sum(1)
     codes: Tensor = whole - (2 ** (bits - 1) - 1)

@@ -85,7 +85,7 @@ class DoRAWeight(nn.Module):
         return {"weight": self._changed(parameters["weight"], self.a, self.b, self.magnitude)}
 
     def rowwise(self, parameters: dict[str, Tensor], own: Own) -> dict[str, Tensor]:
-        """The same for each sample of a batch with tensors of its own."""
+        """The same for a batch whose samples have tensors of their own."""
         a, b, magnitude = (own(name, False) for name in ("a", "b", "magnitude"))
         return {"weight": self._changed(parameters["weight"], a, b, magnitude)} if "weight" in parameters else {}
 

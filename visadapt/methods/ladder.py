@@ -35,12 +35,12 @@ _POOLS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_a
 class Ladder(Method):
     """z_i = side_i(μ_i·D_i·h_i + (1 − μ_i)·z_(i−1)) (Sung et al. 2022, arXiv 2206.06522, §3.2).
 
-    h_i is the output of a block of the backbone, D_i: d_i → m, μ_i = σ(α_i/0.1), and z_1 = side_1(D_1·h_1). What leaves
-    the last block is h + U·z with U: m → d: the paper hands U·z on alone; with the sum, and U = 0, the network starts
-    as it was, bit for bit, and trains no worse a head than a linear probe's. Nothing before the last block's output
-    depends on what the task trains: no gradient goes back through the backbone, and one pass of it serves every task: a
-    list of tasks in `visadapt.using` and a batch of one image run the backbone once.
-    That is only so with frozen norms, which is the default here: ``norms=`` must be ``frozen``.
+    h_i is the output of a block of the backbone, D_i: d_i → m, μ_i = σ(α_i/0.1), and z_1 = side_1(D_1·h_1). The output
+    of the last block becomes h + U·z with U: m → d. In the paper it is U·z alone; with the sum, and U = 0, the network
+    starts as it was, bit for bit, and its head trains no worse than a linear probe. Nothing before the last block's
+    output depends on what the task trains: no gradient flows through the backbone, and one pass of it serves every
+    task: with a list of tasks in `visadapt.using` and a batch of one image, the backbone runs once. This needs frozen
+    norms, the default here: ``norms=`` must be ``frozen``.
 
     The paper's side blocks are Transformer layers of width m. Here they are z + P·GELU(M∗LN(z)): on series, maps and
     volumes M is a depthwise convolution of size 3 along every axis, on tokens a matrix m×m, and P a matrix m×m. Where
@@ -112,7 +112,7 @@ def _rank(layout: str) -> int:
 
 
 class Rung(nn.Module):
-    """D_i: watches the output of a block and keeps its projection until the side network asks for it."""
+    """D_i: stores the projection of a block's output for the side network."""
 
     role: ClassVar[str] = "watch"
 
@@ -152,7 +152,7 @@ class Rung(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """All side blocks, at the last block of the backbone that feeds them: h → h + U·z."""
+    """All side blocks, at the last block of the backbone that they read: h → h + U·z."""
 
     role: ClassVar[str] = "after"
 
@@ -196,7 +196,7 @@ class SideNetwork(nn.Module):
         raise VisadaptError("it is a network of its own beside the backbone")
 
     def rowwise(self, h: Tensor, own: Own) -> Tensor:
-        """The same for a batch whose rows have tensors of their own; this network's rungs have watched it."""
+        """The same for a batch whose rows have tensors of their own; the rungs have run before."""
         inputs = [*self._kept(), self.last.projected_rowwise(h, own.of("last"))]
         gate = None if self.alpha is None else torch.sigmoid(own("alpha") / _TEMPERATURE).t()
 

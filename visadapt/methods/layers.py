@@ -1,4 +1,4 @@
-"""What adapters are made of: pointwise projections in any layout, activations, dtype at the seam."""
+"""Building blocks of adapters: pointwise projections in any layout, activations, conversion of dtypes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pointwise(nn.Module):
     Args:
         inputs: channels in.
         outputs: channels out.
-        layout: of the tensors it will see.
+        layout: of its input and output.
         std: of the normal, truncated at two of them, that W is drawn from; 0 for zeros. The bias starts at zero.
         bias: whether there is one.
         stride: of the convolution, one for each axis of positions; 1 if None.
@@ -73,7 +73,7 @@ _UNDRAWN: ContextVar[bool] = ContextVar("visadapt_undrawn", default=False)
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Leave the values of what is built within undefined where they would be drawn: those of a file replace them."""
+    """Skip the random initialisation of modules built in this block; values from a file replace it."""
     token = _UNDRAWN.set(True)
     try:
         yield
@@ -81,13 +81,18 @@ def undrawn() -> Iterator[None]:
         _UNDRAWN.reset(token)
 
 
+def is_undrawn() -> bool:
+    """Whether initial values are left undefined here, as `undrawn` asks."""
+    return _UNDRAWN.get()
+
+
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, std: float) -> None:
     """Fill with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
 
-    Unlike rejection it takes one random number an element, and a fraction of the time.
+    Unlike rejection sampling it takes one random number per element, and a fraction of the time.
     """
-    if weight.is_meta or _UNDRAWN.get():
+    if weight.is_meta or is_undrawn():
         # torch has no kernels for this on the meta device, and interprets each operation in Python
         return
     bound = math.erf(2 / math.sqrt(2))
@@ -129,7 +134,7 @@ def is_output_hooked(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook, or a forward that the module alone was given, stands around what its class computes."""
+    """Whether a module has hooks, or a forward of its own."""
     around = is_output_hooked(module) or module._forward_pre_hooks or module_hooks._global_forward_pre_hooks
     return bool(around or "forward" in module.__dict__)
 
@@ -143,7 +148,7 @@ def is_recorded() -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether all elements stand together, with the channels of a map before its positions or behind them."""
+    """Whether all elements are contiguous, with the channels of a map before its positions or behind them."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 

@@ -26,8 +26,8 @@ class LoRA(Method):
     C_out × (C_in/groups)·k², and so is B·A: the groups share A, and r·(C_in/groups·k² + C_out) parameters are enough.
     B starts at zero and A drawn: the network starts as it was, bit for bit. It merges always.
 
-    By default at the 3×3 convolutions, and at the query and value projections of attention (where these are one linear
-    together with the key, at that).
+    By default at the 3×3 convolutions, and at the query and value projections of attention (or at the one linear that
+    computes query, key and value).
 
     Args:
         r: the rank, or a fraction of the site's channels in (0, 1).
@@ -82,7 +82,7 @@ class LoRAAdapter(nn.Module):
         if not self.operator.conv:
             z = F.linear(F.linear(z, self.a), self.b)
         else:
-            # N × groups·r: what the one A makes of each group
+            # N × groups·r: the one A applied to each group
             z = self.operator.apply(z, self.a.repeat(groups, *(1,) * (self.a.ndim - 1)), groups=groups)
             z = convolve(self.operator.rank, z, as_kernel(self.b, self.operator.rank), groups=groups)
         return (z * self.scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What every method is: a frozen dataclass that says what stands at a site."""
+"""The base class of methods: a frozen dataclass that defines what is put at a site."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Method:
     """WHAT is put at a site. A subclass is one file: its fields are its options, ``build`` makes its adapter.
 
     Attributes:
-        kinds: the kinds of site it goes to where ``where`` does not say; none if it stands at no site.
-        where: what ``where`` is if ``inject`` is not told; None for all sites of these kinds.
-        norms: what the norm policy is if ``inject`` is not told.
+        kinds: the default kinds of site; empty if it is put at no site.
+        where: the default of ``inject``'s ``where``; None for all sites of these kinds.
+        norms: the default norm policy.
 
     Examples:
         >>> method = visadapt.Parallel(rank=4)
@@ -58,32 +58,32 @@ class Method:
         """The adapter for one site, initialised, in fp32 (fp64 beside an fp64 backbone).
 
         Args:
-            site: where it will stand.
+            site: where it is put.
             host: the module there, to read shapes and initial values from; not to be changed.
 
         Returns:
             A module whose class may name its ``role`` at the host (see `visadapt.runtime.roles.role`).
 
         Raises:
-            VisadaptError: the method cannot stand at such a site.
+            VisadaptError: the method cannot be put at such a site.
         """
         raise VisadaptError(f"{type(self).__name__} puts nothing at {site.full_name}")
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         """Everything that the method puts into the backbone: pairs of a host's path and a part.
 
-        One adapter per site, unless a method stands at other places or at none.
+        One adapter per site, unless a method uses other places or none.
 
         Args:
-            backbone: what is known of the backbone, which is not to be changed.
-            sites: where ``where`` wants it.
-            task: what it will belong to; its policies for norms and head are decided.
+            backbone: facts about the backbone, which must not be changed.
+            sites: the sites that ``where`` chose.
+            task: the task that will own the parts; its policies for norms and head are decided.
         """
         for site in sites:
             yield site.host, self.build(site, backbone.modules[site.host])
 
     def check(self, backbone: Facts, sites: Sequence[Site]) -> None:
-        """What ``inject`` asks of the model beyond the sites, and ``load``, whose file has all it needs, does not.
+        """Check what ``inject`` needs from the model beyond the sites; ``load`` does not, as its file has all it needs.
 
         Raises:
             VisadaptError: the method cannot be put in.
@@ -93,7 +93,7 @@ class Method:
         """For methods without sites.
 
         Raises:
-            VisadaptError: ``where`` named some all the same.
+            VisadaptError: ``where`` named some.
         """
         if sites:
             raise VisadaptError(f"{type(self).__name__} adds nothing at sites: leave {option('where')} out")
@@ -109,16 +109,16 @@ class Method:
         return f"{type(self).__name__}({', '.join(told)})"
 
     def options(self) -> dict[str, Any]:
-        """Its fields by name, as a task file keeps them; those of `later` only with another value than default.
+        """Its fields by name, as a task file stores them; those of `later` only with another value than the default.
 
-        A file without them is one that earlier versions wrote, and can read.
+        Earlier versions can read a file without them.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {f.name: own[f.name] for f in fields(self) if "later" not in f.metadata or own[f.name] != f.default}
 
 
 def later(default: Any) -> Any:
-    """A field of a method that its first version did not have, with the default that makes it act as that one did."""
+    """A field that the first version of a method did not have, with the default that keeps its behaviour."""
     return field(default=default, metadata={"later": True})
 
 

@@ -1,4 +1,4 @@
-"""Mona: a bottleneck that sees neighbours through depthwise convolutions of three sizes."""
+"""Mona: a bottleneck with depthwise convolutions of three sizes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Mona(Method):
 
     M is the mean of depthwise 3×3, 5×5 and 7×7 convolutions. D: d → m, P: m → m and U: m → d act at every position, all
     with biases, γ = 10⁻⁶ and γx = 1 at the start: (2m + 5)·d + m² + 88m parameters per site on maps, of which the
-    paper's formula leaves out the 4m biases of P and of the depthwise convolutions, which the authors' code has. On
+    paper's formula omits the 4m biases of P and of the depthwise convolutions, which the authors' code has. On
     series and volumes the convolutions have one or three axes. The paper puts it after each addition of a Swin block;
-    here it stands as every bottleneck does, at the end of each residual branch, before the addition. It is nonlinear
+    here it is at the end of each residual branch, before the addition, as every bottleneck. It is nonlinear
     and does not merge.
 
-    Tokens are put back on their map for the convolutions: its size is what timm, torchvision or transformers records,
+    For the convolutions, tokens are arranged on their map, of the size that timm, torchvision or transformers records,
     or ``grid``. Class and register tokens have no neighbours and pass the convolutions unchanged; inside Swin's
     attention each window is a map.
 
     Args:
         m: width of the bottleneck, or a fraction of each site's channels in (0, 1).
         dropout: probability with which elements of GELU(·) are dropped while training.
-        init: ``zero`` for U = 0, where the network starts as it was, bit for bit; ``release`` for torch's own init of
-            all layers, as the authors' code has it, with which it does not.
+        init: ``zero`` for U = 0: the network starts as it was, bit for bit; ``release`` for torch's own init of all
+            layers, as in the authors' code: it does not.
         grid: height and width of the map that tokens were cut from, where no library records it; tokens that come
             before those of the map are the rest.
 
@@ -77,7 +77,7 @@ class Mona(Method):
                 grid = token_grid(backbone.modules, site)
                 if grid is None:
                     raise VisadaptError(
-                        f"Mona convolves over maps; {site.full_name} has tokens, and no map of them is recorded: say "
+                        f"Mona convolves over maps; {site.full_name} has tokens, and no map of them is recorded: pass "
                         "grid=(height, width) if they were cut from one"
                     )
             yield site.host, MonaAdapter(self, site, grid)

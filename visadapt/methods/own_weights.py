@@ -1,4 +1,4 @@
-"""Tasks with their own copies of the backbone's weights: what fine-tuning does, still switchable."""
+"""Tasks with their own copies of the backbone's weights: fine-tuning, with tasks that can still be switched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from visadapt.methods.policy import Policy
 class Full(Method):
     """Full fine-tuning: the task's own copy of every weight (the upper bound of Houlsby et al. 2019, 1902.00751, §3).
 
-    100 % of the backbone's parameters per task. The norms are the policy's: with ``norms="full"`` training is ordinary
+    100 % of the backbone's parameters per task. The norms follow the policy: with ``norms="full"`` training is ordinary
     fine-tuning, with ``frozen`` they stay the backbone's. The head is the task's, or with ``head="frozen"`` the
     backbone's.
 
@@ -133,7 +133,7 @@ class OwnWeights(nn.Module):
         return tuple(self._parameters)
 
     def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        # a replica of DataParallel's keeps its tensors as attributes
+        # a replica of DataParallel has its tensors as attributes
         own: dict[str, Any] = self._parameters or self.__dict__
         return {name: own[name] for name in parameters if name in own}
 
@@ -146,7 +146,7 @@ def own_weights(
     The head's are left out: they are the head policy's. Weights that are tied stay tied.
 
     Args:
-        backbone: what is known of it.
+        backbone: facts about it.
         task: whose own modules have their own weights already.
         root: path of the module in and below which the parameters are.
         wanted: whether a parameter is to be the task's, by its module's path and its name there.
@@ -187,5 +187,5 @@ def own_weights(
 
 
 def _copied(parameter: Tensor) -> Tensor:
-    # on the meta device where that is the default, as all that is built there
+    # on the meta device if that is the default, like all that is built there
     return parameter.detach().to("meta") if torch.get_default_device().type == "meta" else parameter.detach().clone()

@@ -29,12 +29,12 @@ class Parallel(Method):
     that is not grouped, at the centre tap of its kernel.
 
     By default the network starts as it was, bit for bit: A = 0, or γ = 0 with β drawn, and has a gradient at the
-    first step. The authors' code draws A (``init="he"``), which a finished network has to recover from.
+    first step. The authors' code draws A (``init="he"``), which changes a finished network until training repairs it.
 
     Args:
         rank: None for a full A; else r, or a fraction of the site's channels in (0, 1).
         factor_of: name of a task whose β at the same sites is shared: this task trains γ alone, r·C_in parameters.
-            The task's file keeps its copy of β, and so needs no other.
+            The task's file has its own copy of β and needs no other file.
         dropout: probability with which whole channels of the adapter's input are dropped while training (the
             authors: 0.5).
         init: ``zero``, or ``he`` for He-normal.
@@ -156,7 +156,7 @@ class ParallelAdapter(nn.Module):
         return self.beta.weight @ self.gamma.weight
 
     def as_kernel(self, host: nn.Module) -> dict[str, Tensor]:
-        """What the adapter adds to its host's weight.
+        """The kernel that the adapter adds to its host's weight.
 
         Raises:
             VisadaptError: the host is grouped, or its forward does more than apply its weight.

@@ -12,13 +12,13 @@ HEAD_POLICIES: tuple[str, ...] = get_args(HeadPolicy)
 
 
 class Policy(Protocol):
-    """What a method may ask of the task it builds parts for.
+    """What a method may read of the task that it builds parts for.
 
     Attributes:
         norms: one of ``NORM_POLICIES``.
         head: ``new``, ``copy`` or ``frozen``.
-        head_at: where the task's own head stands; None with a frozen head.
-        owned: paths of the modules instead of which the task has its own: its head and what it trains beside it.
+        head_at: where the task's own head is; None with a frozen head.
+        owned: paths of the modules that the task replaces by its own: its head and those of ``train_also``.
     """
 
     norms: str

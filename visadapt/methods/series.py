@@ -27,9 +27,9 @@ class Series(Method):
     network starts far from itself and trains badly.
 
     BN1 belongs to the task alone, whatever its policy for the backbone's norms: it normalises by its batch and keeps
-    running statistics while training, and uses these in eval mode; they are in the task's file. (It has nothing to
-    read them off before: with statistics that never move it would be a mere scale.) In eval mode the adapter is
-    linear, and merges.
+    running statistics while training, and uses these in eval mode; they are in the task's file. (The backbone has no
+    statistics for it: with statistics that never move it would be only a scale.) In eval mode the adapter is linear,
+    and merges.
 
     Args:
         norm: whether there is a BN1; without it v = u + A·u and C² parameters.

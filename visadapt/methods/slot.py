@@ -1,4 +1,4 @@
-"""Slots: a tensor on its way from one part of a task to another, within one forward."""
+"""Slots: pass a tensor from one part of a task to another, within one forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEPT = threading.local()
 
 
 class Slot:
-    """One tensor on its way, each thread's its own; a compiled graph takes an attribute."""
+    """One tensor per thread, in a thread-local; in a compiled graph, an attribute."""
 
     kept: Tensor | None = None
 
@@ -25,11 +25,11 @@ class Slot:
             _KEPT.__dict__[str(id(self))] = x
 
     def take(self, who: str, where: str) -> Tensor:
-        """Give it back and keep it no longer.
+        """Return the tensor and forget it.
 
         Args:
-            who: takes it, for the error.
-            where: it has to be called, for the error.
+            who: the part that takes it, for messages.
+            where: the forward that it has to be called in, for messages.
 
         Raises:
             VisadaptError: nothing was put.

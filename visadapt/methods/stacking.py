@@ -1,7 +1,7 @@
 """Stacking: the same small computation with other weights for every sample, as one batched operation.
 
-A part whose class has a method ``rowwise`` computes a whole batch of mixed tasks at once: its options are those of all
-tasks' parts there, and it asks for tensors by name, which it is given with one entry per row (`Own`).
+A part whose class has a method ``rowwise`` computes a whole batch of mixed tasks at once: all tasks' parts there have
+its options, and it gets tensors by name, with one entry per row (`Own`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Rows:
             self._rows[n] += range(i * repeat, (i + 1) * repeat)
         order = [row for group in self._rows for row in group]
         self.sizes = [len(group) for group in self._rows]
-        # a group whose rows stand together is a view
+        # contiguous rows of a group are a view
         self._starts = [g[0] if g[-1] - g[0] + 1 == len(g) else None for g in self._rows]
         self._order = None if order == sorted(order) else order
         self._is_each = number == tuple(range(len(number)))
@@ -49,10 +49,10 @@ class Rows:
             return torch.tensor(rows, device=self.device)
         found = self._indices.get(key)
         if found is None:
-            # a tensor made in inference mode could take no part in training later
+            # a tensor made in inference mode could not be used in training later
             with torch.inference_mode(False):
                 found = torch.tensor(rows, device=self.device)
-            if type(found) is Tensor:  # and not a tracer's stand-in
+            if type(found) is Tensor:  # not a tracer's proxy
                 self._indices[key] = found
         return found
 
@@ -108,7 +108,7 @@ def rows_for(number: tuple[int, ...], repeat: int, device: torch.device) -> Rows
 
 
 class Own(Protocol):
-    """The tensors of parts that are alike, as each row of a batch takes them.
+    """The tensors of parts with one profile, one entry per row of a batch.
 
     Attributes:
         samples: how many samples the batch has.
@@ -143,7 +143,7 @@ class Stacked:
         """One per part."""
         *path, last = name.split(".")
         modules = self._inside(path)
-        # not by getattr, which a module answers slowly: there may be thousands to ask
+        # not by getattr, which is slow on a module: there may be thousands
         held = modules[0].__dict__
         where = next((kind for kind in ("_parameters", "_buffers") if last in held[kind]), None)
         if where is None:
@@ -190,7 +190,7 @@ def pointwise(own: Own, x: Tensor, layout: str, bias: bool = True, matrix: str =
 
     Args:
         own: of a `visadapt.methods.layers.Pointwise`, a linear, a 1×1 convolution or another module with a matrix.
-        x: ``(N, C, …)`` or ``(N, …, C)`` with any number of axes of positions, none at all too.
+        x: ``(N, C, …)`` or ``(N, …, C)`` with any number of position axes, including none.
         layout: of ``x``.
         bias: whether there is one.
         matrix: the name of W, outputs × inputs.
@@ -234,6 +234,23 @@ def product(weight: Tensor, shift: Tensor | None, x: Tensor, layout: str, sample
     return y.view(*x.shape[:-1], -1)
 
 
+def with_bias(own: Own, matrix: str, vector: str) -> Tensor:
+    """A matrix per sample with a vector as one more column, ``(N, outputs, inputs + 1)``: the bias of another input 1.
+
+    Args:
+        own: of a part.
+        matrix: name of a tensor ``(outputs, inputs)``.
+        vector: name of a tensor ``(outputs,)``.
+    """
+    if not isinstance(own, Stacked) or own.rows.groups == 1 or torch.is_grad_enabled() or is_tracing():
+        return torch.cat([own(matrix, False), own(vector, False)[:, :, None]], 2)
+    # one copy of each matrix instead of two: side by side, which batched products take as they lie
+    columns = [vector[:, None] for vector in own.tensors(vector)]
+    pairs = list(zip(own.tensors(matrix), columns, strict=True))
+    beside = torch.cat([tensor for number in own.rows.number for tensor in pairs[number]], 1)
+    return beside.view(len(beside), own.samples, -1).transpose(0, 1)
+
+
 def in_groups(x: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
     """A convolution of maps ``(N, C, …)`` with each row's own kernel: the rows are groups of channels of one sample.
 
@@ -246,19 +263,19 @@ def in_groups(x: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A matrix and its bias in the dtype of ``x``; under autocast the operators choose theirs."""
+    """Convert a matrix and its bias to the dtype of ``x``; under autocast the operators choose their dtype."""
     if is_autocast(x.device.type):
         return weight, shift
     return weight.to(x.dtype), None if shift is None else shift.to(x.dtype)
 
 
 def shares_memory(x: Tensor) -> bool:
-    """Whether the rows of a tensor are one row in the memory of one."""
+    """Whether all rows of a tensor share the memory of one."""
     return x.ndim > 0 and len(x) > 1 and x.stride(0) == 0
 
 
 def is_spread(x: Tensor) -> bool:
-    """Whether one product may act on one row for all, as they are the same; a tracer's rows may differ later."""
+    """Whether one row can be computed for all, as they are the same; a tracer's rows may differ later."""
     return not is_tracing() and shares_memory(x)
 
 
@@ -279,11 +296,10 @@ def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
     plain = x.dtype == y.dtype and not is_autocast(x.device.type)
     if not (plain and is_channels_first(layout) and y.ndim > 2 and own.samples == len(x)):
         return y + pointwise(own, x, layout).to(y.dtype)
-    weight, shift = own("weight").to(x.dtype), own("bias").to(x.dtype)
-    flat = x.flatten(2)
+    weight, flat = with_bias(own, "weight", "bias").to(x.dtype), x.flatten(2)
     # the bias is the weight of one more input, which is one everywhere
     inputs = torch.cat([flat, flat.new_ones(()).expand(len(flat), 1, flat.shape[2])], 1)
-    return torch.baddbmm(y.flatten(2), torch.cat([weight, shift[:, :, None]], 2), inputs).view(y.shape)
+    return torch.baddbmm(y.flatten(2), weight, inputs).view(y.shape)
 
 
 def depthwise(own: Own, x: Tensor, padding: int = 1) -> Tensor:
@@ -303,7 +319,7 @@ def batch_norm(own: Callable[[str], Tensor | None], x: Tensor, eps: float) -> Te
     mean, var, weight, bias = (cast("Tensor", own(name)) for name in ("running_mean", "running_var", "weight", "bias"))
     wide = x if x.dtype == weight.dtype or is_autocast(x.device.type) else x.to(weight.dtype)
     if wide.is_contiguous():
-        # samples × channels as so many channels: the kernel that a task alone would use, and so its very bits
+        # samples × channels as channels: the kernel that a task alone would use, so results are bit-identical
         flat = wide.view(1, -1, *wide.shape[2:]) if wide.ndim > 2 else wide.view(1, -1)
         stats = (mean.flatten(), var.flatten(), weight.flatten(), bias.flatten())
         return F.batch_norm(flat, *stats, training=False, eps=eps).view_as(wide).to(x.dtype)
@@ -314,7 +330,7 @@ def batch_norm(own: Callable[[str], Tensor | None], x: Tensor, eps: float) -> Te
 
 
 def as_vector(vector: Tensor, x: Tensor, layout: str) -> Tensor:
-    """A vector ``(N, C)`` per row in a shape that multiplies the channels of ``x``."""
+    """Reshape a vector per row, ``(N, C)``, to multiply the channels of ``x``."""
     ones = [1] * (x.ndim - 2)
     return (
         vector.view(-1, vector.shape[-1], *ones)

@@ -72,8 +72,8 @@ class TSA(Method):
 
 def _before_head(backbone: Facts, head: Head | None) -> tuple[str, nn.Module]:
     if head is None:
-        raise VisadaptError(f"align=True: no head found in {backbone.name}, before which to align")
-    # a task's own head stands instead of the whole module, so the alignment comes before that, not inside
+        raise VisadaptError(f"align=True needs a head, and none was found in {backbone.name}")
+    # a task's own head replaces the whole module, so the alignment comes before it, not inside
     path = next((p for p in head.modules if inside(head.final, p)), head.final)
     first = next(m for m in backbone.modules[path].modules() if is_operator(m))
     operator = operator_of(first, path)
@@ -81,7 +81,7 @@ def _before_head(backbone: Facts, head: Head | None) -> tuple[str, nn.Module]:
 
 
 class Alignment(nn.Module):
-    """f → f + D·f, on what its host is called with."""
+    """f → f + D·f, on the input of its host."""
 
     role: ClassVar[str] = "before"
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from visadapt.arguments import takes
+from visadapt.data.file_requests import image_processor
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs, described, from_description, inputs_of
+from visadapt.data.processors import processor_of
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import registry_of
 
@@ -112,7 +115,8 @@ def noted_inputs(
     """
     description = notes.get("inputs")
     if description is None:
-        description = described(_of_backbone(model, task, name))
+        processor = partial(image_processor, online=online) if by_hand is None else processor_of
+        description = described(_of_backbone(model, task, name, processor))
     return from_description(description, backbone=by_hand, online=online)
 
 
@@ -122,8 +126,8 @@ def same_inputs(model: nn.Module, names: Sequence[str]) -> Preprocess | None:
     return first if all(other.inputs == first.inputs for other in others) else None
 
 
-def _of_backbone(model: nn.Module, task: str, name: str | None) -> Inputs:
-    inputs = inputs_of(model, name or type(model).__name__)
+def _of_backbone(model: nn.Module, task: str, name: str | None, processor: Callable[[str], Any]) -> Inputs:
+    inputs = inputs_of(model, name or type(model).__name__, processor=processor)
     if name is None and not isinstance(inputs, ImageInputs):
         raise VisadaptError(
             f"task {task!r} does not record its tokenizer: name the backbone, such as backbone='hf/bert-base-uncased'"

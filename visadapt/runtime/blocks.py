@@ -23,22 +23,22 @@ _NUMBERS = itertools.count()
 
 
 class Block:
-    """One choice of tasks, from where it is made to where it ends.
+    """One choice of tasks, from its begin to its end.
 
     Args:
-        tasks: what is meant: a name, None, or one per sample.
-        taken: the tasks of these names as they were then, each with its name.
+        tasks: the chosen tasks: a name, None, or one per sample.
+        taken: the `Task` of each name at that time.
         below: the block around this one.
-        owner: the frame of the generator that opened it, None if a function or coroutine did; or, of a forward that
-            captured it, the frame of its call.
-        captured: whether a forward opened it, to keep what was meant where it began.
+        owner: the frame of the generator that opened it, None if a function or coroutine did; if a forward captured
+            it, the frame of its call.
+        captured: whether a forward opened it, to keep the tasks that were chosen where it began.
         graph: the backward pass that it was opened in, −1 outside of one.
 
     Attributes:
         number: the order in which blocks were opened.
         waiting: blocks of generators that did not run here when this one was opened.
         opener: the thread that opened it.
-        threads: all threads at that time, of a block that others may start threads in.
+        threads: all threads at that time, for a block in which threads may be started.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Block:
 def generator_of(frame: FrameType | None) -> FrameType | None:
     """The frame of the generator whose code opened a block, None if it was a function's or coroutine's.
 
-    The generator of a ``contextlib.contextmanager`` waits while the code that it serves runs: that code is looked for.
+    The generator of a ``contextlib.contextmanager`` is suspended while its block runs: the code of the block counts.
 
     Args:
         frame: where the block is opened.
@@ -97,7 +97,7 @@ def frames(frame: FrameType | None = None) -> Iterator[FrameType]:
 
 
 def is_held_by(holder: threading.Thread | None, thread: threading.Thread) -> bool:
-    """Whether code that runs in one thread holds another in a variable, as one does that waits for what it started."""
+    """Whether code in one thread holds another thread in a variable, as code does that waits for one it started."""
     stack = None if holder is None else sys._current_frames().get(holder.ident or 0)
     return stack is not None and any(_holds(value, thread) for f in frames(stack) for value in _locals(f))
 
@@ -114,7 +114,7 @@ def _holds(value: Any, thread: threading.Thread) -> bool:
 
 
 def elsewhere(streams: tuple[Block, ...]) -> tuple[Block, ...]:
-    """Those blocks of generators that do not run in this thread."""
+    """The blocks of generators that do not run in this thread."""
     if not streams:
         return ()
     here = set(map(id, frames()))
@@ -122,12 +122,12 @@ def elsewhere(streams: tuple[Block, ...]) -> tuple[Block, ...]:
 
 
 def innermost(top: Block | None, streams: tuple[Block, ...], default: Any) -> Block | None:
-    """The block that counts, of a context's and those of the generators that run in it.
+    """The innermost block of a context and of the generators that run in it.
 
     Args:
         top: the context's innermost block.
         streams: blocks of generators.
-        default: what is meant without a block.
+        default: the tasks without a block.
 
     Raises:
         VisadaptError: there is none, but a generator of this thread waits inside one.

@@ -32,7 +32,7 @@ _REGISTRIES: weakref.WeakValueDictionary[int, Registry] = weakref.WeakValueDicti
 
 
 def named(registry: Registry, composition: Composition) -> Named:
-    """The tasks of batches to come, in eager mode or in a compiled graph."""
+    """Compose the tasks of the next batches, for eager mode or a compiled graph."""
     _REGISTRIES[registry._number] = registry
     tasks = Named.of(composition)
     with torch.inference_mode(False):
@@ -62,8 +62,8 @@ def _rows(
 ) -> Tensor:
     """A tensor of each row's task, ``(N, …)``, in the dtype and on the device of ``like``.
 
-    A row of the bare backbone has the host's own tensor of that name in a norm's or a head's place, else zeros. Tensors
-    shorter than ``shape`` are filled up by ``fill``.
+    A row of the bare backbone has the host's own tensor of that name for a norm or a head, else zeros. Tensors shorter
+    than ``shape`` are padded with ``fill``.
     """
     registry = _REGISTRIES[model]
     numbers = registry.by_number()
@@ -82,7 +82,7 @@ def _rows(
             *inside, last = name.split(".")
             for step in inside:
                 own = getattr(own, step)
-            # a head without a bias has one of zeros beside one that is filled up
+            # a head without a bias has zeros where another is padded
             own = own.weight.new_zeros(len(own.weight)) if fill and own.bias is None else getattr(own, last)
         if own is None:
             own = like.new_zeros(tuple(shape))
@@ -117,7 +117,7 @@ class Fetched:
 
 
 class RowCall:
-    """The rows of one tensor at one host: ``index`` repeated as the samples lie there."""
+    """Fetches the rows of one tensor at one host: ``index`` is repeated as the samples lie there."""
 
     def __init__(self, tasks: Named, parts: Parts, tensor: Tensor, fact: Fact | None) -> None:
         assert tasks.numbers is not None
@@ -139,14 +139,14 @@ class RowCall:
         return found.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else found
 
     def keep(self, changed: Tensor, out: Tensor, repeat: bool = True) -> Tensor:
-        """``changed``, but ``out`` in rows (or samples) of the bare backbone."""
+        """``changed``, with ``out`` in rows (or samples) of the bare backbone."""
         own = (self.index >= 0).to(out.device)
         own = own.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else own
         return torch.where(own.view(-1, *[1] * (changed.ndim - 1)), changed, out)
 
 
 def run_by_row(host: nn.Module, plain: type[nn.Module], parts: Parts, tasks: Named, args: Any, kwargs: Any) -> Any:
-    """A host's forward in a graph that does not depend on the composition; None where there cannot be such a graph.
+    """A host's forward in a graph that does not depend on the composition; None if no such graph is possible.
 
     Args:
         host: the module.

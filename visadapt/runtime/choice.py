@@ -1,11 +1,12 @@
-"""Which task is meant: chosen by ``activate`` or ``using``, captured where a forward begins, found again in backward.
+"""The active task: chosen by ``activate`` or ``using``, captured where a forward begins, found again in backward.
 
-``using`` opens a block of the running context (thread or async task). Three things that contexts do not do are done
-here. A generator shares the context of its caller, so a block opened in one counts only while the generator runs,
-whichever thread runs it. A thread starts with an empty context: one that was started inside a block has to choose for
-itself. And what gradient checkpointing computes again in backward, in whatever thread and block, belongs to the forward
-that it repeats: autograd numbers its nodes in the order of their creation, and a log says which task was meant from
-which number on.
+``using`` opens a block of the running context (thread or async task). Three cases need more than a context variable:
+
+* A generator shares the context of its caller: a block opened in one counts only while the generator runs, whichever
+  thread runs it.
+* A thread starts with an empty context: one that was started inside a block has to choose for itself.
+* What gradient checkpointing computes again in backward, in any thread and block, belongs to the forward that it
+  repeats: autograd numbers its nodes in the order of their creation, and a log holds the task from each number on.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from visadapt.runtime.node_log import Log, Logs, now
 from visadapt.runtime.reservation import Reservation
 
 AUTO = "auto"
-"""In a task's place: let the decider choose for each sample."""
+"""Instead of a task's name: the decider chooses for each sample."""
 
 _NUMBERS = itertools.count()
 
 _TRACED: list[tuple[int, Any]] = []
-"""What is meant within a forward that dynamo traces, which cannot set a context variable; no other code looks at it."""
+"""The task within a forward that dynamo traces, which cannot set a context variable; no other code reads it."""
 
 
 class Choices(TasksInUse):
     """The choices of tasks for one model. A copy of it (by ``deepcopy`` or pickle) starts with ``active`` only.
 
     Attributes:
-        lock: held by whoever adds or removes tasks, or copies the model.
+        lock: held while tasks are added or removed, and while the model is copied.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,7 @@ class Choices(TasksInUse):
 
     @property
     def active(self) -> Any:
-        """What threads without a choice of their own mean."""
+        """The task of threads without a choice of their own."""
         return self._default.tasks
 
     def blocks(self) -> tuple[Block | None, ...]:
@@ -82,7 +83,7 @@ class Choices(TasksInUse):
         return self._default, own, self._held, tuple(self._open), [block.number for block in self._streams]
 
     def current(self) -> Any:
-        """The task meant here and now: that of the innermost block, else what ``activate`` chose.
+        """The active task of this thread: that of the innermost block, else what ``activate`` chose.
 
         Raises:
             VisadaptError: it cannot be known whose block it is.
@@ -92,7 +93,7 @@ class Choices(TasksInUse):
         return self._meant().tasks
 
     def acting(self) -> Any:
-        """The task of a forward that happens here and now.
+        """The task of a forward that runs now in this thread.
 
         Raises:
             VisadaptError: as `current`; or it repeats a forward in backward, and it cannot be known which.
@@ -102,7 +103,7 @@ class Choices(TasksInUse):
         return self._acting().tasks
 
     def may_be_divided(self) -> bool:
-        """Whether several tasks may be meant, so that `acting` has to be asked."""
+        """Whether several tasks may be active, so that `acting` has to be called."""
         block = (BLOCKS.get() or {}).get(self._number)
         tasks = (self._held or self._default if block is None else block).tasks
         return bool(self._streams) or (block is not None and block.closed) or isinstance(tasks, tuple) or tasks == AUTO
@@ -110,8 +111,8 @@ class Choices(TasksInUse):
     def check_current(self) -> None:
         """Refuse a task that was removed since it was chosen.
 
-        Called where the task that is meant has no part in a module. What happens within a forward of the whole model is
-        checked at its end.
+        Called where the active task has no part in a module. Within a forward of the whole model, the check comes at
+        its end.
 
         Raises:
             VisadaptError: it was removed.
@@ -134,7 +135,7 @@ class Choices(TasksInUse):
                 raise _removed(name)
 
     def in_use(self) -> Any:
-        """The task meant here and now, checked.
+        """The active task of this thread, checked.
 
         Raises:
             VisadaptError: as `current`; or it was removed.
@@ -153,7 +154,7 @@ class Choices(TasksInUse):
         self._note_choice()
 
     def introduce(self, task: str) -> None:
-        """Choose a new task for this thread, and for all others if none of them relies on another."""
+        """Activate a new task in this thread, and in all others if none of them relies on another task."""
         block = Block(task, self._taken(task))
         here = threading.current_thread()
         self._relying.add(here)
@@ -175,11 +176,11 @@ class Choices(TasksInUse):
 
     @contextlib.contextmanager
     def only(self, tasks: Any, owner: FrameType | None = None) -> Iterator[None]:
-        """Have these tasks meant by what runs within, as the user says.
+        """Make these tasks active in a block of the user's.
 
         Args:
             tasks: a name, None, or one per sample.
-            owner: the frame of the generator in which that is, if it is in one.
+            owner: the frame of the generator that opens the block, if one does.
         """
         self._drop_stale()
         block = Block(tasks, self._taken(tasks), self._top(), owner, graph=torch._C._current_graph_task_id())
@@ -200,7 +201,7 @@ class Choices(TasksInUse):
 
     @contextlib.contextmanager
     def within(self, tasks: Any) -> Iterator[None]:
-        """Have these tasks meant by a part of a forward, which ends where it began."""
+        """Make these tasks active in a part of a forward."""
         if torch.compiler.is_dynamo_compiling():
             _TRACED.append((self._number, tasks))
             try:
@@ -221,7 +222,7 @@ class Choices(TasksInUse):
                 self._note_choice()
 
     def begin(self, call: FrameType) -> Block:
-        """Capture what is meant, where a forward of the whole model begins.
+        """Capture the active task, where a forward of the whole model begins.
 
         Args:
             call: the frame of its call.
@@ -241,13 +242,13 @@ class Choices(TasksInUse):
         return block
 
     def finish(self, caller: FrameType) -> Block | None:
-        """Let go of what was captured, where the forward ends.
+        """Release the captured task, where the forward ends.
 
         Args:
             caller: the frame of its call, or the one around that if it raised an exception.
 
         Returns:
-            What was captured; None if the forward did not even begin.
+            The captured block; None if the forward did not begin.
         """
         block = self._top()
         if block is None or block.owner is None or caller not in (block.owner, block.owner.f_back):
@@ -258,7 +259,7 @@ class Choices(TasksInUse):
         return block
 
     def _drop_stale(self) -> None:
-        """Forget what was captured by a forward that was interrupted and so never came to its end."""
+        """Forget what was captured by a forward that was interrupted before its end."""
         block = top = self._top()
         while block is not None and block.captured and block.owner is not None and block.owner not in set(frames()):
             block = block.below
@@ -266,7 +267,7 @@ class Choices(TasksInUse):
             self._set(block)
 
     def held(self) -> Choices:
-        """The same model's choices where what is meant here and now is meant for ever: those of a replica of it."""
+        """The choices of a replica of the model, whose task stays the one that is active here and now."""
         twin = type(self).__new__(type(self))
         twin.__dict__ = {**self.__dict__, "_held": self._meant()}
         return twin
@@ -330,7 +331,7 @@ class Choices(TasksInUse):
             # left by a forward that was interrupted
             top = top.below
         if top is block:
-            # not closed: an async task that was made within goes on with it
+            # not closed: an async task that was started in it still uses it
             top = block.below
         else:
             block.closed = True
@@ -340,7 +341,7 @@ class Choices(TasksInUse):
         self._note_choice()
 
     def _meant(self) -> Block:
-        """The block of what is meant here and now."""
+        """The innermost block of this thread."""
         block = self._top()
         while block is not None and block.closed:
             # left before a block inside it was
@@ -369,7 +370,7 @@ class Choices(TasksInUse):
         return default
 
     def _note(self, tasks: Any) -> Log:
-        """Write to this thread's log that these tasks are meant from here on."""
+        """Write to this thread's log that these tasks are active from here on."""
         log = self._log()
         if torch._C._current_graph_task_id() == -1:
             log.seen = now()

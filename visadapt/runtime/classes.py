@@ -19,17 +19,16 @@ def _never_trains(module: nn.Module) -> bool:
 
 
 def _set_training(module: nn.Module, mode: bool) -> None:
-    # remembered, so that an ejected module is in the mode that its parent was last put into
+    # kept, so that an ejected module is in the mode that its parent was last set to
     module.__dict__["training"] = mode
 
 
 @cached
 def frozen_class(plain: ModuleClass) -> ModuleClass:
-    """A subclass that is always in eval mode, whatever ``.train()`` a parent calls: its statistics stand still.
+    """A subclass that is always in eval mode, even if a parent's ``.train()`` is called: its statistics are constant.
 
-    What is done to the statistics of all norms of a model (``update_bn``, Lightning's weight averaging: they are reset,
-    then collected again) passes by these. A BatchNorm without statistics uses its batch's in every mode: nothing of it
-    moves.
+    Code that resets the statistics of all norms of a model and collects them again (``update_bn``, Lightning's weight
+    averaging) does not change these. A BatchNorm without statistics uses those of its batch in every mode.
     """
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -77,7 +76,7 @@ def _reset_nothing(norm: nn.Module) -> None:
 
 
 def _count(norm: nn.Module) -> Any:
-    # a copy: whoever resets it by ``*=`` does not reach the backbone's
+    # a copy: resetting it in place by ``*=`` does not change the backbone's
     if "num_batches_tracked" not in norm._buffers:
         raise AttributeError("num_batches_tracked")
     own = norm._buffers["num_batches_tracked"]
@@ -97,7 +96,7 @@ def _like(other: Tensor) -> Callable[[Tensor], Tensor]:
 
 @cached
 def widened_class(plain: ModuleClass) -> ModuleClass:
-    """A norm or head in fp32 in a half-precision network: it computes in fp32 and answers in its input's dtype."""
+    """A norm or head in fp32 in a half-precision network: it computes in fp32 and returns its input's dtype."""
 
     def forward(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Mapping | Sequence):

@@ -1,4 +1,4 @@
-"""Compositions: which sample is of which task, and which tasks act alike, worked out once for all hosts.
+"""Compositions: which sample is of which task, and which tasks act alike, computed once for all hosts.
 
 Samples of tasks whose parts are alike form a cluster; at each host one batched product acts for a cluster.
 """
@@ -19,7 +19,7 @@ class Cluster:
     """The samples of a batch whose tasks' parts act alike.
 
     Attributes:
-        profile: of how they act; None of the bare backbone.
+        profile: how they act; None for the bare backbone.
         names: of the tasks.
         number: which of them each sample of the cluster is of.
         samples: of the batch, by task.
@@ -62,7 +62,7 @@ class Composition:
         self.training = bool(registry.facts.model.__dict__["training"])
 
     def of(self, samples: Sequence[int]) -> Composition:
-        """That of some samples of the batch."""
+        """The composition of some samples of the batch."""
         return Composition(self._registry, [self.tasks[i] for i in samples], self._held)
 
     def all_roles(self) -> dict[str, frozenset[str]]:

@@ -19,7 +19,7 @@ _READERS: dict[ModuleClass, tuple[str, ...]] = {
     nn.ModuleList: ("__iter__", "__len__", "__getitem__"),
     nn.ModuleDict: ("__iter__", "__len__", "__contains__", "keys", "values", "items"),
 }
-"""By which methods torch's containers are read."""
+"""The methods by which torch's containers are read."""
 
 _LISTERS = {"children", "named_children", "modules", "named_modules", "_modules"}
 
@@ -34,7 +34,7 @@ def container_members(plain: ModuleClass) -> dict[str, Any]:
 
 def _reader(plain: ModuleClass, name: str) -> Callable[..., Any]:
     if name == "__iter__" and not issubclass(plain, nn.ModuleDict):
-        # what a compiler meets in a forward is kept simple
+        # simple, since torch.compile traces it in a forward
         return lambda self: (child for key, child in self._modules.items() if key != CHILD)
     if name == "__len__":
         return lambda self: sum(key != CHILD for key in self._modules)
@@ -57,7 +57,7 @@ def _own_children(host: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def lists_children(plain: ModuleClass) -> bool:
-    """Whether the code of a class, torch's own containers aside, names what lists a module's children."""
+    """Whether the code of a class, except torch's own containers, names an attribute that lists a module's children."""
     functions = [
         function
         for cls in plain.__mro__
@@ -76,7 +76,7 @@ def _names(code: Any) -> set[str]:
 def listing_class(plain: ModuleClass) -> ModuleClass:
     """A subclass that lists no parts among its children while its own forward runs.
 
-    To all others (``.to()``, ``state_dict``, FSDP) they are a child like any other.
+    For everything else (``.to()``, ``state_dict``, FSDP) they are an ordinary child.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_
 from visadapt.backbone.norms import affine_of, is_frozen_norm
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
+from visadapt.methods.layers import is_undrawn
 from visadapt.runtime.classes import frozen_class, widened_class
 
 
@@ -38,7 +39,7 @@ def build_head(facts: Facts, head: Head, num_classes: int | None) -> dict[str, n
         memo = {id(facts.modules[p]): layer for p, layer in fresh.items()}
         made[path] = own_module(facts, path, memo)
         if fresh:
-            _tell_width(facts, path, made[path], head.classes(facts.modules), num_classes or 0)
+            _set_width(facts, path, made[path], head.classes(facts.modules), num_classes or 0)
     return made
 
 
@@ -48,7 +49,7 @@ def own_module(facts: Facts, path: str, memo: dict[int, nn.Module] | None = None
     Args:
         facts: of the backbone.
         path: of the module.
-        memo: modules to put in the place of others inside it, by the ``id`` of the others.
+        memo: modules that replace others inside it, by the ``id`` of the others.
     """
     own = facts.modules[path]
     module = (memo or {}).get(id(own)) or plain_copy(own, memo)
@@ -59,8 +60,8 @@ def own_module(facts: Facts, path: str, memo: dict[int, nn.Module] | None = None
     return module
 
 
-def _tell_width(facts: Facts, path: str, module: nn.Module, old: int | None, new: int) -> None:
-    """Write the number of classes where a head's forward folds its outputs by it (torchvision's detectors)."""
+def _set_width(facts: Facts, path: str, module: nn.Module, old: int | None, new: int) -> None:
+    """Set the number of classes in a head whose forward reshapes its outputs by it (torchvision's detectors)."""
     for inner, own in facts.modules.items() if old is not None else ():
         counts = [name for name in CLASS_COUNTS if own.__dict__.get(name) == old]
         if counts and within(inner, [path]):
@@ -69,11 +70,14 @@ def _tell_width(facts: Facts, path: str, module: nn.Module, old: int | None, new
 
 
 def _renewed(old: nn.Module, final: Final, num_classes: int, facts: Facts) -> nn.Module:
-    """A new layer of the width that so many classes need, with its library's initial values."""
+    """A new layer of the width for ``num_classes``, with its library's initial values."""
     weight = cast("nn.Parameter", old.weight)
     options: dict[str, Any] = {"bias": old.bias is not None, "device": weight.device, "dtype": facts.dtype}
     width = final.width(num_classes)
     fresh: nn.Module
+    if isinstance(old, nn.Linear) and is_undrawn():
+        empty = nn.utils.skip_init(nn.Linear, old.in_features, width, **options)  # type: ignore[no-untyped-call]
+        return cast("nn.Module", empty)
     if isinstance(old, nn.Linear):
         fresh = nn.Linear(old.in_features, width, **options)
     else:
@@ -105,7 +109,7 @@ def own_copy(norm: nn.Module, full: bool) -> nn.Module:
     if full and is_frozen_norm(norm):
         raise VisadaptError(
             f"norms='full' gives a task statistics that move in train mode, and those of a {plain.__name__} never do: "
-            "say norms='affine' or 'frozen'"
+            "pass norms='affine' or 'frozen'"
         )
     weight = next(iter(affine.values()))
     low = weight.dtype in (torch.float16, torch.bfloat16)
@@ -136,7 +140,7 @@ def own_copy(norm: nn.Module, full: bool) -> nn.Module:
         clone._non_persistent_buffers_set.update(clone._buffers)
         if is_stateful(norm):
             if not isinstance(norm, _InstanceNorm):
-                # which would normalise by its input's own statistics then, in eval mode too
+                # otherwise it would normalise by its input's own statistics, in eval mode too
                 clone.__dict__["track_running_stats"] = False
             clone.__class__ = frozen_class(cls)
     return clone

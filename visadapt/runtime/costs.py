@@ -29,7 +29,7 @@ class TaskSummary:
         fraction: adapters, norms and ``also``, over the backbone without its head.
         bytes: of all its tensors.
         also: parameters of its copies of further modules (``train_also``).
-        metrics: what it scored when it was trained, where its notes say so.
+        metrics: its scores after training, if its notes hold them.
     """
 
     task: str

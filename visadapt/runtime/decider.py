@@ -1,7 +1,7 @@
 """The task decider: a small classifier on the frozen backbone's features that picks the task of an unlabelled input.
 
-Rosenfeld & Tsotsos 2018 (arXiv 1705.04228) train a network to tell from which data set an image comes; here it is one
-linear layer on the features that the bare backbone gives its head, since the backbone is in memory anyway.
+Rosenfeld & Tsotsos 2018 (arXiv 1705.04228) train a network to recognise the data set of an image; here it is one linear
+layer on the features that the bare backbone gives its head, since the backbone is in memory anyway.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
+from visadapt.reading import check_file
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.twins import bare_twin
 from visadapt.tensor_file import read_described, write_described
@@ -34,7 +35,7 @@ KIND = "visadapt_decider"
 
 
 _HEARD: ContextVar[list[Tensor] | None] = ContextVar("visadapt_heard", default=None)
-"""What the head was given, in the forward of this thread."""
+"""The input of the head, in the forward of this thread."""
 
 
 class Decider(nn.Module):
@@ -54,7 +55,7 @@ class Decider(nn.Module):
         self.tasks = tasks
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        # it starts at zero: no random numbers of the caller's are drawn for it
+        # it starts at zero: the caller's random state does not change
         self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, len(mean), len(tasks), device=mean.device)  # type: ignore
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -89,14 +90,14 @@ def _on(decider: Decider, device: torch.device) -> Decider:
 
 @torch.no_grad()
 def features(model: nn.Module, inputs: Any) -> Tensor:
-    """What the bare backbone gives its head, ``(N, D)``: the mean over positions where that is a map or sequence.
+    """The features that the bare backbone gives its head, ``(N, D)``: the mean over positions of a map or sequence.
 
     Args:
         model: an injected model whose head visadapt finds.
         inputs: a batch as the model takes it: a tensor, a tuple or a dict.
 
     Raises:
-        VisadaptError: the model has no head to listen at.
+        VisadaptError: the model has no head that is found.
     """
     backbone = unwrapped(model)
     head = facts_of(model).head
@@ -113,12 +114,12 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _listener(model: nn.Module, facts: Facts) -> nn.Module:
-    """A copy of the bare backbone, made once: what runs in it meets no task, no mode and no hook of the model's."""
+    """A copy of the bare backbone, made once: without the tasks, modes and hooks of the model."""
     registry = find_registry(model)
     if registry is not None and registry.listener is not None and registry.listener[0] is facts:
         return registry.listener[1]  # type: ignore[no-any-return]
     twin = bare_twin(model)
-    # the first of the head's modules: what it gets, nothing of the head has touched
+    # the first of the head's modules: its input is the features
     twin.get_submodule(facts.head_modules[0]).register_forward_pre_hook(_hear)
     if registry is not None:
         registry.listener = (facts, twin)
@@ -171,7 +172,7 @@ def fit_decider(
     x, y = torch.cat(sets), torch.cat([torch.full((len(s),), i, device=s.device) for i, s in enumerate(sets)])
     decider = Decider(names, x.mean(0), x.std(0).clamp_min(1e-6))
     optimiser = torch.optim.LBFGS(decider.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-    # every task counts the same, however many samples it brought
+    # every task has the same weight, whatever its number of samples
     weight = torch.stack([(len(x) / len(names)) / (y == i).sum() for i in range(len(names))])
 
     def loss() -> Tensor:
@@ -187,7 +188,7 @@ def fit_decider(
 
 
 def decide(model: nn.Module, inputs: Any) -> list[str]:
-    """The task of each sample, as the model's decider sees it.
+    """Choose the task of each sample by the model's decider.
 
     Args:
         model: an injected model with a decider.
@@ -286,8 +287,7 @@ def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     Raises:
         VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"path must be a decider's file, got the folder {path}")
+    check_file(path, "path", "a decider's file")
     if not os.path.isfile(path):
         raise VisadaptError(f"no file {path}")
     try:
@@ -318,7 +318,7 @@ def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
 
 
 def _check(tasks: tuple[str, ...], tensors: Mapping[str, Tensor], width: int | None) -> None:
-    """Refuse tensors that are not a decider's between these tasks, on features of this width (None: unknown)."""
+    """Refuse tensors that do not make a decider for these tasks, on features of this width (None: unknown)."""
     if len(tasks) < 2 or len(set(tasks)) < len(tasks):
         raise VisadaptError(f"it must choose between two tasks or more, got {', '.join(tasks)}")
     wide = tensors["mean"].numel() if "mean" in tensors else 0

@@ -91,7 +91,7 @@ def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, k
         return own(module, *args, **kwargs)
 
     entry = Entry(path, name)
-    # gradient checkpointing counts what is saved, so nothing may run twice under its hooks
+    # gradient checkpointing counts the saved tensors, so nothing may run twice under its hooks
     if entry not in registry.facts.entries and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         try:
             with trying(registry):
@@ -136,8 +136,8 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
 
 
 READS_CONTEXT = torch.__version__ >= "2.14"
-"""Whether the compiler reads in a graph which task is meant. Where it cannot, its graphs are torn at every host, where
-a batch's composition is no longer known, and a mixed batch is not compiled."""
+"""Whether ``torch.compile`` can read the active task in a graph. If not, its graphs break at every host, where the
+composition of a batch is no longer known, and a mixed batch is not compiled."""
 
 _uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
 
@@ -150,7 +150,7 @@ def enter_by(
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Run a batch of mixed tasks that enters elsewhere than at the model's forward.
+    """Run a batch of mixed tasks by another entry than the model's forward.
 
     Args:
         registry: the model's registry.

@@ -1,7 +1,7 @@
 """Forwards that belong to one module, not to its class: accelerate's hooks, patched attention, autocast wrappers.
 
-Such a forward is an attribute of the module, which Python finds before any class's. A host keeps it elsewhere and
-calls it as its own forward, so that a task's parts act around it, whether it came before the parts or after them.
+Such a forward is an attribute of the module, which Python finds before that of any class. A host stores it elsewhere
+and calls it as its own forward, so that a task's parts act around it, whether it was set before the parts or later.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def given_class(plain: ModuleClass) -> ModuleClass:
 
 
 def count_given(cls: ModuleClass) -> int:
-    """How many forwards given to a module of this class are called one around the other."""
+    """Number of nested forwards that a module of this class was given."""
     return sum(is_made_by(make, (given_class,)) for make in made_by(cls))
 
 
 def forward_of(module: nn.Module) -> Any:
-    """The forward that a module was given beside its class's, or None."""
+    """The forward that was assigned to a module itself, or None."""
     given = module.__dict__.get(FORWARDS)
     return given[-1] if given else module.__dict__.get("forward")
 
 
 def check_loaded(modules: dict[str, nn.Module]) -> None:
-    """Refuse a backbone whose weights are elsewhere until a forward of a module's own fetches them.
+    """Refuse a backbone whose weights are offloaded until a module's own forward fetches them.
 
     Raises:
         VisadaptError: a module's weights are offloaded.
@@ -65,7 +65,7 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
         path: of the original, for the message.
 
     Raises:
-        VisadaptError: such a forward is a function that keeps hold of the original, which no copy can change.
+        VisadaptError: such a forward is a function that refers to the original, which a copy cannot change.
     """
     originals = own_modules(original)
     for name, inner in part.named_modules():
@@ -83,7 +83,7 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
 
 
 def _holds(function: Any, modules: Collection[nn.Module]) -> bool:
-    """Whether a function refers to one of these modules by what it is bound to or closes over."""
+    """Whether a function is bound to one of these modules or closes over one."""
 
     def any_of(values: Iterable[Any]) -> bool:
         return any((isinstance(v, nn.Module) and v in modules) or _holds(v, modules) for v in values)

@@ -1,7 +1,7 @@
-"""Generation for batches of mixed tasks, by transformers' ``generate``: one task per prompt, whatever the beams.
+"""Generation for batches of mixed tasks, by transformers' ``generate``: one task per prompt, with any number of beams.
 
-``generate`` says itself how the rows of its forwards follow from its prompts: it encodes them in one place, and repeats
-them for beams and return sequences in another. A whole model's class overrides these two.
+The rows of its forwards follow from two methods: one encodes the prompts, another repeats them for beams and return
+sequences. The class of a whole model overrides both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Generation:
             )
 
     def divided(self) -> tuple[list[str | None], Division]:
-        """The tasks, each once, and which prompt is whose."""
+        """The distinct tasks, and the prompts of each."""
         distinct, number, prompts = grouped(self.tasks)
         return distinct, Division(number, type(self.model).__name__, prompts)
 
@@ -83,7 +83,7 @@ def generating_class(plain: ModuleClass) -> ModuleClass:
             with running.stack:
                 return kind.generate(self, *args, **kwargs)
         except CacheError:
-            pass  # its forwards run one task at a time, which cannot share a cache: so does all of it
+            pass  # its forwards run one task at a time, and tasks cannot share a cache: generate one task at a time
         finally:
             _RUNNING.reset(token)
         return _one_by_one(running, kind.generate, args, kwargs)
@@ -132,7 +132,7 @@ def _encoding(plain: ModuleClass, name: str) -> Callable[..., Any]:
 
 
 def _first_axis(given: Any) -> Mapping[Key, Fact | Axis]:
-    """Samples lie along the first axis of all that ``generate`` is given, which it repeats there for its beams."""
+    """Samples lie along the first axis of all inputs of ``generate``, where it repeats them for beams."""
     return {key: 0 for key, leaf in leaves(given) if isinstance(leaf, Tensor) and leaf.ndim}
 
 
@@ -140,7 +140,7 @@ def _one_by_one(running: _Generation, generate: Any, args: Any, kwargs: Any) -> 
     """Generate for one task at a time; shorter sequences are padded as ``generate`` pads them.
 
     Raises:
-        VisadaptError: more than the sequences is asked for.
+        VisadaptError: the call asks for more than the sequences.
     """
     distinct, division = running.divided()
     outs: list[Tensor] = []
@@ -165,7 +165,7 @@ def _one_by_one(running: _Generation, generate: Any, args: Any, kwargs: Any) -> 
 
 
 def _pad(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
-    """What ``generate`` writes behind a sequence that has ended."""
+    """The token that ``generate`` writes after the end of a sequence."""
     configs = [
         config for config in (kwargs.get("generation_config"), getattr(model, "generation_config", None)) if config
     ]

@@ -46,7 +46,7 @@ def _config(self: nn.Module) -> Any:
     if not isinstance(task, tuple):
         return registry.configs.get(task, own)
     if torch.compiler.is_dynamo_compiling() and isinstance(task, Named) and task.config is not None:
-        # looked up before, so that the graph does not depend on the tasks' names
+        # looked up before, so that a graph does not depend on the tasks' names
         return task.config
     return mixed_config(registry, task, own)
 
@@ -57,12 +57,12 @@ def mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) ->
     configs = [own if task is None else registry.configs.get(task, own) for task in distinct]
     widths = {config.num_labels for config in configs}
     problem = _problem({_kind(config) for config in configs}, widths)
-    # a kind of loss that follows from the first labels is not that of other tasks
+    # a kind of loss inferred from the first labels does not hold for other tasks
     key = (max(widths), problem, distinct if problem is None else ())
     if key not in registry.configs:
         if problem is None:
             _forget_open(registry)
-        # not a deep copy, which takes as long as a small network's forward: what is set below is replaced, not changed
+        # not a deep copy, which takes as long as a small network's forward: the values below are replaced, not changed
         config = copy.copy(own)
         config.num_labels = key[0]
         if problem == UNDECIDED:
@@ -75,7 +75,7 @@ def mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) ->
 
 
 UNDECIDED = "undecided"
-"""In the place of a kind of loss: the tasks of a batch have several."""
+"""Instead of a kind of loss: the tasks of a batch have several."""
 
 
 def _kind(config: Any) -> str | None:
@@ -92,7 +92,7 @@ def _problem(kinds: set[str | None], widths: set[int]) -> str | None:
     if kinds == {None} and len(widths) == 1:
         return None
     if kinds <= {None, single}:
-        # heads of different widths are padded with −inf, which only a softmax forgives
+        # heads of different widths are padded with −inf, which only a softmax ignores
         return single
     return next(iter(kinds)) if len(kinds) == len(widths) == 1 else UNDECIDED
 
@@ -106,7 +106,7 @@ def _forget_open(registry: Registry) -> None:
 
 @cache
 def _undecided(plain: Any) -> type:
-    """A config's class that refuses to say which loss to compute."""
+    """A subclass of a config that refuses to name a loss."""
 
     def refuse(self: Any) -> Any:
         raise VisadaptError(
@@ -135,7 +135,7 @@ def labelled_class(plain: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose ``config`` and ``num_labels`` are those of the active task."""
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # the head that is saved under its own name is the backbone's, and so must be the config beside it
+        # the head saved under its own name is the backbone's, so the config beside it must be too
         with registry_of(self).only(None):
             return plain.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
 

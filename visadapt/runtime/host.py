@@ -1,7 +1,7 @@
-"""Hosts: how a module of the backbone carries the parts of many tasks without ceasing to be itself.
+"""Hosts: modules of the backbone that carry the parts of many tasks and keep their identity.
 
 A host keeps its parameters, its hooks and its place in the model; only its ``__class__`` is swapped for a cached
-subclass of the same name, whose ``forward`` asks which task is meant and lets that task's parts act. The parts live in
+subclass of the same name, whose ``forward`` looks up the active task and lets that task's parts act. The parts live in
 a child of the host named ``visadapt``, so ``.to()``, ``state_dict`` and ``deepcopy`` treat them like everything else.
 """
 
@@ -45,15 +45,15 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         plain: the host's class.
         owned: names of the host's parameters that some task has values of its own for.
 
-    A forward that someone gives to this one module (accelerate's hooks, a patch) is not put in ``__dict__``, where
-    it would be called instead of this one: it takes the place of the host's own, around which the parts act.
+    A forward that is assigned to this one module (by accelerate's hooks or a patch) is not put in ``__dict__``, where
+    it would be called instead of this one: it replaces the host's own forward, around which the parts act.
     """
     level = count_given(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts: Parts | None = self.__dict__["_modules"].get(CHILD)
         if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
-            # kept by someone since before this was a host, or before it was given another forward that calls this one
+            # stored elsewhere before this was a host, or before it was given another forward that calls this one
             return plain.forward(self, *args, **kwargs)
         proxy = proxy_among(args, kwargs)
         if proxy is not None:
@@ -80,7 +80,7 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         else:
             plain.__delattr__(self, name)
 
-    # the signature stays the host's own, for those who look at it
+    # keeps the host's own signature
     members: dict[str, Any] = {
         "forward": update_wrapper(forward, plain.forward),
         "__setattr__": set_attribute,
@@ -98,7 +98,7 @@ _LEVELS: dict[Any, int] = {}
 
 
 def give_forward(host: nn.Module, forward: Any) -> None:
-    """Let a host call ``forward`` as its own, with its parts around it; one of its earlier ones is gone back to."""
+    """Let a host call ``forward`` as its own, with its parts around it; an earlier one of the host's is restored."""
     kept: tuple[Any, ...] = host.__dict__.get(FORWARDS, ())
     if isinstance(forward, MethodType) and forward.__self__ is host:
         own = 0 if forward.__func__ is plain_class(host).forward else None
@@ -163,7 +163,7 @@ def attach(host: nn.Module, registry: Registry, path: str, task: str, name: str,
     own = parts._put(task, part.training)
     if role(part) == "weights":
         _answer_for(host, part)
-    # what changes weights changes the task's own
+    # a part that changes weights must change the task's own
     _put_child(own, name, part, first=getattr(part, "replaces", False))
 
 
@@ -179,7 +179,7 @@ def _drop_child(module: nn.Module, name: str) -> None:
 
 
 def _answer_for(host: nn.Module, part: nn.Module) -> None:
-    """Let the host's class answer for the parameters that a part may change."""
+    """Give the host's class properties for the parameters that a part may change."""
     before: tuple[str, ...] = host._visadapt_owned  # type: ignore[assignment]
     names = getattr(part, "names", None) or [name for name, own in host._parameters.items() if own is not None]
     owned = tuple(sorted({*before, *names}))
@@ -189,7 +189,7 @@ def _answer_for(host: nn.Module, part: nn.Module) -> None:
 
 
 def detach(host: nn.Module, task: str) -> None:
-    """Take all parts of ``task`` away; a host left without any is what it was before the first."""
+    """Remove all parts of ``task``; a host without any is again what it was before the first."""
     parts = cast("Parts", host._modules[CHILD])
     parts._drop(task)
     if not len(parts):
@@ -199,7 +199,7 @@ def detach(host: nn.Module, task: str) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Make what a module moves in train mode stand still: running statistics, the vectors of a power iteration."""
+    """Freeze what a module changes in train mode: running statistics, the vectors of a power iteration."""
     iterates = any(name.endswith("_u") and f"{name[:-1]}v" in module._buffers for name in module._buffers)
     if (is_stateful(module) or iterates) and plain_class(module) is type(module):
         module.__class__ = frozen_class(type(module))
@@ -217,7 +217,7 @@ def unfuse(module: nn.Module, registry: Registry) -> None:
 
 @cached
 def unfused_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that says it has no fused kernel whenever a task is active."""
+    """A subclass that reports no fused kernel whenever a task is active."""
     switch = "activation_relu_or_gelu" if issubclass(plain, nn.TransformerEncoderLayer) else "use_nested_tensor"
 
     def get(self: nn.Module) -> Any:
@@ -231,7 +231,7 @@ def unfused_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def check_free(model: nn.Module, names: dict[str, nn.Module]) -> None:
-    """Refuse a model of which a module is carried by another injected model already, or has no weights yet."""
+    """Refuse a model with a module that is part of another injected model, or that has no weights yet."""
     for name, module in names.items():
         if plain_class(module) is not type(module) or CHILD in module._modules:
             raise VisadaptError(

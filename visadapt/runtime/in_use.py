@@ -17,7 +17,7 @@ class Listing(NamedTuple):
 
     Attributes:
         tasks: of the model, by name.
-        key: what else they were established by.
+        key: what else the listing depends on.
         names: of those in use, in the order they came.
     """
 
@@ -29,14 +29,14 @@ class Listing(NamedTuple):
 class TasksInUse:
     """The tasks that are chosen, and those that train or may be about to.
 
-    A task whose parameters were asked for is in use until another task comes or is chosen, and longer while it has
+    A task whose parameters were requested is in use until another task is injected or chosen, and longer while it has
     gradients. One that ran with gradients enabled is in use until `visadapt.trainable` names others: a backward pass
     may come at any time. Where there are several processes, all tasks are in use: DDP and FSDP look for parameters
     once.
 
     Attributes:
         tasks: the model's tasks by name. The dict is replaced, never changed, when a task comes or goes.
-        changes: how often something was set for the modules of all tasks, which follow when they are next used.
+        changes: how often a mode or gradient flag was set for all tasks; each task follows when it is next used.
     """
 
     tasks: dict[str, Any]
@@ -48,11 +48,11 @@ class TasksInUse:
         self._trained: dict[str, None] = {}
 
     def _start(self) -> None:
-        # of each thread: what was chosen there, and what it last listed
+        # per thread: what was chosen there, and what it last listed
         self._local = threading.local()
 
     def ask(self, task: str) -> None:
-        """Note that the parameters of a task were asked for."""
+        """Note that the parameters of a task were requested."""
         self._asked = {**self._asked, task: None}
 
     def note_forward(self, taken: Iterable[tuple[str, Any]]) -> None:
@@ -67,12 +67,12 @@ class TasksInUse:
                 self._trained = {**self._trained, **new}
 
     def settle(self) -> None:
-        """Forget the tasks whose parameters were asked for and have no gradients."""
+        """Forget the tasks whose parameters were requested and have no gradients."""
         if self._asked:
             self._asked = dict.fromkeys(filter(self.has_gradients, self._asked))
 
     def train_only(self, tasks: Iterable[str]) -> None:
-        """Forget the tasks that trained but these and those with gradients."""
+        """Forget the tasks that trained, except these and those with gradients."""
         self._asked = dict.fromkeys((*filter(self.has_gradients, {**self._asked, **self._trained}), *tasks))
         self._trained = {}
 
@@ -107,9 +107,9 @@ class TasksInUse:
         raise NotImplementedError
 
     def has_gradients(self, task: str) -> bool:
-        """Whether any parameter of a task has a gradient; there may be no such task any more."""
+        """Whether any parameter of a task has a gradient; the task may have been removed."""
         raise NotImplementedError
 
     def follow(self, block: Block) -> None:
-        """Let the modules of chosen tasks have what was set for those of all."""
+        """Apply to the chosen tasks what was set for all tasks."""
         raise NotImplementedError

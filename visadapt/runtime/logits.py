@@ -48,7 +48,7 @@ def split(
     facts = facts_of(model)
     own = None if facts.head is None else facts.head.classes(facts.modules)
     widths = {name: None if name is None else registry.task(name).num_classes for name in dict.fromkeys(tasks)}
-    # a task without a head of its own answers by the backbone's
+    # a task without a head of its own uses the backbone's
     widths = {name: own if width is None else width for name, width in widths.items()}
     rows = {name: logits[[i for i, task in enumerate(tasks) if task == name]] for name in widths}
     known = {name: width for name, width in widths.items() if width is not None}

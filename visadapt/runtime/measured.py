@@ -1,4 +1,4 @@
-"""What a task scored when it was trained, as its notes say."""
+"""The scores of a task after training, as its notes hold them."""
 
 from __future__ import annotations
 

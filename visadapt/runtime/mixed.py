@@ -52,7 +52,7 @@ class Here:
         self.roles = composition.roles(self.path)
         self._tasks = tasks
         self._registry = parts._registry
-        # what a host without children runs asks for no task, but for the weights that it computes with
+        # code that a host without children runs uses no task, except through the weights that it computes with
         self._leaf = len(host._modules) == 1 and "weights" not in self.roles
         if self.roles:
             known = self._facts()
@@ -61,7 +61,7 @@ class Here:
         self.shared = tasks.shared if isinstance(tasks, Mixed) else None
 
     def _facts(self) -> Any:
-        """What is known of the rows here: of this batch, or (in a graph being made) of all batches."""
+        """The row facts of this host: for this batch or, while a graph is being traced, for all batches."""
         if isinstance(self._tasks, Mixed):
             known = self._tasks.rows.hosts.get(self.path)
             if known is None or not known.known:
@@ -82,7 +82,7 @@ class Here:
         return self.shared is not None and self.shared.place == self.path
 
     def spread(self, given: Any, facts: dict[Key, Fact]) -> Any:
-        """What belongs to the one sample, for every task."""
+        """Repeat a tensor of the one sample for every task."""
         return spread(given, facts, len(self.composition.tasks))
 
     def groups(self) -> tuple[list[nn.ModuleDict], Division]:
@@ -96,7 +96,7 @@ class Here:
         return [NONE if parts is None else parts for parts in own], Division(number, self.place, samples)
 
     def apart(self, function: Callable[[nn.ModuleDict, Any, Any], Any], args: Any, kwargs: Any) -> Any:
-        """Run ``function(parts, args, kwargs)`` for each group on its own rows and joins what it gives."""
+        """Run ``function(parts, args, kwargs)`` for each group on its own rows and join the results."""
         outs = []
         groups, division = self.groups()
         for group, parts in enumerate(groups):
@@ -116,7 +116,7 @@ class Here:
         return division.join(outs, self.outputs)
 
     def before(self, args: Any) -> Any:
-        """What the host is called with, changed by each task's parts on its own rows.
+        """The host's arguments, changed by each task's parts on its own rows.
 
         Returns:
             The arguments; None where some part cannot act on the whole batch at once.
@@ -156,7 +156,7 @@ class Here:
         )
 
     def act(self, out: Any, first: Any, fresh: bool, key: Key = ()) -> Any:
-        """Let all parts act that do so on the host's output, each task's on its own rows.
+        """Apply all parts that act on the host's output, each task's on its own rows.
 
         Args:
             out: the output.
@@ -246,12 +246,12 @@ def _on_output(step: Step, parts: list[nn.Module], out: Tensor, rows: Rows, fres
 
 
 def _of_one(here: Here, out: Any) -> Any:
-    """Let parts act that do so on the output of a host which ran for the one sample of all tasks."""
+    """Apply parts that act on the output of a host which ran once for the one sample of all tasks."""
     changed = here.act(here.spread(out, here.outputs), None, False)
     if not here.is_first():
         # all of them only watch
         return out
-    # what follows may write to it, and rows of the bare backbone may still share memory
+    # later code may write to it, and rows of the bare backbone may still share memory
     return mapped(
         lambda _, leaf: leaf.contiguous() if isinstance(leaf, Tensor) and shares_memory(leaf) else leaf, changed
     )

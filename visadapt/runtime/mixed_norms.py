@@ -54,7 +54,7 @@ def stack_norms(
         return None
 
     def gathered(name: str) -> Tensor | None:
-        # not by getattr, which a module answers slowly: there may be thousands to ask
+        # not by getattr, which is slow on a module: there may be thousands
         kind = "_buffers" if name in host._buffers else "_parameters"
         tensors = [norm.__dict__[kind].get(name) for norm in norms]
         return None if tensors[0] is None else rows.gather(tensors)
@@ -87,7 +87,7 @@ _LAYER_NORMS = {
     "timm.layers.norm.LayerNorm2d": "NCHW",
     "torchvision.models.convnext.LayerNorm2d": "NCHW",
 }
-"""The layouts of classes beside torch's own whose forward is a LayerNorm and nothing else."""
+"""The layouts of classes beside torch's own whose forward is only a LayerNorm."""
 
 
 def _layer_norm_layout(host: nn.Module, plain: type[nn.Module]) -> str | None:
@@ -100,11 +100,11 @@ def _layer_norm_layout(host: nn.Module, plain: type[nn.Module]) -> str | None:
 
 
 def _is_batch_norm(host: nn.Module, plain: type[nn.Module]) -> bool:
-    """Whether it is one, with statistics; timm's with an activation behind it is one too."""
+    """Whether it is a BatchNorm with statistics; timm's with an activation behind it counts too."""
     known = plain.forward is _BatchNorm.forward or (
         plain.__name__ == "BatchNormAct2d" and plain.__module__.startswith("timm.")
     )
-    # the activation behind it may have weights, which are the task's own then: a PReLU's
+    # the activation behind it may have weights of the task's own, as a PReLU has
     affine = host._parameters.get("weight") is not None
     return known and affine and is_stateful(host) and not any(parameter_count(m) for m in carried(host))
 

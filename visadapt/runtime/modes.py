@@ -12,9 +12,9 @@ from visadapt.runtime.task_modules import TaskModules
 
 @contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Put each module back into the mode that it was in, train or eval, when the block ends.
+    """Restore each module's mode, train or eval, when the block ends.
 
-    Tasks that are not in use keep the modes of their modules, too. One that comes into use within the block is in the
+    Tasks that are not in use keep the modes of their modules, too. One that comes into use within the block takes the
     mode that was last set for all tasks before it: enter blocks that choose a task first.
     """
     modes = [(module, module.__dict__["training"]) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""What was meant when the nodes of autograd's graphs were made: a log per thread, by the nodes' sequence numbers."""
+"""The tasks that were active when autograd nodes were made: one log per thread, by the nodes' sequence numbers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from visadapt.errors import VisadaptError
 
 
 class Log:
-    """What was meant in one thread, by the sequence numbers of the autograd nodes made since.
+    """The active tasks of one thread, by the sequence numbers of the autograd nodes made since.
 
     Attributes:
         starts: ascending numbers.
-        tasks: what was meant from each on.
+        tasks: the active tasks from each number on.
         seen: the number when the thread last chose a task or ended a forward of the model.
-        bounded: whether all nodes of the model's have numbers below ``seen``, but for a forward that is under way.
-        thread: whose log it is.
+        bounded: whether all nodes of the model have numbers below ``seen``, except those of a forward under way.
+        thread: the thread of this log.
     """
 
     LONGEST = 4096
@@ -35,7 +35,7 @@ class Log:
         self.thread = weakref.ref(threading.current_thread())
 
     def add(self, tasks: Any) -> None:
-        """Note that ``tasks`` are meant from ``seen`` on."""
+        """Note that ``tasks`` are active from ``seen`` on."""
         last = self.tasks[-1]
         if last is tasks or (type(last) is type(tasks) and last == tasks and vars_of(last) == vars_of(tasks)):
             return
@@ -48,7 +48,7 @@ class Log:
             del self.starts[: self.LONGEST // 2], self.tasks[: self.LONGEST // 2]
 
     def at(self, number: int) -> tuple[Any, ...] | None:
-        """What was meant when the node of that number was made: empty if forgotten, None if none was made here."""
+        """The active tasks when the node of that number was made: empty if forgotten, None if none was made here."""
         own = self.thread() is threading.current_thread()
         if self.bounded and number >= (now() if own else self.seen):
             return None
@@ -56,7 +56,7 @@ class Log:
         return () if place < 0 else (self.tasks[place],)
 
     def is_void(self) -> bool:
-        """Whether its thread is gone and made no nodes."""
+        """Whether its thread has ended and made no nodes."""
         thread = self.thread()
         return self.seen == 0 and self.bounded and (thread is None or not thread.is_alive())
 
@@ -70,12 +70,12 @@ class Logs:
         self._local = threading.local()
 
     def here(self) -> Log | None:
-        """This thread's log, if it has begun one."""
+        """This thread's log, if there is one."""
         log: Log | None = getattr(self._local, "log", None)
         return log
 
     def begun(self, tasks: Any) -> Log:
-        """This thread's log, begun with these tasks if there is none."""
+        """This thread's log, started with these tasks if there is none."""
         log = self.here()
         if log is None:
             log = self._local.log = Log(tasks)
@@ -84,13 +84,13 @@ class Logs:
         return log
 
     def repeated(self, graph: int) -> Any:
-        """What was meant by the forward that is repeated in a backward pass.
+        """The tasks of the forward that is repeated in a backward pass.
 
         Args:
             graph: number of the backward pass.
 
         Raises:
-            VisadaptError: threads that mean different tasks have nodes of the same number.
+            VisadaptError: threads with different active tasks have nodes of the same number.
         """
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
@@ -114,7 +114,7 @@ class Logs:
 
 
 def vars_of(tasks: Any) -> Any:
-    """What a list of tasks knows beside their names."""
+    """The attributes of a list of tasks beside their names."""
     return getattr(tasks, "__dict__", None)
 
 

@@ -1,4 +1,4 @@
-"""What a task owns beside adapters and norms, as its file keeps it, and what the user trains that no task owns."""
+"""What a task owns beside adapters and norms, as its file records it, and what is trained that no task owns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def described(task: Task, tensors: Iterable[str], modules: Mapping[str, nn.Modul
 
     Args:
         task: the task.
-        tensors: names of its tensors. Where its head is, these say already, unless its layers are others than the last.
+        tensors: names of its tensors, which already show where its head is, unless its final layers are not the last.
         modules: the backbone's modules by path.
     """
     entries: dict[str, Any] = {}
@@ -33,7 +33,7 @@ def described(task: Task, tensors: Iterable[str], modules: Mapping[str, nn.Modul
 def take_up(
     task: Task, description: Mapping[str, Any], tensors: Iterable[str], modules: Mapping[str, nn.Module]
 ) -> None:
-    """Write into a task where its head is and what else it owns, as its file says.
+    """Set a task's head and the other modules that it owns, as its file records them.
 
     Args:
         task: with its policies.
@@ -97,8 +97,8 @@ def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
     These are the modules themselves, where they are layers, or else the last layer inside them.
     """
     paths: dict[str, None] = {}
-    for name in tensors:
-        # what the name ends in is a tensor of the head, not a head
+    for name in (name for name in tensors if ".head." in name):
+        # the name ends in a tensor of the head, not in a head
         hosts = [parent(path) for path in ancestors(name) if last_name(path) == "head" and parent(path)]
         paths |= dict.fromkeys([host for host in hosts if host in modules][-1:])
     finals = [path for path in paths if is_final(modules[path])]
@@ -107,7 +107,7 @@ def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
 
 
 def check_nothing_else_trained(model: nn.Module, registry: Registry, task: str) -> None:
-    """Refuse to save beside what the user trains in the model and no task owns: its file would leave that out.
+    """Refuse to save while modules are trained that no task owns: the file would lack them.
 
     Inject freezes the whole backbone. A parameter that requires a gradient now, and is new, has changed, or has a
     gradient, was put in or unfrozen by the user to be trained.

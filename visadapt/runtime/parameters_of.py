@@ -66,7 +66,7 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
 
 
 def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
-    """Let gradients flow to these tasks only, as DDP wants it, which refuses parameters that a step does not use.
+    """Let gradients flow to these tasks only, as DDP needs: it refuses parameters that a step does not use.
 
     Args:
         model: an injected model.

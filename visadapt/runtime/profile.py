@@ -1,4 +1,4 @@
-"""Profiles: what the parts of a task are at every host, but for the values of their tensors.
+"""Profiles: everything about a task's parts at every host except the values of their tensors.
 
 Tasks of one profile differ in their tensors only, so one batched product acts for all of them. A task's profile is
 found once, and found again only after its parts, their options or their mode changed.
@@ -44,7 +44,7 @@ class Step:
     def of(name: str, part: nn.Module) -> Step:
         """The step of a part."""
         how = role(part)
-        # a forward or a hook that a module alone was given may change what it computes, or fetch weights from elsewhere
+        # a forward or hook of one module may change what it computes, or fetch weights from elsewhere
         given = any("forward" in module.__dict__ or has_hooks(module) for module in part.modules())
         rowwise = (
             how != "instead" and hasattr(type(part), "rowwise") and getattr(part, "is_rowwise", True) and not given
@@ -64,7 +64,7 @@ class Step:
 
 
 class Profile:
-    """What tasks share that differ in the values of their tensors only.
+    """What tasks share whose parts differ only in the values of their tensors.
 
     Attributes:
         steps: by path of the host, in the order in which they act.
@@ -86,7 +86,7 @@ class Profile:
             path: {s.name: {key: tuple(p.shape) for key, p in _tensors(parts[path][s.name])} for s in own if s.rowwise}
             for path, own in steps.items()
         }
-        # one memo: a ladder's rungs and its side network hand each other tensors
+        # one memo: a ladder's rungs and its side network pass each other tensors
         memo: dict[int, Any] = {}
         self.examples = {
             path: {s.name: _without_values(parts[path][s.name], memo) for s in own if s.rowwise}
@@ -119,7 +119,7 @@ class Held:
         modules = [module for own in parts.values() for module in own.modules()]
         self._children = [module.__dict__["_modules"] for module in modules]
         self._were = [dict(children) for children in self._children]
-        # not a tensor that a hook makes of parameters (torch's pruning and older weight norm), which has no one value
+        # not a tensor that a hook computes from parameters (torch's pruning and older weight norm): it has no one value
         options = [
             (module.__dict__, key)
             for module in modules
@@ -134,7 +134,7 @@ class Held:
         self._values = [d[key] for d, key in options]
 
     def holds(self) -> bool:
-        """Whether parts, options and modes are as they were found."""
+        """Whether parts, options and modes have not changed since."""
         # in C, as a task may have hundreds of these
         if self._children != self._were or list(map(len, self._modules)) != self._sizes:
             return False
@@ -143,7 +143,7 @@ class Held:
         return list(map(dict.get, self._dicts, self._keys)) == self._values
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Leave a copy of the task to find its own."""
+        """A copy of the task finds its own."""
 
     def __reduce__(self) -> Any:
         return type(None), ()

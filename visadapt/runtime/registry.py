@@ -1,4 +1,4 @@
-"""What a model knows of its tasks."""
+"""The registry of a model: its tasks, and the facts that all its hosts share."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from visadapt.runtime.watch import Watch
 
 
 class Named(tuple[str | None, ...]):
-    """The tasks of batches to come, one per sample, as `visadapt.using` was given them. A copy is a plain tuple.
+    """The tasks of the next batches, one per sample, as `visadapt.using` was given them. A copy is a plain tuple.
 
     Attributes:
         composition: of these tasks; see `visadapt.runtime.composition`.
-        numbers: the number of each sample's task, −1 for the bare backbone; what a compiled graph is given.
-        logits: an empty tensor as long as the batch's logits are wide, which a graph may take as a size that varies.
+        numbers: the number of each sample's task, −1 for the bare backbone; the input of a compiled graph.
+        logits: an empty tensor as long as the logits are wide, which a graph takes as a dynamic size.
         config: of the batch, of a model of transformers; see `visadapt.runtime.hf_config`.
     """
 
@@ -55,7 +55,7 @@ class Named(tuple[str | None, ...]):
 
 
 class Mixed(Named):
-    """The tasks of a batch within a forward of the whole model, which knows the rows of this batch.
+    """The tasks of a batch within a forward of the whole model, with the row facts of this batch.
 
     Attributes:
         rows: the facts of the batch.
@@ -93,14 +93,14 @@ class Task:
         labels: the classes' names, in the order of the head's outputs, where they are known.
         placements: methods and their sites.
         hosts: paths of the modules that hold a part of this task.
-        notes: what else its file remembers, as JSON values.
-        head_at: where its own head stands; None with a frozen head.
+        notes: further entries of its file, as JSON values.
+        head_at: where its own head is; None with a frozen head.
         also: paths of the modules of which it trains a copy beside its head.
         drawn: the bits of a new head's initial values; None for another, or one that was loaded.
         inputs: prepares its raw inputs, once that is established; not written to its file, which has a description.
         origin: where it was loaded from, such as a file or a repository at a revision; None if it was made here.
-        held: its parts and profile, since a mixed batch asked for them; a copy finds its own.
-        number: tasks that came later have a larger one; no other task of the model has or had it.
+        held: its parts and profile, once a mixed batch needed them; a copy finds its own.
+        number: unique in the model, also among removed tasks; later tasks have larger ones.
         digest: of the file that it was loaded from; None if it was made here, or if the file has none.
     """
 
@@ -123,13 +123,13 @@ class Task:
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """Paths of the modules instead of which it has its own."""
+        """Paths of the modules that the task replaces by its own."""
         return (*(self.head_at.modules if self.head_at else ()), *self.also)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a backbone was loaded by.
+    """The name and options that a backbone was loaded with.
 
     Attributes:
         name: such as ``"timm/resnet50"``.
@@ -148,21 +148,21 @@ class Registry(Choices):
     Attributes:
         tasks: by name.
         hosts: every module that holds parts, by its path in the model. Like ``tasks`` it is replaced, never changed.
-        facts: of the backbone, as they were when they were last established.
+        facts: of the backbone, as last established.
         trained: names of the backbone's parameters that required a gradient before the first inject.
         versions: which of the backbone's parameters changed since the registry was made, at the first inject.
         configs: a task's own copy of a transformers model's config, by task; of mixed batches by width and problem.
         digests: of the backbone's tensors, as far as they are known.
-        lean: how lean `visadapt.lean` made the model, None if it did not.
+        lean: what `visadapt.lean` made of the model, None if it was not called.
         decider: the one that ``auto`` asks.
-        watch: what is looked at before and after each forward.
-        noted: the hooks that a mixed batch calls.
+        watch: checks the backbone's tensors before and after each forward.
+        noted: the hooks that run in mixed batches.
         unfilled: the tasks that may have tensors without values.
         traced: sites that no family knows, by full name, as they were traced.
-        source: what the backbone was loaded by; None if it came as a module.
-        profiles: of tasks, as far as batches of mixed tasks asked for them.
+        source: how the backbone was loaded; None if it was given as a module.
+        profiles: of tasks, as far as mixed batches needed them.
         doors: ``hosts`` as they were when the modules around them were made to take batches of mixed tasks.
-        last_number: the number of the task that came last, removed or not.
+        last_number: the number of the newest task, removed or not.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -280,7 +280,7 @@ def check_hosts(model: nn.Module, name: str) -> None:
 
 
 def check_task_name(name: Any) -> None:
-    """Refuse names that cannot be a module's or a file's."""
+    """Refuse names that cannot name a module or a file."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
     if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
@@ -319,21 +319,21 @@ class Parts(TaskModules):
     _path: str = ""
 
     def forward(self, first: Any, *given: Any) -> Any:
-        """Act for code that calls the parts by themselves: a graph of torch.fx, or what runs a container's children."""
+        """Run for code that calls the parts by themselves: a torch.fx graph, or a loop over a container's children."""
         return called(self, first, *given) if isinstance(first, str) else run_in_turn(self, first)
 
     def _moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
         self._registry.unfilled.moved(task, before, now)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        # a replica runs in another thread, for the task that is meant where it was made
+        # a replica runs in another thread, for the task that is active where it was made
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__["_registry"] = self._registry.held()
         return cast("nn.Module", replica)
 
 
 def parts_of(host: nn.Module, task: str) -> Mapping[str, nn.Module]:
-    """A task's parts at a module, by name; it may well have none."""
+    """A task's parts at a module, by name; empty if it has none."""
     parts = host._modules.get(CHILD)
     own = parts._of(task) if isinstance(parts, Parts) else None
     return {} if own is None else cast("Mapping[str, nn.Module]", own._modules)

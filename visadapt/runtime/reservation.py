@@ -1,4 +1,4 @@
-"""A model kept for one thread, while its modules are in modes that forwards of other threads must not meet."""
+"""Reserve a model for one thread, while its modules are in modes that forwards of other threads must not use."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from visadapt.errors import VisadaptError
 
 
 class Reservation:
-    """Which thread a model is kept for, if any."""
+    """The thread that a model is reserved for, if any."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Refuse a forward in another thread than the one that the model is kept for.
+        """Refuse a forward in another thread than the one that the model is reserved for.
 
         Raises:
             VisadaptError: it is kept for another thread.
@@ -31,7 +31,7 @@ class Reservation:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep the model for this thread; forwards in others are refused.
+        """Reserve the model for this thread; forwards in others are refused.
 
         Raises:
             VisadaptError: it is kept for another thread.

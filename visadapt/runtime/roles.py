@@ -15,30 +15,30 @@ AROUND = ("beside", "after", "watch")
 """The roles of parts that act once the host's output is there."""
 
 _MAKERS = frozenset(layer.forward for layer in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm))
-"""What computes an output that nothing else holds."""
+"""Forwards whose output nothing else holds."""
 
 
 def role(part: nn.Module) -> str:
-    """How a part acts at its host; its class says so, and one that says nothing stands ``"instead"`` of it.
+    """How a part acts at its host, as its class states; the default is ``"instead"``.
 
-    * before: called with the host's arguments; the tuple it returns takes their place;
-    * weights: called with a dict of some of the host's own parameters, by name; those it returns take their place
+    * before: called with the host's arguments; the tuple it returns replaces them;
+    * weights: called with a dict of some of the host's own parameters, by name; those it returns replace them
       wherever they are read (see `visadapt.runtime.weights`);
     * instead: called with the host's arguments, and the host's own forward is not;
     * beside: called with the host's first argument; its result is added to the host's output;
-    * after: called with the host's output; its result takes that one's place;
-    * watch: called with the host's output, which stays what it is.
+    * after: called with the host's output; its result replaces it;
+    * watch: called with the host's output, which it does not change.
     """
     found: str = getattr(type(part), "role", "instead")
     return found
 
 
 def run(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: Any, kwargs: Any) -> Any:
-    """One task's forward at one host: first what changes its input, then it or what stands instead, then the others."""
+    """One task's forward at one host: parts that change its input, then it or its replacement, then the others."""
     instead: Any = None
     others: list[nn.Module] = []
     watched = False
-    # this runs at every host of every forward: the parts are looked at once
+    # this runs at every host of every forward, so it passes over the parts once
     own: Any = parts._modules.values()
     for part in own:
         how = role(part)
@@ -58,7 +58,7 @@ def run(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: Any
 
 
 def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: Any, kwargs: Any) -> Any:
-    """The host's own forward, or what stands instead of it."""
+    """The host's own forward, or the part that replaces it."""
     for part in parts.values():
         if role(part) == "instead":
             return part(*args, **kwargs)
@@ -66,7 +66,7 @@ def core(host: nn.Module, plain: type[nn.Module], parts: nn.ModuleDict, args: An
 
 
 def is_fresh(plain: type[nn.Module], instead: nn.Module | None = None) -> bool:
-    """Whether nothing else holds a host's output, so that what acts on it may take its memory.
+    """Whether nothing else holds a host's output, so that a part may overwrite it.
 
     That is so without autograd, at a layer of torch's own whose output no hook was shown.
 
@@ -82,7 +82,7 @@ def is_fresh(plain: type[nn.Module], instead: nn.Module | None = None) -> bool:
 
 
 def around(part: nn.Module, out: Any, args: Any, fresh: bool = False) -> Any:
-    """What a part makes of the host's output, if it acts on that at all."""
+    """Apply a part to the host's output, if it acts on it."""
     how = role(part)
     if how == "beside":
         return on_tensor(out, lambda y: y + part(args[0]))

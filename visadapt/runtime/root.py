@@ -1,4 +1,4 @@
-"""The call of a whole model: what is meant is captured where it begins, and what moved is put back where it ends."""
+"""The call of a whole model: the active task is captured where it begins, and moved tensors are restored at its end."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from visadapt.runtime.registry import Parts, Registry, check_filled
 
 
 def capture_calls(model: nn.Module) -> None:
-    """Let each call of a model be for the tasks that are meant where it begins, and leave the backbone as it was.
+    """Run each call of a model for the tasks that are active at its start, and leave the backbone as it was.
 
-    What is chosen during a call, here or in another thread, is for later ones. A call during which its task is removed
-    is an error.
+    A choice made during a call, here or in another thread, applies to later calls. Removing a task during its own
+    call is an error.
 
     Args:
-        model: an injected model. It gets two hooks, which ``unfreeze`` takes away.
+        model: an injected model. It gets two hooks, which ``unfreeze`` removes.
     """
     model.register_forward_pre_hook(_enter, prepend=True)
     model.register_forward_hook(_leave, always_call=True)

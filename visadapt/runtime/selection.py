@@ -1,4 +1,4 @@
-"""Tasks in use: which one is meant, what it trains, what it costs."""
+"""Choose the active task."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
     With a list, every sample of the batch has its own task: adapters, norms and head. Heads of different widths are
     padded with −inf; `visadapt.split` takes the logits apart again.
 
-    With a list of several tasks and a batch of one sample, every task answers that sample: one row per task. What lies
-    below the first module at which a task acts runs once: of `visadapt.Ladder` and `visadapt.Linear` the whole
-    backbone, of adapters in the last stage what is before it. Where the first run shows that the tasks cannot part
-    there (they act from the start, or the model reads the size of its batch before), the sample is repeated for each.
+    With a list of several tasks and a batch of one sample, the output has one row per task. Everything before the first
+    module at which a task acts runs once: with `visadapt.Ladder` and `visadapt.Linear` the whole backbone, with
+    adapters in the last stage all earlier stages. If the first run shows that this is not possible (the tasks act from
+    the start, or the model reads the batch size before that module), the sample is repeated for each task.
 
-    A forward is for the task that is chosen where it begins, and so is what gradient checkpointing computes of it again
-    in backward, wherever that is. A block in a generator counts while the generator runs. A thread that is started in
-    the block has to choose for itself.
+    A forward runs for the task that is chosen where it begins; so does what gradient checkpointing computes again in
+    backward. A block in a generator counts while the generator runs. A thread that is started in the block has to
+    choose for itself.
 
     Args:
         model: an injected model.
@@ -114,7 +114,7 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
 def _open_door(model: nn.Module) -> None:
     """Let a model take batches of mixed tasks, once it is asked for a list of tasks or for the decider's choice.
 
-    They may enter at any module with hosts inside: some models are called in steps (``forward_features``, ``encoder``).
+    Any module with hosts inside may take them: some models are called in steps (``forward_features``, ``encoder``).
     """
     backbone, registry = unwrapped(model), registry_of(model)
     if registry.doors is registry.hosts:
@@ -139,7 +139,7 @@ def _open_front(backbone: nn.Module) -> None:
 
 
 def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
-    """The task that a forward here and now performs; None for the bare backbone; a tuple for a mixed batch.
+    """The task that a forward in this thread would run; None for the bare backbone; a tuple for a mixed batch.
 
     Args:
         model: an injected model.
@@ -164,7 +164,7 @@ def active(model: nn.Module) -> str | tuple[str | None, ...] | None:
 
 @contextmanager
 def bare(model: nn.Module, task: str | None = None) -> Iterator[None]:
-    """The bare backbone, or a task, in eval mode, whatever is active; modes are put back as they were.
+    """Run the bare backbone, or a task, in eval mode, whatever is active; modes are restored at the end.
 
     Modes are changed only where a module is in train mode. All threads would see it, so forwards in others are refused
     meanwhile.
@@ -181,7 +181,7 @@ def bare(model: nn.Module, task: str | None = None) -> Iterator[None]:
         if registry is not None:
             # first: a task's modules are among the model's while it is in use
             stack.enter_context(using(unwrapped(model), task))
-        # what holds the modules of all tasks is in the mode that the others follow
+        # the container of all tasks' modules is in the mode that the others follow
         modules = (module for module in model.modules() if not isinstance(module, TaskModules))
         trains = [module for module in modules if module.__dict__["training"]]
         if trains and registry is not None:

@@ -1,8 +1,8 @@
-"""Symbolic traces by torch.fx: a graph asks for the task that is meant when it runs, as the model itself does.
+"""Symbolic traces by torch.fx: a graph looks up the active task when it runs, as the model itself does.
 
-A tracer runs a module's forward once, on proxies, and writes down what it calls. The parts of the task that is meant at
-that moment must not become part of the graph: instead it calls the host, or the collection of the host's parts, which
-choose when the graph runs.
+A tracer runs a module's forward once, on proxies, and records its calls. The parts of the task that is active at that
+moment must not become part of the graph: instead it calls the host, or the collection of the host's parts, which choose
+when the graph runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INPUT = {"before", "instead"}
 
 
 def proxy_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
-    """What stands for a tensor while torch.fx traces a module, if its first argument does."""
+    """The proxy of a tensor while torch.fx traces a module, if its first argument is one."""
     given = args[0] if args else next(iter(kwargs.values()), None)
     return given if isinstance(given, Proxy) else None
 
@@ -49,9 +49,9 @@ def traced(host: nn.Module, plain: type[nn.Module], parts: Any, proxy: Proxy, ar
 
 
 def traced_weight(host: nn.Module, parts: Any, name: str) -> Proxy | None:
-    """What stands for a parameter of a host while torch.fx traces; None while it does not.
+    """The proxy of a host's parameter while torch.fx traces; None otherwise.
 
-    A tracer patches ``nn.Module.__getattr__``, which this parameter's property would pass by.
+    A tracer patches ``nn.Module.__getattr__``, which this parameter's property bypasses.
     """
     own = nn.Module.__getattr__(host, name) if name in host._parameters else None
     return _call(cast("Any", own.tracer), parts, "weight", name) if isinstance(own, Proxy) else None
@@ -63,7 +63,7 @@ def _call(tracer: Any, parts: Any, what: str, *given: Any) -> Proxy:
 
 
 def called(parts: Any, what: str, known: dict[str, int], *given: Any) -> Any:
-    """What a graph gets of a host's parts where it calls them.
+    """The result of a host's parts where a graph calls them.
 
     Args:
         parts: of all tasks at the host.
@@ -72,7 +72,7 @@ def called(parts: Any, what: str, known: dict[str, int], *given: Any) -> Any:
         given: see ``what``.
 
     Raises:
-        VisadaptError: a batch of mixed tasks is meant, or a task that was injected after the graph was made.
+        VisadaptError: a batch of mixed tasks is active, or a task that was injected after the graph was made.
     """
     registry = parts._registry
     if what == "weight":
@@ -93,17 +93,17 @@ def called(parts: Any, what: str, known: dict[str, int], *given: Any) -> Any:
 
 
 def run_in_turn(parts: Any, out: Any) -> Any:
-    """Act at a host whose children were run one after the other, without calling the host; its parts are the last.
+    """Run the parts of a host whose children were run one after the other, without calling the host.
 
     timm's checkpointing does so with the children of an ``nn.Sequential``.
 
     Args:
         parts: of all tasks at the host.
-        out: what the child before gave: the host's output.
+        out: the output of the last child, which is the host's.
 
     Raises:
-        VisadaptError: the task that is meant acts on more than the host's output.
-        UnfitError: a batch of mixed tasks is meant.
+        VisadaptError: the active task acts on more than the host's output.
+        UnfitError: a batch of mixed tasks is active.
     """
     registry = parts._registry
     task = registry.acting()

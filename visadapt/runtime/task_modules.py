@@ -1,8 +1,8 @@
-"""The modules of many tasks at one host, of which torch's walks see those in use.
+"""The modules of many tasks at one host; torch's walks of the model visit only those in use.
 
 ``model.train()``, ``zero_grad()``, ``parameters()``, ``modules()`` and ``requires_grad_()`` visit every module below a
 model. A model may have thousands of tasks, so the tree of modules contains the tasks in use only (see
-`visadapt.runtime.in_use`). Whatever concerns the tensors themselves concerns all tasks: ``to()``, ``state_dict()``,
+`visadapt.runtime.in_use`). Operations on the tensors themselves reach all tasks: ``to()``, ``state_dict()``,
 ``load_state_dict()``, ``copy.deepcopy`` and pickle.
 """
 
@@ -28,7 +28,7 @@ _LAST_READ = "_last_read"
 class TaskModules(nn.Module):
     """Modules by task and name.
 
-    What is set for all tasks (a mode, which gradients flow) is set for a task when it is next used.
+    A mode or gradient flag that is set for all tasks reaches a task when it is next used.
     """
 
     _registry: Choices
@@ -120,7 +120,7 @@ class TaskModules(nn.Module):
         """Set the mode of all tasks: now if they are chosen, else when they are next used."""
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        # not by setattr, which takes a module half of its time
+        # not by setattr, which takes half of the time
         own = self.__dict__
         own["training"] = mode
         # no number is given twice: `_as_set` goes back to an older one
@@ -138,7 +138,7 @@ class TaskModules(nn.Module):
         return self._modes, list(self._modules)
 
     def _as_set(self, before: tuple[int, Collection[str]]) -> None:
-        """Take back which mode was set last for all tasks.
+        """Restore the mode that was set last for all tasks.
 
         A task that is not in use has not followed meanwhile, and keeps the modes that its modules have.
 
@@ -171,7 +171,7 @@ class TaskModules(nn.Module):
         return self
 
     def _moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
-        """Take notice that a task's tensors were moved.
+        """Note that a task's tensors were moved.
 
         Args:
             task: its name.

@@ -1,4 +1,4 @@
-"""Copies of a model that share all its tensors, so that modes and hooks are theirs alone."""
+"""Copies of a model that share all its tensors and have their own modes and hooks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def task_twin(model: nn.Module, task: str) -> nn.Module | None:
         memo = _shared(backbone)
         for own in registry.parts(task).values():
             memo.update(_shared(own))
-        # what a model knows of its other tasks is not copied, only to be left out
+        # the other tasks' entries are left out, so they are not copied first
         for known in (registry.tasks, registry.configs):
             memo[id(known)] = {name: copy.deepcopy(value, memo) for name, value in known.items() if name == task}
         try:
             with copying_only(task):
                 twin = copy.deepcopy(backbone, memo)
-        except Exception:  # whatever a module raises that holds a lock, a file, or a part of a graph
+        except Exception:  # a module that holds a lock, a file or a part of a graph may raise anything
             return None
         own_registry = registry_of(twin)
         own_registry.choose(task)
@@ -55,7 +55,7 @@ def bare_twin(model: nn.Module) -> nn.Module:
 
 
 def _shared(module: nn.Module) -> dict[int, Any]:
-    """What ``copy.deepcopy`` has to leave as it is: tensors, and the dicts that hold them."""
+    """What ``copy.deepcopy`` must not copy: tensors, and the dicts that hold them."""
     memo: dict[int, Any] = {}
     for inner in own_modules(module).values():
         memo |= {id(each): each for each in (inner._parameters, inner._buffers)}

@@ -1,4 +1,4 @@
-"""Tasks without values: what was made on the meta device has none, nor has the memory that ``to_empty`` gives it."""
+"""Tasks without values: tensors made on the meta device have none, also after ``to_empty``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from visadapt.errors import VisadaptError
 class Unfilled:
     """The tasks that may have tensors without values, and which tensors those are.
 
-    A tensor of ``to_empty`` has values as soon as anything is written into it, which its version tells, or as soon as
-    another stands in its place.
+    A tensor of ``to_empty`` has values once something was written into it, as its version shows, or once it was
+    replaced.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class Unfilled:
         self._tasks = {task: [(tensor, _version(tensor)) for tensor in given] for task, given in state.items()}
 
     def note(self, task: str, tensors: Iterable[Tensor]) -> None:
-        """Keep a task in mind if one of its tensors is on the meta device."""
+        """Record a task if one of its tensors is on the meta device."""
         if any(tensor.is_meta for tensor in tensors):
             self._tasks.setdefault(task, [])
 
     def moved(self, task: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
-        """Keep in mind which of a task's tensors were on the meta device before something moved them."""
+        """Record which of a task's tensors were on the meta device before they were moved."""
         given = [now[name] for name, old in before.items() if old.is_meta and name in now and not now[name].is_meta]
         if given:
             self._tasks.setdefault(task, []).extend((tensor, _version(tensor)) for tensor in given)

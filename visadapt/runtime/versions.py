@@ -21,7 +21,7 @@ class Versions:
         self._known = {name: (weakref.ref(p), _version(p)) for name, p in model.named_parameters()}
 
     def moved(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is another than then, was written to since, or has a gradient."""
+        """Whether a parameter was replaced, was written to, or has a gradient."""
         known, version = self._known.get(name, (None, -1))
         same = known is not None and known() is parameter and version == _version(parameter)
         return not same or parameter.grad is not None

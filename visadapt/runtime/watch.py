@@ -1,4 +1,4 @@
-"""What moves in a frozen backbone is found out, forward by forward, and put back."""
+"""Detect and undo changes of a frozen backbone's buffers, forward by forward."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from visadapt.runtime.classes import frozen_class, still_class
 
 @dataclass
 class Kept:
-    """A buffer of the backbone as it has to stay.
+    """A buffer of the backbone, with the values that it has to keep.
 
     Attributes:
-        module: whose it is.
+        module: the module that has it.
         name: of the buffer.
         tensor: the buffer itself.
         version: torch's count of its changes in place.
@@ -46,9 +46,9 @@ class Kept:
         self.values = None if self.tensor is None else self.tensor.detach().clone()
 
     def put_back(self) -> None:
-        """Give the module the buffer as it was kept.
+        """Restore the buffer as it was kept.
 
-        One that was changed in place is replaced: a graph of autograd's may need the changed one.
+        One that was changed in place is replaced: an autograd graph may need the changed one.
         """
         same = _version(self.tensor) == self.version or self.values is None
         self.module._buffers[self.name] = self.tensor if same else self.values
@@ -65,7 +65,7 @@ def _never_trains(module: nn.Module) -> bool:
 
 
 class Watch:
-    """What is looked at before and after each forward of the whole model.
+    """Checks of the backbone before and after each forward of the whole model.
 
     Norms and other layers that are known to move in train mode never train (see
     `visadapt.runtime.classes.frozen_class`). Any other buffer may be moved by its module, or by one around it.
@@ -88,11 +88,11 @@ class Watch:
         return self.buffers
 
     def __setstate__(self, buffers: list[Kept]) -> None:
-        # a copy looks at its modules from the first forward on
+        # a copy watches its modules from the first forward on
         self._start(buffers)
 
     def look_at(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
-        """Look at a model from now on, as it is now."""
+        """Watch a model from its present state on."""
         modules = own_modules(model)
         still = {module for module in modules.values() if _never_trains(module)} | set(hosts.values())
         found = [
@@ -114,7 +114,7 @@ class Watch:
             self._children, self._names, self._modules = [[row[i] for row in found] for i in range(3)]  # type: ignore[assignment]
 
     def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> None:
-        """Look before a forward.
+        """Check the model before a forward.
 
         Args:
             model: the model.
@@ -138,7 +138,7 @@ class Watch:
                         kept.keep()
 
     def after(self) -> None:
-        """Put back what a forward moved, and keep its module from training."""
+        """Restore the buffers that a forward changed, and keep their modules in eval mode."""
         if self.buffers:
             here = threading.current_thread()
             with self._lock:

@@ -30,7 +30,7 @@ def projections(block: Block) -> list[Site]:
             operator = operator_of(module, path)
             channels, layout = operator.outputs, operator.layout
         elif weight is not None and weight.ndim == 2:
-            # GPT-2 keeps its weights the other way round
+            # GPT-2 stores its weights transposed
             channels, layout = int(weight.shape[0 if isinstance(module, nn.Linear) else 1]), "NLC"
         else:
             continue

@@ -1,4 +1,4 @@
-"""DenseNets of timm and torchvision: no sums; what each layer adds is concatenated to what there was."""
+"""DenseNets of timm and torchvision: no sums: the output of each layer is concatenated to its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a head: its modules, the layers that give logits, and how wide these are per class."""
+"""Facts about a head: its modules, the layers that give logits, and their width per class."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Head:
         return width_of(final) if final is not None and is_final(final) else None
 
     def placed(self) -> Head:
-        """Where it is and what its widths are, without what only matters before a task has its own."""
+        """Its place and widths, without what only matters before a task has a head of its own."""
         finals = tuple(Final(final.path, final.times, final.plus) for final in self.finals)
         return Head(self.modules, finals)
 

@@ -14,21 +14,21 @@ from visadapt.backbone.modules import own_modules, own_parameters
 from visadapt.backbone.subclass import plain_class
 
 NO_HEAD = Head(())
-"""A backbone that is known to have none."""
+"""The head of a backbone that is known to have none."""
 
 
 def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Head | None:
     """The head of a model whose library says where it is.
 
-    A library is asked only if the forward that runs is its own, or wraps it: a subclass with another forward may well
-    end in something else.
+    Its answer counts only if the forward that runs is the library's own, or wraps it: a subclass with another forward
+    may end in something else.
 
     Args:
         model: the backbone.
         modules: its modules by path, where they are known.
 
     Returns:
-        The head, with no modules if the library says that there is none; None if no library says anything.
+        The head, with no modules if the library says that there is none; None if no library names it.
     """
     modules = own_modules(model) if modules is None else modules
     given = model.__dict__.get("forward")
@@ -47,14 +47,14 @@ def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) 
 
 
 def _wraps(forward: Any, own: Any) -> bool:
-    """Whether a forward given to a module calls that of its class, as accelerate's hooks do and say."""
+    """Whether a forward given to a module calls that of its class, as accelerate's hooks do."""
     while forward is not None and getattr(forward, "__func__", forward) is not own:
         forward = forward.__dict__.get("__wrapped__") if hasattr(forward, "__dict__") else None
     return forward is not None
 
 
 def _timm(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
-    """What timm's model says its classifiers are: by name in its config, or as modules."""
+    """The classifiers of a timm model, by name in its config or as modules."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     roots = (named,) if isinstance(named, str) else tuple(named)
     if not roots or not all(is_final(modules.get(path)) for path in roots):
@@ -84,12 +84,12 @@ def _torchvision(modules: Mapping[str, nn.Module]) -> Head | None:
 
 
 def _auxiliary(modules: Mapping[str, nn.Module]) -> list[str]:
-    """What gives torchvision's and timm's auxiliary outputs in train mode."""
+    """The modules that give torchvision's and timm's auxiliary outputs in train mode."""
     return [path for path in ("aux1.fc2", "aux2.fc2", "AuxLogits.fc", "aux_classifier") if path in modules]
 
 
 def _ending_in(roots: tuple[str, ...], modules: Mapping[str, nn.Module]) -> Head | None:
-    """The head whose outputs some modules give: their last layers."""
+    """The head that consists of the last layers of some modules."""
     trained = [path for path in roots if own_parameters(modules[path])]
     if not trained:
         # the library's way to leave the head out is an identity in its place
@@ -102,14 +102,14 @@ def _ending_in(roots: tuple[str, ...], modules: Mapping[str, nn.Module]) -> Head
 
 
 CLASS_COUNTS = ("num_classes", "num_columns")
-"""Attributes in which a detector's head keeps the number of classes that its forward folds the outputs by."""
+"""Attributes of a detector's head with the number of classes by which its forward reshapes the outputs."""
 
 _PRIOR = -math.log((1 - 0.01) / 0.01)
-"""Bias for a focal loss: at the start every anchor says an object with probability 0.01."""
+"""Bias for a focal loss: at the start every anchor predicts an object with probability 0.01."""
 
 
 def _detector(modules: Mapping[str, nn.Module]) -> Head | None:
-    """The parts of torchvision's detectors that depend on the classes; boxes, anchors and keypoints are not theirs."""
+    """The parts of torchvision's detectors that depend on the classes: not boxes, anchors and keypoints."""
     roots: list[str] = []
     finals: list[Final] = []
     for path, module in modules.items():

@@ -1,4 +1,4 @@
-"""The heads of transformers' models: what stands beside the base model, and what its class makes of ``num_labels``."""
+"""The heads of transformers' models: what stands beside the base model, and the layers that follow ``num_labels``."""
 
 from __future__ import annotations
 
