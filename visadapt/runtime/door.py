@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from visadapt.backbone.entry import Entry
-from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
@@ -142,7 +141,7 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
-    return run_batch(model, registry, tasks, model.forward, registry.facts.batches, args, kwargs)
+    return run_batch(model, registry, tasks, model.forward, registry.facts.of_batches(), args, kwargs)
 
 
 def enter_by(
@@ -173,7 +172,7 @@ def enter_by(
         raise outside(place)
     registry.reservation.check()
     registry.in_use()
-    batches = registry.facts.entries.setdefault(entry, KnownBatches(entry))
+    batches = registry.facts.of_batches(entry)
     try:
         return run_batch(registry.facts.model, registry, tasks, call, batches, args, kwargs)
     except OutsideError:
