@@ -61,7 +61,7 @@ class Result:
         >>> from visadapt.experiments import Result
         >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "bytes": 12_000}
         >>> result = Result("key", "compare", "image", "resnet18", "digits", "bottleneck m=8", 0, "test",
-        ...                 metric="accuracy", score=0.91, seconds=12.5, lr=1e-3, epochs=3, facts={}, machine={}, **sizes)
+        ...                 metric="accuracy", score=0.91, seconds=9, lr=1e-3, epochs=3, facts={}, machine={}, **sizes)
         >>> result.contender, result.score
         ('bottleneck m=8', 0.91)
     """
