@@ -60,7 +60,7 @@ NAMED = {
     "os.environ.pop": {"serving.running"},
     "os.environ.setdefault": set(),
     "os.environ.clear": set(),
-    "signal.signal": {"serving.cluster"},
+    "signal.signal": {"serving.cluster", "cli.terminated"},
     "locale.setlocale": set(),
     "random.seed": {"data.augmentation"},
     "sys.setrecursionlimit": set(),

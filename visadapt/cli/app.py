@@ -24,12 +24,13 @@ from visadapt.cli.report import report
 from visadapt.cli.serve import serve
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
+from visadapt.cli.terminated import TERMINATED, Terminated
 from visadapt.cli.train import train
 from visadapt.errors import VisadaptError, command_line
 
 
 class Commands(TyperGroup):
-    """All subcommands. Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted."""
+    """All subcommands. Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted, 143 terminated."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -46,6 +47,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             say("interrupted: no file was left half-written")
             raise typer.Exit(130) from error
+        except Terminated as error:
+            say("terminated: no file was left half-written")
+            raise typer.Exit(TERMINATED) from error
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -77,7 +81,7 @@ def _root(
 ) -> None:
     """Adapt one frozen pretrained network to many tasks with small residual adapters, one file per task.
 
-    Exit codes: 0 success; 1 error, in one line on standard error; 2 wrong usage; 130 interrupted.
+    Exit codes: 0 success; 1 error, in one line on standard error; 2 wrong usage; 130 interrupted; 143 terminated.
     """
 
 

@@ -104,7 +104,8 @@ class Table:
         """Describe the columns, for messages."""
         if self.names is None:
             return f"{self.width} columns without names"
-        columns = f"the columns {', '.join(map(repr, self.names))}"
+        more = f", … ({len(self.names)})" if len(self.names) > 12 else ""
+        columns = f"the columns {', '.join(f'{name!r:.80}' for name in self.names[:12])}{more}"
         other = next((mark for mark in _SEPARATORS if len(self.names) == 1 and mark in self.names[0]), None)
         return columns if other is None else f"one column, {self.names[0]!r} ({option('delimiter')} sets its separator)"
 
