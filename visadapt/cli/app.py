@@ -36,12 +36,16 @@ class Commands(TyperGroup):
         try:
             with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
-                return super().invoke(ctx)
+                answer = super().invoke(ctx)
+                # what cannot be written is an error of the command, not of Python's exit
+                sys.stdout.flush()
+                return answer
         except BrokenPipeError as error:
-            # whoever reads the output has enough; nothing more may be written when Python exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # whoever reads the output has enough
+            _discard_output()
             raise typer.Exit(1) from error
         except (VisadaptError, OSError) as error:
+            _discard_output()
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
@@ -50,6 +54,14 @@ class Commands(TyperGroup):
         except Terminated as error:
             say("terminated: no file was left half-written")
             raise typer.Exit(TERMINATED) from error
+
+
+def _discard_output() -> None:
+    """Let Python write nothing more to a standard output that cannot be written to."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
