@@ -110,4 +110,5 @@ def _sweep(target: Path) -> None:
 
 def _last_written(entry: os.DirEntry[str]) -> float:
     inside = os.scandir(entry.path) if entry.is_dir(follow_symlinks=False) else ()
-    return max(each.stat(follow_symlinks=False).st_mtime for each in (entry, *inside))
+    times: list[float] = [each.stat(follow_symlinks=False).st_mtime for each in (entry, *inside)]
+    return max(times)

@@ -124,9 +124,9 @@ def digest_of(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
 def raw(tensor: Tensor) -> memoryview:
     """Return a view of the bytes of a tensor's values, without numpy."""
     # in the tensor's own dtype: a backbone rounded to half precision is a different backbone
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: Any = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-    data.owner = flat  # keeps the memory alive as long as the view
+    whole = tensor.detach().cpu().contiguous()
+    data: Any = (ctypes.c_ubyte * (whole.numel() * whole.element_size())).from_address(whole.data_ptr())
+    data.owner = whole  # keeps the memory alive as long as the view
     return memoryview(data)
 
 
