@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visadapt
+from tests.versions import LOADS_PROGRAMS
 from visadapt import cli
 from visadapt.data import load_images, load_text, minilm_path
 from visadapt.data.hub import resolve
@@ -355,6 +356,7 @@ def test_merge_gives_weights_that_the_plain_network_takes(place: Path, tmp_path:
     assert not (tmp_path / "no.safetensors").exists()
 
 
+@LOADS_PROGRAMS
 def test_export_to_a_program(place: Path, tmp_path: Path) -> None:
     run("export", place / "photos.visadapt", "--out", tmp_path / "photos.pt2")
     extra = {"labels": ""}
