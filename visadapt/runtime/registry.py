@@ -281,8 +281,8 @@ def check_hosts(model: nn.Module, name: str) -> None:
 
 def check_task_name(name: Any) -> None:
     """Refuse names that cannot name a module or a file."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", name):
+        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', up to 200, got {name!r:.80}")
     if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
