@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import visadapt
 from benchmarks.measure import (
+    OPTIMISER,
     Row,
     Step,
     bytes_kept,
@@ -68,7 +69,7 @@ CONTENDERS = {
 
 def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> Iterator[Row]:
     """Measure all figures."""
-    setting = f"{layers} layers of BERT-base, m={M}, batch {batch}, {length} tokens"
+    setting = f"{layers} layers of BERT-base, m={M}, batch {batch}, {length} tokens, {OPTIMISER}"
     net = BertForSequenceClassification(BertConfig(num_hidden_layers=layers))
     tokens = torch.randint(1000, 30000, (batch, length), device=device)
     mask = torch.ones_like(tokens)

@@ -38,10 +38,10 @@ _PREFIX = "operations: a later epoch on the prefix cache / the first (last stage
 
 _STEP = (
     "The forward pass and the backward pass to the first adapter need two of fine-tuning's three convolutions per "
-    "layer, and adapters add a tenth: 0.73 of its operations. Folded norms, weights that the optimiser does not update "
-    "and the backward pass of 1×1 convolutions as matrix products save further time. The remaining convolutions are "
-    "torch's own and take four fifths of the step (see the profile): half of fine-tuning's time is out of reach "
-    "without faster ones."
+    "layer, and adapters add a tenth: 0.73 of its operations. Folded norms and the backward pass of 1×1 "
+    "convolutions as matrix products save further time; that fewer weights are updated saves little, as the fused "
+    "AdamW takes little time for all of them. The remaining convolutions are torch's own and take most of the step "
+    "(see the profile): half of fine-tuning's time is out of reach without faster ones."
 )
 _LORA = (
     "LoRA has the same number of operations (0.74 of fine-tuning's), in the same kernels of torch, and trains no norms "

@@ -14,16 +14,16 @@ import torchvision
 from torch import Tensor
 
 import visadapt
-from benchmarks.measure import Row, exact, operations, parse_args, print_rows, profile, spread
+from benchmarks.measure import OPTIMISER, Row, exact, operations, optimiser, parse_args, print_rows, profile, spread
 from visadapt.frozen import CachedPrefix
 
 
-def epoch(cached: CachedPrefix, labels: Tensor, batch: int, optimiser: torch.optim.Optimizer) -> None:
+def epoch(cached: CachedPrefix, labels: Tensor, batch: int, trained: torch.optim.Optimizer) -> None:
     """Train on every image once, from the cache."""
     for rows in cached.rows.split(batch):
-        optimiser.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(cached(rows).resume(), labels[rows]).backward()
-        optimiser.step()
+        trained.step()
 
 
 def epochs(
@@ -33,14 +33,14 @@ def epochs(
     model = torchvision.models.resnet50(weights=None).to(x.device)
     visadapt.inject(model, method, where=where, task="t", num_classes=10, norms="frozen")
     visadapt.lean(model).train()
-    optimiser = torch.optim.AdamW(visadapt.parameters(model, "t"))
+    trained = optimiser(visadapt.parameters(model, "t"), lr=1e-3)
     caches: list[CachedPrefix] = []
 
     def first() -> None:
         caches.append(visadapt.cache_prefix(model, "t", x, batch_size=batch))
-        epoch(caches[0], labels, batch, optimiser)
+        epoch(caches[0], labels, batch, trained)
 
-    return first, lambda: epoch(caches[0], labels, batch, optimiser)
+    return first, lambda: epoch(caches[0], labels, batch, trained)
 
 
 def later_over_first(cost: Callable[[Callable[[], None]], float], *arguments: Any) -> float:
@@ -66,7 +66,7 @@ def measure(size: int, images: int, batch: int, repeats: int, device: str) -> It
         (visadapt.Ladder(), None, "ladder"),
     )
     for method, where, part in methods:
-        setting = f"ResNet-50, m={method.m}, {images} images, batch {batch}, {size} px"
+        setting = f"ResNet-50, m={method.m}, {images} images, batch {batch}, {size} px, {OPTIMISER}"
         arguments = (method, where, x, labels, batch)
         figure = f"a later epoch on the prefix cache / the first ({part})"
         yield exact(f"operations: {figure}", setting, later_over_first(operations, *arguments))

@@ -17,6 +17,7 @@ from torch import nn
 
 import visadapt
 from benchmarks.measure import (
+    OPTIMISER,
     Row,
     Step,
     best,
@@ -116,7 +117,7 @@ def peak(name: str, size: int, batch: int, device: str) -> int:
 
 def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     """Measure all figures for one image size."""
-    setting = f"ResNet-50, m={M}, batch {batch}, {size} px"
+    setting = f"ResNet-50, m={M}, batch {batch}, {size} px, {OPTIMISER}"
     names = [name for name in CONTENDERS if "peft" not in name or importlib.util.find_spec("peft")]
     kept = {}
     for name in names:

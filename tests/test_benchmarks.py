@@ -43,6 +43,16 @@ def test_bytes_and_operations_of_a_known_layer():
     assert operations(lambda: layer(x)) == 2 * 2 * 4 * 8 * 5 * 5
 
 
+def test_steps_end_with_the_fastest_optimiser():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    run = measure.Step(layer, list(layer.parameters()), lambda net: net(x), torch.zeros(4, dtype=torch.long))
+    before = layer.weight.clone()
+    with torch.profiler.profile() as profiler:
+        run()
+    assert "aten::_fused_adamw_" in {event.key for event in profiler.key_averages()}
+    assert not layer.weight.equal(before)
+
+
 def test_what_is_repeated_ends_with_its_time(monkeypatch):
     monkeypatch.setattr(measure, "_END", time.perf_counter())
     # one round of warming up, and one that counts

@@ -41,8 +41,12 @@ NAMED = {
     "pickle": set(),
     "eval": {"arguments"},
     "exec": set(),
-    "load_file": {"data.weights", "experiments.networks"},
+    "load_file": set(),
     "safe_open": set(),
+    "os.open": {"reading", "files", "frozen.cache_file", "cli.app"},
+    "read_bytes": {"data.tokenizers"},
+    # two of them call the function of that name in data.tables
+    "read_text": {"data.bundled", "data.image_sources", "serving.app", "serving.running", "cli.predict", "data.tables"},
     "gzip.open": {"data.text"},
     "gzip.GzipFile": set(),
     "gzip.decompress": set(),

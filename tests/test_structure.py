@@ -14,6 +14,7 @@ ROOMS = (
     ("errors",),
     ("limits",),
     ("checks", "optional", "typed", "bounded_json", "printable", "arguments"),
+    ("reading",),
     ("table", "files"),
     ("tensor_file",),
     ("backbone",),

@@ -145,6 +145,16 @@ def test_a_file_is_readable_by_whoever_the_umask_allows(flowers, tiny, tmp_path)
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_loading_builds_each_adapter_once_and_draws_nothing(flowers, monkeypatch) -> None:
+    path, _ = flowers
+    model, built, build = ZOO["tiny/resnet"].make(), [], visadapt.Bottleneck.build
+    monkeypatch.setattr(visadapt.Bottleneck, "build", lambda *given: built.append(build(*given)) or built[-1])
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.is_meta or pytest.fail("drawn"))
+    visadapt.load(model, path)
+    assert len(built) == len(visadapt.tasks(model)["flowers"].placements[0].sites)
+    assert not any(p.is_meta for p in visadapt.parameters(model, "flowers"))
+
+
 def test_loading_leaves_the_callers_random_numbers_alone(flowers) -> None:
     path, _ = flowers
     model = ZOO["tiny/resnet"].make()

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from visadapt.limits import check_limit
+from visadapt.limits import check_limit, limit
 
 # a string that is not closed ends with the text: to look for its end from each of its quotes takes quadratic time
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"?', re.DOTALL)
@@ -33,7 +33,8 @@ def parse_json(text: str, what: str = "it") -> Any:
         check_limit(len(digits), "JSON_DIGITS", what)
         return int(digits)
 
-    return json.loads(text, parse_int=integer)
+    # called for each integer: only where there is a run of more digits than may be
+    return json.loads(text, parse_int=integer if re.search(rf"\d{{{limit('JSON_DIGITS')}}}", text) else None)
 
 
 def _depth(text: str) -> int:

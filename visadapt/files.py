@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from visadapt.errors import VisadaptError
+from visadapt.reading import check_file
 
 _ABANDONED = 3600.0
 """Age in seconds at which a partial file that is not being written was left by a process that died."""
@@ -31,8 +32,10 @@ def replacing(target: Path) -> Iterator[Path]:
         The path of an empty file in the same folder.
 
     Raises:
-        VisadaptError: the folder cannot be written to, or the disk is full; the target is as it was.
+        VisadaptError: the folder cannot be written to, the disk is full, or the target is not a file (a device, say);
+            it is as it was.
     """
+    check_file(target, f"cannot write {target}: it", "a file")
     partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
     try:
         # with the permissions of an ordinary new file
@@ -54,17 +57,6 @@ def replacing(target: Path) -> Iterator[Path]:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder, and a pipe or device, whose end may never come; a path where nothing is passes.
-
-    Raises:
-        VisadaptError: the message names what there is.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        kind = "folder" if os.path.isdir(path) else "pipe, socket or device"
-        raise VisadaptError(f"{path} must be a file, got a {kind}")
 
 
 def make_folder(folder: Path) -> None:

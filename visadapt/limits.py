@@ -11,7 +11,7 @@ LIMITS: dict[str, tuple[int, str]] = {
     "JSON_DEPTH": (64, "levels of nested JSON"),
     "JSON_DIGITS": (100, "digits in an integer"),
     "IMAGE_PIXELS": (89_478_485, "pixels"),
-    "UNPACKED_RATIO": (100, "bytes per compressed byte"),
+    "UNPACKED_RATIO": (100, "bytes per byte on the disk"),
     "BACKBONE_BYTES": (1_000_000_000, "bytes of parameters"),
 }
 """Default and unit of each bound. ``VISADAPT_MAX_JSON_BYTES``, say, replaces the default."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import within
 from visadapt.backbone.site import Sites
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError
+from visadapt.methods.layers import is_undrawn
 from visadapt.methods.method import Method
 from visadapt.runtime import hf_config, host
 from visadapt.runtime.copies import build_head, own_copy, own_module
@@ -35,13 +36,21 @@ class Plan:
     sites: Sites = field(default_factory=Sites)
 
 
-def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]]) -> Plan:
+Adapters = Iterable[tuple[str, nn.Module]]
+"""What one method puts into a backbone: each adapter with its host's path."""
+
+
+def new_plan(
+    facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]], built: Sequence[Adapters] = ()
+) -> Plan:
     """The parts of a new task: its norms, the adapters of each method, its head.
 
     Args:
         facts: of the backbone.
         task: its description, to which the placements are added.
         placements: each method with its sites.
+        built: the adapters of each placement on the meta device, if the caller has them and puts tensors in the place
+            of theirs. Those that have others beside these are built anew.
     """
     check_loaded(facts.modules)
     parts: list[tuple[str, str, nn.Module]] = []
@@ -49,7 +58,7 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
         width = task.num_classes if task.head == "new" else None
         parts += [(path, "head", part) for path, part in build_head(facts, task.head_at, width).items()]
         task.head_at = task.head_at.placed()
-        task.drawn = None if width is None else bits_of(part for _, _, part in parts)
+        task.drawn = None if width is None or is_undrawn() else bits_of(part for _, _, part in parts)
     parts += [(path, "also", own_module(facts, path)) for path in task.also]
     if task.norms != "frozen":
         parts += [
@@ -61,9 +70,20 @@ def new_plan(facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]
     for path, _, part in parts:
         detach_copy(part, facts.modules[path], path)
     plan = Plan(task, parts)
-    for method, sites in placements:
-        _place(facts, plan, method, sites)
+    for number, (method, sites) in enumerate(placements):
+        own = list(built[number]) if built else []
+        _place(facts, plan, method, sites, own if all(_is_empty(part) for _, part in own) else [])
     return plan
+
+
+def _is_empty(part: nn.Module) -> bool:
+    """Whether all tensors of a part are those of its state dict, and on the meta device."""
+    return not any(
+        module._non_persistent_buffers_set
+        or any(isinstance(value, Tensor) for value in module.__dict__.values())
+        or any(t is not None and not t.is_meta for t in (*module._parameters.values(), *module._buffers.values()))
+        for module in part.modules()
+    )
 
 
 def extended_plan(
@@ -98,11 +118,13 @@ def extended_plan(
     return plan
 
 
-def _place(facts: Facts, plan: Plan, method: Method, sites: Sites) -> None:
+def _place(facts: Facts, plan: Plan, method: Method, sites: Sites, built: Adapters = ()) -> None:
     _check_outside_owned(plan.task, sites)
-    for path, part in method.parts(facts, sites, plan.task):
-        device = _device_of(facts.modules[path], facts.model)
-        plan.parts.append((path, method.part, part.to(device=device, dtype=facts.dtype)))
+    dtype = facts.dtype
+    plan.parts += [(path, method.part, part.to(dtype=dtype)) for path, part in built]
+    for path, part in () if built else method.parts(facts, sites, plan.task):
+        device = device_of(facts.modules[path], facts.model)
+        plan.parts.append((path, method.part, part.to(device=device, dtype=dtype)))
     plan.task.placements.append(Placement(method, tuple(site.full_name for site in sites)))
     plan.sites = Sites((*plan.sites, *sites))
 
@@ -123,7 +145,8 @@ def _check_outside_owned(task: Task, sites: Sites) -> None:
             )
 
 
-def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
+def device_of(module: nn.Module, model: nn.Module) -> torch.device:
+    """The device that a task's parts at a module are on."""
     for candidate in (module, model):
         for tensor in candidate.parameters():
             return tensor.device

@@ -19,7 +19,7 @@ from visadapt.runtime.registry import Task, prefix_of
 
 def check_shapes(
     facts: Facts, task: Task, placements: Sequence[tuple[Method, Sites]], tensors: Mapping[str, Tensor]
-) -> None:
+) -> list[list[tuple[str, nn.Module]]]:
     """Refuse a task whose parts are not those that its file has tensors for.
 
     Adapters are built on the meta device, and each is compared before the next is built: a description takes no memory,
@@ -30,6 +30,9 @@ def check_shapes(
         task: with its policies, its head and what else it owns.
         placements: each method with its sites.
         tensors: of the file.
+
+    Returns:
+        For each placement the adapters as they were built, on the meta device, each with its host's path.
 
     Raises:
         VisadaptError: a part is described twice, cannot be built, or has no tensor of its name and shape in the file.
@@ -44,19 +47,23 @@ def check_shapes(
             raise VisadaptError(f"{part}{'' if path is None else f' at {path}'} is described twice")
         taken.add((path, part))
 
+    built: list[list[tuple[str, nn.Module]]] = []
     for method, sites in placements:
         if not sites:
             take(None, method.part)
+        built.append([])
         try:
             with torch.device("meta"):
                 for path, part in method.parts(facts, sites, task):
                     take(path, method.part)
                     _check_part(prefix_of(path, method.part, part), part, tensors, seen)
+                    built[-1].append((path, part))
         except VisadaptError:
             raise
         # torch's errors for sizes that no tensor can have
         except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
             raise VisadaptError(f"{method!s:.200} cannot be built at its sites: {error}") from error
+    return built
 
 
 def _check_part(prefix: str, part: nn.Module, tensors: Mapping[str, Tensor], seen: dict[int, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +13,22 @@ from torch import nn
 
 from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint
+from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint, fingerprint_of
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
 from visadapt.errors import VisadaptError, nearest
-from visadapt.files import check_regular
 from visadapt.frozen.precision import precision_notes
 from visadapt.methods import METHODS
 from visadapt.methods.layers import undrawn
 from visadapt.methods.method import Method
 from visadapt.methods.policy import NORM_POLICIES
-from visadapt.plan import commit, new_plan
+from visadapt.plan import commit, device_of, new_plan
+from visadapt.reading import check_file
 from visadapt.runtime.host import check_free
 from visadapt.runtime.measured import measured
 from visadapt.runtime.owned import check_nothing_else_trained, check_owned, described, take_up
+from visadapt.runtime.quick_walks import load_state
 from visadapt.runtime.registry import (
     Registry,
     Task,
@@ -185,14 +185,15 @@ def load(
     if len(set(spec.labels or ())) < len(spec.labels or ()):
         raise VisadaptError(f"{path} has a label twice")
     spec.notes, spec.digest = description["notes"], content.digest
-    if any(tensor.is_meta for tensor in backbone_tensors(backbone).values()):
+    held = backbone_tensors(backbone, packed=content.digest is not None)
+    if any(tensor.is_meta for tensor in held.values()):
         raise VisadaptError(
             f"task {name!r} cannot be loaded into a model on the meta device: load the backbone's weights first"
         )
     digests = {} if registry is None else registry.digests
     facts = facts_of(backbone)
     take_up(spec, description, tensors, facts.modules)
-    found = fingerprint(backbone, spec.owned, digests, packed=content.digest is not None)
+    found = fingerprint_of(held, spec.owned, digests)
     unlike = differences(description["backbone"], found, values=check == "weights")
     if unlike:
         hint = (
@@ -208,13 +209,13 @@ def load(
         (_method(path, entry), _sites(facts, entry["sites"], description)) for entry in description["placements"]
     ]
     try:
-        check_shapes(facts, spec, placements, tensors)
+        built = check_shapes(facts, spec, placements, tensors)
     except VisadaptError as error:
         raise VisadaptError(f"{path}: {error}") from error
     with torch.random.fork_rng(devices=[]), undrawn():
         # values that are drawn here are overwritten: the caller's random state does not change
-        plan = new_plan(facts, spec, placements)
-    _fill(path, plan.parts, tensors)
+        plan = new_plan(facts, spec, placements, built)
+    _fill(path, facts, plan.parts, tensors)
     commit(facts, plan).digests = digests
     return spec.name
 
@@ -225,9 +226,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     Raises:
         VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"path must be a task file, got the folder {path}")
-    check_regular(path)
+    check_file(path, "path", "a task file")
     # of a name that is too long, pathlib would raise
     if not os.path.isfile(path):
         siblings = [p.name for p in Path(path).parent.glob("*.visadapt")] if os.path.isdir(Path(path).parent) else []
@@ -336,13 +335,16 @@ def _sites(facts: Facts, names: list[str], description: dict[str, Any]) -> Sites
     return Sites(known[name] for name in names)
 
 
-def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:
+def _fill(path: Any, facts: Facts, parts: list[tuple[str, str, nn.Module]], tensors: dict[str, torch.Tensor]) -> None:
     places = [(prefix_of(host, name, part), part, part.state_dict(keep_vars=True)) for host, name, part in parts]
     # weights that are tied stand at several modules, and in the file under the first's name
     first: dict[int, str] = {}
-    for at, _, state in places:
+    devices: dict[str, torch.device] = {}
+    for (at, _, state), (host, _, _) in zip(places, parts, strict=True):
         for key, own in state.items():
-            first.setdefault(id(own), f"{at}{key}")
+            name = first.setdefault(id(own), f"{at}{key}")
+            if name not in devices:
+                devices[name] = device_of(facts.modules[host], facts.model) if own.is_meta else own.device
     expected = {first[id(own)]: own for _, _, state in places for own in state.values()}
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
@@ -357,14 +359,10 @@ def _fill(path: Any, parts: list[tuple[str, str, nn.Module]], tensors: dict[str,
         raise VisadaptError(f"{path}: {error}") from error
     # assigned, not copied into: the file's dtypes are kept. Cloned, because a file's tensors lie at odd addresses, and
     # the kernels that torch picks for these round differently
-    values = {name: tensors[name].to(own.device, copy=True) for name, own in expected.items()}
+    values = {name: tensors[name].to(devices[name], copy=True) for name in expected}
     values |= {name: nn.Parameter(values[name]) for name, own in expected.items() if isinstance(own, nn.Parameter)}
     for _, part, state in places:
-        own_values = OrderedDict((key, values[first[id(own)]]) for key, own in state.items())
-        # without the versions of its modules, torch treats a norm with statistics as one of torch 0.4
-        own_values._metadata = state._metadata  # type: ignore[attr-defined]
-        part.load_state_dict(own_values, assign=True)
-        part.requires_grad_(True)
+        load_state(part, {key: values[first[id(own)]] for key, own in state.items()})
 
 
 def _check_dtypes(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.files import check_regular, replacing
+from visadapt.files import replacing
+from visadapt.limits import check_limit
+from visadapt.reading import opened, read_on
 
 _DIGEST = "visadapt_digest"
 
@@ -66,7 +69,8 @@ def write_described(target: Path, kind: str, description: Mapping[str, Any], ten
 def read_described(path: Path, kind: str, what: str) -> Content:
     """Read a file that `write_described` wrote, and check its digest.
 
-    The file is opened and read once, so that header and tensors are of one version even while it is being replaced.
+    The file is opened and read once, so that header and tensors are of one version even while it is being replaced. Of
+    a file without such a description, only the header is read.
 
     Args:
         path: the file.
@@ -80,26 +84,27 @@ def read_described(path: Path, kind: str, what: str) -> Content:
         VisadaptError: the file cannot be read, is not a safetensors file with such a description, or was changed after
             it was written.
     """
-    check_regular(path)
     try:
-        data = path.read_bytes()
-        tensors = parse(data)
-        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")].decode(), f"the header of {path}")
-        metadata = header.get("__metadata__") or {}
-        sealed: Any = metadata.get(kind)
-        seal = None if sealed is None else _SEAL.search(sealed)
-        text = sealed if seal is None else sealed[: seal.start()] + "}"
-        description = None if text is None else parse_json(text, f"the description of {path}")
+        with opened(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.fstat(file.fileno()).st_size:
+                raise ValueError("its header is cut off")
+            check_limit(length, "JSON_BYTES", f"the header of {path}")
+            header = parse_json(file.read(length).decode(), f"the header of {path}")
+            sealed: Any = (header.get("__metadata__") or {}).get(kind)
+            if sealed is None:
+                raise VisadaptError(f"{path} is not a {what}: its header has no description {kind!r}")
+            seal = _SEAL.search(sealed)
+            text = sealed if seal is None else sealed[: seal.start()] + "}"
+            description = parse_json(text, f"the description of {path}")
+            file.seek(0)
+            tensors = parse(read_on(file, path))
     except VisadaptError:
         raise
     except OSError as error:
         raise VisadaptError(f"cannot read {path}: {error.strerror or error}") from error
-    except MemoryError as error:  # a file with holes can be larger than the memory, and than the disk
-        raise VisadaptError(f"cannot read {path}: it does not fit into memory") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise VisadaptError(f"{path} is not a whole {what}: {error or type(error).__name__}") from error
-    if text is None:
-        raise VisadaptError(f"{path} is not a {what}: its header has no description {kind!r}")
     digest = None if seal is None else seal.group(1)
     if digest != digest_of(kind, text, tensors) if seal is not None else _DIGEST in text:
         raise VisadaptError(f"{path} was changed or damaged after it was written: its digest does not match")
@@ -119,9 +124,9 @@ def digest_of(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
 def raw(tensor: Tensor) -> memoryview:
     """Return a view of the bytes of a tensor's values, without numpy."""
     # in the tensor's own dtype: a backbone rounded to half precision is a different backbone
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: Any = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-    data.owner = flat  # keeps the memory alive as long as the view
+    whole = tensor.detach().cpu().contiguous()
+    data: Any = (ctypes.c_ubyte * (whole.numel() * whole.element_size())).from_address(whole.data_ptr())
+    data.owner = whole  # keeps the memory alive as long as the view
     return memoryview(data)
 
 

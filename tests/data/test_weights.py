@@ -97,7 +97,7 @@ def test_damaged_file_is_one_clear_error(tmp_path, content: bytes | None) -> Non
     file = tmp_path / "a.safetensors"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(VisadaptError, match=r"cannot read the weights in a\.safetensors"):
+    with pytest.raises(VisadaptError, match=r"cannot read .*a\.safetensors"):
         dequantise(file)
 
 

@@ -89,14 +89,15 @@ def test_a_clock_that_goes_backwards(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "I/O error")])
 def test_an_error_that_passes_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-    tasks, read = opened(folder), Path.read_bytes
+    tasks = opened(folder)
 
-    def fails(path: Path) -> bytes:
+    def fails(*_: Any) -> int:
         raise error
 
-    monkeypatch.setattr(Path, "read_bytes", fails)
-    assert str(error.strerror) in reason(tasks, "birds")
-    monkeypatch.setattr(Path, "read_bytes", read)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        said = reason(tasks, "birds")
+    assert str(error.strerror) in said
     assert tasks.entry("birds").name == "birds"
 
 

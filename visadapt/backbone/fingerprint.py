@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ def backbone_tensors(model: nn.Module, packed: bool = False) -> dict[str, Tensor
     return found
 
 
+@lru_cache(4096)
 def group_of(name: str) -> str:
     """Return the block of a tensor: its path up to the last number, or else its module (``layer1.0``, ``conv1``)."""
     path = name.split(".")[:-1]
@@ -68,11 +70,24 @@ def fingerprint(
     Raises:
         VisadaptError: the values of a tensor cannot be read.
     """
+    return fingerprint_of(backbone_tensors(model, packed), without, known)
+
+
+def fingerprint_of(
+    tensors: Mapping[str, Tensor], without: Iterable[str] = (), known: Digests | None = None
+) -> dict[str, list[str]]:
+    """Compute the `fingerprint` of a backbone whose `backbone_tensors` are at hand.
+
+    Args:
+        tensors: of the backbone, by name.
+        without: as in `fingerprint`.
+        known: as in `fingerprint`.
+    """
     known = {} if known is None else known
     left_out = tuple(f"{path}." for path in without)
     shapes: dict[str, hashlib._Hash] = {}
     values: dict[str, hashlib._Hash] = {}
-    for name, tensor in backbone_tensors(model, packed).items():
+    for name, tensor in tensors.items():
         if name.startswith(left_out):
             continue
         group = group_of(name)
@@ -97,8 +112,12 @@ def _digest(tensor: Tensor, name: str, known: Digests) -> bytes:
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
     # writes through .data do not change the version counter, so a few values are compared too
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, len(flat) // 8)].tolist()
+    count = tensor.numel()
+    step = max(1, count // 8)
+    if tensor.is_contiguous():
+        sample = tensor.as_strided((-(-count // step),), (step,)).tolist()
+    else:
+        sample = tensor.detach().reshape(-1)[::step].tolist()
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.dtype, sample
 

@@ -25,6 +25,8 @@ def plain_tensors(tensor: Tensor, name: str) -> list[Tensor]:
     Raises:
         VisadaptError: the tensor's class does not tell where its values are.
     """
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized:
+        return [tensor]
     if hasattr(tensor, "full_tensor"):
         # sharded by torch.distributed: every process takes part
         return plain_tensors(tensor.full_tensor(), name)

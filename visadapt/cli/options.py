@@ -16,6 +16,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
 from visadapt.methods import Method as AnyMethod
 from visadapt.methods.policy import NORM_POLICIES, NormPolicy
+from visadapt.reading import check_file
 
 Backbone = Annotated[
     str, typer.Argument(help="Backbone: timm/resnet50, torchvision/vgg16, hf/NAME or bundled/resnet50.")
@@ -92,6 +93,8 @@ Online = Annotated[bool, typer.Option("--online", help="Allow downloading a back
 def pairs(given: Iterable[str] | None, what: str) -> dict[str, Any]:
     """Parse ``KEY=VALUE`` strings into a dict; values are parsed as JSON where possible, such as 3, true or null.
 
+    Python's True, False and None are understood as well: as a text, ``False`` would be true.
+
     Raises:
         VisadaptError: a string has no ``=``.
     """
@@ -124,7 +127,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def norm_policy(name: str) -> NormPolicy:
@@ -148,8 +151,8 @@ def check_writable(path: Path, force: bool, given: str = "--out") -> Path:
     Raises:
         VisadaptError: the path exists and ``force`` is off, it is a folder, or its parent folder does not exist.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"{given} must be a file, got the folder {path}")
+    if not (os.path.islink(path) and not os.path.exists(path)):  # a link to nothing is replaced
+        check_file(path, f"{given}", "a file")
     if os.path.exists(path) and not force:
         raise VisadaptError(f"{path} already exists: use --force to overwrite it")
     if not os.path.isdir(path.parent):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from visadapt.data.bounded import open_image
 from visadapt.errors import VisadaptError
-from visadapt.files import check_regular
 from visadapt.limits import check_limit
 from visadapt.optional import available, require
 
@@ -75,16 +74,6 @@ def read_image(source: Any) -> Image:
             raise VisadaptError(f"{where}: {suffix} files need pillow-heif: pip install pillow-heif") from error
         raise
     return _rgb(_upright(opened), where, opened.format)
-
-
-def is_image(file: Path) -> bool:
-    """Whether the content of a file, not its name, is of a format that Pillow knows."""
-    try:
-        check_regular(file)
-        with pil().open(file):
-            return True
-    except Exception:
-        return False
 
 
 def to_tensor(image: Image) -> Tensor:

@@ -21,6 +21,7 @@ from visadapt.data.tables import Format
 from visadapt.data.targets import Targets
 from visadapt.errors import VisadaptError, check_unused, nearest, option
 from visadapt.optional import require
+from visadapt.reading import check_file
 
 BUNDLED = ("cifar10", "mnist", "fashion-mnist", "digits")
 """Data sets that come with the package, or with scikit-learn."""
@@ -30,9 +31,6 @@ _OF_DATASETS = ("image", "label", "regression", "multi_label")
 
 _OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
 """Options that describe a table."""
-
-_OF_DATASETS = ("image", "label", "regression", "multi_label")
-"""Options of tables that data sets of the ``datasets`` library take too."""
 
 _TRAIN_FLAG = {"train": True}, {"train": False}
 
@@ -93,7 +91,10 @@ def find(
         reading(("root",), f"{name} is a data set of torchvision")
         return _torchvision(name, root, download)
     path = Path(name)
+    if not name:
+        raise VisadaptError("an image data set must have a name, got ''")
     if not os.path.exists(path):
+        check_file(path, "data", "a folder or a table of images")
         known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))
         raise VisadaptError(f"no image data set or folder {name!r}{nearest(path.name, known)}")
     if is_stored(path):

@@ -20,6 +20,7 @@ from visadapt.data.image_sources import find
 from visadapt.data.lazy_images import DAMAGED, SizesDifferError, held, read_all
 from visadapt.data.targets import check_form, held_out
 from visadapt.errors import VisadaptError, nearest
+from visadapt.reading import check_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +220,7 @@ def image_files(place: str | Path) -> list[Path]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
+        check_file(path, "place", "an image or a folder")
         siblings = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise VisadaptError(f"no image or folder {place}{nearest(path.name, siblings)}")
     found = files_below(path)

@@ -16,6 +16,7 @@ from typing import Any
 from visadapt.bounded_json import parse_json
 from visadapt.data.allowlist import MOST_BLOCKS, objections
 from visadapt.errors import VisadaptError
+from visadapt.reading import read_whole
 
 CONFIG = "config.json"
 
@@ -51,10 +52,10 @@ def read_config(file: Path) -> dict[str, Any]:
         VisadaptError: it cannot be read, or is not a JSON object.
     """
     try:
-        config = parse_json(file.read_text(encoding="utf-8"), str(file))
+        config = parse_json(read_whole(file, "JSON_BYTES").decode(), str(file))
     except VisadaptError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise VisadaptError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise VisadaptError(f"{file} must be a JSON object, got {type(config).__name__}")

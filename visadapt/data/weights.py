@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from visadapt.arguments import takes
 from visadapt.data import bundled
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
+from visadapt.reading import read_whole
 
 _RESNET50 = "resnet50_imagenet_int8.safetensors"
 
@@ -71,8 +72,8 @@ def dequantise(file: str | Path) -> dict[str, Tensor]:
         (torch.float32, torch.Size([64, 3, 7, 7]))
     """
     try:
-        state = load_file(file, device="cpu")
-    except (SafetensorError, OSError) as error:
+        state = load(read_whole(file))
+    except SafetensorError as error:
         raise VisadaptError(f"cannot read the weights in {Path(file).name}: {error}") from error
     for key in [k for k, v in state.items() if v.dtype == torch.int8]:
         scale = state.pop(f"{key}_scale", None)

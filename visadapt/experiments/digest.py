@@ -6,6 +6,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from visadapt.reading import sha256_of
+
 
 @cache
 def digest(path: Path) -> str:
@@ -15,5 +17,5 @@ def digest(path: Path) -> str:
     for file in files:
         if file != path:
             sha.update(file.relative_to(path).as_posix().encode())
-        sha.update(hashlib.sha256(file.read_bytes()).digest())
+        sha.update(sha256_of(file))
     return sha.hexdigest()[:16]

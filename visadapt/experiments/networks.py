@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
+from visadapt.reading import read_whole
 
 
 def network(name: str, **options: Any) -> nn.Module:
@@ -50,8 +51,8 @@ def vgg16(file: Path) -> nn.Module:
     net.avgpool = nn.AdaptiveAvgPool2d(1)
     net.classifier = nn.Linear(512, 1000)
     try:
-        state = {key: value.float() for key, value in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
+        state = {key: value.float() for key, value in load(read_whole(file)).items()}
+    except SafetensorError as error:
         raise VisadaptError(f"cannot read the weights in {file}: {error}") from error
     keys = [key for key in net.state_dict() if key.startswith("features.")]
     missing = [key for key in keys if key not in state]

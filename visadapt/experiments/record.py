@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.experiments.result_check import check_result
 from visadapt.files import make_folder, replacing
+from visadapt.reading import check_file, read_whole
 from visadapt.typed import from_json
 
 STOPPED = "stopped"
@@ -125,6 +127,8 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     source = Path(path)
     if not os.path.exists(source):
         raise VisadaptError(f"no folder or file of results {str(source)!r}")
+    if not os.path.isdir(source):
+        check_file(source, "path", "a folder or a file of results")
     found = [source] if os.path.isfile(source) else sorted((*source.rglob("*.csv"), *source.rglob("*.json")))
     # not a named pipe, which would be waited for
     files = [file for file in found if file.is_file()]
@@ -224,18 +228,17 @@ def write(result: Result, folder: Path) -> Path:
 
 def _read_json(file: Path) -> Result:
     try:
-        result = from_json(Result, parse_json(file.read_text(encoding="utf-8"), str(file)))
+        result = from_json(Result, parse_json(read_whole(file, "JSON_BYTES").decode(), str(file)))
         check_result(result)
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise VisadaptError(f"{file} is not a result of an experiment: {error}") from error
     return result
 
 
 def _read_csv(file: Path) -> list[Result]:
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_whole(file).decode(), newline="")))
+    except (ValueError, csv.Error) as error:
         raise VisadaptError(f"{file} is not a table of results: {error}") from error
     return [_from_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
 

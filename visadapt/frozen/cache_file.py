@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.files import check_regular
+from visadapt.reading import SMALL, opened, read_whole
 from visadapt.tensor_file import raw
 
 try:
@@ -27,8 +27,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 2
-
-_CHUNK = 1 << 24
 
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -55,9 +53,8 @@ class CacheFile:
     def _recorded(self) -> dict[str, Any]:
         """The content of the key; empty if there is no key, or one of another format."""
         try:
-            check_regular(self.key)
-            found = parse_json(self.key.read_text(encoding="utf-8"), str(self.key))
-        except (OSError, ValueError, RecursionError):  # a VisadaptError is a ValueError
+            found = parse_json(read_whole(self.key, "JSON_BYTES").decode(), str(self.key))
+        except (ValueError, RecursionError):  # a VisadaptError is a ValueError
             return {}
         return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else {}
 
@@ -76,9 +73,7 @@ class CacheFile:
         found = self._recorded()
         if found != self._description(identity, found.get("digest")):
             return None
-        if not os.path.isfile(self.path):
-            return None
-        with suppress(OSError), self.path.open("rb") as file:
+        with suppress(OSError, VisadaptError), opened(self.path) as file:
             if os.fstat(file.fileno()).st_size == self.size and _digest(file) == found["digest"]:
                 return self._map(file)
         return None
@@ -153,7 +148,8 @@ class Writer:
             raise AssertionError(f"the pieces of {file.path} are not of the announced size")
         key = file._description(identity(), digest.hexdigest())
         beside = Path(f"{file.key}.partial")
-        with beside.open("w", encoding="utf-8") as written:
+        beside.unlink(missing_ok=True)
+        with beside.open("x", encoding="utf-8") as written:
             json.dump(key, written)
             written.flush()
             os.fsync(written.fileno())
@@ -166,7 +162,9 @@ class Writer:
 def _locked(path: Path) -> int:
     """Open a file that no other process or thread holds, waiting for those that do."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        # a link would let someone else choose the file that is cut off
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(path, flags, 0o666)
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -194,6 +192,6 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
+    while chunk := file.read(SMALL):
         digest.update(chunk)
     return digest.hexdigest()

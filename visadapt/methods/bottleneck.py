@@ -27,7 +27,7 @@ from visadapt.methods.layers import (
     is_recorded,
 )
 from visadapt.methods.method import Method, later, width
-from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise
+from visadapt.methods.stacking import Own, Single, as_vector, depthwise, pointwise, with_bias
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,9 @@ class BottleneckAdapter(nn.Module):
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
         """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1, with the output written in one pass."""
-        up, shift = own("up.weight", False), own("up.bias", False)
+        down, offset, up = own("down.weight", False), own("down.bias", False), with_bias(own, "up.weight", "up.bias")
         if self.scale is not None:
-            scale = own("scale", False)
-            up, shift = scale[:, :, None] * up, scale * shift
-        down, offset, up = own("down.weight", False), own("down.bias", False), torch.cat([up, shift[:, :, None]], 2)
+            up = own("scale", False)[:, :, None] * up
 
         def act(z: Tensor, axis: int) -> Tensor:
             z = F.dropout(self.activation(z), self.dropout, self.training)

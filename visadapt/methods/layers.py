@@ -81,13 +81,18 @@ def undrawn() -> Iterator[None]:
         _UNDRAWN.reset(token)
 
 
+def is_undrawn() -> bool:
+    """Whether initial values are left undefined here, as `undrawn` asks."""
+    return _UNDRAWN.get()
+
+
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, std: float) -> None:
     """Fill with a normal of standard deviation ``std`` truncated at two of them, by inverting its distribution.
 
     Unlike rejection sampling it takes one random number per element, and a fraction of the time.
     """
-    if weight.is_meta or _UNDRAWN.get():
+    if weight.is_meta or is_undrawn():
         # torch has no kernels for this on the meta device, and interprets each operation in Python
         return
     bound = math.erf(2 / math.sqrt(2))

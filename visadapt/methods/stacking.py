@@ -234,6 +234,23 @@ def product(weight: Tensor, shift: Tensor | None, x: Tensor, layout: str, sample
     return y.view(*x.shape[:-1], -1)
 
 
+def with_bias(own: Own, matrix: str, vector: str) -> Tensor:
+    """A matrix per sample with a vector as one more column, ``(N, outputs, inputs + 1)``: the bias of another input 1.
+
+    Args:
+        own: of a part.
+        matrix: name of a tensor ``(outputs, inputs)``.
+        vector: name of a tensor ``(outputs,)``.
+    """
+    if not isinstance(own, Stacked) or own.rows.groups == 1 or torch.is_grad_enabled() or is_tracing():
+        return torch.cat([own(matrix, False), own(vector, False)[:, :, None]], 2)
+    # one copy of each matrix instead of two: side by side, which batched products take as they lie
+    columns = [vector[:, None] for vector in own.tensors(vector)]
+    pairs = list(zip(own.tensors(matrix), columns, strict=True))
+    beside = torch.cat([tensor for number in own.rows.number for tensor in pairs[number]], 1)
+    return beside.view(len(beside), own.samples, -1).transpose(0, 1)
+
+
 def in_groups(x: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
     """A convolution of maps ``(N, C, …)`` with each row's own kernel: the rows are groups of channels of one sample.
 
@@ -279,11 +296,10 @@ def added_pointwise(own: Own, x: Tensor, y: Tensor, layout: str) -> Tensor:
     plain = x.dtype == y.dtype and not is_autocast(x.device.type)
     if not (plain and is_channels_first(layout) and y.ndim > 2 and own.samples == len(x)):
         return y + pointwise(own, x, layout).to(y.dtype)
-    weight, shift = own("weight").to(x.dtype), own("bias").to(x.dtype)
-    flat = x.flatten(2)
+    weight, flat = with_bias(own, "weight", "bias").to(x.dtype), x.flatten(2)
     # the bias is the weight of one more input, which is one everywhere
     inputs = torch.cat([flat, flat.new_ones(()).expand(len(flat), 1, flat.shape[2])], 1)
-    return torch.baddbmm(y.flatten(2), torch.cat([weight, shift[:, :, None]], 2), inputs).view(y.shape)
+    return torch.baddbmm(y.flatten(2), weight, inputs).view(y.shape)
 
 
 def depthwise(own: Own, x: Tensor, padding: int = 1) -> Tensor:

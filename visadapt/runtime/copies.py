@@ -14,6 +14,7 @@ from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_
 from visadapt.backbone.norms import affine_of, is_frozen_norm
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
+from visadapt.methods.layers import is_undrawn
 from visadapt.runtime.classes import frozen_class, widened_class
 
 
@@ -74,6 +75,9 @@ def _renewed(old: nn.Module, final: Final, num_classes: int, facts: Facts) -> nn
     options: dict[str, Any] = {"bias": old.bias is not None, "device": weight.device, "dtype": facts.dtype}
     width = final.width(num_classes)
     fresh: nn.Module
+    if isinstance(old, nn.Linear) and is_undrawn():
+        empty = nn.utils.skip_init(nn.Linear, old.in_features, width, **options)  # type: ignore[no-untyped-call]
+        return cast("nn.Module", empty)
     if isinstance(old, nn.Linear):
         fresh = nn.Linear(old.in_features, width, **options)
     else:

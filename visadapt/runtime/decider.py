@@ -24,6 +24,7 @@ from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.trace import call
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
+from visadapt.reading import check_file
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.twins import bare_twin
 from visadapt.tensor_file import read_described, write_described
@@ -286,8 +287,7 @@ def read_decider(model: nn.Module, path: str | os.PathLike[str]) -> Decider:
     Raises:
         VisadaptError: no such file, or no whole decider in it; it was fitted on another backbone.
     """
-    if os.path.isdir(path):
-        raise VisadaptError(f"path must be a decider's file, got the folder {path}")
+    check_file(path, "path", "a decider's file")
     if not os.path.isfile(path):
         raise VisadaptError(f"no file {path}")
     try:

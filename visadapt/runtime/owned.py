@@ -97,7 +97,7 @@ def _by_names(tensors: Iterable[str], modules: Mapping[str, nn.Module]) -> Head:
     These are the modules themselves, where they are layers, or else the last layer inside them.
     """
     paths: dict[str, None] = {}
-    for name in tensors:
+    for name in (name for name in tensors if ".head." in name):
         # the name ends in a tensor of the head, not in a head
         hosts = [parent(path) for path in ancestors(name) if last_name(path) == "head" and parent(path)]
         paths |= dict.fromkeys([host for host in hosts if host in modules][-1:])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from visadapt.backbone.subclass import is_rebuilt_plainly
+from visadapt.backbone.subclass import is_rebuilt_plainly, without
+from visadapt.runtime.classes import frozen_class, widened_class
 
 
 def _inherits(cls: type[nn.Module], *names: str) -> bool:
@@ -25,6 +27,20 @@ def _inherits(cls: type[nn.Module], *names: str) -> bool:
 @cache
 def _saves_plainly(cls: Any) -> bool:
     return _inherits(cls, "state_dict", "_save_to_state_dict", "get_extra_state")
+
+
+@cache
+def _loads_plainly(cls: Any) -> bool:
+    """Whether a module of this class takes its state by ``_parameters`` and ``_buffers`` alone."""
+    plain = without(cls, frozen_class, widened_class)
+    own = (plain._load_from_state_dict, plain.__setattr__)
+    # of an older torch's statistics, it would make up the number of batches
+    norms = _NormBase._load_from_state_dict if issubclass(plain, _NormBase) else None
+    return (
+        _inherits(cls, "load_state_dict", "set_extra_state", "get_extra_state", "state_dict", "_save_to_state_dict")
+        and own[0] in (nn.Module._load_from_state_dict, norms)
+        and own[1] is nn.Module.__setattr__
+    )
 
 
 @cache
@@ -74,6 +90,33 @@ def save_state(module: nn.Module, destination: Any, prefix: str, keep_vars: bool
     for name, child in module._modules.items():
         if child is not None:
             save_state(child, destination, f"{prefix}{name}.", keep_vars)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Put tensors in the place of a module's, as ``module.load_state_dict(state, assign=True)`` does.
+
+    Args:
+        module: the module.
+        state: tensors by name, of which every parameter and persistent buffer of the module has one of its own shape,
+            as a parameter or not.
+        prefix: of the names.
+    """
+    own = module.__dict__
+    cls: Any = type(module)
+    if not _loads_plainly(cls) or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]:
+        names = module.state_dict(keep_vars=True)
+        given = OrderedDict((name, state[prefix + name]) for name in names)
+        # without the versions of its modules, torch treats a norm with statistics as one of torch 0.4
+        given._metadata = names._metadata  # type: ignore[attr-defined]
+        module.load_state_dict(given, assign=True)
+        return
+    for held in (own["_parameters"], own["_buffers"]):
+        for name, tensor in held.items():
+            if tensor is not None and name not in own["_non_persistent_buffers_set"]:
+                held[name] = state[prefix + name]
+    for name, child in own["_modules"].items():
+        if child is not None:
+            load_state(child, state, f"{prefix}{name}.")
 
 
 def changes_nothing(module: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:

@@ -16,6 +16,7 @@ from visadapt.data.inputs import Inputs
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
 from visadapt.opening.predicting import PROBLEMS, problem_noted
+from visadapt.reading import check_file
 from visadapt.runtime.registry import check_task_name
 from visadapt.serving.refusal import ServingError
 from visadapt.task_file import KIND, read
@@ -100,6 +101,7 @@ class Catalogue:
             if os.path.isdir(path):
                 self._folders.append(path)
             elif not os.path.isfile(path):
+                check_file(path, "files", "task files or folders of them")
                 siblings = path.parent.iterdir() if os.path.isdir(path.parent) else ()
                 raise VisadaptError(f"no file or folder {path}{nearest(path.name, (p.name for p in siblings))}")
             elif path.stem in self._files:
