@@ -24,5 +24,5 @@ LOADS_PROGRAMS = pytest.mark.filterwarnings("ignore:The given buffer is not writ
 
 
 def compiled_whole(model: nn.Module, **options: Any) -> Any:
-    """Compile a model as one graph; where torch cannot read the active task in a graph, it runs uncompiled."""
+    """Compile a model as one graph; where torch cannot read the active task in a graph, hosts run uncompiled."""
     return torch.compile(model, fullgraph=READS_CONTEXT, **options)
