@@ -119,6 +119,42 @@ def test_predict_reads_the_table_that_train_read(bert: Path, tmp_path: Path) -> 
     assert [answer["input"] for answer in records(chosen)] == ["what a day"]
 
 
+def test_predict_reads_what_the_datasets_library_stores(bert: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict(
+        {"text": [f"note {i}" for i in range(20)], "label": ["ab"[i % 2] for i in range(20)]}
+    )
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.train_test_split(0.25, seed=0).save_to_disk(tmp_path / "stored")
+    task = tmp_path / "a.visadapt"
+    run("train", tmp_path / "a.jsonl", *reads(bert), "--length", 8, *QUICK, "--out", task)
+    for data in ("a.jsonl", "stored"):
+        answers = records(run("predict", tmp_path / data, "--task", task, *reads(bert)))
+        assert {answer["input"] for answer in answers} == {f"note {i}" for i in range(20)}
+    refused = run("predict", tmp_path / "a.jsonl", "--task", task, *reads(bert), "--delimiter", ";", code=1)
+    assert "--delimiter has no effect" in refused.stderr
+
+
+def test_inputs_of_the_other_kind_are_refused_by_name(photos: Path, bert: Path, tmp_path: Path) -> None:
+    texts, images = tmp_path / "texts.visadapt", tmp_path / "images.visadapt"
+    (tmp_path / "t.csv").write_text("text\tlabel\n" + "".join(f"note {i}\t{'ab'[i % 2]}\n" for i in range(20)))
+    # a tab is hard to type in a shell
+    run("train", tmp_path / "t.csv", "--delimiter", r"\t", *reads(bert), "--length", 8, *QUICK, "--out", texts)
+    by_name = [option.replace("false", "False") for option in IMAGES[:4]]
+    run("train", photos / "images.csv", *by_name, *IMAGES[4:], "--out", images)
+    assert read(images).description["notes"]["backbone"]["build"]["pretrained"] is False
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    for data, task, words in (
+        (photos / "flat" / "light" / "1.jpg", texts, "1.jpg is an image, and the task takes texts"),
+        (tmp_path / "a.xlsx", texts, "a.xlsx is not a text file, and the task takes texts"),
+        (tmp_path, texts, "an input must be a text file, got the folder"),
+        ("-", images, "- is standard input, from which only texts are read, and the task takes images"),
+        ("/dev/null", images, "place must be an image or a folder, got the device /dev/null"),
+    ):
+        assert words in run("predict", data, "--task", task, *(reads(bert) if task == texts else ()), code=1).stderr
+
+
 def test_messages_name_the_options_of_the_command_line(bert: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("words,label\n" + "one,a\ntwo,b\n" * 10, encoding="utf-8")

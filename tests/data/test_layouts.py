@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,12 @@ GOOD: dict[str, tuple[Build, tuple[int, int, int], dict[str, Any]]] = {
     "class called train": (
         lambda r: classes(r, 10, ("train", "bus")), (15, 1, 4), {}),
     "class with spaces and accents": (lambda r: classes(r, 10, ("grüne Äpfel", "red pears")), (15, 1, 4), {}),
+    "classes of Unicode, numbers and punctuation": (
+        lambda root: classes(root, 2, ("日本語", "🐱", "007", "7", "-x", "a,b", '"q"', "C:", "con", "new\nline")),
+        (15, 1, 4), {}),
+    "an image under the name of a text": (
+        both(lambda r: classes(r, 9),
+             lambda r: [image(r / n / "9.png", COLORS[n]).rename(r / n / "9.txt") for n in COLORS]), (15, 1, 4), {}),
     "table": (tabled(), (15, 1, 4), {}),
     "table with .tsv": (
         tabled(lambda rows: [r.replace(",", "\t") for r in rows], "file\tlabel", "images.tsv"), (15, 1, 4), {}),
@@ -207,6 +214,14 @@ BAD: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "a class each": (
         tabled(lambda rows: [f"{rows[0].split(',')[0]},c{i}" for i in range(40)]),
         "40 different labels for 40 samples", {}),
+    "nothing named": (lambda r: None, "an image data set must have a name, got ''", {"name": ""}),
+    "an archive": (
+        text_file("photos.zip"), "must be unpacked first, to a folder of images: CLASS/image", {"name": "photos.zip"}),
+    "a packed archive": (text_file("a.tar.gz"), "must be unpacked first", {"name": "a.tar.gz"}),
+    "a pipe": (lambda r: os.mkfifo(r / "pipe"), "must be a folder or a table of images, such as", {"name": "pipe"}),
+    "semicolons and quoted commas": (
+        tabled(lambda rows: [f'"{r.split(",")[0]}";"{r.split(",")[1]}, x"' for r in rows], "file;label"),
+        r"has one column, 'file;label' \(delimiter= sets its separator\)", {}),
     "not a table": (
         lambda r: (image(r / "a.png"), r / "a.png")[1], "must be a folder or a table of images", {}),
     "bytes of another encoding": (
@@ -219,8 +234,11 @@ BAD: dict[str, tuple[Build, str, dict[str, Any]]] = {
 def test_layout_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     build, message, options = BAD[case]
     made = build(tmp_path)
+    data = str(made if isinstance(made, Path) else tmp_path)
+    if (name := (options := dict(options)).pop("name", None)) is not None:
+        data = name and str(tmp_path / name)
     with pytest.raises(VisadaptError, match=message) as caught:
-        ImageInputs(8).load(str(made if isinstance(made, Path) else tmp_path), **options)
+        ImageInputs(8).load(data, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -265,6 +283,27 @@ def test_damaged_images_are_named_and_skipped_up_to_a_limit(tmp_path: Path) -> N
         ImageInputs(8).load(str(tmp_path))
     with pytest.warns(UserWarning, match="skipping"):
         assert len(ImageInputs(8).load(str(tmp_path), damaged=0.9).test) >= 1
+
+
+def test_every_class_keeps_an_image_to_train_on_where_it_can(tmp_path: Path) -> None:
+    classes(tmp_path / "one", 10)
+    for i in range(5):
+        image(tmp_path / "one" / f"rare{i}" / "0.png")
+    found = ImageInputs(8).load(str(tmp_path / "one"))
+    assert (found.train.labels.bincount() > 0).all()
+    assert len(found.train) + len(found.validation) + len(found.test) == 25
+    assert not any("left to train" in remark for remark in found.remarks)
+    classes(tmp_path / "single", 1, tuple(f"c{i}" for i in range(20)))
+    found = ImageInputs(8).load(str(tmp_path / "single"))
+    assert "single: no images are left to train 5 of 20 classes, such as 'c" in found.remarks[-1]
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+    classes(tmp_path)
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    with pytest.warns(UserWarning, match=r"skipping 1 of .*pipe\.png must be a file, got a pipe"):
+        found = ImageInputs(8).load(str(tmp_path), labels=("cat", "dog"), whole=True)
+    assert len(found.test) == 20
 
 
 def test_a_link_to_nothing_is_a_damaged_image(tmp_path: Path) -> None:
@@ -386,6 +425,7 @@ TEXTS: dict[str, tuple[str, bytes, dict[str, Any], tuple[str, ...]]] = {
     "line ends of Windows": ("a.csv", csv("text,label", *MANY, end="\r\n"), {}, ("a", "b")),
     "byte order mark": ("a.csv", b"\xef\xbb\xbf" + csv("text,label", *MANY), {}, ("a", "b")),
     "UTF-16 of a spreadsheet": ("a.tsv", "\n".join(["text\tlabel", *TABS]).encode("utf-16"), {}, ("a", "b")),
+    "UTF-32": ("a.csv", "\n".join(["text,label", *MANY]).encode("utf-32"), {}, ("a", "b")),
     "latin-1": ("a.csv", "\n".join(["text,label", *MANY, "é,a"]).encode("latin-1"), {"encoding": "latin-1"},
                 ("a", "b")),
     "semicolons": ("a.csv", csv("text;label", *[r.replace(",", ";") for r in MANY]), {"delimiter": ";"}, ("a", "b")),
@@ -430,6 +470,12 @@ BAD_TEXTS: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "empty": ("a.csv", b"", {}, "has no rows"),
     "another separator": ("a.csv", csv("text;label", *[r.replace(",", ";") for r in MANY]), {},
                           r"one column, 'text;label' \(delimiter= sets"),
+    "semicolons and quoted commas": (
+        "a.csv", csv("text;label", *[f'"one, two {i}";{"ab"[i % 2]}' for i in range(20)]), {},
+        r"one column, 'text;label' \(delimiter= sets"),
+    "UTF-16 without a mark": (
+        "a.csv", "\n".join(["text,label", *MANY]).encode("utf-16-le"), {}, "row 1 has a zero character, as UTF-16"),
+    "packed otherwise": ("a.csv.bz2", b"BZh9", {}, "must be a table as text: save it as .csv"),
     "a spreadsheet": ("a.xlsx", b"PK\x03\x04", {}, "must be a table as text: save it as .csv"),
     "no text column": ("a.csv", csv("words,label", *MANY), {}, "choose the text column with text="),
     "two of one name": ("a.csv", csv("text,label,label", *[f"{r},x" for r in MANY]), {},
@@ -471,6 +517,19 @@ def test_folder_of_tables_in_any_case(tmp_path: Path) -> None:
     assert len(load_text(tmp_path).test) == 20
     (tmp_path / "Train.CSV").unlink()
     assert len(load_text(tmp_path, whole=True).test) == 20
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv", "holdout.csv"):
+        (tmp_path / name).write_bytes(csv("text,label", *MANY))
+    with pytest.warns(UserWarning, match=r"'holdout\.csv' is none of the splits and is not used"):
+        assert len(load_text(tmp_path).test) == 20
+    (tmp_path / "holdout.csv").rename(tmp_path / "train.csv.gz")
+    with pytest.raises(VisadaptError, match=r"two files for train, 'train\.csv' and 'train\.csv\.gz'"):
+        load_text(tmp_path)
+    (tmp_path / "test.csv").write_bytes(csv("text,label", *MANY, ",a"))
+    with pytest.warns(UserWarning, match=r"test\.csv: 1 of 21 texts are empty, such as that of row 22"):
+        assert len(load_text(tmp_path / "test.csv").test) == 4
 
 
 def test_folder_of_json(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import visadapt
 from tests.models import ZOO
 from tests.training.conftest import backbone, state
 from visadapt import VisadaptError
-from visadapt.data import ImageSet, normalize
+from visadapt.data import ImageFiles, ImageSet, normalize
+from visadapt.data.targets import held_out
 from visadapt.methods import Full, Linear
 from visadapt.runtime.registry import registry_of
 from visadapt.tensor_file import read_described, write_described
@@ -319,3 +320,60 @@ def test_the_same_features_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> N
     for seed in range(2, 3 + KEPT):
         fit_linear(heads[3], features, labels, Objective(), seed)
     assert len(head_first._SOLVED) == KEPT
+
+
+def test_a_share_of_the_training_data_held_back_keeps_a_task_above_its_probe(digits: ImageSet) -> None:
+    images, labels = data(digits, 320)
+    # so high a rate that every epoch spoils the start
+    recipe = Recipe(epochs=2, lr=0.5, warmup=0)
+    result = fit(make(), "digits", (images, labels), 0.25, recipe)
+    assert (result.best, result.steps) == (0, 2 * -(-240 // recipe.batch_size))
+    left, chosen = held_out(labels, 80, 0)
+    by_hand = fit(make(), "digits", (images[left], labels[left]), (images[chosen], labels[chosen]), recipe)
+    assert without_seconds(result) == without_seconds(by_hand)
+    expected, found = make(), make()
+    fit(expected, "digits", (images, labels), 0.25, SHORT, seed=3)
+    fit(found, "digits", digits.train, 0.25, SHORT, seed=3)
+    assert all(torch.equal(t, state(expected)[name]) for name, t in state(found).items())
+
+
+def test_files_and_rows_of_a_cached_prefix_are_held_back_too(digits: ImageSet) -> None:
+    whole = digits.train.subset(range(60))
+    files = fit(make(), "digits", ImageFiles(whole.images, whole.labels), 0.2, SHORT)
+    tensors = fit(make(), "digits", whole, 0.2, SHORT)
+    assert files.start == tensors.start
+    model = make(where="layer4", norms="frozen")
+    cached = visadapt.cache_prefix(model, "digits", normalize(whole.images))
+    rows = fit(model, "digits", (cached.rows, whole.labels), 0.2, SHORT, prepare=cached)
+    cached.prefix.close()
+    assert rows.start == fit(make(where="layer4", norms="frozen"), "digits", whole, 0.2, SHORT).start
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"validation": 1.0}, r"validation must be data or a fraction in \(0, 1\), got 1.0"),
+        ({"validation": 0}, r"validation must be data or a fraction in \(0, 1\), got 0"),
+        ({"validation": -0.1}, r"validation must be data or a fraction in \(0, 1\), got -0.1"),
+        ({"validation": float("nan")}, "validation must be a finite number, got nan"),
+        ({"validation": True}, r"validation must be data or a fraction in \(0, 1\), got True"),
+        (
+            {"train": (torch.randn(1, 3, 16, 16), torch.tensor([1]))},
+            "training data must have at least two samples for validation=0.2, got 1",
+        ),
+        ({"train": torch.randn(4, 3, 16, 16)}, "the training data has no labels"),
+        ({"train": (torch.randn(4, 3, 16, 16), torch.tensor([1, -1, 0, 2]))}, "training labels must be from 0 to 9"),
+        (
+            {"train": DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))},
+            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, "
+            "such as with torch.utils.data.random_split",
+        ),
+    ],
+)
+def test_what_cannot_be_held_back_is_one_clear_error(digits: ImageSet, change: dict[str, Any], words: str) -> None:
+    model = make()
+    before = state(model)
+    call = {"train": data(digits, 20), "validation": 0.2, **change}
+    with pytest.raises(VisadaptError, match=words):
+        fit(model, "digits", recipe=SHORT, **call)
+    assert all(torch.equal(t, before[name]) for name, t in state(model).items())

@@ -93,6 +93,8 @@ Online = Annotated[bool, typer.Option("--online", help="Allow downloading a back
 def pairs(given: Iterable[str] | None, what: str) -> dict[str, Any]:
     """Parse ``KEY=VALUE`` strings into a dict; values are parsed as JSON where possible, such as 3, true or null.
 
+    Python's True, False and None are understood as well: as a text, ``False`` would be true.
+
     Raises:
         VisadaptError: a string has no ``=``.
     """
@@ -125,7 +127,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def norm_policy(name: str) -> NormPolicy:

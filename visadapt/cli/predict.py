@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -31,9 +31,11 @@ from visadapt.cli.options import (
 from visadapt.cli.output import say, show
 from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.data import image_files, read_texts
+from visadapt.data.datasets_library import is_stored
+from visadapt.data.image_file import SUFFIXES as IMAGES
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
-from visadapt.data.tables import is_table, read_table, read_text
-from visadapt.data.text import TEXT_COLUMNS
+from visadapt.data.tables import OTHERWISE, is_table, read_table, read_text
+from visadapt.data.text_rows import TEXT_COLUMNS
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.opening import Prediction
@@ -129,7 +131,9 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _images(places: Iterable[str]) -> list[str]:
+def _images(places: Sequence[str]) -> list[str]:
+    if "-" in places:
+        raise VisadaptError("- is standard input, from which only texts are read, and the task takes images")
     return [str(file) for place in places for file in image_files(place)]
 
 
@@ -148,10 +152,14 @@ def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str
 
 
 def _is_text_table(place: str) -> bool:
-    return place != "-" and is_table(Path(place)) and not place.lower().endswith(".txt")
+    path = Path(place)
+    return place != "-" and (is_stored(path) or (is_table(path) and not place.lower().endswith(".txt")))
 
 
 def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
+    if is_stored(file):
+        refuse_unused(f"{file} is not a table as text", "header", "delimiter", "encoding")
+        return _checked(read_texts(file, table.text), file, paired)
     bare = replace(table.form, header=False)
     rows = read_table(file, bare)
     usual = {name for group in TEXT_COLUMNS for name in ((group,) if isinstance(group, str) else group)}
@@ -160,7 +168,11 @@ def _column(file: Path, table: TableOptions, paired: bool) -> list[str]:
         found: list[Any] = read_texts(file, tuple(range(rows.width)), bare)
     else:
         found = read_texts(file, table.text, table.form)
-    if isinstance(found[0], tuple) != paired:
+    return _checked(found, file, paired)
+
+
+def _checked(found: list[Any], file: Path, paired: bool) -> list[str]:
+    if found and isinstance(found[0], tuple) != paired:
         takes = "pairs of texts" if paired else "single texts"
         raise VisadaptError(f"the task takes {takes}: choose the columns of {file} with --text")
     return [text if isinstance(text, str) else "\t".join(part.replace("\t", " ") for part in text) for text in found]
@@ -170,6 +182,10 @@ def _lines(place: str, encoding: str) -> list[str]:
     if place != "-" and not os.path.isfile(place):
         check_file(place, "an input", "a text file")
         raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
+    suffix = Path(place).suffix.lower()
+    if suffix in IMAGES or suffix in OTHERWISE:
+        what = "an image" if suffix in IMAGES else "not a text file"
+        raise VisadaptError(f"{place} is {what}, and the task takes texts")
     text = sys.stdin.read() if place == "-" else read_text(Path(place), encoding)
     # split as training files are: a form feed or a U+2028 is part of a text
     return [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]

@@ -101,6 +101,8 @@ def with_table(*names: str) -> Callable[[Callable[..., None]], Callable[..., Non
         @wraps(command)
         def call(**options: Any) -> None:
             table = TableOptions(**{field.name: options.pop(field.name) for field in chosen})
+            if table.delimiter == r"\t":
+                table = dataclasses.replace(table, delimiter="\t")  # a tab is hard to type in a shell
             command(**options, table=table)
 
         own = inspect.signature(command, eval_str=True).parameters.values()

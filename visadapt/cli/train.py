@@ -39,6 +39,7 @@ from visadapt.cli.quick import cached_data, quick_recipe, quick_size
 from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.data import augment
 from visadapt.data.allowlist import objections
+from visadapt.data.image_layouts import LAYOUTS
 from visadapt.data.image_sources import find
 from visadapt.data.inputs import ImageInputs, TextInputs, check_texts, described, inputs_of
 from visadapt.data.lazy_images import DAMAGED, HELD
@@ -218,7 +219,8 @@ def train(
     check_metric(metric, splits.train.labels, max(1, len(splits.classes)))
     if splits.problem_type == "single_label_classification" and len(present := splits.train.labels.unique()) < 2:
         one = splits.classes[int(present)]
-        raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples")
+        layouts = f"; the layouts are: {LAYOUTS}" if isinstance(inputs, ImageInputs) else ""
+        raise VisadaptError(f"{data} must have at least two classes, got only {one!r} in its training samples{layouts}")
     if steps.augmentation.mixes and splits.problem_type != "single_label_classification":
         raise VisadaptError("--mixup and --cutmix need one class per image")
     for remark in splits.remarks:

@@ -12,7 +12,7 @@ from visadapt.data.splits import renumbered as renumbered
 from visadapt.data.text import TextSet as TextSet
 from visadapt.data.text import TextSplit as TextSplit
 from visadapt.data.text import load_text as load_text
-from visadapt.data.text import read_texts as read_texts
+from visadapt.data.text_rows import read_texts as read_texts
 from visadapt.data.tokenizers import minilm_path as minilm_path
 from visadapt.data.tokenizers import tokenizer_of as tokenizer_of
 from visadapt.data.transforms import augment as augment

@@ -6,6 +6,7 @@ import gzip
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -50,11 +51,11 @@ def open_image(file: Path | str | IO[bytes], name: str) -> Any:
     return image
 
 
-def is_image(file: Path) -> bool:
-    """Whether the content of a file, not its name, is of a format that Pillow knows."""
+def is_image(file: Path, formats: Sequence[str] | None = None) -> bool:
+    """Whether the content of a file, not its name, is of one of these formats; None for all that Pillow knows."""
     pil = require("PIL.Image", "loading images", "pillow")
     try:
-        with opened(file) as content, pil.open(content):
+        with opened(file) as content, pil.open(content, formats=formats):
             return True
     except Exception:
         return False

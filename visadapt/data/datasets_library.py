@@ -92,7 +92,9 @@ def _attempt(name: str, load: Any) -> Any:
     try:
         return load()
     except Exception as error:  # the library and its client raise many types of error
-        raise VisadaptError(f"the datasets library cannot load {name!r}: {error}") from error
+        # where a file is wrong, only the cause says how
+        cause = error.__cause__ or error
+        raise VisadaptError(f"the datasets library cannot load {name!r}: {cause}") from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from visadapt.data.bounded import is_image
 from visadapt.data.datasets_library import SPLITS
 from visadapt.data.image_file import SUFFIXES
 from visadapt.data.lazy_images import ImageFiles
-from visadapt.data.splits import numbers_of, relabelled
+from visadapt.data.splits import numbers_of, relabelled, without_samples
 from visadapt.data.tables import Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, held_out
 from visadapt.errors import VisadaptError, nearest, option
@@ -39,6 +39,13 @@ _OTHER = frozenset((
     ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz",
     ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv", ".txt", ".xml", ".yaml", ".yml",
 ))  # fmt: skip
+
+
+_ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
+
+
+_USUAL = ("JPEG", "PNG", "GIF", "WEBP")
+"""Formats of images that are found under any name: their first bytes are not those of a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +110,9 @@ class Found:
             splits[split] = replace(whole_train.subset(chosen), name=_part(whole_train.name, split))
             if "test" not in self.splits:
                 remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} images held out for {split}")
+        if splits.keys() != self.splits.keys():
+            few = without_samples(self.classes, splits["train"].labels, "images")
+            remarks += [f"{self.name}: {remark}" for remark in few]
         return replace(self, splits=splits, remarks=tuple(remarks))
 
 
@@ -141,8 +151,10 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
     Raises:
         VisadaptError: the layout is not one of those that are understood, which are listed.
     """
-    if os.path.isfile(path):
-        if not is_table(path):
+    if path.suffix.lower() in _ARCHIVES and not is_table(path) and not os.path.isdir(path):
+        raise VisadaptError(f"{path} must be unpacked first, to a folder of images: {LAYOUTS}")
+    if not os.path.isdir(path):
+        if not is_table(path) or not os.path.isfile(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return path
     if not os.path.isdir(path):
@@ -190,12 +202,12 @@ def _sorted_out(paths: Sequence[Path]) -> list[Path]:
     images, others = [], []
     for file in paths:
         suffix = file.suffix.lower()
-        if suffix in _OTHER or file.is_dir():
+        if file.is_dir():
             continue
         # a link to nothing is an image that cannot be read
-        if suffix in SUFFIXES or is_image(file):
+        if suffix in SUFFIXES or is_image(file, _USUAL if suffix in _OTHER else None):
             images.append(file)
-        else:
+        elif suffix not in _OTHER:
             others.append(file)
     if others:
         warnings.warn(f"skipping {len(others)} files that are not images, such as {others[0]}", stacklevel=4)

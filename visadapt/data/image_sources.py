@@ -32,9 +32,6 @@ _OF_DATASETS = ("image", "label", "regression", "multi_label")
 _OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
 """Options that describe a table."""
 
-_OF_DATASETS = ("image", "label", "regression", "multi_label")
-"""Options of tables that data sets of the ``datasets`` library take too."""
-
 _TRAIN_FLAG = {"train": True}, {"train": False}
 
 _SPLIT_NAME = {"split": "train"}, {"split": "test"}
@@ -94,6 +91,8 @@ def find(
         reading(("root",), f"{name} is a data set of torchvision")
         return _torchvision(name, root, download)
     path = Path(name)
+    if not name:
+        raise VisadaptError("an image data set must have a name, got ''")
     if not os.path.exists(path):
         check_file(path, "data", "a folder or a table of images")
         known = (*BUNDLED, "torchvision/CIFAR10", *_siblings(path))

@@ -42,6 +42,8 @@ class Splits:
 def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose ``n`` samples at random, with the class proportions of the whole.
 
+    Each class keeps a sample that is not chosen, as long as there are enough samples of other classes to choose.
+
     Args:
         labels: class indices, int64, ``(N,)``.
         n: how many to choose, between 1 and ``N - 1``.
@@ -61,11 +63,31 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(labels)
     # largest remainder method, in integers so that ties are exact
     share, remainder = counts * n // total, counts * n % total
-    share[torch.argsort(remainder, descending=True, stable=True)[: n - int(share.sum())]] += 1
+    most = counts - 1 if n <= total - int((counts > 0).sum()) else counts
+    share = share.clamp(max=most.clamp(min=0))
+    while missing := n - int(share.sum()):
+        rank = torch.where(share < most, remainder, -1)
+        share[torch.argsort(rank, descending=True, stable=True)[: min(missing, int((rank >= 0).sum()))]] += 1
     chosen = torch.cat([shuffled[labels[shuffled] == c][: int(k)] for c, k in enumerate(share)])
     left = torch.ones(total, dtype=torch.bool)
     left[chosen] = False
     return left.nonzero().flatten(), chosen.sort().values
+
+
+def without_samples(classes: Sequence[str], labels: Tensor, what: str) -> tuple[str, ...]:
+    """Describe the classes of which a training split has no sample, for the user to know; empty if there are none.
+
+    Args:
+        classes: their names.
+        labels: of the training samples, in any form.
+        what: the samples, for the message.
+    """
+    if labels.dtype != torch.int64:
+        return ()
+    missing = [name for name, count in zip(classes, torch.bincount(labels, minlength=len(classes)), strict=True)
+               if not count]  # fmt: skip
+    few = f"{len(missing)} of {len(classes)} classes, such as {missing[0]!r}" if missing else ""
+    return (f"no {what} are left to train {few}: each class needs two or more",) if missing else ()
 
 
 @takes()

@@ -25,10 +25,20 @@ SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
 
 _SEPARATORS = (";", "\t", "|", ",")
 
-_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".zip")
-"""Suffixes of files that hold tables, but not as text."""
+OTHERWISE = (
+    ".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar",
+    ".tgz", ".feather", ".orc", ".avro", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".dta", ".sav",
+)  # fmt: skip
+"""Suffixes of files that may hold a table, but not as text."""
 
-_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
+"""Byte order marks; a mark that begins with another stands before it."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,21 @@ class Table:
         """Describe the columns, for messages."""
         if self.names is None:
             return f"{self.width} columns without names"
-        columns = f"the columns {', '.join(map(repr, self.names))}"
-        other = next((mark for mark in _SEPARATORS if len(self.names) == 1 and mark in self.names[0]), None)
-        return columns if other is None else f"one column, {self.names[0]!r} ({option('delimiter')} sets its separator)"
+        if len(self.names) == 1 and _is_separated(self.names[0]):
+            return _one_column(self.names[0])
+        return f"the columns {', '.join(map(repr, self.names))}"
 
     def cells(self, column: int) -> list[str]:
         """The cells of a column, without spaces around them."""
         return [row[column].strip() for row in self.rows]
+
+
+def _is_separated(line: str) -> bool:
+    return any(mark in line for mark in _SEPARATORS)
+
+
+def _one_column(line: str) -> str:
+    return f"one column, {line.strip()!r:.200} ({option('delimiter')} sets its separator)"
 
 
 def is_table(path: Path) -> bool:
@@ -131,12 +149,19 @@ def read_table(file: Path, form: Format) -> Table:
     Raises:
         VisadaptError: the file cannot be read or decoded, has no rows, or has rows of different lengths.
     """
-    if file.suffix.lower() in _SHEETS:
+    if file.suffix.lower() in OTHERWISE:
         raise VisadaptError(f"{file} must be a table as text: save it as .csv")
     lines = read_text(file, form.encoding)
     comma = file.name.lower().removesuffix(".gz").endswith(".csv")
     delimiter = form.delimiter or ("," if comma else "\t")
-    rows = _parsed(lines, delimiter, file, quoted_only=comma)
+    first = lines.partition("\n")[0]
+    separated = delimiter not in first and _is_separated(first)
+    try:
+        rows = _parsed(lines, delimiter, file, quoted_only=comma)
+    except VisadaptError as error:
+        if not separated:
+            raise
+        raise VisadaptError(f"{file} has {_one_column(first)}") from error
     numbered = [(number, row) for number, row in enumerate(rows, start=1) if row]
     names = tuple(name.strip() for name in numbered.pop(0)[1]) if form.header and numbered else None
     if not numbered:
@@ -144,6 +169,8 @@ def read_table(file: Path, form: Format) -> Table:
     width = len(names) if names is not None else len(numbered[0][1])
     for number, row in numbered:
         if len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
+            if separated:
+                raise VisadaptError(f"{file} has {_one_column(first)}")
             hint = "" if len(row) < width else f" ({delimiter!r} in a cell must be inside quotation marks)"
             raise VisadaptError(f"{file}, row {number} must have {width} columns, got {len(row)}{hint}")
     return Table(file, names, [row[:width] for _, row in numbered], [number for number, _ in numbered])
@@ -162,7 +189,11 @@ def read_text(file: Path, encoding: str) -> str:
     if encoding in ("utf-8", "utf-8-sig"):
         encoding = next((marked for mark, marked in _MARKS.items() if content.startswith(mark)), encoding)
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeError(f"row {text.count(chr(10), 0, text.index(chr(0))) + 1} has a zero character, as UTF-16 "
+                               f"without a mark would have: give the encoding with {option('encoding')}")  # fmt: skip
+        return text
     except UnicodeDecodeError as error:
         # a codec that skips a byte order mark counts from behind it
         offset = error.start + len(content) - len(error.object)

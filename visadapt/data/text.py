@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
-from visadapt.data.datasets_library import SPLITS, labels_of, open_dataset
-from visadapt.data.tables import SUFFIXES, Column, Format, Table, is_table, read_table
+from visadapt.data.datasets_library import SPLITS, open_dataset
+from visadapt.data.splits import without_samples
+from visadapt.data.tables import Column, Format, is_table
 from visadapt.data.targets import Targets, check_form, held_out
+from visadapt.data.text_rows import Reader, Rows, Text, rows_of_datasets, rows_of_folder
 from visadapt.data.text_sources import BUNDLED, PRESETS, at_root, is_stored_set, options_of
 from visadapt.errors import VisadaptError, check_unused, nearest, option
 from visadapt.reading import check_file
 
-Text = str | tuple[str, str]
-
 _SENTIMENT = ("negative", "neutral", "positive")
-
-TEXT_COLUMNS = ("text", "sentence", ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,19 +167,21 @@ def load_text(
             raise VisadaptError(f"{name!r} needs {option('root')}, the folder that contains the folder {name!r}")
         preset = PRESETS[name]
         form = Format(preset.header, preset.delimiter, preset.encoding)
-        splits = _folder(Path(root) / name, _Reader(preset.text, preset.label, form))
+        splits = rows_of_folder(Path(root) / name, Reader(preset.text, preset.label, form), every=False)
         if name == "trec":
             splits = {split: rows.relabelled(lambda y: y.split(":")[0]) for split, rows in splits.items()}
         return _assemble(name, splits, seed, Targets(), preset.classes)
-    path, reader = at_root(name, root), _Reader(text, label, Format(header, delimiter, encoding), targets)
+    if not name:
+        raise VisadaptError("a text data set must have a name, got ''")
+    path, reader = at_root(name, root), Reader(text, label, Format(header, delimiter, encoding), targets)
     known = None if classes is None else {y: y for y in classes}
     if not isinstance(name_or_path, str | Path) or name.startswith("hf/") or is_stored_set(path):
         source = path if isinstance(name_or_path, str | Path) and not name.startswith("hf/") else name_or_path
         parts = open_dataset(source, name, online, config)
-        splits, targets, own = _of_datasets(parts, name, text, label, targets)
+        splits, targets, own = rows_of_datasets(parts, name, text, label, targets)
         return _completed(name, splits, seed, targets, known or own, whole)
     if os.path.isdir(path):
-        return _assemble(path.name, _folder(path, reader, whole), seed, targets, known, whole=whole)
+        return _assemble(path.name, rows_of_folder(path, reader, whole), seed, targets, known, whole=whole)
     if not os.path.isfile(path):
         check_file(path, f"{option('name_or_path')}", "a file or a folder of texts")
         there = [p.name for p in path.parent.iterdir() if is_table(p)] if os.path.isdir(path.parent) else []
@@ -192,7 +192,7 @@ def load_text(
 
 def _completed(
     name: str,
-    splits: dict[str, _Rows],
+    splits: dict[str, Rows],
     seed: int,
     targets: Targets,
     known: dict[str, str] | None,
@@ -219,104 +219,8 @@ def _completed(
     made = _assemble(name, parts, seed, targets, known, validation=len(rows) // 10)
     remarks = [f"{name}: {len(made.test)} of {len(rows)} rows held out for test"]
     remarks.append(f"{name}: {len(made.validation)} of {len(rows) - len(made.test)} rows held out for validation")
-    return replace(made, remarks=tuple(remarks))
-
-
-@takes()
-def read_texts(file: Path, text: Column | Sequence[Column] | None = None, form: Format | None = None) -> list[Text]:
-    """Read the texts of a table, or the pairs of texts, without labels.
-
-    Args:
-        file: ``.tsv`` or ``.csv``, perhaps with ``.gz``.
-        text: text column, or two for pairs; None looks for the usual names.
-        form: how the table is written.
-
-    Returns:
-        A string per row, or a pair of strings.
-
-    Raises:
-        VisadaptError: the file cannot be read, or has no such column.
-
-    Examples:
-        >>> import os
-        >>> from pathlib import Path
-        >>> from visadapt.data import read_texts
-        >>> size = Path("reviews.csv").write_text(os.linesep.join(["text,stars", "a rose,5"]))
-        >>> read_texts(Path("reviews.csv"))
-        ['a rose']
-    """
-    table = read_table(file, form or Format())
-    return _texts(table, text_columns(table, text))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Texts with their labels as written.
-
-    Args:
-        texts: strings or pairs.
-        labels: one cell per text.
-        numbers: of the rows in their file; empty if unknown.
-    """
-
-    texts: list[Text]
-    labels: list[str]
-    numbers: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def subset(self, rows: Sequence[int]) -> _Rows:
-        numbers = [self.numbers[i] for i in rows] if self.numbers else []
-        return _Rows([self.texts[i] for i in rows], [self.labels[i] for i in rows], numbers)
-
-    def relabelled(self, change: Any) -> _Rows:
-        return _Rows(self.texts, [change(label) for label in self.labels], self.numbers)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads files with one layout of columns."""
-
-    text: Column | Sequence[Column] | None
-    label: Column
-    form: Format
-    targets: Targets = field(default_factory=Targets)
-
-    def read(self, file: Path) -> _Rows:
-        """Return the rows of a file: text or pair, and label."""
-        table = read_table(file, self.form)
-        texts, label = text_columns(table, self.text), table.column(self.label)
-        labels = table.cells(label)
-        for number, cell in zip(table.numbers, labels, strict=True):
-            if not cell and self.targets.separator is None:
-                raise VisadaptError(f"{file}, row {number}: the label is empty")
-        return _Rows(_texts(table, texts), labels, table.numbers)
-
-
-def text_columns(table: Table, wanted: Column | Sequence[Column] | None) -> tuple[int, ...]:
-    """Find the text column, or the two columns of pairs.
-
-    Raises:
-        VisadaptError: there is none of the usual name, or not the one that is wanted.
-    """
-    if wanted is None:
-        for usual in TEXT_COLUMNS:
-            columns = (usual,) if isinstance(usual, str) else usual
-            if table.names is not None and set(columns) <= set(table.names):
-                return tuple(table.column(c) for c in columns)
-        raise VisadaptError(
-            f"{table.file} has {table.described()}: choose the text column with {option('text')} (two for pairs)"
-        )
-    chosen = (wanted,) if isinstance(wanted, str | int) else tuple(wanted)
-    if len(chosen) not in (1, 2):
-        raise VisadaptError(f"{option('text')} must be one column or a pair, got {len(chosen)} columns")
-    return tuple(table.column(c) for c in chosen)
-
-
-def _texts(table: Table, columns: Sequence[int]) -> list[Text]:
-    sides = [table.cells(column) for column in columns]
-    return list(sides[0]) if len(sides) == 1 else list(zip(sides[0], sides[1], strict=True))
+    few = without_samples(made.classes, made.train.labels, "rows")
+    return replace(made, remarks=(*remarks, *(f"{name}: {remark}" for remark in few)))
 
 
 def _bundled(name: str) -> TextSet:
@@ -325,48 +229,13 @@ def _bundled(name: str) -> TextSet:
     parts = {}
     for split in SPLITS:
         own = [row for row in rows if row[0] == split]
-        parts[split] = _Rows([row[3] for row in own], [row[1] for row in own])
+        parts[split] = Rows([row[3] for row in own], [row[1] for row in own])
     return _assemble(name, parts, 0, Targets(), {c: c for c in _SENTIMENT})
-
-
-def _folder(path: Path, reader: _Reader, whole: bool = False) -> dict[str, _Rows]:
-    found = {}
-    files = {file.name.lower(): file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
-    for split, stems in SPLITS.items():
-        file = next((files[s + e] for s in stems for e in SUFFIXES if s + e in files), None)
-        if file is not None:
-            found[split] = reader.read(file)
-    if (whole and found) or ("train" in found and len(found) > 1):
-        return found
-    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv) of texts")
-
-
-def _of_datasets(
-    parts: dict[str, Any], name: str, text: Column | Sequence[Column] | None, label: Column, targets: Targets
-) -> tuple[dict[str, _Rows], Targets, dict[str, str] | None]:
-    """The rows per split of a data set of the ``datasets`` library, how its labels are read, and its classes."""
-    first = next(iter(parts.values()))
-    # its header only: the rows are read by column
-    table = Table(Path(name), tuple(first.column_names), [], [])
-    columns = [first.column_names[index] for index in text_columns(table, text)]
-    labels = labels_of(parts, first.column_names[table.column(label)], targets, name)
-    splits: dict[str, _Rows] = {}
-    for split, cells in labels.cells.items():
-        sides = [list(parts[split][column]) for column in columns]
-        for column, side in zip(columns, sides, strict=True):
-            wrong = next((row for row, cell in enumerate(side) if not isinstance(cell, str)), None)
-            if wrong is not None:
-                got = type(side[wrong]).__name__
-                raise VisadaptError(f"{name}, split {split!r}, row {wrong}: {column!r} must be a text, got {got}")
-        splits[split] = _Rows(sides[0] if len(sides) == 1 else list(zip(*sides, strict=True)), cells)
-    if not splits:
-        raise VisadaptError(f"{name} must have labels, got hidden ones only")
-    return splits, labels.targets, {y: y for y in labels.names} or None
 
 
 def _assemble(
     name: str,
-    splits: Mapping[str, _Rows],
+    splits: Mapping[str, Rows],
     seed: int,
     targets: Targets,
     classes: dict[str, str] | None = None,

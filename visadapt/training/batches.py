@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import Samples
+from visadapt.data.targets import held_out
 from visadapt.errors import VisadaptError
 from visadapt.training.engine import Engine
 from visadapt.training.losses import Objective
@@ -144,6 +145,42 @@ class Batch(NamedTuple):
     inputs: Any
     labels: Tensor | None
     rows: int
+
+
+def held_back(data: Any, fraction: float, seed: int) -> tuple[Any, Any]:
+    """Take a share of training samples for validation, of each class alike.
+
+    Args:
+        data: training data of any of the forms of `Batches`, but for a loader.
+        fraction: share of the samples, in (0, 1); at least one sample.
+        seed: the same seed chooses the same samples.
+
+    Returns:
+        The other samples, and those that were taken.
+
+    Raises:
+        VisadaptError: the data comes in batches, has no labels, or is a single sample.
+    """
+    whole = data if isinstance(data, ImageFiles) else _samples(data, "training")
+    if whole is None:
+        raise VisadaptError(
+            f"training data must be tensors or ImageFiles for validation={fraction:g}, got a {type(data).__name__}: "
+            "split its data set, such as with torch.utils.data.random_split"
+        )
+    if whole.labels is None:
+        raise VisadaptError("the training data has no labels")
+    if len(whole) < 2:
+        raise VisadaptError(
+            f"training data must have at least two samples for validation={fraction:g}, got {len(whole)}"
+        )
+    labels = whole.labels
+    if labels.ndim != 1 or labels.dtype != torch.int64 or int(labels.min()) < 0:
+        # not classes: chosen regardless of the labels
+        labels = torch.zeros(len(whole))
+    left, chosen = held_out(labels.cpu(), max(1, round(fraction * len(whole))), seed)
+    if isinstance(whole, ImageFiles):
+        return whole.subset(left), whole.subset(chosen)
+    return Samples(*whole.take(left)), Samples(*whole.take(chosen))
 
 
 def _pin(tensor: Tensor) -> Tensor:

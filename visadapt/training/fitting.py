@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from visadapt.arguments import takes
-from visadapt.checks import check_count
+from visadapt.checks import check_count, is_real
 from visadapt.data.augmentation import Augmentation
 from visadapt.data.image_inputs import ImageInputs
 from visadapt.data.lazy_images import ImageFiles
@@ -23,7 +23,7 @@ from visadapt.frozen.cached_prefix import CachedPrefix
 from visadapt.runtime.modes import keep_modes
 from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.augmenting import Augment, Changes, training_batches
-from visadapt.training.batches import Batches
+from visadapt.training.batches import Batches, held_back
 from visadapt.training.checkpoint import Checkpoint
 from visadapt.training.engine import Engine, LogitsModel
 from visadapt.training.evaluation import Prepare, scores
@@ -65,11 +65,11 @@ def fit(
     """Train one task of a model; the backbone and the other tasks stay bit-identical.
 
     With validation data the model ends in the state after the best epoch, or in that of the linear probe that a new
-    head starts as, if no epoch is better: on that data a task never ends below its own probe. Without, it ends in the
-    state after the last epoch, which may be worse than the probe. The loss on training data cannot tell: it falls while
-    a task overfits, and rises where a recipe mixes or crops images. Hold samples back, such as with
-    `visadapt.data.ImageSet.holdout`, where that matters. The same seed gives the same numbers on the same machine; the
-    caller's random state is left alone.
+    head starts as, if no epoch is better: on that data a task never ends below its own probe. ``validation=0.1`` holds
+    a tenth of the training samples back for that. Without validation data all samples train the task, and it ends in
+    the state after the last epoch, which may be worse than the probe: the loss on training data cannot tell, as it
+    falls while a task overfits, and rises where a recipe mixes or crops images. The same seed gives the same numbers on
+    the same machine; the caller's random state is left alone.
 
     Under ``accelerate launch`` or ``torchrun``, each process computes its part of every batch. The results equal those
     of one process, except for batch statistics of norms and for random numbers; running statistics that the task owns
@@ -82,7 +82,8 @@ def fit(
             argument names; an `visadapt.data.ImageSplit`; `visadapt.data.ImageFiles`, which are read in worker
             processes; a mapping with ``labels``; or a ``DataLoader`` of such batches. Labels are class indices, for
             cross entropy; floats, for the squared error of one output; or what ``loss`` says.
-        validation: data in the same forms, to score the linear probe and each epoch; None keeps the last epoch.
+        validation: data in the same forms, to score the linear probe and each epoch; or the fraction of ``train`` to
+            hold back for it, in (0, 1), of each class alike and chosen by ``seed``. None keeps the last epoch.
         recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.
@@ -119,6 +120,9 @@ def fit(
         >>> result = fit(model, "flowers", (images, labels), recipe=Recipe(epochs=2, batch_size=3))
         >>> result.steps, len(result.epochs)
         (4, 2)
+        >>> result = fit(model, "flowers", (images, labels), validation=0.5, recipe=Recipe(epochs=2, batch_size=3))
+        >>> result.steps, result.score is None
+        (2, False)
     """
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, checkpoint, accumulate, checkpoint_every)
@@ -137,6 +141,8 @@ def fit(
     objective, score_objective = Objective(training_loss, recipe.label_smoothing), Objective(loss)
     inputs = prepare if isinstance(prepare, ImageInputs) else None
     changes = Changes(augment, augmentation, inputs, target.classes, isinstance(train, ImageFiles))
+    if is_real(validation):
+        train, validation = held_back(train, validation, seed)
     train = training_batches(train, recipe, prepare, seed)
     batches = Batches(train, recipe.batch_size, "training", objective=objective)
     held_out = None
@@ -227,6 +233,8 @@ def _check(recipe: Any, validation: Any, checkpoint: Any, accumulate: int, check
         raise VisadaptError(f"recipe must be a visadapt.training.Recipe, got {type(recipe).__name__}")
     if recipe.patience is not None and validation is None:
         raise VisadaptError(f"patience={recipe.patience} needs validation data to score each epoch")
+    if isinstance(validation, int | float) and (isinstance(validation, bool) or not 0 < validation < 1):
+        raise VisadaptError(f"validation must be data or a fraction in (0, 1), got {validation!r}")
     check_count(accumulate, "accumulate")
     if checkpoint_every is not None:
         check_count(checkpoint_every, "checkpoint_every")

@@ -73,9 +73,9 @@ class Recipe:
         label_smoothing: of the cross entropy.
         patience: number of epochs without a better score after which training stops; None to train all epochs.
         head_first: start a new head as the linear probe on features that are computed once (LP-FT, Kumar et al. 2022,
-            arXiv 2202.10054), where it is one linear layer; the result says what was done. With validation data the
-            probe counts as epoch 0: no later epoch is kept that is not better. Without it, the last epoch is kept,
-            even if it is worse than the probe.
+            arXiv 2202.10054), where it is one linear layer; the result says what was done. With validation data, or
+            a share of the training data held back for it, the probe counts as epoch 0: no later epoch is kept that is
+            not better. Without, the last epoch is kept, even if it is worse than the probe.
         fast: compute in bf16 autocast and images in the channels-last memory format, which the model keeps.
         compile: mode of ``torch.compile`` for the training steps: ``default``, ``reduce-overhead`` (CUDA graphs) or
             ``max-autotune``; ``graphs`` for CUDA graphs of the model's own kernels, which take a second and no
