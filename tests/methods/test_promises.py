@@ -8,6 +8,7 @@ import torch
 import visadapt
 from tests.methods.cases import CASES, MEMBERS
 from tests.models import ZOO, answer, bare_part, output, same, short, snapshot, step, stir, train
+from tests.versions import compiled_whole
 from visadapt.methods import METHODS
 
 # a dense adapter at a grouped convolution says that it is the larger of the two
@@ -121,7 +122,7 @@ def test_compiles_whole(text, name) -> None:
     stir(model, "task")
     expected, bare = answer(model, inputs, "task"), answer(model, inputs, None)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = compiled_whole(model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(output(compiled, inputs), expected)
         with visadapt.using(model, None):
