@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import visadapt
-from tests.versions import SHARDS_ON_CPU
 
 IGNORED = "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 
@@ -53,7 +52,6 @@ def test_onnx_agrees(merged, tmp_path):
 
 
 @pytest.mark.slow
-@SHARDS_ON_CPU
 def test_fsdp2_on_two_processes(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

@@ -19,14 +19,10 @@ def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:
 ONE_GRAPH = needs_torch("2.14", "torch.compile reads the active task within a graph")
 """Mark of tests that count graphs. `compiled_whole` is what all versions are to answer alike."""
 
-SHARDS_ON_CPU = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="torch before 2.7 runs fully_shard on accelerators only"
-)
-
 LOADS_PROGRAMS = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 """Mark of tests that call ``torch.export.load``, which in some versions warns of how it reads the file."""
 
 
 def compiled_whole(model: nn.Module, **options: Any) -> Any:
-    """Compile a model as one graph; where torch cannot read the active task in a graph, it runs uncompiled."""
+    """Compile a model as one graph; where torch cannot read the active task in a graph, hosts run uncompiled."""
     return torch.compile(model, fullgraph=READS_CONTEXT, **options)

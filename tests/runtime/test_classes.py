@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 import visadapt
 from tests.models import ZOO, anatomy, answer, bare_part, same, snapshot, step, stir
-from tests.versions import SHARDS_ON_CPU
 from visadapt import DAN, Bottleneck, LoRA, Parallel
 
 
@@ -118,7 +117,6 @@ def mesh(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@SHARDS_ON_CPU
 @pytest.mark.parametrize("take", ["remove", "eject", "unlean"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_fully_shard_survives(mesh, image, take) -> None:

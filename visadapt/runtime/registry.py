@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
-from visadapt.backbone.modules import CHILD, own_modules, unwrapped
+from visadapt.backbone.modules import CHILD, own_modules, relative, unwrapped
 from visadapt.backbone.rows import RowFacts
 from visadapt.backbone.shared_pass import SharedPass
 from visadapt.backbone.structure import STRUCTURE
@@ -294,7 +294,7 @@ def prefix_of(path: str, name: str, part: nn.Module) -> str:
     They are called ``root.part.`` and what follows the root in the model.
     """
     root = getattr(part, "root", path)
-    inner = path.removeprefix(root).removeprefix(".")
+    inner = relative(path, root)
     return "".join(f"{each}." for each in (root, name, inner) if each)
 
 
