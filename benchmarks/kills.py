@@ -25,7 +25,7 @@ from visadapt.table import Table
 
 _OLD = 7200.0
 
-_PARTIAL = re.compile(r".*\.partial")
+_PARTIAL = re.compile(r".*\.partial(/|$)")
 
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.chmod", "os.truncate", "os.mkdir"})
 """Audit events of the interpreter at which a process may be killed."""
@@ -121,11 +121,12 @@ def at_step(call: Callable[[], Any], folder: Path, last: int | None = None) -> C
 
 def files(folder: Path) -> list[str]:
     """Names of the files of a folder, partial ones left out."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not _PARTIAL.match(p.name))
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not _PARTIAL.match(name))
 
 
 def partial_files(folder: Path) -> list[Path]:
-    """Partial files in a folder."""
+    """Partial files and folders in a folder."""
     return [path for path in folder.rglob("*") if _PARTIAL.match(path.name)]
 
 
@@ -185,7 +186,8 @@ def measure(work: Work, kills: int, rng: random.Random, place: Path, steps: bool
         old = partial_files(folder)
         found.partial += len(old)
         for path in old:
-            os.utime(path, (time.time() - _OLD,) * 2)
+            for inner in (path, *path.rglob("*")):
+                os.utime(inner, (time.time() - _OLD,) * 2)
         if old:
             for name in files(folder):
                 (folder / name).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ from typer.testing import CliRunner
 import visadapt
 from benchmarks.reliability_subjects import digest, network
 from visadapt.cli.app import app
+from visadapt.data.hub import resolve
 from visadapt.experiments import Compare, Contender, ImageProblem, read_results, run_experiment
 from visadapt.training import Recipe, fit
+
+BUILD: dict[str, Any] = {"pretrained": False, "channels": (8, 8, 16, 16)}
+
+_OLD = '{"input": "old"}\n'
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,37 @@ def _train(folder: Path) -> str:
 def _trained(folder: Path) -> None:
     file = folder / "t.visadapt"
     if file.exists():
-        visadapt.open(file, build={"pretrained": False, "channels": [8, 8, 16, 16]}, backbone="timm/resnet10t")
+        visadapt.open(file, build=BUILD, backbone="timm/resnet10t")
+
+
+def _old_answers(folder: Path) -> None:
+    """Images, a task for them, and the answers of an earlier prediction."""
+    _images(folder)
+    torch.manual_seed(0)
+    model = visadapt.inject(resolve("timm/resnet10t", **BUILD), m=2, task="t", num_classes=2, labels=("red", "blue"))
+    visadapt.save(model, "t", folder / "t.visadapt", notes={"inputs": {"kind": "images", "size": 32}})
+    (folder / "answers.jsonl").write_text(_OLD, encoding="utf-8")
+
+
+def _predict(folder: Path) -> str:
+    out = folder / "answers.jsonl"
+    words = ["predict", folder / "images", "--task", folder / "t.visadapt", "--out", out, "--force"]
+    words += ["--backbone", "timm/resnet10t", "--build", "pretrained=false", "--build", "channels=[8,8,16,16]"]
+    answer = CliRunner().invoke(app, [str(word) for word in (*words, "--batch-size", "4")])
+    if answer.exit_code:
+        raise AssertionError(answer.output)
+    # the folder is another each time
+    return digest([{**json.loads(line), "input": 0} for line in out.read_text(encoding="utf-8").splitlines()])
+
+
+def _predicted(folder: Path) -> None:
+    text = (folder / "answers.jsonl").read_text(encoding="utf-8")
+    if text != _OLD and len([json.loads(line) for line in text.splitlines()]) != 20:
+        raise AssertionError("neither the old nor the new answers")
 
 
 def _sweep(folder: Path) -> list[Any]:
-    options = (("pretrained", False), ("channels", (8, 8, 16, 16)))
-    sizes: dict[str, Any] = {"train": 16, "validation": 16, "test": 16, "size": 16, "options": options}
+    sizes: dict[str, Any] = {"train": 16, "validation": 16, "test": 16, "size": 16, "options": tuple(BUILD.items())}
     problem = ImageProblem("timm/resnet10t", "digits", **sizes)
     recipe = Recipe(epochs=1, head_first=False)
     contender = Contender("bottleneck", visadapt.Bottleneck(2), recipe, rates=(1e-3, 1e-2))
@@ -120,6 +151,7 @@ WORK = (
     Work("save", _save, _loaded, lambda folder: _save(folder, 0.25)),
     Work("fit with a checkpoint", _fit, lambda folder: None),
     Work("visadapt train", _train, _trained, _images),
+    Work("visadapt predict --out", _predict, _predicted, _old_answers),
     Work("sweep of an experiment", _sweep, _swept),
     Work("prefix cache", _cache, lambda folder: None),
 )

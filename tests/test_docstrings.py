@@ -14,10 +14,19 @@ import torch
 
 import visadapt
 import visadapt.data
+import visadapt.experiments
+import visadapt.report
 import visadapt.serving
 import visadapt.training
 from tests.models import ZOO
 from visadapt.export.program import export
+
+
+def classes_of(*rooms: Any) -> dict[str, Any]:
+    """The public classes of rooms, by name."""
+    return {
+        f"{room.__name__}.{name}": each for room in rooms for name, each in vars(room).items() if inspect.isclass(each)
+    }
 
 
 def public() -> dict[str, Any]:
@@ -33,10 +42,12 @@ def public() -> dict[str, Any]:
 
 FUNCTIONS = public()
 
+EXAMPLES = {**FUNCTIONS, **classes_of(visadapt.experiments, visadapt.report)}
+
 
 def example(name: str) -> doctest.DocTest:
     """The doctest of a function; it sees torch, visadapt, the function, ``Recipe`` and a fresh ``backbone``."""
-    function = FUNCTIONS[name]
+    function = EXAMPLES[name]
     names = {
         "torch": torch,
         "visadapt": visadapt,
@@ -47,7 +58,7 @@ def example(name: str) -> doctest.DocTest:
     return doctest.DocTestParser().get_doctest(inspect.getdoc(function) or "", names, name, None, None)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs_as_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = example(name)
     assert test.examples, f"the docstring of {name} has no example"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ import visadapt
 from tests.models import ZOO
 from visadapt import VisadaptError
 from visadapt.files import replacing
+from visadapt.tensor_file import write_tensors
 
 
 def write(target: Path, text: str = "new") -> None:
@@ -52,8 +54,29 @@ def test_partial_files_of_dead_writers_are_swept(tmp_path: Path) -> None:
         path.touch()
     for path in (old, other):
         os.utime(path, (0, 0))
+    # folders of libraries that write under names of their own
+    gone, live = (tmp_path / f".file.{digit * 16}.partial" for digit in "de")
+    for folder in (gone, live):
+        folder.mkdir()
+        (folder / "a").touch()
+        os.utime(folder, (0, 0))
+    os.utime(gone / "a", (0, 0))
     write(tmp_path / "file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, ".file.bak", "file"])
+    assert {path.name for path in tmp_path.iterdir()} == {fresh.name, ".file.bak", "file", live.name}
+
+
+def test_what_safetensors_writes_beside_a_file_is_swept_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(specs: object, path: Path, metadata: object) -> None:
+        (path.parent / ".tmpAb3dE9").touch()
+        assert [re.sub("[0-9a-f]{16}", "", p.name) for p in tmp_path.iterdir()] == [".file..partial"] * 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visadapt.tensor_file.serialize_file", begun)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "file", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["open", "fsync", "replace"])

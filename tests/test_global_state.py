@@ -43,7 +43,7 @@ NAMED = {
     "exec": set(),
     "load_file": set(),
     "safe_open": set(),
-    "os.open": {"reading", "files", "frozen.cache_file", "cli.app"},
+    "os.open": {"reading", "files", "frozen.cache_file", "cli.app", "cli"},
     "read_bytes": {"data.tokenizers"},
     # two of them call the function of that name in data.tables
     "read_text": {"data.bundled", "data.image_sources", "serving.app", "serving.running", "cli.predict", "data.tables"},
@@ -60,7 +60,7 @@ NAMED = {
     "os.environ.pop": {"serving.running"},
     "os.environ.setdefault": set(),
     "os.environ.clear": set(),
-    "signal.signal": {"serving.cluster"},
+    "signal.signal": {"serving.cluster", "cli.terminated"},
     "locale.setlocale": set(),
     "random.seed": {"data.augmentation"},
     "sys.setrecursionlimit": set(),

@@ -312,12 +312,18 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         {**WRAPPER, "model_args": {"checkpoint_path": "{folder}/pickle/pytorch_model.bin"}},
         "checkpoint_path=",
     ),
+    "timm without its name": (
+        {"architecture": "hf-hub:evil/other", "pretrained_cfg": {}, "num_classes": 2},
+        "the backbone 'timm/hf-hub:evil/other'",
+    ),
     "a repository by timm": ({**WRAPPER, "architecture": "hf-hub:evil/other"}, "the backbone 'timm/hf-hub:evil/other'"),
     "a folder by timm": ({**WRAPPER, "architecture": "local-dir:{folder}/code"}, "the backbone 'timm/local-dir:"),
     "another backbone": ({"model_type": "detr", "backbone": "evil/code"}, "backbone='evil/code'"),
     "weights of another backbone": ({"model_type": "detr", "use_pretrained_backbone": True}, "use_pretrained_backbone"),
     "a size": ({**BERT, "hidden_size": 32768, "intermediate_size": 32768}, "bytes of parameters"),
     "a size by timm": ({**WRAPPER, "model_args": {"channels": [4096] * 4}}, "bytes of parameters"),
+    "layers without end": ({**BERT, "num_hidden_layers": 10**7}, "must not choose num_hidden_layers=10000000"),
+    "stages without end": ({**BERT, "x": {"depths": [2, 10**7]}}, "must not choose depths=[2, 10000000]"),
     "deep JSON": ({**BERT, "x": json.loads("[" * 100 + "]" * 100)}, "levels of nested JSON"),
     "no object": ([BERT], "must be a JSON object, got list"),
 }
@@ -337,6 +343,13 @@ def test_a_repository_that_a_file_names_chooses_no_more_than_the_file(traps: Tra
 @pytest.mark.parametrize(
     "config",
     [
+        {
+            "num_hidden_layers": 126,
+            "n_layer": 0,
+            "depths": [2, 2, 18, 2],
+            "no_rope_layers": [1, 0] * 40,
+            "mlp_layers": [],
+        },
         {"attn_implementation": "sdpa", "_name_or_path": "google/bert", "id2label": {"0": "a/b"}},
         {"quantization_config": {"load_in_8bit": True}, "auto_map": {"AutoConfig": "x.Y"}, "backbone": None},
         {"model_type": "timm_wrapper", "architecture": "resnet50.a1_in1k", "pretrained_cfg": {"url": "https://x/y"}},
@@ -474,6 +487,15 @@ def test_inputs_of_a_file_are_typed_and_bounded(traps: Traps, command: str) -> N
         assert line.startswith("error: "), case
         assert expected in line, case
         traps.assert_quiet()
+
+
+@pytest.mark.parametrize("problem", ["ranking", [], {"a": 1}, 3])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_kind_of_output_that_a_file_notes_is_checked(traps: Traps, command: str, problem: Any) -> None:
+    inputs = {"kind": "texts", "tokenizer": "bundled/minilm", "length": 8}
+    file = traps.says(backbone={"name": "timm/resnet18", "build": SMALL}, inputs=inputs, problem_type=problem)
+    (line,) = traps.run(command, file).stderr.strip().splitlines()
+    assert line.startswith("error: task 'plain': problem_type must be one of single_label_classification, ")
 
 
 def test_a_tokenizer_that_a_file_names_runs_no_code(traps: Traps) -> None:

@@ -107,4 +107,4 @@ def test_work_that_is_killed_at_its_steps_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert [line for _, lost in found.values() for line in lost] == []
-    assert [count for count, _ in found.values()] == [3] * 5
+    assert [count for count, _ in found.values()] == [3] * 6

@@ -86,6 +86,14 @@ def test_a_string_that_is_never_closed_is_refused_at_once() -> None:
     assert time.process_time() - begun < 2
 
 
+def test_json_is_one_thing_to_all_programs_and_takes_little_memory() -> None:
+    with pytest.raises(ValueError, match="it has the key 'a' twice"):
+        parse_json('{"x": [{"a": 1, "b": 2, "a": 1}]}')
+    for text in ("[" + "[]," * 600_000 + "1]", "[" + "1," * 1_100_000 + "1]"):
+        with pytest.raises(VisadaptError, match=r"1,000,000 values in JSON: .* VISADAPT_MAX_JSON_VALUES"):
+            parse_json(text)
+
+
 def test_a_file_of_holes_is_refused(tmp_path) -> None:
     with (tmp_path / "f").open("wb") as file:
         file.truncate(1 << 42)

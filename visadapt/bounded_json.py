@@ -22,11 +22,14 @@ def parse_json(text: str, what: str = "it") -> Any:
         what: it belongs to, for messages.
 
     Raises:
-        VisadaptError: it is larger, deeper or of longer integers than `visadapt.limits.LIMITS` allows.
-        ValueError: it is not JSON.
+        VisadaptError: it is larger, deeper, of more values or of longer integers than `visadapt.limits.LIMITS` allows.
+        ValueError: it is not JSON, or an object has a key twice, of which other programs may take the other.
     """
     check_limit(len(text), "JSON_BYTES", what)
-    if text.count("[") + text.count("{") > 16:
+    brackets = text.count("[") + text.count("{")
+    # an empty list of two bytes takes a hundred in memory
+    check_limit(text.count(",") + brackets, "JSON_VALUES", what)
+    if brackets > 16:
         check_limit(_depth(text), "JSON_DEPTH", what)
 
     def integer(digits: str) -> int:
@@ -34,7 +37,16 @@ def parse_json(text: str, what: str = "it") -> Any:
         return int(digits)
 
     # called for each integer: only where there is a run of more digits than may be
-    return json.loads(text, parse_int=integer if re.search(rf"\d{{{limit('JSON_DIGITS')}}}", text) else None)
+    long = re.search(rf"\d{{{limit('JSON_DIGITS')}}}", text)
+    return json.loads(text, parse_int=integer if long else None, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r:.80} twice")
+    return found
 
 
 def _depth(text: str) -> int:

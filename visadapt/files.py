@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def replacing(target: Path) -> Iterator[Path]:
             it is as it was.
     """
     check_file(target, f"cannot write {target}: it", "a file")
-    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+    partial = _partial(target)
     try:
         # with the permissions of an ordinary new file
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -59,6 +60,29 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Create a folder beside a target, for a library that writes under names of its own, and delete it afterwards.
+
+    If the process dies, it is swept as the partial files of the target are.
+
+    Args:
+        target: the file that is created or replaced.
+
+    Yields:
+        The path of an empty folder on the disk of the target.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    folder = _partial(target)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and the folders that it is in, if there is none.
 
@@ -71,10 +95,20 @@ def make_folder(folder: Path) -> None:
         raise VisadaptError(f"cannot create the folder {folder}: {error.strerror or error}") from error
 
 
+def _partial(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+
+
 def _sweep(target: Path) -> None:
-    """Delete partial files of a target that have not been written to for long."""
+    """Delete partial files and folders of a target that have not been written to for long."""
     name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.partial")
     with suppress(OSError):
         for entry in os.scandir(target.parent):
-            if name.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED:
-                os.unlink(entry.path)
+            if name.fullmatch(entry.name) and time.time() - _last_written(entry) > _ABANDONED:
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def _last_written(entry: os.DirEntry[str]) -> float:
+    inside = os.scandir(entry.path) if entry.is_dir(follow_symlinks=False) else ()
+    times: list[float] = [each.stat(follow_symlinks=False).st_mtime for each in (entry, *inside)]
+    return max(times)

@@ -9,6 +9,7 @@ from visadapt.errors import VisadaptError
 LIMITS: dict[str, tuple[int, str]] = {
     "JSON_BYTES": (16_000_000, "bytes of JSON"),
     "JSON_DEPTH": (64, "levels of nested JSON"),
+    "JSON_VALUES": (1_000_000, "values in JSON"),
     "JSON_DIGITS": (100, "digits in an integer"),
     "IMAGE_PIXELS": (89_478_485, "pixels"),
     "UNPACKED_RATIO": (100, "bytes per byte on the disk"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.files import replacing
+from visadapt.files import replacing, scratch
 from visadapt.limits import check_limit
 from visadapt.reading import opened, read_on
 
@@ -149,8 +149,10 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: dict[st
         )
         for name, t in data.items()
     }
-    with replacing(target) as partial:
+    # safetensors writes to a file of a random name, which would stay if the process died
+    with replacing(target) as partial, scratch(target) as folder:
         try:
-            serialize_file(specs, partial, metadata)
+            serialize_file(specs, folder / "tensors", metadata)
+            os.replace(folder / "tensors", partial)
         except SafetensorError as error:
             raise VisadaptError(f"cannot write {target}: {error}") from error

@@ -29,8 +29,8 @@ methods stand at all of them; `Parallel`, `LoRA`, `DoRA`, `DAN` and `TSA` at eve
 linear; `Series` and `ConvAdapter` where positions have neighbours, that is not on token sequences; `Mona` there and on
 tokens whose map is known. No kernel can stand beside a transposed convolution: what acts on its output can stand behind
 it. `CoLoRA` changes the convolutions of ConvNeXt blocks and of a ResNet's bottleneck blocks. `Ladder` is a network of
-its own beside the blocks, with frozen norms: no gradient goes back through the backbone, and `cache_prefix` keeps all
-that its blocks give. An output whose channel axis no operator establishes is refused by name.
+its own beside the blocks, with frozen norms: no gradient flows through the backbone, and `cache_prefix` keeps all
+outputs of its blocks. An output whose channel axis no operator establishes is refused by name.
 
 """
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from visadapt import VisadaptError
 from visadapt.backbone.examine import examine
-from visadapt.backbone.rows import FREE, UNKNOWN, Lying
+from visadapt.backbone.rows import FREE, UNKNOWN, Lying, order_of
 
 SIZES = {
     "vocab_size": 50,
@@ -89,6 +89,21 @@ def test_how_rows_lie_at_a_host(before, after, expected):
 def test_an_order_that_depends_on_the_data_is_not_trusted(before):
     sizes = torch.full((4,), 6)
     found = facts(Run(lambda x, size: before(x, size).sum() * 0 + x.mean(1)), torch.randn(4, 6, 8), sizes)
+    assert found.reordered
+    assert not found.knows("host")
+
+
+DRAWS = {
+    "permutation": torch.randperm,
+    "sorted": lambda n: torch.rand(n).argsort(),
+    "numbers": lambda n: torch.randint(n, (n,)),
+    "python": lambda n: torch.randperm(n).tolist(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_random_order_is_not_trusted(draw):
+    found = facts(Run(lambda x: x[draw(len(x))].sum() * 0 + x.mean(1)), torch.randn(4, 6, 8))
     assert found.reordered
     assert not found.knows("host")
 
@@ -207,3 +222,13 @@ def test_hooks_that_make_the_output_are_the_models_own_and_others_hear_nothing()
         heard.clear()
         assert facts(model, x).outputs == dict.fromkeys(keys, Lying(0))
         assert heard == []
+
+
+def test_an_order_for_each_number_of_samples():
+    for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 32, 63):
+        order = list(order_of(n))
+        assert len(order) == max(n, 3)
+        # a mean of the batch must not be that of the two samples
+        assert sum(order) / len(order) >= 0.6
+        moved = [order[i:] + order[:i] for i in range(1, n)] + [order[::2] + order[1::2], order[::-1]]
+        assert n < 4 or order not in moved

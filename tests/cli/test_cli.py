@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visadapt
+from tests.versions import LOADS_PROGRAMS
 from visadapt import cli
 from visadapt.data import load_images, load_text, minilm_path
 from visadapt.data.hub import resolve
@@ -354,6 +356,7 @@ def test_merge_gives_weights_that_the_plain_network_takes(place: Path, tmp_path:
     assert not (tmp_path / "no.safetensors").exists()
 
 
+@LOADS_PROGRAMS
 def test_export_to_a_program(place: Path, tmp_path: Path) -> None:
     run("export", place / "photos.visadapt", "--out", tmp_path / "photos.pt2")
     extra = {"labels": ""}
@@ -619,16 +622,31 @@ def test_notes_of_a_library_user_are_no_backbone(place: Path, tmp_path: Path, ba
     assert "does not record its backbone: give it with --backbone" in result.stderr
 
 
-def test_an_interrupt_is_one_line_and_leaves_nothing(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_is_one_line_and_leaves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, said: str
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    """Where a file is on its way to the disk."""
+    sync = os.fsync
 
-    monkeypatch.setattr("visadapt.cli.train.fit", interrupted)
-    result = run("train", place / "photos", *SEES, "--size", 32, "--out", tmp_path / "o.visadapt", code=130)
-    assert result.stderr.splitlines()[1:] == ["interrupted: no file was left half-written"]
+    def signalled(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(os, "fsync", signalled)
+    # a program that is started in the background of a shell ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = tmp_path / "out"
+    try:
+        result = run("predict", place / "photos" / "test" / "one", "--task", place / "photos.visadapt", "--out", out,
+                     code=code)  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.stderr.splitlines()[-1] == f"{said}: no file was left half-written"
     assert list(tmp_path.iterdir()) == []
+    assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_DFL
 
 
 def test_modality_puts_the_first_adapter_at_parts_of_the_depth() -> None:

@@ -218,7 +218,7 @@ BAD: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "an archive": (
         text_file("photos.zip"), "must be unpacked first, to a folder of images: CLASS/image", {"name": "photos.zip"}),
     "a packed archive": (text_file("a.tar.gz"), "must be unpacked first", {"name": "a.tar.gz"}),
-    "a pipe": (lambda r: os.mkfifo(r / "pipe"), "must be a folder or a table of images, such as", {"name": "pipe"}),
+    "a pipe": (lambda r: os.mkfifo(r / "pipe"), "data must be a folder or a table of images, got", {"name": "pipe"}),
     "semicolons and quoted commas": (
         tabled(lambda rows: [f'"{r.split(",")[0]}";"{r.split(",")[1]}, x"' for r in rows], "file;label"),
         r"has one column, 'file;label' \(delimiter= sets its separator\)", {}),

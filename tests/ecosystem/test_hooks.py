@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 import visadapt
+from tests.versions import compiled_whole
 from visadapt.methods.layers import is_output_hooked
 
 # of torch, about modules whose input is the image and parts that return weights
@@ -144,5 +145,5 @@ def test_compile_after_hooks_were_looked_at():
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+        found = compiled_whole(model, backend="eager")(x)
     torch.testing.assert_close(found, expected)

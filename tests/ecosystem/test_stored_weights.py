@@ -246,6 +246,19 @@ def test_a_task_is_injected_anew_where_it_had_no_values():
         assert torch.equal(late(x), model(x))
 
 
+def test_a_mixed_batch_of_tasks_that_got_their_values_again():
+    model, x = vit(), torch.randn(4, 3, 32, 32)
+    for task in "ab":
+        visadapt.inject(model, m=4, task=task, num_classes=3)
+    state = copy.deepcopy(model.state_dict())
+    tasks = list("abba")
+    with torch.no_grad(), visadapt.using(model, tasks):
+        expected = model(x)
+        model.to("meta").to_empty(device="cpu")
+        model.load_state_dict(state)
+        assert torch.equal(model(x), expected)
+
+
 def test_shapes_are_told_on_the_meta_device():
     late = late_vit(visadapt.Bottleneck(m=4), "affine")
     assert late(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 3)

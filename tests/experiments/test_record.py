@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_csv_and_json_hold_the_same(tmp_path: Path) -> None:
     assert all(Record(tmp_path).get("tradeoff", key) for key in ("k0", "k1")), "results in a table count as results"
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@x", "'=x", "''", "' x", "x=1", 'a,"b'])
+def test_a_table_holds_no_formula_of_a_spreadsheet_and_reads_back_unchanged(tmp_path: Path, name: str) -> None:
+    results = [result(contender=name, regime=name)]
+    table = write_csv(results, tmp_path / "results.csv")
+    assert read_results(table) == results
+    with table.open(newline="") as file:
+        assert not any(cell[:1] in tuple("=+-@") for row in csv.reader(file) for cell in row if cell)
+
+
 def test_older_results_have_no_setting_and_no_regime(tmp_path: Path) -> None:
     known = result(setting="s0", regime="cpu")
     later = ("setting", "regime")
@@ -85,8 +95,15 @@ def test_partial_files_are_ignored_and_files_that_are_not_results_are_named(tmp_
     with pytest.raises(VisadaptError, match=r"k2.json is not a result"):
         Record(tmp_path)
     (tmp_path / "bad.csv").write_text("key,score\nk,1\n")
-    with pytest.raises(VisadaptError, match=r"bad.csv, line 2 is not a result"):
+    with pytest.raises(VisadaptError, match=r"bad\.csv is not a table of results: .*it lacks 'experiment'"):
         read_results(tmp_path / "bad.csv")
+    table = write_csv([result()], tmp_path / "bad.csv").read_text()
+    for content in ("", "\0", "x" + table, table.replace("score", "key"), table + "k0,x\n", table.replace("e-9", "")):
+        (tmp_path / "bad.csv").write_text(content)
+        if content != table:
+            with pytest.raises(VisadaptError, match=r"bad\.csv"):
+                read_results(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").unlink()
     (tmp_path / "latin.csv").write_bytes("key,score\ncafé,1\n".encode("latin-1"))
     with pytest.raises(VisadaptError, match=r"latin.csv is not a table of results: .*0xe9"):
         read_results(tmp_path / "latin.csv")

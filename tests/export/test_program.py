@@ -8,10 +8,12 @@ from torch import nn
 
 import visadapt
 from tests.models import answer
+from tests.versions import LOADS_PROGRAMS
 from visadapt import VisadaptError
 from visadapt.export.program import export
 
 
+@LOADS_PROGRAMS
 def test_a_program_answers_as_the_task_for_batches_of_any_size(tiny, image, tmp_path: Path) -> None:
     visadapt.inject(tiny, m=2, task="a", num_classes=3, norms="full")
     visadapt.inject(tiny, m=2, task="b", num_classes=5)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 import visadapt
+from tests.versions import LOADS_PROGRAMS
 from visadapt.backbone.compact import Compact, mapped, quantised
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import own_modules
@@ -440,6 +441,7 @@ def test_fast_training_is_as_without_codes_up_to_rounding(options):
     assert off(found[1], found[0]) < 0.02
 
 
+@LOADS_PROGRAMS
 @pytest.mark.parametrize("options", [BF16, INT8, BOTH], ids=["bfloat16", "int8", "both"])
 def test_exported_programs_answer_as_the_compact_model(options, tmp_path):
     model = visadapt.lean(injected(), **options)

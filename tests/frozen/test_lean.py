@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 import visadapt
 from tests.methods.cases import CASES
 from tests.models import ZOO, output, stir
+from tests.versions import compiled_whole
 from visadapt import lean, sites, unlean
 from visadapt.backbone.modules import own_modules
 from visadapt.backbone.site import Site
@@ -406,7 +407,7 @@ def test_lean_composes_with_computing_again(name):
 def test_lean_composes_with_compile():
     model, x = injected("resnet18", dtype=torch.float32), torch.randn(2, 3, 64, 64)
     expected = lean(model)(x)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = compiled_whole(model, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 

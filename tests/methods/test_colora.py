@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import visadapt
 from tests.methods.families import CONVOLUTIONAL, FAMILIES, mixed_equals_alone
 from tests.models import ZOO, answer, output, step, stir
+from tests.versions import compiled_whole
 from visadapt import CoLoRA, VisadaptError
 from visadapt.methods.edge_filter import edge_preserving
 from visadapt.runtime.registry import registry_of
@@ -141,7 +142,7 @@ def test_compiles_whole() -> None:
     stir(model, "task")
     expected = answer(model, inputs, "task")
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = compiled_whole(model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(output(compiled, inputs), expected)
 

@@ -21,12 +21,18 @@ class Hub:
 
     Attributes:
         address: ``http://127.0.0.1:<port>``.
+        refuses: answer every request so: status and error code; None to answer.
+        storage: whether files are redirected to another host, as large ones are.
+        xet: whether files are offered through Xet's storage, which is not there.
     """
 
     address: str = ""
     repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    refuses: tuple[int, str] | None = None
+    storage: bool = False
+    xet: bool = False
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
         commits = self.repositories.setdefault(name, [])
@@ -69,7 +75,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
             hub.requests.append(f"{self.command} {path}")
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            if hub.refuses is not None:
+                code, error = hub.refuses
+                self.answer({"error": "denied"}, code, X_Error_Code=error, X_Error_Message="not for everybody")
+            elif path.startswith("/large/"):
+                self.answer(hub.large[path.rpartition("/")[2]])
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
                 name, kind, revision = match.groups()
                 self.describe(name, kind, revision or "main")
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -94,7 +105,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if found is None or path not in found[1]:
                 self.missing("RepoNotFound" if found is None else "EntryNotFound")
                 return
-            self.answer(found[1][path], X_Repo_Commit=found[0], ETag=f'"{_oid(found[1][path])}"')
+            content, headers = found[1][path], {"X_Repo_Commit": found[0]}
+            if hub.xet:
+                headers |= {"X_Xet_Hash": "a" * 64, "Link": f'<{hub.address}/xet-read-token>; rel="xet-auth"'}
+            if hub.storage:
+                digest = hashlib.sha256(content).hexdigest()
+                hub.large[digest] = content
+                there = f"{hub.address.replace('127.0.0.1', 'localhost')}/large/{digest}"
+                size = str(len(content))
+                self.answer(b"", 302, **headers, Location=there, X_Linked_ETag=f'"{digest}"', X_Linked_Size=size)
+                return
+            self.answer(content, **headers, ETag=f'"{_oid(content)}"')
 
         def do_POST(self) -> None:
             path, body = unquote(urlparse(self.path).path), self.body()

@@ -225,6 +225,57 @@ def test_a_hub_that_does_not_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
         visadapt.open("hub:user/flowers")
 
 
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        ((401, "RepoNotFound"), "401 .*not for everybody"),
+        ((403, "GatedRepo"), "403 .*gated repo.*not for everybody"),
+        ((404, "RepoNotFound"), "404 .*Repository Not Found"),
+    ],
+)
+def test_a_private_or_gated_repository_is_one_clear_line(hub: Hub, refusal: tuple[int, str], message: str) -> None:
+    hub.commit("user/flowers", {"flowers.visadapt": b"x"})
+    hub.refuses = refusal
+    with pytest.raises(VisadaptError, match=f"cannot download 'user/flowers' from the hub: .*{message}") as caught:
+        visadapt.open("hub:user/flowers")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("storage", [False, True])
+def test_files_are_downloaded_beside_xet_and_from_another_host(
+    hub: Hub, storage: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visadapt.push_to_hub(flowers(), "flowers", "user/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.storage = storage
+    assert list(tasks(visadapt.open("hub:user/flowers"))) == ["flowers"]
+    assert any("/large/" in request for request in hub.requests if request.startswith("GET")) == storage
+
+
+def test_xet_that_cannot_be_reached_is_one_clear_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    visadapt.push_to_hub(flowers(), "flowers", "user/flowers")
+    hub.xet = True
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    with pytest.raises(VisadaptError, match=r"from the hub: 404 .*xet-read-token"):
+        visadapt.open("hub:user/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    assert list(tasks(visadapt.open("hub:user/flowers"))) == ["flowers"]
+
+
+def test_without_the_network_the_cache_is_read(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    visadapt.push_to_hub(flowers(), "flowers", "user/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(VisadaptError, match=r"cannot download 'user/flowers' from the hub: .*HF_HUB_OFFLINE"):
+        visadapt.open("hub:user/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    visadapt.open("hub:user/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert list(tasks(visadapt.open("hub:user/flowers"))) == ["flowers"]
+    assert hub.requests == []
+
+
 def test_another_hub_is_named_by_the_environment(hub: Hub, tmp_path: Path) -> None:
     """As a user would: in a fresh process."""
     pinned = visadapt.push_to_hub(flowers(), "flowers", "user/flowers")

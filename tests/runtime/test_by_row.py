@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import visadapt
 from tests.models import ZOO, enliven, output, short, stir
+from tests.versions import ONE_GRAPH, compiled_whole
 from visadapt import (
     DAN,
     SSF,
@@ -32,6 +33,7 @@ from visadapt import (
     VisadaptError,
     using,
 )
+from visadapt.backbone import tracing
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 TASKS = ("a", "b", "c", "d")
@@ -73,6 +75,7 @@ def injected(name, method, **options):
     return model.eval()
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
@@ -128,6 +131,7 @@ def test_few_tasks_with_large_matrices_are_each_alone(method) -> None:
             torch.testing.assert_close(found[i : i + 1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
 
 
+@ONE_GRAPH
 def test_a_graph_sees_changed_values_and_new_tasks_and_refuses_removed_ones() -> None:
     model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
     counter = CompileCounter()
@@ -156,7 +160,7 @@ def test_tasks_of_several_methods_compile_once_per_composition() -> None:
     model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 2)
     visadapt.inject(model, LoRA(r=2), task="e", num_classes=3)
     stir(model.eval(), "e", 9)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compiled_whole(model, backend="eager")
     with torch.no_grad():
         for names in (["a", "e"], ["e", "a"], ["b", "a"]):
             with using(model, names):
@@ -166,7 +170,7 @@ def test_tasks_of_several_methods_compile_once_per_composition() -> None:
 
 def test_modes_that_change_after_the_tasks_were_chosen(image) -> None:
     model = injected("resnet", Bottleneck(m=2, dropout=0.5))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compiled_whole(model, backend="eager")
     with torch.no_grad(), using(model, ["a", "b"]):
         assert torch.equal(model(image), model(image))
         torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
@@ -185,9 +189,34 @@ def test_the_number_of_a_task_is_never_given_again() -> None:
         assert visadapt.tasks(copied)["e"].number not in used
 
 
+def test_a_model_runs_uncompiled_where_a_graph_cannot_read_the_tasks(monkeypatch) -> None:
+    """As in all versions of torch before 2.14."""
+    monkeypatch.setattr(tracing, "READS_CONTEXT", False)
+    model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for tasks in (["a", "b", "a"], [None, "d", "c"], "a", None, "b"):
+        with using(model, tasks):
+            assert torch.equal(output(compiled, inputs), output(model, inputs))
+    assert counter.frame_count == 0
+
+    def outputs():
+        with using(model, "a"):
+            while True:
+                yield output(compiled, inputs)
+
+    found = next(outputs())
+    with using(model, "a"):
+        assert torch.equal(found, output(model, inputs))
+    torch._dynamo.reset()  # it skips what it skipped before
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="run_uncompiled_before_torch_2_14"):
+        output(torch.compile(model, backend=counter, fullgraph=True), inputs)
+
+
+@ONE_GRAPH
 def test_a_compiled_model_in_generators_is_refused_and_in_threads_is_right() -> None:
     model, x = injected("resnet", Bottleneck(m=2), norms="frozen"), inputs_of("resnet", 2)["x"]
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compiled_whole(model, backend="eager")
     expected, wrong = {}, []
     for task in ("a", "b"):
         with torch.no_grad(), using(model, task):

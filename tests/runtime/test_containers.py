@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import visadapt
 from tests.models import enliven, stir
+from tests.versions import compiled_whole
 from visadapt import using
 from visadapt.methods.method import Method
 
@@ -134,7 +135,7 @@ def test_parts_are_not_among_the_children(plain) -> None:
     copied = copy.deepcopy(model)
     with using(copied, "a"):
         assert torch.equal(copied(X), alone["a"])
-        compiled = torch.compile(copied, backend="eager", fullgraph=True)
+        compiled = compiled_whole(copied, backend="eager")
         assert torch.equal(compiled(X), alone["a"])
     # what goes through all modules still finds the parts
     assert {t.dtype for t in copied.double().state_dict().values()} == {torch.float64}

@@ -32,12 +32,18 @@ BUILDS = {
         )
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, eos_token_id=1, bos_token_id=2)),
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=1
+        )
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)),
 }
 METHODS = {
     "gpt2": (Bottleneck(m=3), Full()),
     "llama": (LoRA(r=2),),
+    "mamba": (Bottleneck(m=3),),
     "t5": (Bottleneck(m=3), Full()),
     "bart": (Biases(), TopLayers(1)),
 }

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import visadapt
 from tests.models import ZOO, answer, stir
+from tests.versions import ONE_GRAPH
 from visadapt import LoRA, Norms, using
 from visadapt.runtime.decider import Decider
 
@@ -249,6 +250,7 @@ def test_several_processes_see_all_tasks(tmp_path) -> None:
     assert all(any(f".visadapt.t{number}." in name for name in names) for number in range(FEW))
 
 
+@ONE_GRAPH
 def test_a_task_that_comes_compiles_nothing_anew(image) -> None:
     torch.compiler.reset()
     model = crowded(FEW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import threading
 from collections import Counter
@@ -10,6 +11,7 @@ from functools import cache
 import pytest
 import timm
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 import visadapt
 from tests.models import ZOO, Member, answer, enliven, output, stir
+from tests.versions import compiled_whole
 from visadapt import (
     DAN,
     SSF,
@@ -450,7 +453,7 @@ def test_a_mixed_batch_compiles_as_one_graph(name) -> None:
     model, inputs = shared(name), ZOO[name].inputs(n=6)
     with torch.no_grad(), using(model, LIST):
         expected = output(model, inputs)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = compiled_whole(model, backend="eager")
         assert torch.equal(output(compiled, inputs), expected)
     torch._dynamo.reset()
 
@@ -462,6 +465,57 @@ def test_a_loss_of_transformers_is_the_mean_over_the_samples() -> None:
     with torch.no_grad(), using(model, tasks):
         out = model(**inputs, labels=labels)
     agree(out.loss, F.cross_entropy(out.logits, labels))
+
+
+def test_a_head_that_is_no_single_layer_has_no_width_to_follow() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    decoder = {f"decoder_{key}": value for key, value in sizes.items()}
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(**sizes, **decoder, image_size=32, patch_size=16)
+    model = enliven(transformers.ViTMAEForPreTraining(config)).eval()
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 4)
+    for seed, task in enumerate("ab"):
+        visadapt.inject(model, m=2, task=task, norms="frozen", example={"pixel_values": images})
+        stir(model, task, seed)
+    found = {}
+    with torch.no_grad():
+        for task in ("a", "b", "aba"):
+            with using(model, list(task) if len(task) > 1 else task):
+                found[task] = model(pixel_values=images, noise=noise).logits
+    for row, task in enumerate("aba"):
+        agree(found["aba"][row], found[task][row])
+        assert not torch.allclose(found["a"][row], found["b"][row], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [list, collections.namedtuple("Pair", "value size")._make], ids=["list", "namedtuple"])
+def test_outputs_of_hosts_keep_their_type(kind) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return kind((x + self.fc(self.conv(x).relu()), len(x)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.fc = nn.Conv2d(3, 8, 3, 2), Block(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            out = self.block(self.stem(x))
+            assert type(out) is type(kind((0, 0)))
+            return self.fc(out[0].mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(3, 3, 16, 16)
+    for seed, task in enumerate("ab"):
+        visadapt.inject(model, m=2, task=task, where="block", example=x)
+        stir(model, task, seed)
+    with torch.no_grad(), using(model, list("aba")):
+        mixed = model(x)
+    for row, task in enumerate("aba"):
+        agree(mixed[row : row + 1], answer(model, {"x": x[row : row + 1]}, task))
 
 
 def test_a_tuple_of_arguments_goes_to_each_group(tiny) -> None:

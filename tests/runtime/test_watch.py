@@ -174,6 +174,15 @@ class Late(Layer):
             self.state.copy_(x.detach().mean((0, 2, 3)))
 
 
+class Sized(Layer):
+    """Keeps a table for the size of its last input, as timm's ConViT does."""
+
+    def forward(self, x):
+        if self.state.shape != x.shape[2:]:
+            self.state = torch.linspace(0.5, 1.5, x[0, 0].numel()).view(x.shape[2:])
+        return self.drop(x) * self.state
+
+
 class Codebook(nn.Module):
     def __init__(self):
         super().__init__()
@@ -206,7 +215,7 @@ class Net(nn.Module):
         return self.fc(self.net(self.layer(x)).flatten(1))
 
 
-LAYERS = [InPlace, Assigned, ByData, Always, Late, Parent]
+LAYERS = [InPlace, Assigned, ByData, Always, Late, Sized, Parent]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import visadapt
 from tests.models import ZOO, answer, output, short, stir
+from tests.versions import compiled_whole
 from visadapt import DAN, Biases, Full, TopLayers, VisadaptError, using
 from visadapt.methods.own_weights import own_weights
 
@@ -371,7 +372,7 @@ def test_mixed_batches_compile_as_one_graph(image, method) -> None:
         stir(model, task, seed)
     with torch.no_grad(), using(model, ["b", "a"]):
         expected = model(image)  # which also shows whose rows are whose
-        compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+        compiled = compiled_whole(copy.deepcopy(model), backend="eager")
     with torch.no_grad(), using(compiled, ["b", "a"]):
         torch.testing.assert_close(compiled(image), expected)
     with torch.no_grad(), using(compiled, "a"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opa
 from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.reordering import Watch, chose_rows
-from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged
+from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged, order_of
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
 
@@ -47,6 +47,11 @@ def examine(
             f"a batch of mixed tasks must be made of tensors, lists, mappings and dataclasses, got a "
             f"{type(opaque).__name__}, which cannot be taken apart into samples"
         )
+    if any(isinstance(leaf, Tensor) and _has_no_values(leaf) for _, leaf in leaves(given)):
+        raise VisadaptError(
+            "which rows belong to which sample is found by values, which a batch on the meta device or inside "
+            "torch.vmap does not have: run one task at a time"
+        )
     given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
     why = ""
     for cut in cuts:
@@ -70,6 +75,7 @@ def examine(
     )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts | str:
     """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
@@ -117,6 +123,10 @@ def _unambiguous(model: nn.Module, given: Any, found: RowFacts, samples: int, en
 
 def _is_label(name: Any) -> bool:
     return isinstance(name, str) and ("label" in name or "target" in name)
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _within(key: Key, leaf: Any, classes: int | None) -> Any:
@@ -195,11 +205,11 @@ def _holds_tensors(value: Any) -> bool:
 
 def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts:
     twin = twin_of(unwrapped(model))
-    pair = take(given, cut, _distinct(given, cut, samples))
-    facts = _compared(twin, pair, cut, entry)
+    pair, order = take(given, cut, _distinct(given, cut, samples)), order_of(samples)
+    facts = _compared(twin, pair, cut, entry, order)
     if not facts.evidence and samples > 1:
         try:
-            varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut, entry)
+            varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut, entry, order)
         except Exception:  # the model may refuse made-up values; then there is no evidence
             return facts
         return varied
@@ -258,30 +268,37 @@ class _Recorder:
             calls = self.calls.setdefault(path, [])
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 inputs = _prints((args, kwargs))
+            given = [(leaf, _version(leaf)) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             out = forward(*args, **kwargs)
+            if any(_version(leaf) != version for leaf, version in given):
+                self.writers.add(path)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 calls.append((inputs, _prints(out)))
-                # a tensor that a module appends to a list among its arguments was not given to it
-                now = {key: given for key, given in _prints((args, kwargs)).items() if key in inputs}
-                if any(not torch.equal(inputs[key].rows, given.rows) for key, given in now.items()):
-                    self.writers.add(path)
             return out
 
         return recorded
 
 
+def _version(tensor: Tensor) -> int:
+    """Torch's count of the changes of a tensor in place; inference mode, which counts none, is off here."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_ENOUGH = 4096
+"""Numbers of each row by which the rows at a module are compared."""
+
+
 def _prints(tree: Any) -> dict[Key, Print]:
-    return {key: Print.of(leaf) for key, leaf in leaves(tree) if isinstance(leaf, Tensor)}
+    return {key: Print.of(leaf, _ENOUGH) for key, leaf in leaves(tree) if isinstance(leaf, Tensor)}
 
 
-def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry) -> RowFacts:
-    """Run the twin on (p, q) and on (q, p, q), and compare the results."""
-    three = take(pair, cut, [1, 0, 1])
+def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, order: Sequence[int]) -> RowFacts:
+    """Run the twin on (p, q) and on N samples of these, and compare the results."""
     recorder = _Recorder(twin)
     runs = []
-    for args, kwargs in (pair, three):
+    for args, kwargs in (pair, take(pair, cut, order)):
         recorder.calls = {}
-        watch = Watch((args, kwargs))
+        watch = Watch((args, kwargs), twin.modules())
         with examining(twin), watch:
             out = entry.of(twin)(*args, **kwargs)
         runs.append((recorder.calls, out, watch))
@@ -290,26 +307,26 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry) ->
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
         if len(one) == len(other):
-            hosts[path] = merged(zip(one, other, strict=True), path in recorder.writers)
-    outputs = _outputs(small, large)
+            hosts[path] = merged(zip(one, other, strict=True), order, path in recorder.writers)
+    outputs = _outputs(small, large, order)
     told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs))
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs), {2, len(order)})
 
 
-def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
+def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:
     """Return the facts of the model's output.
 
     Raises:
         VisadaptError: a part of the output grows with the batch, but its rows are not those of single samples.
     """
     if isinstance(small, tuple | list) and isinstance(large, tuple | list) and len(small) != len(large):
-        if (len(small), len(large)) != (2, 3) or not all(_close(large[i], small[j]) for i, j in enumerate((1, 0, 1))):
+        if (len(small), len(large)) != (2, len(order)) or not all(map(_close, large, [small[i] for i in order])):
             raise VisadaptError("a list in its output is not one of samples")
         return {key: Lying(ITEMS)}
     if isinstance(small, Tensor) and isinstance(large, Tensor):
-        fact = fact_of(small, large)
+        fact = fact_of(small, large, order=order)
         grown = small.shape != large.shape
         if fact == UNKNOWN and grown and small.ndim == large.ndim:
             if sum(p != q for p, q in zip(small.shape, large.shape, strict=True)) > 1:
@@ -325,7 +342,7 @@ def _outputs(small: Any, large: Any, key: Key = ()) -> dict[Key, Fact]:
     for step in inner[0].keys() | inner[1].keys():
         if step not in inner[0] or step not in inner[1]:
             raise VisadaptError("its output is of another structure for each batch")
-        found |= _outputs(inner[0][step], inner[1][step], (*key, step))
+        found |= _outputs(inner[0][step], inner[1][step], order, (*key, step))
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from visadapt.backbone.entry import Entry
+from visadapt.backbone.added import added
+from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.find import find_sites
 from visadapt.backbone.heads import Head, find_head, traced_head
 from visadapt.backbone.known_batches import KnownBatches
@@ -30,6 +31,7 @@ class Facts:
         modules: its modules by path, without those of tasks.
         batches: which rows belong to which sample, for each kind of batch seen so far.
         entries: the same for batches that entered through other methods than its forward.
+        hooked: the modules that had hooks when the last mixed batch began.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +40,8 @@ class Facts:
         self._traced_head: Head | None = None
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
+        self.hooked: list[nn.Module] = []
+        self._added: list[Any] = []
 
     @property
     def name(self) -> str:
@@ -47,6 +51,14 @@ class Facts:
     def hold(self) -> bool:
         """Whether the backbone still consists of the same modules at the same paths."""
         return own_modules(self.model) == self.modules
+
+    def of_batches(self, entry: Entry = WHOLE) -> KnownBatches:
+        """The row facts of batches that enter by a method, found anew since other forwards or hooks take part."""
+        now, self.hooked = added(self.modules)
+        if now != self._added:
+            # those that run meanwhile keep theirs
+            self._added, self.batches, self.entries = now, KnownBatches(), {}
+        return self.batches if entry == WHOLE else self.entries.setdefault(entry, KnownBatches(entry))
 
     @cached_property
     def known_head(self) -> Head | None:

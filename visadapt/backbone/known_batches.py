@@ -22,22 +22,25 @@ _TRIES = 3
 class KnownBatches:
     """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
 
-    If two batches that differ only in their sizes have the same facts, these facts are used for every size.
+    If two batches that differ only in their sizes have the same facts, these facts are used for every size. For each
+    number of samples they are found once more, as a model may order large batches otherwise than small ones.
 
     Args:
         entry: the method that is called with the batches.
 
     Attributes:
+        entry: that method.
         hosts: facts that hold for all batches so far, by path of the module.
     """
 
     def __init__(self, entry: Entry = WHOLE) -> None:
-        self._entry = entry
+        self.entry = entry
         self.hosts: dict[str, HostRows] = {}
         self._exact: dict[Any, RowFacts] = {}
         self._general: dict[Any, RowFacts] = {}
         self._first: dict[Any, RowFacts] = {}
         self._kinds: dict[Any, RowFacts] = {}
+        self._sized: dict[Any, RowFacts] = {}
         self._tries: dict[Any, int] = {}
         self._single: dict[Any, dict[Key, Axis] | None] = {}
         self._shared: dict[Any, SharedPass | None] = {}
@@ -60,12 +63,14 @@ class KnownBatches:
         pattern, exact = _signature(given, samples, bool(model.__dict__["training"]))
         found = self._exact.get(exact) or self._general.get(pattern)
         if found is not None and (found.evidence or not several or self._tries.get(exact, 0) >= _TRIES):
-            return found
+            if samples in found.sizes or not several or not found.evidence or found.reordered or _is_fake(given):
+                return found
+            return self._sized.get((exact, samples)) or self._resized(model, given, found, (exact, samples), classes)
         kind = tuple(key for key, _ in leaves(given))
         if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
-        found = examine(model, given, samples, classes, self._entry)
+        found = examine(model, given, samples, classes, self.entry)
         self._tries[exact] = self._tries.get(exact, 0) + 1
         if len(self._exact) >= 1024:
             self._exact.clear()
@@ -77,6 +82,20 @@ class KnownBatches:
                 self._general[pattern] = found
             for path, host in found.hosts.items():
                 self.hosts[path] = both_hosts(self.hosts[path], host) if path in self.hosts else host
+        return found
+
+    def _resized(
+        self, model: nn.Module, given: tuple[Any, Any], found: RowFacts, key: tuple[Any, int], classes: int | None
+    ) -> RowFacts:
+        """Return the facts of another number of samples than those that facts were found for."""
+        exact, samples = key
+        other = examine(model, given, samples, classes, self.entry)
+        if other.evidence and shape_of(other) != shape_of(found):
+            if len(self._sized) >= 1024:
+                self._sized.clear()
+            self._sized[exact, samples] = other
+            return other
+        found.sizes.add(samples)
         return found
 
     def single(
@@ -159,6 +178,7 @@ class KnownBatches:
         pattern, exact = _signature(given, samples, training)
         self._exact[exact] = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
         self._general.pop(pattern, None)
+        self._sized.pop((exact, samples), None)
 
 
 def _is_fake(given: Any) -> bool:
@@ -176,10 +196,18 @@ def _signature(given: Any, samples: int, training: bool) -> tuple[Any, Any]:
             pattern.append((key, leaf.dtype, lie, tuple(size == 1 for size in shape)))
             sizes.append(tuple(None if size == samples else size for size in shape))
         elif is_cache(leaf):
-            length = leaf.get_seq_length()
+            length = _length(leaf)
             pattern.append((key, type(leaf), length > 0))
             sizes.append(length)
         else:
             pattern.append((key, type(leaf)))
             sizes.append(leaf if isinstance(leaf, bool | int | float | str) else None)
     return tuple(pattern), (tuple(pattern), tuple(sizes), samples == 1)
+
+
+def _length(cache: Any) -> int:
+    """Number of tokens in a cache of keys and values; a cache of states, as Mamba's, counts none."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())

@@ -117,6 +117,11 @@ def joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
+def relative(path: str, root: str) -> str:
+    """Path that a module of the model has in the one at ``root``, which is around it or the module itself."""
+    return path.removeprefix(root).removeprefix(".")
+
+
 def parent(path: str) -> str:
     """Path of the module that holds a module, or the parameter or buffer, of this path."""
     return path.rpartition(".")[0]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _MARK = "_visadapt_from_input"
-"""Attribute set on tensors that were computed from the model's input."""
+"""Attribute set on tensors that were computed from the model's input or from random numbers."""
 
 _SORTS = {"sort", "topk", "kthvalue", "mode", "argsort", "msort"}
 _AT_DIM = {"index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
@@ -29,17 +32,26 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choices: the operators that selected by data, in call order, with the sizes of the axes that they selected
             along.
         numbers: the numbers that Python code read from tensors computed from the input.
+        drew: whether it drew random numbers of Python's or numpy's, which nothing replaces.
+
+    Args:
+        inputs: of the forward.
+        modules: what may hold generators of random numbers.
     """
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, modules: Iterable[nn.Module] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.choices: list[tuple[str, tuple[int, ...]]] = []
         self.numbers: list[Any] = []
+        self.drew = False
         self._reads = _Reads(self.numbers)
+        self._modules = list(modules)
+        self._others = _Drawn(self._modules)
         for leaf in tree_leaves(inputs):
             mark(leaf)
 
     def __enter__(self) -> Watch:
+        self._others = _Drawn(self._modules)
         self._reads.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -47,6 +59,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]
+        self.drew = self._others.put_back()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -56,6 +69,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if marked:
             self._note(name, args, kwargs)
         out = _drawn(func, name, args, kwargs)
+        if name in _DRAWS:
+            # a random choice of rows (shuffled batch norm) is another one in the run that counts
+            mark(out)
         if marked:
             if name == "_local_scalar_dense":
                 self.numbers.append(out)
@@ -91,6 +107,33 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.choices.append((name, sizes))
 
 
+class _Drawn:
+    """The generators of random numbers that are not torch's, as they were: Python's, numpy's and those of modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._numpy: Any = sys.modules.get("numpy")
+        self._own = [each for module in modules for each in module.__dict__.values() if _is_generator(each)]
+        self._python = random.getstate()
+        self._global = None if self._numpy is None else self._numpy.random.get_state()
+        self._states = self._now()
+
+    def _now(self) -> list[bytes]:
+        numpy = None if self._numpy is None else self._numpy.random.get_state()
+        return [pickle.dumps(state) for state in (random.getstate(), numpy, *self._own)]
+
+    def put_back(self) -> bool:
+        """Put the global ones back, and return whether anything was drawn meanwhile."""
+        drew = self._now() != self._states
+        random.setstate(self._python)
+        if self._global is not None:
+            self._numpy.random.set_state(self._global)
+        return drew
+
+
+def _is_generator(held: Any) -> bool:
+    return isinstance(held, random.Random) or type(held).__module__.startswith("numpy.random")
+
+
 class _Reads(TorchFunctionMode):
     """Records conversions of whole tensors to Python values, which dispatch no operator."""
 
@@ -111,6 +154,8 @@ def chose_rows(two: Watch, three: Watch) -> str:
         two: the record of a forward of two samples.
         three: the record of a forward of three samples made of the same two.
     """
+    if two.drew or three.drew:
+        return "a random number of Python's"
     if [name for name, _ in two.choices] != [name for name, _ in three.choices]:
         return "an operator that depends on the data"
     for (name, few), (_, more) in zip(two.choices, three.choices, strict=True):

@@ -1,13 +1,17 @@
 """Which rows of every module's tensors belong to which sample, found by two small forwards.
 
-A copy of the backbone runs on two samples of the batch, (p, q), and then on three, (q, p, q). The batch axis of a
-tensor is the axis that grows from 2k to 3k. Its order is the one in which the rows for (q, p, q) repeat those for
-(p, q). Where a module mixes samples, or orders them by their data, no order fits and the rows are marked as unknown.
+A copy of the backbone runs on two samples of the batch, (p, q), and then on as many as the batch has, each of them p
+or q: (q, p, q) for three. The batch axis of a tensor is the axis that grows from 2k to Nk. Its order is the one in
+which the rows for N samples repeat those for (p, q). Where a module mixes samples, or orders them by their data or by
+their number, no order fits and the rows are marked as unknown.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,6 +91,7 @@ class RowFacts:
         reordered: name of the operator that may order rows by their data, or "".
         evidence: whether the outputs of the two compared samples differ; if they are equal, the comparison shows
             nothing.
+        sizes: numbers of samples for which all this was found.
     """
 
     cut: dict[Key, Axis]
@@ -94,6 +99,7 @@ class RowFacts:
     hosts: dict[str, HostRows]
     reordered: str
     evidence: bool
+    sizes: set[int] = field(default_factory=set)
 
     def knows(self, path: str) -> bool:
         """Return whether the rows at a module are known."""
@@ -110,12 +116,20 @@ class Print:
     tolerance: float
 
     @staticmethod
-    def of(tensor: Tensor) -> Print:
-        """Compute the fingerprint of a tensor along its first axis."""
+    def of(tensor: Tensor, most: int = 0) -> Print:
+        """Compute the fingerprint of a tensor along its first axis.
+
+        Args:
+            tensor: any tensor.
+            most: about how many numbers of each row are enough; 0 for all of them.
+        """
         shape = tuple(tensor.shape)
         if not tensor.numel():
             return Print(shape, torch.zeros(shape[0], 2, dtype=torch.double), 0.0)
         wide = tensor.detach().reshape(shape[0], -1) if tensor.ndim else tensor.detach().reshape(1, 1)
+        if most and wide.shape[1] > 2 * most:
+            # odd, so that not all are of the same column of an image
+            wide = wide[:, :: wide.shape[1] // most | 1]
         wide = torch.view_as_real(wide).flatten(1) if wide.is_complex() else wide
         wide = torch.nan_to_num(wide.double(), nan=3.0, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
         angles = torch.arange(1, wide.shape[1] + 1, dtype=torch.double, device=wide.device)[:, None]
@@ -124,39 +138,57 @@ class Print:
         return Print(shape, (wide @ weights).cpu(), 5e-5 if exact else 5e-2)
 
 
-def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
-    """Find the position of the samples in a tensor, given its values for the samples (p, q) and for (q, p, q).
+@cache
+def order_of(samples: int) -> tuple[int, ...]:
+    """Return which of two samples, 0 or 1, stands in each place of a batch of N.
+
+    Two thirds are 1, so that a mean over samples differs from that of one of each. The places are drawn at random, but
+    the same each time, so that no reversal, shift or interleaving of the batch gives the same order.
+
+    Args:
+        samples: N; at least three are returned, as the batch axis is the one that grows.
+    """
+    if samples < 5:
+        return (1, 0, 1, 1) if samples == 4 else (1, 0, 1)
+    ones = round(samples * 2 / 3) - 2
+    drawn = random.Random(1000 * samples + 1)
+    return 1, 0, *drawn.sample([1] * ones + [0] * (samples - 4 - ones), samples - 4), 1, 0
+
+
+def fact_of(two: Tensor | Print, many: Tensor | Print, axis: int = 0, order: Sequence[int] = order_of(3)) -> Fact:
+    """Find the position of the samples in a tensor, given its values for the samples (p, q) and for N of these.
 
     Args:
         two: the tensor, or its print, for two samples.
-        three: the same for three samples.
+        many: the same for N samples.
         axis: the axis along which the prints were taken; of tensors, every axis is examined.
+        order: which of the two each of the N samples is; see `order_of`.
 
     Returns:
         the position, ``FREE`` or ``UNKNOWN``.
     """
-    grown = [i for i, (p, q) in enumerate(zip(two.shape, three.shape, strict=False)) if p != q]
-    if len(two.shape) != len(three.shape) or len(grown) > 1:
+    grown = [i for i, (p, q) in enumerate(zip(two.shape, many.shape, strict=False)) if p != q]
+    if len(two.shape) != len(many.shape) or len(grown) > 1:
         return UNKNOWN
-    if isinstance(two, Tensor) and isinstance(three, Tensor):
+    if isinstance(two, Tensor) and isinstance(many, Tensor):
         at = grown[0] if grown else 0
-        moved = [tensor.movedim(at, 0) if tensor.ndim else tensor for tensor in (two, three)]
-        found = fact_of(Print.of(moved[0]), Print.of(moved[1]))
+        moved = [tensor.movedim(at, 0) if tensor.ndim else tensor for tensor in (two, many)]
+        found = fact_of(Print.of(moved[0]), Print.of(moved[1]), order=order)
         return Lying(at, found.repeat, found.tiled) if isinstance(found, Lying) else found
     assert isinstance(two, Print)
-    assert isinstance(three, Print)
-    scale = float(three.rows.abs().max()) if three.rows.numel() else 0.0
+    assert isinstance(many, Print)
+    scale = float(many.rows.abs().max()) if many.rows.numel() else 0.0
     if not grown:
-        apart = float((two.rows - three.rows).abs().max()) if three.rows.numel() else 0.0
+        apart = float((two.rows - many.rows).abs().max()) if many.rows.numel() else 0.0
         return FREE if apart <= two.tolerance * scale else UNKNOWN
-    size, more = two.shape[grown[0]], three.shape[grown[0]]
-    if grown != [axis] or size * 3 != more * 2:
+    size, more = two.shape[grown[0]], many.shape[grown[0]]
+    if grown != [axis] or size * len(order) != more * 2:
         return UNKNOWN
     repeat = size // 2
-    order = [1, 0, 1]
-    block = two.rows.view(2, repeat, -1)[order].reshape(more, -1)
-    tile = two.rows.view(repeat, 2, -1)[:, order].reshape(more, -1)
-    as_block, as_tile = (float((rows - three.rows).abs().max()) for rows in (block, tile))
+    index = list(order)
+    block = two.rows.view(2, repeat, -1)[index].reshape(more, -1)
+    tile = two.rows.view(repeat, 2, -1)[:, index].reshape(more, -1)
+    as_block, as_tile = (float((rows - many.rows).abs().max()) for rows in (block, tile))
     if min(as_block, as_tile) > two.tolerance * scale:
         return UNKNOWN
     if repeat == 1:
@@ -166,18 +198,19 @@ def fact_of(two: Tensor | Print, three: Tensor | Print, axis: int = 0) -> Fact:
     return Lying(axis, repeat, as_tile < as_block)
 
 
-def merged(calls: Any, writes: bool = False) -> HostRows:
+def merged(calls: Any, order: Sequence[int], writes: bool = False) -> HostRows:
     """Merge the facts of all calls of one module.
 
     Args:
-        calls: per call the prints of inputs and outputs for two samples, and those for three.
+        calls: per call the prints of inputs and outputs for two samples, and those for N.
+        order: which of the two each of the N samples is.
         writes: whether the module writes to its inputs in any of them.
     """
     found: tuple[dict[Key, Fact], dict[Key, Fact]] = {}, {}
     for fewer, more in calls:
         for kept, few, many in zip(found, fewer, more, strict=True):
             for key in few.keys() | many.keys():
-                fact = fact_of(few[key], many[key]) if key in few and key in many else UNKNOWN
+                fact = fact_of(few[key], many[key], order=order) if key in few and key in many else UNKNOWN
                 kept[key] = fact if kept.setdefault(key, fact) == fact else _both(kept[key], fact)
     return HostRows(*found, writes)
 

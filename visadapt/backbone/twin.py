@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbone.added import replaces
 from visadapt.backbone.batch import leaves
 from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.modules import own_modules, plain_copy
@@ -31,8 +32,9 @@ def twin_of(backbone: nn.Module) -> nn.Module:
     for module in twin.modules():
         for name, hooks in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
-                # drop the user's hooks, which must not see this run; keep the model's own, which may make its output
-                for key in [key for key, hook in hooks.items() if not _is_bound(hook, held)]:
+                # drop the user's hooks, which must not see this run; keep those that take part in the forward: the
+                # model's own, which may make its output, and those that replace what they are shown
+                for key in [key for key, hook in hooks.items() if not (_is_bound(hook, held) or replaces(hook))]:
                     del hooks[key]
         # transformers installs the hooks that collect hidden states once per model
         module.__dict__.pop("_output_capturing_hooks_installed", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -17,8 +18,23 @@ def main() -> None:
             require(library, "the command line", "visadapt[cli]")
     except VisadaptError as error:
         sys.exit(str(error))
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # a terminal of another encoding shows escapes
             stream.reconfigure(errors="backslashreplace")
     import_module("visadapt.cli.app").app()
+
+
+def _open_streams() -> None:
+    """Open the standard streams that are closed, so that no file takes their place.
+
+    Standard output is opened so that writing to it fails: it must not be lost in silence.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))

@@ -24,28 +24,44 @@ from visadapt.cli.report import report
 from visadapt.cli.serve import serve
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
+from visadapt.cli.terminated import TERMINATED, Terminated
 from visadapt.cli.train import train
 from visadapt.errors import VisadaptError, command_line
 
 
 class Commands(TyperGroup):
-    """All subcommands. Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted."""
+    """All subcommands. Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted, 143 terminated."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
-                return super().invoke(ctx)
+                answer = super().invoke(ctx)
+                # what cannot be written is an error of the command, not of Python's exit
+                sys.stdout.flush()
+                return answer
         except BrokenPipeError as error:
-            # whoever reads the output has enough; nothing more may be written when Python exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # whoever reads the output has enough
+            _discard_output()
             raise typer.Exit(1) from error
         except (VisadaptError, OSError) as error:
+            _discard_output()
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             say("interrupted: no file was left half-written")
             raise typer.Exit(130) from error
+        except Terminated as error:
+            say("terminated: no file was left half-written")
+            raise typer.Exit(TERMINATED) from error
+
+
+def _discard_output() -> None:
+    """Let Python write nothing more to a standard output that cannot be written to."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -77,7 +93,7 @@ def _root(
 ) -> None:
     """Adapt one frozen pretrained network to many tasks with small residual adapters, one file per task.
 
-    Exit codes: 0 success; 1 error, in one line on standard error; 2 wrong usage; 130 interrupted.
+    Exit codes: 0 success; 1 error, in one line on standard error; 2 wrong usage; 130 interrupted; 143 terminated.
     """
 
 

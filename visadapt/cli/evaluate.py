@@ -31,6 +31,7 @@ from visadapt.cli.train import METRIC_OF
 from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
+from visadapt.opening.predicting import problem_of
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import evaluate as measure
@@ -77,8 +78,7 @@ def evaluate(
     model, name = open_one(task, backbone, pairs(build, "--build"), online)
     inputs = visadapt.preprocess(model, name, online=online).inputs
     spec = tasks(model)[name]
-    problem = spec.notes.get("problem_type", "single_label_classification")
-    metrics = metric or [METRIC_OF.get(problem, "accuracy"), "loss"]
+    metrics = metric or [METRIC_OF.get(problem_of(spec), "accuracy"), "loss"]
     noted = TableOptions().over(spec.notes.get("table")).given
     options = table.given
     if root is not None:

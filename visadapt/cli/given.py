@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from typer.core import TyperCommand
 
+from visadapt.cli.terminated import terminable
 from visadapt.errors import refuse_without_effect
 
 _GIVEN: ContextVar[Mapping[str, str] | None] = ContextVar("given_options", default=None)
@@ -25,7 +27,9 @@ class Command(TyperCommand):
         }
         token = _GIVEN.set(typed)
         try:
-            return super().invoke(ctx)
+            # a server ends in its own way
+            with nullcontext() if self.name == "serve" else terminable():
+                return super().invoke(ctx)
         finally:
             _GIVEN.reset(token)
 

@@ -73,11 +73,12 @@ _WORD = Kind(
     lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", v) is not None,
 )
 _WORD_OR_NONE = Kind(f"null or {_WORD.what}", lambda v: v is None or _WORD.holds(v))
-_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, 256), whole(1, 8192)
+# each block takes time to be built even without memory; the deepest networks of timm have less than 200
+MOST_BLOCKS = 256
+_CLASSES, _COUNT, _DEPTH, SIDE = whole(0, 65536), whole(1, 65536), whole(1, MOST_BLOCKS), whole(1, 8192)
 _RATE, _SCALE = real(0, 1), real(0, 100)
 _SIDES, _COUNTS, _SCALES = map(_several, (SIDE, _COUNT, _SCALE))
-# each block takes time to be built even without memory; the deepest networks of timm have less than 200
-_DEPTHS = _together(_DEPTH, 256)
+_DEPTHS = _together(_DEPTH, MOST_BLOCKS)
 _SIZE_KINDS = {_CLASSES, _COUNT, _DEPTH, SIDE, _SCALE, _SIDES, _COUNTS, _SCALES, _DEPTHS}
 
 _TIMM: dict[str, Kind] = {

@@ -154,11 +154,10 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
     if path.suffix.lower() in _ARCHIVES and not is_table(path) and not os.path.isdir(path):
         raise VisadaptError(f"{path} must be unpacked first, to a folder of images: {LAYOUTS}")
     if not os.path.isdir(path):
+        check_file(path, "data", "a folder or a table of images")
         if not is_table(path) or not os.path.isfile(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return path
-    if not os.path.isdir(path):
-        check_file(path, "data", "a folder or a table of images")
     tables = [file for file in _visible(path) if file.is_file() and is_table(file)]
     splits = _split_folders(path)
     if splits:

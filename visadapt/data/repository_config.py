@@ -8,12 +8,13 @@ the installed libraries are accepted for these.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from visadapt.bounded_json import parse_json
-from visadapt.data.allowlist import objections
+from visadapt.data.allowlist import MOST_BLOCKS, objections
 from visadapt.errors import VisadaptError
 from visadapt.reading import read_whole
 
@@ -29,6 +30,13 @@ _TIMM = ("timm_wrapper", "timm_backbone")
 
 _ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
 """Options of a model around a backbone, which earlier versions of transformers load by its name."""
+
+# each layer takes time to be built, even without memory
+_LAYERS = re.compile(r"(.*_)?(layers?|depths?|blocks?)")
+"""Names of options that count layers, such as ``num_hidden_layers`` and ``n_layer``."""
+
+_DEPTHS = re.compile(r"(.*_)?depths|layers")
+"""Names of lists that count the layers of each stage."""
 
 _WORDS = frozenset((
     "image_processor_type", "feature_extractor_type", "processor_class", "_name_or_path", "interpolation",
@@ -70,7 +78,8 @@ def _model_objections(config: Any) -> Iterator[str]:
             yield from _model_objections(each)
     if not isinstance(config, Mapping):
         return
-    timm = config.get("model_type") in _TIMM
+    # transformers takes a config with timm's description of weights for one of timm's
+    timm = config.get("model_type") in _TIMM or "pretrained_cfg" in config
     if timm:
         name, options = config.get("architecture", config.get("backbone")), config.get("model_args") or {}
         yield from objections(f"timm/{name}", options if isinstance(options, Mapping) else {"model_args": options})
@@ -78,6 +87,10 @@ def _model_objections(config: Any) -> Iterator[str]:
         if str(key).removesuffix("_internal").endswith(("attn_implementation", "experts_implementation")):
             chosen = value.values() if isinstance(value, Mapping) else (value,)
             refused = any(each not in _IMPLEMENTATIONS for each in chosen)
+        elif _LAYERS.fullmatch(str(key)) and isinstance(value, int):
+            refused = value > MOST_BLOCKS
+        elif _DEPTHS.fullmatch(str(key)) and isinstance(value, list) and all(isinstance(n, int) for n in value):
+            refused = sum(value) > MOST_BLOCKS
         elif key == "quantization_config":
             refused = not isinstance(value, Mapping) or value.get("quant_method") not in _QUANTISATIONS
         else:

@@ -116,7 +116,8 @@ class Table:
             return f"{self.width} columns without names"
         if len(self.names) == 1 and _is_separated(self.names[0]):
             return _one_column(self.names[0])
-        return f"the columns {', '.join(map(repr, self.names))}"
+        more = f", … ({len(self.names)})" if len(self.names) > 12 else ""
+        return f"the columns {', '.join(f'{name!r:.80}' for name in self.names[:12])}{more}"
 
     def cells(self, column: int) -> list[str]:
         """The cells of a column, without spaces around them."""

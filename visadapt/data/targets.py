@@ -66,7 +66,7 @@ class Targets:
             if None in values:
                 wrong = values.index(None)
                 row = f", row {numbers[wrong]}" if numbers else ""
-                raise VisadaptError(f"{where}{row}: the label must be a finite number, got {cells[wrong]!r}")
+                raise VisadaptError(f"{where}{row}: the label must be a finite number, got {cells[wrong]!r:.80}")
             return torch.tensor(values, dtype=torch.float32)
         codes = {name: index for index, name in enumerate(classes)}
         for name in (name for cell in cells for name in self.split(cell)):

@@ -31,6 +31,13 @@ class Ablation(Experiment):
         contenders: contenders to train.
         seeds: one training run each.
         norms: ``kept``, ``reverted`` or both.
+
+    Examples:
+        >>> from visadapt.experiments import Ablation, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = Ablation((digits,), (contender("bottleneck m=8"),), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        1
     """
 
     name: ClassVar[str] = "ablation"

@@ -24,6 +24,11 @@ class Experiment(ABC):
 
     Attributes:
         name: name of the experiment and of the folder of its results.
+
+    Examples:
+        >>> from visadapt.experiments import Compare, Experiment
+        >>> issubclass(Compare, Experiment), Compare.name
+        (True, 'compare')
     """
 
     name: ClassVar[str]

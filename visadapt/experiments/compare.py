@@ -30,6 +30,13 @@ class Compare(Experiment):
             sweep, or ``both``.
         keep: names of contenders whose task files are kept, so that another split can be measured without training
             again.
+
+    Examples:
+        >>> from visadapt.experiments import Compare, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = Compare((digits,), (contender("bottleneck m=8"), contender("lora r=4")), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        6
     """
 
     name: ClassVar[str] = "compare"

@@ -42,6 +42,12 @@ class Contender:
 
     Raises:
         VisadaptError: a rate or a number of epochs is not positive, or the numbers of epochs do not increase.
+
+    Examples:
+        >>> from visadapt.experiments import Contender
+        >>> small = Contender("small", visadapt.Bottleneck(4), Recipe(epochs=2), rates=(1e-3, 3e-3))
+        >>> small.name, small.recipe.epochs
+        ('small', 2)
     """
 
     name: str

@@ -28,6 +28,13 @@ class Crossmodal(Experiment):
 
     Raises:
         VisadaptError: there are not as many groups of contenders as problems.
+
+    Examples:
+        >>> from visadapt.experiments import Crossmodal, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = Crossmodal((digits,), ((contender("bottleneck m=8"), contender("lora r=4")),), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        6
     """
 
     name: ClassVar[str] = "crossmodal"

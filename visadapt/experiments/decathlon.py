@@ -89,6 +89,14 @@ class Decathlon(Experiment):
         contenders: contenders to score.
         baseline: full fine-tuning.
         seeds: one training run per problem each.
+
+    Examples:
+        >>> from visadapt.experiments import Decathlon, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> mnist = problem("timm/resnet18", "mnist")
+        >>> experiment = Decathlon((digits, mnist), (contender("bottleneck m=8"),), contender("full"), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        12
     """
 
     name: ClassVar[str] = "decathlon"

@@ -45,6 +45,12 @@ class ImageProblem(Problem):
 
     Raises:
         VisadaptError: the augmentation is unknown.
+
+    Examples:
+        >>> from visadapt.experiments import ImageProblem
+        >>> problem = ImageProblem("timm/resnet18", "digits", train=500, size=32, augment="shift")
+        >>> problem.name, problem.modality, problem.metric
+        ('digits', 'image', 'accuracy')
     """
 
     size: int = 64

@@ -29,6 +29,13 @@ class InitScale(Experiment):
 
     Raises:
         VisadaptError: the contender's method is not a bottleneck.
+
+    Examples:
+        >>> from visadapt.experiments import InitScale, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = InitScale((digits,), contender("bottleneck m=8"), stds=(1e-3, 1e-2), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        2
     """
 
     name: ClassVar[str] = "init_scale"

@@ -32,6 +32,13 @@ class Modality(Experiment):
         contenders: contenders to compare, including full fine-tuning.
         deep: the contender for some of the layers; None to leave this part out.
         seeds: one training run each.
+
+    Examples:
+        >>> from visadapt.experiments import Modality, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = Modality((digits,), (contender("bottleneck m=8"),), None, seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        3
     """
 
     name: ClassVar[str] = "modality"

@@ -37,6 +37,11 @@ class Problem(ABC):
         test: number of test samples; None for all.
         root: folder that contains the data set, if ``data`` is relative to one.
         options: options of the backbone's builder, as pairs.
+
+    Examples:
+        >>> from visadapt.experiments import ImageProblem, Problem, problem
+        >>> issubclass(ImageProblem, Problem), problem("timm/resnet18", "digits").name
+        (True, 'digits')
     """
 
     network: str

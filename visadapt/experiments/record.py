@@ -56,6 +56,14 @@ class Result:
             different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
         regime: name of the sizes, epochs and precision of a collection of experiments; results of two regimes are never
             in one report. None if they have none.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "bytes": 12_000}
+        >>> result = Result("key", "compare", "image", "resnet18", "digits", "bottleneck m=8", 0, "test",
+        ...                 metric="accuracy", score=0.91, seconds=9, lr=1e-3, epochs=3, facts={}, machine={}, **sizes)
+        >>> result.contender, result.score
+        ('bottleneck m=8', 0.91)
     """
 
     key: str
@@ -98,11 +106,19 @@ class Result:
 
 _FIELDS = {f.name: f for f in dataclasses.fields(Result)}
 
+_FORMULA = re.compile("'*[=+@-]")
+
+_REQUIRED = [
+    name
+    for name, each in _FIELDS.items()
+    if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+]
+
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
-    "str": str,
-    "str | None": lambda text: text or None,
+    "str": lambda text: _read_cell(text),
+    "str | None": lambda text: _read_cell(text) or None,
 }
 
 
@@ -166,8 +182,19 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
         writer.writerow(_FIELDS)
         for result in sorted(rows, key=_order):
             values = dataclasses.asdict(result).values()
-            writer.writerow(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
+            writer.writerow(map(_cell, values))
     return target
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell; of text that a spreadsheet would compute, an apostrophe is put before it."""
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def _read_cell(text: str) -> str:
+    return text[1:] if text[:1] == "'" and _FORMULA.match(text) else text
 
 
 class Record:
@@ -237,17 +264,25 @@ def _read_json(file: Path) -> Result:
 
 def _read_csv(file: Path) -> list[Result]:
     try:
-        rows = list(csv.DictReader(io.StringIO(read_whole(file).decode(), newline="")))
+        header, *rows = list(csv.reader(io.StringIO(read_whole(file).decode(), newline=""))) or [[]]
+        unknown = next((name for name in header if name not in _FIELDS), None)
+        lacking = next((name for name in _REQUIRED if name not in header), None)
+        if unknown is not None or lacking is not None or len(set(header)) < len(header):
+            odd = f"it lacks {lacking!r}" if unknown is None else f"it has {unknown!r:.60}"
+            raise ValueError(f"its first row must have the fields of results, each once; {odd}")
     except (ValueError, csv.Error) as error:
         raise VisadaptError(f"{file} is not a table of results: {error}") from error
-    return [_from_row(row, f"{file}, line {number}") for number, row in enumerate(rows, start=2)]
+    return [_from_row(header, row, f"{file}, line {number}") for number, row in enumerate(rows, start=2) if row]
 
 
-def _from_row(row: dict[str, str], where: str) -> Result:
+def _from_row(header: list[str], row: list[str], where: str) -> Result:
     try:
-        result = from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in row.items()})
+        if len(row) != len(header):
+            raise ValueError(f"it must have {len(header)} cells, got {len(row)}")
+        cells = zip(header, row, strict=True)
+        result = from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in cells})
         check_result(result)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise VisadaptError(f"{where} is not a result of an experiment: {error}") from error
     return result
 

@@ -50,6 +50,9 @@ def check_result(result: Any) -> None:
     for name, value in _texts(dataclasses.asdict(result), ""):
         if printable(value) != value or len(value) > LONGEST:
             raise VisadaptError(f"{name} must be one line of printable text, got {printable(value):.60}")
+    for name in ("setting", "regime"):
+        if getattr(result, name) == "":
+            raise VisadaptError(f"{name} must be a name or null, got ''")
     for name, least in _LEAST.items():
         value = getattr(result, name)
         if not math.isfinite(value) or value < least:

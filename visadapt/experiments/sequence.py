@@ -43,6 +43,14 @@ class Sequence(Experiment):
 
     Raises:
         VisadaptError: the problems have different backbones or the same name, or ``sequential`` has another method.
+
+    Examples:
+        >>> from visadapt.experiments import Sequence, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> mnist = problem("timm/resnet18", "mnist")
+        >>> experiment = Sequence((digits, mnist), (contender("bottleneck m=8"),), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        1
     """
 
     name: ClassVar[str] = "sequence"

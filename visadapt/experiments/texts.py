@@ -27,6 +27,11 @@ class TextProblem(Problem):
         root: folder that contains the data set, if ``data`` is relative to one.
         options: options of the backbone's builder, as pairs.
         length: number of tokens; longer texts are truncated.
+
+    Examples:
+        >>> from visadapt.experiments import TextProblem
+        >>> TextProblem("bundled/minilm", "cola", root="glue", length=32).metric
+        'matthews'
     """
 
     length: int = 64

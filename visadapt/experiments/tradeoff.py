@@ -30,6 +30,13 @@ class Tradeoff(Experiment):
         settled: prefixes of the names of contenders that use the catalogue's learning rate; the others' rates are
             chosen on validation data.
         head_first: whether a new head starts as the linear probe.
+
+    Examples:
+        >>> from visadapt.experiments import Tradeoff, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> experiment = Tradeoff((digits,), widths=(8, 16), layers=(1,), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        15
     """
 
     name: ClassVar[str] = "tradeoff"

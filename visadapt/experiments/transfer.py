@@ -22,6 +22,14 @@ class Transfer(Experiment):
         problems: sources and targets.
         who: the contender.
         seeds: one training run per problem and per pair each.
+
+    Examples:
+        >>> from visadapt.experiments import Transfer, contender, problem
+        >>> digits = problem("timm/resnet18", "digits")
+        >>> mnist = problem("timm/resnet18", "mnist")
+        >>> experiment = Transfer((digits, mnist), contender("bottleneck m=8"), seeds=(0,))
+        >>> len(experiment.runs(lambda key: None))  # runs that need no other result
+        2
     """
 
     name: ClassVar[str] = "transfer"

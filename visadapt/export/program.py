@@ -65,7 +65,7 @@ def export(
     try:
         with using(model, task) if task is not None else nullcontext(), keep_modes(model), quiet():
             model.eval()
-            program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
+            program = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
     except VisadaptError:
         raise
     except Exception as error:

@@ -142,12 +142,13 @@ class BottleneckAdapter(nn.Module):
 
     def _fuses(self, h: Tensor) -> bool:
         """Whether two products, the second added to ``h``, compute it: no conversion, dropout or hook is in between."""
-        if is_recorded() or has_torch_function_unary(h) or h.dtype != self.down.weight.dtype:
+        down = self.down
+        if is_recorded() or has_torch_function_unary(h) or h.dtype != down.weight.dtype:
             return False
         if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
             return False
         drops = self.training and self.drop_path > 0
-        hooked = is_hooked(self.down) or is_hooked(self.up)
+        hooked = is_hooked(down) or is_hooked(self.up)
         return not (drops or hooked or self.depthwise is not None or is_autocast(h.device.type)) and is_dense(h)
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ class BottleneckAdapter(nn.Module):
             x = h.flatten(2)
             down, offset, up = self._spread(own, x, down), self._spread(own, x, offset), self._spread(own, x, up)
             z = torch.baddbmm(offset[:, :, None], down, x)
-            return add(x, up, act(z, 1)).view(h.shape), z.view(len(h), down.shape[1], *h.shape[2:])
+            return add(x, up, act(z, 1)).view(h.shape), z.view(h.shape[0], down.shape[1], *h.shape[2:])
         # one product per sample: its windows are one long sequence
         last = h.movedim(1, -1) if is_channels_first(self.layout) else h
         x = last.reshape(own.samples, -1, last.shape[-1])
@@ -180,9 +181,10 @@ class BottleneckAdapter(nn.Module):
     @staticmethod
     def _spread(own: Own, x: Tensor, tensor: Tensor) -> Tensor:
         """Repeat a tensor per sample to one per row of ``x``."""
+        rows = x.shape[0]
         if own.samples == 1:
-            return tensor.expand(len(x), *tensor.shape[1:])
-        return tensor if own.samples == len(x) else tensor.repeat_interleave(len(x) // own.samples, 0)
+            return tensor.expand(rows, *tensor.shape[1:])
+        return tensor if own.samples == rows else tensor.repeat_interleave(rows // own.samples, 0)
 
     @property
     def is_bare(self) -> bool:

@@ -175,10 +175,12 @@ class Single:
         self.part = part
 
     def __call__(self, name: str, repeat: bool = True) -> Tensor:
-        value: Any = self.part
-        for step in name.split("."):
-            value = getattr(value, step)
-        found: Tensor = value[None]
+        module, (*path, last) = self.part, name.split(".")
+        for step in path:
+            module = module.__dict__["_modules"][step]
+        # not by getattr, which a module answers slowly
+        value: Any = module.__dict__["_parameters"].get(last)
+        found: Tensor = (getattr(module, last) if value is None else value)[None]
         return found
 
     def of(self, child: str) -> Single:

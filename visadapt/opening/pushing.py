@@ -83,7 +83,7 @@ def push_to_hub(
                 repository, operations, commit_message=message or f"Add {', '.join(names)}", revision=revision
             )
         except Exception as error:  # errors of HTTP, of the name and of the account have no common class
-            raise VisadaptError(f"cannot push to {repository!r}: {error}") from error
+            raise VisadaptError(f"cannot push to {repository!r}: {' '.join(str(error).split())}") from error
     return f"{PREFIX}{repository}@{commit.oid}"
 
 

@@ -85,7 +85,7 @@ def _downloaded(source: str, match: re.Match[str]) -> list[Located]:
                                             ignore_patterns=["*/*"]))  # fmt: skip
     except Exception as error:  # errors of the cache, of HTTP and of the name have no common class
         where = "" if source.startswith(PREFIX) else f"no file {source}, and "
-        raise VisadaptError(f"{where}cannot download {name!r} from the hub: {error}") from error
+        raise VisadaptError(f"{where}cannot download {name!r} from the hub: {' '.join(str(error).split())}") from error
     commit = folder.name
     files = sorted(path for path in folder.glob(file or f"*{SUFFIX}") if path.is_file())
     if not files:

@@ -41,6 +41,12 @@ class Report:
         lead: the advice, one sentence per network.
         budgets: which method to take for which budget of trained parameters.
         claims: every claim about the kinds of data that there are results of, those without results included.
+
+    Examples:
+        >>> from visadapt.report import Report
+        >>> report = Report("Digits", advice=None, sections=(), made_with=())
+        >>> report.choices
+        ()
     """
 
     title: str

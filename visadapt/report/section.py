@@ -20,6 +20,12 @@ class Claim:
         measured: the figures behind the verdict.
         training_runs: number of training runs behind the verdict.
         modality: ``image`` or ``text``.
+
+    Examples:
+        >>> from visadapt.report import Claim
+        >>> claim = Claim("within 0.4 points", "Houlsby et al. 2019", "resnet18, digits", True, "-0.1 to +0.3", 10)
+        >>> claim.verdict
+        'holds'
     """
 
     text: str
@@ -48,6 +54,11 @@ class Section:
         drawings: the figures.
         tables: the numbers of the figures; a table's title is its caption.
         claims: the claims that were tested.
+
+    Examples:
+        >>> from visadapt.report import Section
+        >>> Section("compare", "Comparison", "The bottleneck is as good.", "Points are means.").claims
+        ()
     """
 
     name: str

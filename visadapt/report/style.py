@@ -49,6 +49,11 @@ class Look:
     Args:
         theme: ``light`` or ``dark``.
         width: width of the figure in inches; below 5 inches, panels are stacked in one column.
+
+    Examples:
+        >>> from visadapt.report import Look
+        >>> Look("dark", width=4.0).narrow
+        True
     """
 
     theme: str = "light"
@@ -199,6 +204,13 @@ class Drawing:
         name: file name without suffix.
         alt: alternative text: what the figure shows, for readers who cannot see it.
         draw: function that draws it.
+
+    Examples:
+        >>> from matplotlib.figure import Figure
+        >>> from visadapt.report import Drawing, Look
+        >>> drawing = Drawing("empty", "An empty figure.", lambda look: Figure(figsize=(look.width, 2)))
+        >>> drawing.render(Look())[:5]
+        b'<?xml'
     """
 
     name: str

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.heads import width_of
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.operators import CONV_FORWARDS, is_operator, operator_of
 from visadapt.backbone.rows import Fact, Lying
@@ -52,7 +51,7 @@ def _widest(registry: Registry, composition: Composition) -> int:
     own = 0
     head = registry.facts.head
     if head is not None:
-        own = width_of(registry.facts.modules[head.final]) or 0
+        own = head.width(registry.facts.modules) or 0
     tasks = [None if name is None else registry.task(name) for name in composition.names]
     return max(own if task is None or task.num_classes is None else task.num_classes for task in tasks)
 

@@ -294,7 +294,7 @@ class Choices(TasksInUse):
         return self._default.tasks if block is None else block.tasks
 
     def _acting(self, noted: bool = True) -> Block:
-        block, graph = self._top(), torch._C._current_graph_task_id()
+        block, graph = (BLOCKS.get() or {}).get(self._number), torch._C._current_graph_task_id()
         if block is not None and block.captured and block.graph == graph and not self._streams:
             return block
         if self._held is not None:

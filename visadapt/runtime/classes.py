@@ -61,6 +61,16 @@ def frozen_class(plain: ModuleClass) -> ModuleClass:
 _LOADING = "_visadapt_loading"
 
 
+@cached
+def still_class(plain: ModuleClass) -> ModuleClass:
+    """A subclass that is always in eval mode, of a module whose buffers a forward moved.
+
+    Its forward may set them again, as one does that keeps a table for the size of its last input: they are put back
+    after each forward of the whole model (see `visadapt.runtime.watch`).
+    """
+    return subclass(plain, still_class, training=property(_never_trains, _set_training))
+
+
 def _reset_nothing(norm: nn.Module) -> None:
     """Leave frozen statistics as they are."""
 

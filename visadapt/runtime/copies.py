@@ -10,7 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import CLASS_COUNTS, Final, Head
-from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy, within
+from visadapt.backbone.modules import CHILD, is_stateful, own_parameters, plain_copy, relative, within
 from visadapt.backbone.norms import affine_of, is_frozen_norm
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
@@ -65,7 +65,7 @@ def _set_width(facts: Facts, path: str, module: nn.Module, old: int | None, new:
     for inner, own in facts.modules.items() if old is not None else ():
         counts = [name for name in CLASS_COUNTS if own.__dict__.get(name) == old]
         if counts and within(inner, [path]):
-            copied = module.get_submodule(inner.removeprefix(path).removeprefix("."))
+            copied = module.get_submodule(relative(inner, path))
             copied.__dict__.update(dict.fromkeys(counts, new))
 
 

@@ -14,15 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visadapt.backbone.added import note_replacing
 from visadapt.backbone.batch import is_cache, leaves
-from visadapt.backbone.heads import width_of
 from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import CHILD
-from visadapt.backbone.rows import RowFacts
+from visadapt.backbone.rows import RowFacts, shape_of
 from visadapt.backbone.shared_pass import repeated
 from visadapt.errors import VisadaptError
 from visadapt.runtime.composition import Composition, composed
 from visadapt.runtime.division import Division, UnfitError
+from visadapt.runtime.noting import unsettled
 from visadapt.runtime.registry import Mixed, Parts, Registry
 from visadapt.runtime.roles import AROUND
 from visadapt.runtime.weights import changes
@@ -73,7 +74,7 @@ def run_batch(
     distinct = tuple(dict.fromkeys(tasks))
     training = bool(model.__dict__["training"])
     head = registry.facts.head
-    classes = None if head is None else width_of(registry.facts.modules[head.final])
+    classes = None if head is None else head.width(registry.facts.modules)
     if batches is registry.facts.batches:
         one = batches.single(model, (args, kwargs), len(tasks), classes)
         if one is not None:
@@ -86,14 +87,32 @@ def run_batch(
     composition = composed(registry, tasks)
     if not _divided_within(registry, facts, composition):
         try:
-            with registry.within(Mixed.within(composition, facts)):
-                return call(*args, **kwargs)
+            within = registry.within(Mixed.within(composition, facts))
+            with registry.noted.within(registry.facts.hooked) as replacing, within:
+                out = call(*args, **kwargs)
+            if not replacing:
+                return out
+            batches = _with_hooks(registry, batches, replacing)
+            with trying(registry):
+                found = batches.facts(model, (args, kwargs), len(tasks), True, classes)
+            if shape_of(found) == shape_of(facts):
+                return out
+            if training:
+                raise unsettled(replacing[0])
+            return run_batch(model, registry, tasks, call, batches, args, kwargs)
         except UnfitError as error:
             batches.forget((args, kwargs), len(tasks), training, facts)
             if training:
                 # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, call, facts, args, kwargs)
+
+
+def _with_hooks(registry: Registry, batches: KnownBatches, replacing: list[Any]) -> KnownBatches:
+    """The row facts of a method's batches, found anew since some hooks are known to take part."""
+    for hook in replacing:
+        note_replacing(hook)
+    return registry.facts.of_batches(batches.entry)
 
 
 def _for_all(
@@ -113,8 +132,12 @@ def _for_all(
     if len(distinct) > 1 and not _divided_within(registry, facts, composition):
         shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
         if shared is not None:
-            with registry.within(Mixed.within(composition, facts, shared)):
-                return call(*given[0], **given[1])
+            within = registry.within(Mixed.within(composition, facts, shared))
+            with registry.noted.within(registry.facts.hooked) as replacing, within:
+                out = call(*given[0], **given[1])
+            if not replacing:
+                return out
+            batches = _with_hooks(registry, batches, replacing)
     # the tasks act from the start, or where they part is not established
     args, kwargs = repeated(given, cut, len(tasks))
     return run_batch(model, registry, tasks, call, batches, args, kwargs)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from visadapt.backbone.entry import Entry
-from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
-from visadapt.backbone.tracing import is_tracing
+from visadapt.backbone.tracing import is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import frames
 from visadapt.runtime.choice import AUTO
@@ -40,14 +39,14 @@ def door_class(plain: ModuleClass) -> ModuleClass:
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if runs_uncompiled():
+            return run_uncompiled_before_torch_2_14(forward, self, args, kwargs)
         registry: Registry | None = self.__dict__.get(REGISTRY)
         if registry is None:
             return _entered(self, "forward", plain.forward, args, kwargs)
         tasks = registry.current()
         if not is_outside(tasks):
             return plain.forward(self, *args, **kwargs)
-        if not READS_CONTEXT and torch.compiler.is_dynamo_compiling():
-            return _uncompiled(self, registry, tasks, args, kwargs)
         if is_tracing():
             check_compiled(self, registry, tasks, args, kwargs)
             return plain.forward(self, *args, **kwargs)
@@ -93,13 +92,22 @@ def _entered(module: nn.Module, name: str, own: Callable[..., Any], args: Any, k
 
     entry = Entry(path, name)
     # gradient checkpointing counts the saved tensors, so nothing may run twice under its hooks
-    if entry not in registry.facts.entries and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if entry not in registry.facts.entries and not _saves_through_hooks():
         try:
             with trying(registry):
                 return call(*args, **kwargs)
         except OutsideError:
             pass  # it calls hosts: from now on it is an entry
     return enter_by(registry, entry, tasks, call, args, kwargs)
+
+
+def _saves_through_hooks() -> bool:
+    """Return whether hooks such as those of gradient checkpointing get what autograd saves."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("there are hooks"):
+            return False
+    except RuntimeError:  # only where there are such hooks
+        return True
 
 
 def is_outside(tasks: Any) -> bool:
@@ -133,14 +141,7 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
-    return run_batch(model, registry, tasks, model.forward, registry.facts.batches, args, kwargs)
-
-
-READS_CONTEXT = torch.__version__ >= "2.14"
-"""Whether ``torch.compile`` can read the active task in a graph. If not, its graphs break at every host, where the
-composition of a batch is no longer known, and a mixed batch is not compiled."""
-
-_uncompiled: Callable[..., Any] = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
+    return run_batch(model, registry, tasks, model.forward, registry.facts.of_batches(), args, kwargs)
 
 
 def enter_by(
@@ -171,7 +172,7 @@ def enter_by(
         raise outside(place)
     registry.reservation.check()
     registry.in_use()
-    batches = registry.facts.entries.setdefault(entry, KnownBatches(entry))
+    batches = registry.facts.of_batches(entry)
     try:
         return run_batch(registry.facts.model, registry, tasks, call, batches, args, kwargs)
     except OutsideError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from visadapt.backbone.modules import FORWARDS, own_modules
+from visadapt.backbone.modules import FORWARDS, joined, own_modules
 from visadapt.backbone.subclass import ModuleClass, cached, is_made_by, made_by, subclass
 from visadapt.errors import VisadaptError
 
@@ -76,7 +76,7 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
         inner.__dict__.update(copy.deepcopy(bound, {id(source): inner, id(inner): inner}))
         if _holds(inner.__dict__["forward"], set(originals.values())):
             raise VisadaptError(
-                f"{'.'.join(filter(None, (path, name))) or type(source).__name__} has a forward of its own, a function "
+                f"{joined(path, name) or type(source).__name__} has a forward of its own, a function "
                 "that no copy of the module can have: a task cannot train a copy of it (norms='frozen' and "
                 "head='frozen' need none)"
             )

@@ -25,6 +25,7 @@ from visadapt.backbone.subclass import (
     subclass,
     without,
 )
+from visadapt.backbone.tracing import run_uncompiled_before_torch_2_14, runs_uncompiled
 from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.classes import frozen_class
@@ -51,6 +52,8 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
     level = count_given(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if runs_uncompiled():
+            return run_uncompiled_before_torch_2_14(forward, self, args, kwargs)
         parts: Parts | None = self.__dict__["_modules"].get(CHILD)
         if parts is None or len(self.__dict__.get(FORWARDS, ())) > level:
             # stored elsewhere before this was a host, or before it was given another forward that calls this one

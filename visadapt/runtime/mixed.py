@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batch import Key, mapped
+from visadapt.backbone.batch import Key, children, mapped, rebuilt
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
@@ -29,7 +29,7 @@ from visadapt.runtime.door import enter, enter_by, is_outside, outside
 from visadapt.runtime.mixed_norms import stack_norms
 from visadapt.runtime.profile import Step
 from visadapt.runtime.registry import Mixed, Named, Parts
-from visadapt.runtime.roles import around, core, is_fresh, run
+from visadapt.runtime.roles import AROUND, around, core, is_fresh, run
 
 NONE = nn.ModuleDict()
 """The parts of the bare backbone."""
@@ -164,8 +164,13 @@ class Here:
             fresh: whether nothing else holds the output.
             key: path of ``out`` in the host's output.
         """
+        if self.roles.isdisjoint(AROUND):
+            return out
         if not isinstance(out, Tensor):
-            return (self.act(out[0], first, False, (0,)), *out[1:])
+            if type(out) is tuple:
+                return (self.act(out[0], first, False, (*key, 0)), *out[1:])
+            (step, inner), *rest = cast("list[Any]", children(out))
+            return rebuilt(out, [self.act(inner, first, False, (*key, step)), *[value for _, value in rest]])
         output, given = self.outputs.get(key), self.inputs.get((0, 0))
         clusters = self.composition.clusters
         if len(clusters) == 1:

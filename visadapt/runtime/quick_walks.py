@@ -160,20 +160,21 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 def copied_into(clone: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
     """Give a new module copies of the attributes of another; see `copied`."""
-    clone.__dict__.update(
-        {
-            # most are numbers and flags: a call for each would take half of the time of a copy
-            name: value if type(value) in _ATOMIC else _copied_value(name, value, memo)
-            for name, value in list(module.__dict__.items())
-        }
-    )
+    own = clone.__dict__
+    for name, value in list(module.__dict__.items()):
+        kind = type(value)
+        # most are numbers, flags and dicts without hooks: a call for each would take half of the time of a copy
+        if kind in _ATOMIC:
+            own[name] = value
+        elif kind in _EMPTY and not value and name != "_buffers":
+            # buffers may be another module's, too
+            own[name] = kind()
+        else:
+            own[name] = _copied_value(name, value, memo)
 
 
 def _copied_value(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _EMPTY and not value and name != "_buffers":
-        # hooks, mostly; buffers may be another module's, too
-        return kind()
     if kind is tuple and all(type(each) in _ATOMIC for each in value):
         return value
     if id(value) in memo:

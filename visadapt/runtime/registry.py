@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import Digests, backbone_tensors
 from visadapt.backbone.heads import Head
-from visadapt.backbone.modules import CHILD, own_modules, unwrapped
+from visadapt.backbone.modules import CHILD, own_modules, relative, unwrapped
 from visadapt.backbone.rows import RowFacts
 from visadapt.backbone.shared_pass import SharedPass
 from visadapt.backbone.structure import STRUCTURE
@@ -20,6 +20,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
 from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
+from visadapt.runtime.noting import Noted
 from visadapt.runtime.symbolic import called, run_in_turn
 from visadapt.runtime.task_modules import TaskModules
 from visadapt.runtime.unfilled import Unfilled
@@ -155,6 +156,7 @@ class Registry(Choices):
         lean: what `visadapt.lean` made of the model, None if it was not called.
         decider: the one that ``auto`` asks.
         watch: checks the backbone's tensors before and after each forward.
+        noted: the hooks that run in mixed batches.
         unfilled: the tasks that may have tensors without values.
         traced: sites that no family knows, by full name, as they were traced.
         source: how the backbone was loaded; None if it was given as a module.
@@ -172,6 +174,7 @@ class Registry(Choices):
         self.versions = Versions(facts.model)
         self.watch = Watch()
         self.unfilled = Unfilled()
+        self.noted = Noted()
         self.traced: dict[str, Any] = {}
         self.configs: dict[Any, Any] = {}
         self.decider: Any = None
@@ -278,8 +281,8 @@ def check_hosts(model: nn.Module, name: str) -> None:
 
 def check_task_name(name: Any) -> None:
     """Refuse names that cannot name a module or a file."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', got {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", name):
+        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', up to 200, got {name!r:.80}")
     if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 
@@ -291,7 +294,7 @@ def prefix_of(path: str, name: str, part: nn.Module) -> str:
     They are called ``root.part.`` and what follows the root in the model.
     """
     root = getattr(part, "root", path)
-    inner = path.removeprefix(root).removeprefix(".")
+    inner = relative(path, root)
     return "".join(f"{each}." for each in (root, name, inner) if each)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visadapt.backbone.batch import children, rebuilt
 from visadapt.methods.layers import is_hooked
 
 AROUND = ("beside", "after", "watch")
@@ -95,10 +96,13 @@ def around(part: nn.Module, out: Any, args: Any, fresh: bool = False) -> Any:
 
 
 def on_tensor(out: Any, function: Any) -> Any:
-    """Apply ``function`` to a module's output, or to its first element where the output is a tuple.
+    """Apply ``function`` to a module's output, or to its first element where the output is a tuple, list or mapping.
 
     What stands for a tensor counts as one, such as a proxy of torch.fx.
     """
     if hasattr(type(out), "__torch_function__"):
         return function(out)
-    return (function(out[0]), *out[1:])
+    if type(out) is tuple:
+        return (function(out[0]), *out[1:])
+    (_, first), *rest = cast("list[Any]", children(out))
+    return rebuilt(out, [function(first), *[value for _, value in rest]])

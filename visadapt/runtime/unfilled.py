@@ -53,7 +53,7 @@ class Unfilled:
         Raises:
             VisadaptError: a task has a tensor without values; it is named with the remedy.
         """
-        for task in [task for task in tasks if task in self._tasks]:
+        for task in [task for task in dict.fromkeys(tasks) if task in self._tasks]:
             own = tensors(task)
             empty = {id(tensor) for tensor, _ in _empty(self._tasks[task])}
             names = [name for name, tensor in own.items() if tensor.is_meta or id(tensor) in empty]

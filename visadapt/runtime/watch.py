@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visadapt.backbone.modules import own_modules
 from visadapt.backbone.subclass import founded, made_by
 from visadapt.errors import VisadaptError
-from visadapt.runtime.classes import frozen_class
+from visadapt.runtime.classes import frozen_class, still_class
 
 
 @dataclass
@@ -60,6 +60,10 @@ def _version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+def _never_trains(module: nn.Module) -> bool:
+    return not {frozen_class, still_class}.isdisjoint(made_by(type(module)))
+
+
 class Watch:
     """Checks of the backbone before and after each forward of the whole model.
 
@@ -90,7 +94,7 @@ class Watch:
     def look_at(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
         """Watch a model from its present state on."""
         modules = own_modules(model)
-        still = {module for module in modules.values() if frozen_class in made_by(type(module))} | set(hosts.values())
+        still = {module for module in modules.values() if _never_trains(module)} | set(hosts.values())
         found = [
             (parent._modules, name, child)
             for parent in modules.values()
@@ -144,8 +148,8 @@ class Watch:
                 for kept in self.buffers:
                     if not kept.holds():
                         kept.put_back()
-                        if frozen_class not in made_by(type(kept.module)):
-                            kept.module.__class__ = founded(type(kept.module), frozen_class)
+                        if not _never_trains(kept.module):
+                            kept.module.__class__ = founded(type(kept.module), still_class)
 
     def _check_replaced(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
         modules = own_modules(model)

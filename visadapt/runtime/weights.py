@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.subclass import plain_class
+from visadapt.backbone.tracing import is_symbolic_tracing
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.division import UnfitError
 from visadapt.runtime.registry import Parts
@@ -42,7 +42,7 @@ def _owned(name: str) -> property:
     def get(self: nn.Module) -> Any:
         own = _held(self, name)
         parts = self.__dict__["_modules"].get(CHILD)
-        if parts is not None and not torch.compiler.is_dynamo_compiling() and is_fx_symbolic_tracing():
+        if parts is not None and not torch.compiler.is_dynamo_compiling() and is_symbolic_tracing():
             proxy = traced_weight(self, parts, name)
             if proxy is not None:
                 return proxy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone.modules import unwrapped
+from visadapt.backbone.modules import relative, unwrapped, within
 from visadapt.runtime.drawn import bits_of
 from visadapt.runtime.registry import registry_of
 from visadapt.training.batches import Batches
@@ -85,10 +85,10 @@ def _new_head(model: nn.Module, task: str | None) -> nn.Linear:
         raise Unsuited("the head is not new")
     parts = {path: own["head"] for path, own in registry.parts(task).items() if "head" in own}
     finals = spec.head_at.finals
-    path = next((p for p in parts if finals and (finals[0].path == p or finals[0].path.startswith(f"{p}."))), None)
+    path = next((p for p in parts if finals and within(finals[0].path, [p])), None)
     if len(parts) != 1 or len(finals) != 1 or path is None:
         raise Unsuited("the head is not one layer")
-    layer = parts[path].get_submodule(finals[0].path.removeprefix(path).removeprefix("."))
+    layer = parts[path].get_submodule(relative(finals[0].path, path))
     others = {id(p) for p in parts[path].parameters()} - {id(p) for p in layer.parameters()}
     if not isinstance(layer, nn.Linear) or others:
         raise Unsuited("the head is not one linear layer")

@@ -58,6 +58,11 @@ class Head:
         """Path of the first layer that gives logits, or of the last module where none is known."""
         return self.finals[0].path if self.finals else self.modules[-1]
 
+    def width(self, modules: Mapping[str, nn.Module]) -> int | None:
+        """Number of outputs of the first layer that gives logits; None if none is known."""
+        final = modules.get(self.final)
+        return width_of(final) if final is not None and is_final(final) else None
+
     def placed(self) -> Head:
         """Its place and widths, without what only matters before a task has a head of its own."""
         finals = tuple(Final(final.path, final.times, final.plus) for final in self.finals)
