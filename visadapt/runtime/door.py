@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Proxy
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
-from visadapt.backbone.tracing import is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
+from visadapt.backbone.tracing import is_recording, is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import frames
 from visadapt.runtime.choice import AUTO
@@ -186,7 +186,7 @@ def enter_by(
 def _check_not_traced(tasks: Any, args: Any, kwargs: Any) -> None:
     """Refuse a batch of mixed tasks in tracers whose graph would have neither its rows nor its tasks."""
     symbolic = any(isinstance(value, Proxy) for value in (*args, *kwargs.values()))
-    recorded = torch.jit.is_tracing() and (tasks == AUTO or len(set(tasks)) > 1)
+    recorded = is_recording() and (tasks == AUTO or len(set(tasks)) > 1)
     if symbolic or recorded:
         raise VisadaptError(
             f"{'torch.fx' if symbolic else 'torch.jit.trace'} cannot trace a batch of mixed tasks: trace one task, or "
