@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -18,6 +18,8 @@ from visadapt.errors import VisadaptError
 
 _TRIES = 3
 """How many batches of a kind are examined until one holds two samples whose outputs differ."""
+
+_Known = TypeVar("_Known")
 
 _MOST = 1024
 """How many facts of one sort are kept."""
@@ -178,7 +180,7 @@ class KnownBatches:
         _keep(self._exact, exact, RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True))
 
 
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> Any:
+def _keep(known: dict[Any, _Known], key: Any, value: _Known) -> _Known:
     """Keep a value, and forget all others if there are too many, as of a number that each call passes anew."""
     if len(known) >= _MOST and key not in known:
         known.clear()
