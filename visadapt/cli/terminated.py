@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,13 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    def terminate(*_: Any) -> None:
+    own = os.getpid()
+
+    def terminate(number: int, _: Any) -> None:
+        if os.getpid() != own:
+            # a worker that reads images, forked with this handler: the process that started it ends it
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
