@@ -165,6 +165,12 @@ def test_holes_that_take_no_more_than_other_files_are_read(tmp_path: Path, monke
     opened(file).close()
 
 
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    for read in (read_whole, lambda name: data.read_texts(Path(f"{name}.csv"))):
+        with pytest.raises(VisadaptError, match="cannot read"):
+            read("a\0b")
+
+
 def test_a_file_that_grows_is_not_read(tmp_path: Path) -> None:
     file, done = tmp_path / "a.csv", threading.Event()
     file.write_text("text\n" * 1000)

@@ -89,6 +89,11 @@ def test_a_string_that_is_never_closed_is_refused_at_once() -> None:
 def test_json_is_one_thing_to_all_programs_and_takes_little_memory() -> None:
     with pytest.raises(ValueError, match="it has the key 'a' twice"):
         parse_json('{"x": [{"a": 1, "b": 2, "a": 1}]}')
+    many = ", ".join(f'"k{i}": 0' for i in range(60_000))
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="it has the key 'k59999' twice"):
+        parse_json(f'{{{many}, "k59999": 0}}')
+    assert time.process_time() - begun < 5
     for text in ("[" + "[]," * 600_000 + "1]", "[" + "1," * 1_100_000 + "1]"):
         with pytest.raises(VisadaptError, match=r"1,000,000 values in JSON: .* VISADAPT_MAX_JSON_VALUES"):
             parse_json(text)

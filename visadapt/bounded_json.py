@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 from visadapt.limits import check_limit, limit
@@ -44,8 +45,8 @@ def parse_json(text: str, what: str = "it") -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r:.80} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it has the key {next(name for name, count in counts.items() if count > 1)!r:.80} twice")
     return found
 
 

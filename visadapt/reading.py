@@ -129,8 +129,10 @@ def sha256_of(path: str | os.PathLike[str]) -> bytes:
 def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise VisadaptError(f"cannot read {path}: {error.strerror or error}") from error
+    except VisadaptError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
+        raise VisadaptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except MemoryError as error:
         raise VisadaptError(f"cannot read {path}: it does not fit into memory") from error
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from typer.testing import CliRunner, Result
 
 from visadapt.cli.app import EXAMPLES, app
 from visadapt.cli.experiment import EXPERIMENTS, _planned
+from visadapt.cli.terminated import terminable
 
 CHANNELS = [8, 16, 24, 32]
 SEES = ["--backbone", "timm/resnet18", "--build", "pretrained=false", "--build", f"channels={CHANNELS}"]
@@ -647,6 +649,20 @@ def test_a_signal_is_one_line_and_leaves_nothing(
     assert result.stderr.splitlines()[-1] == f"{said}: no file was left half-written"
     assert list(tmp_path.iterdir()) == []
     assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_DFL
+
+
+def test_a_worker_that_was_forked_within_a_command_is_ended_by_the_signal() -> None:
+    with terminable():
+        with warnings.catch_warnings():
+            # of forking beside other threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            worker = os.fork()
+        if not worker:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(9)
+    assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
 
 
 def test_modality_puts_the_first_adapter_at_parts_of_the_depth() -> None:

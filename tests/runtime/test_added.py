@@ -83,15 +83,40 @@ def test_orders_that_change_with_each_call_or_with_the_number_of_samples(made, o
         check(model, list(tasks))
 
 
-def test_a_known_number_of_samples_is_not_examined_again(made, monkeypatch) -> None:
-    model, sizes = made(), []
-    examine = visadapt.backbone.known_batches.examine
+@pytest.fixture
+def examined(monkeypatch):
+    sizes, examine = [], visadapt.backbone.known_batches.examine
     monkeypatch.setattr(
         "visadapt.backbone.known_batches.examine", lambda *args: (sizes.append(args[2]), examine(*args))[1]
     )
+    return sizes
+
+
+def lengths(model, each=range(5, 10), sizes=(3, 4, 6)):
+    for length in each:
+        for n in sizes:
+            x, tasks = torch.randn(n, length, 12), ["a", "b", *"a" * (n - 2)]
+            torch.testing.assert_close(answer(model, {"x": x}, tasks)[1:2], answer(model, {"x": x[1:2]}, "b"))
+
+
+def test_a_known_number_of_samples_is_not_examined_again(made, examined) -> None:
+    model = made()
     for tasks in ("aab", "aba", "aabb", "abbb", "aab", "ab"):
         check(model, list(tasks))
-    assert sizes == [3, 4]
+    assert examined == [3, 4]
+
+
+def test_facts_of_all_lengths_are_found_once_per_number_of_samples(made, examined) -> None:
+    lengths(made(large), range(7, 12))
+    assert examined == [3, 4, 6] * 2
+
+
+def test_a_server_keeps_facts_of_a_bounded_number_of_batches(made, monkeypatch) -> None:
+    monkeypatch.setattr("visadapt.backbone.known_batches._MOST", 2)
+    model = made(large)
+    lengths(model)
+    known = vars(visadapt.runtime.registry.registry_of(model).facts.batches)
+    assert all(len(known[name]) <= 2 for name in ("_exact", "_sized", "_tries", "_single", "_shared"))
 
 
 HOOKS = {

@@ -124,6 +124,16 @@ def test_a_model_that_keeps_the_size_of_its_batch_is_given_the_sample_several_ti
     equals_alone(model, {"x": torch.randn(1, 8)}, NAMES)
 
 
+def test_a_training_step_whose_hooks_replace_outputs_counts_its_sample_once() -> None:
+    model, inputs = with_ladders(FAMILIES["tiny/resnet"].make).train(), FAMILIES["tiny/resnet"].inputs(1)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    own: list[bool] = []
+    norm.register_forward_hook(lambda module, _, out: (own.append(module is norm), out * 2)[1])
+    with visadapt.using(model, NAMES):
+        model(**inputs)
+    assert own.count(True) == 1
+
+
 def test_gradients_are_the_sum_of_the_tasks_alone() -> None:
     model, inputs = with_ladders(FAMILIES["tiny/resnet"].make), FAMILIES["tiny/resnet"].inputs(1)
     names = [f"task{i}" for i in range(4)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,6 +18,11 @@ from visadapt.errors import VisadaptError
 
 _TRIES = 3
 """How many batches of a kind are examined until one holds two samples whose outputs differ."""
+
+_Known = TypeVar("_Known")
+
+_MOST = 1024
+"""How many facts of one sort are kept."""
 
 
 class KnownBatches:
@@ -65,16 +71,16 @@ class KnownBatches:
         if found is not None and (found.evidence or not several or self._tries.get(exact, 0) >= _TRIES):
             if samples in found.sizes or not several or not found.evidence or found.reordered or _is_fake(given):
                 return found
-            return self._sized.get((exact, samples)) or self._resized(model, given, found, (exact, samples), classes)
+            # facts of all sizes are found once per number of samples, not once per size as well
+            key = (pattern if found is self._general.get(pattern) else exact, samples)
+            return self._sized.get(key) or self._resized(model, given, found, key, classes)
         kind = tuple(key for key, _ in leaves(given))
         if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
         found = examine(model, given, samples, classes, self.entry)
-        self._tries[exact] = self._tries.get(exact, 0) + 1
-        if len(self._exact) >= 1024:
-            self._exact.clear()
-        self._exact[exact] = found
+        _keep(self._tries, exact, self._tries.get(exact, 0) + 1)
+        _keep(self._exact, exact, found)
         if found.evidence and not found.reordered:
             self._kinds[kind] = found
             first = self._first.setdefault(pattern, found)
@@ -88,14 +94,10 @@ class KnownBatches:
         self, model: nn.Module, given: tuple[Any, Any], found: RowFacts, key: tuple[Any, int], classes: int | None
     ) -> RowFacts:
         """Return the facts of another number of samples than those that facts were found for."""
-        exact, samples = key
-        other = examine(model, given, samples, classes, self.entry)
+        other = examine(model, given, key[1], classes, self.entry)
         if other.evidence and shape_of(other) != shape_of(found):
-            if len(self._sized) >= 1024:
-                self._sized.clear()
-            self._sized[exact, samples] = other
-            return other
-        found.sizes.add(samples)
+            return _keep(self._sized, key, other)
+        found.sizes.add(key[1])
         return found
 
     def single(
@@ -112,7 +114,7 @@ class KnownBatches:
         if samples == 1 or not any(isinstance(leaf, Tensor) and 1 in leaf.shape for _, leaf in leaves(given)):
             return None
         kind = _signature(given, samples, bool(model.__dict__["training"]))[1]
-        if kind in self._single:
+        with suppress(KeyError):
             return self._single[kind]
         try:
             cut = self.facts(model, given, samples, True, classes).cut
@@ -121,11 +123,9 @@ class KnownBatches:
                 found = self.facts(model, given, 1, False, classes)
             except VisadaptError:
                 return None
-            self._single[kind] = found.cut
-        else:
-            self._refuse_both(model, given, cut, samples, classes)
-            self._single[kind] = None
-        return self._single[kind]
+            return _keep(self._single, kind, found.cut)
+        self._refuse_both(model, given, cut, samples, classes)
+        return _keep(self._single, kind, None)
 
     def _refuse_both(
         self, model: nn.Module, given: tuple[Any, Any], cut: dict[Key, Axis], samples: int, classes: int | None
@@ -167,18 +167,25 @@ class KnownBatches:
         if _is_fake(given):
             return None
         key = (_signature(given, 1, bool(model.__dict__["training"]))[1], tasks)
-        if key not in self._shared:
-            if len(self._shared) >= 1024:
-                self._shared.clear()
-            self._shared[key] = find_shared(model, given, facts, roles())
-        return self._shared[key]
+        with suppress(KeyError):
+            return self._shared[key]
+        return _keep(self._shared, key, find_shared(model, given, facts, roles()))
 
     def forget(self, given: tuple[Any, Any], samples: int, training: bool, facts: RowFacts) -> None:
         """Record that a batch did not match its facts; from now on its kind runs one task at a time."""
         pattern, exact = _signature(given, samples, training)
-        self._exact[exact] = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
         self._general.pop(pattern, None)
-        self._sized.pop((exact, samples), None)
+        for size in (pattern, exact):
+            self._sized.pop((size, samples), None)
+        _keep(self._exact, exact, RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True))
+
+
+def _keep(known: dict[Any, _Known], key: Any, value: _Known) -> _Known:
+    """Keep a value, and forget all others if there are too many, as of a number that each call passes anew."""
+    if len(known) >= _MOST and key not in known:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def _is_fake(given: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.added import note_replacing
 from visadapt.backbone.batch import is_cache, leaves
+from visadapt.backbone.entry import WHOLE
 from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.rows import RowFacts, shape_of
@@ -75,7 +76,7 @@ def run_batch(
     training = bool(model.__dict__["training"])
     head = registry.facts.head
     classes = None if head is None else head.width(registry.facts.modules)
-    if batches is registry.facts.batches:
+    if batches.entry == WHOLE:
         one = batches.single(model, (args, kwargs), len(tasks), classes)
         if one is not None:
             return _for_all(model, registry, tasks, call, (args, kwargs), one, classes)
@@ -138,6 +139,13 @@ def _for_all(
             if not replacing:
                 return out
             batches = _with_hooks(registry, batches, replacing)
+            found = batches.facts(model, views, len(tasks), True, classes)
+            key = frozenset(composition.profiles)
+            same = batches.shared(model, given, found, key, composition.all_roles) == shared
+            if same and shape_of(found) == shape_of(facts):
+                return out
+            if model.__dict__["training"]:
+                raise unsettled(replacing[0])
     # the tasks act from the start, or where they part is not established
     args, kwargs = repeated(given, cut, len(tasks))
     return run_batch(model, registry, tasks, call, batches, args, kwargs)
