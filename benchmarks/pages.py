@@ -141,14 +141,12 @@ def figures(all_evidence: Sequence[Evidence]) -> str:
 
 
 def finding(statement: Statement, report: Report, before: Sequence[Claim]) -> str:
-    """Say what became of a claim, with the figures behind it; without any, what earlier results say."""
+    """Say what became of a claim, with the figures behind it, and what earlier results say."""
     lines = []
     for claim in (claim for claim in report.claims if claim.text == statement.text):
         old = [c for c in before if (c.text, c.modality) == (claim.text, claim.modality) and c.training_runs]
-        if claim.training_runs or not old:
-            lines.append(_verdict(claim, claim.case))
-        else:
-            lines += [_verdict(each, f"{each.case}, {EARLIER}") for each in old]
+        lines += [_verdict(claim, claim.case)] if claim.training_runs or not old else []
+        lines += [_verdict(each, f"{each.case}, {EARLIER}") for each in old]
     return "\n".join((f"**{statement.text}** ({statement.source}).", "", *lines))
 
 

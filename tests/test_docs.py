@@ -74,7 +74,7 @@ def test_what_stands_between_the_comments_is_replaced() -> None:
     assert pages.filled(once, {"a 1": "new", "b": "table"}) == once
 
 
-def test_a_claim_without_results_has_those_of_earlier_runs() -> None:
+def test_a_claim_also_has_the_results_of_earlier_runs() -> None:
     def tested(statement, modality, training_runs):
         return statement.tested(modality, None, f"{training_runs} measured", training_runs, modality)
 
@@ -83,6 +83,7 @@ def test_a_claim_without_results_has_those_of_earlier_runs() -> None:
     before = [tested(both, "text", 7), tested(both, "image", 9), tested(images, "image", 5)]
     assert pages.finding(both, report, before).splitlines()[2:] == [
         "* text: **cannot be decided** (4 training runs): 4 measured.",
+        "* text, in earlier runs with small training sets: **cannot be decided** (7 training runs): 7 measured.",
         "* image, in earlier runs with small training sets: **cannot be decided** (9 training runs): 9 measured.",
     ]
     assert pages.finding(both, report, ()).endswith("(0 training runs): 0 measured.")
