@@ -22,27 +22,24 @@ from tests.models import ZOO
 from visadapt.export.program import export
 
 
-def classes_of(*rooms: Any) -> dict[str, Any]:
-    """The public classes of rooms, by name."""
-    return {
-        f"{room.__name__}.{name}": each for room in rooms for name, each in vars(room).items() if inspect.isclass(each)
-    }
-
-
-def public() -> dict[str, Any]:
-    """The public functions and classes by name, but for the experiments and their report."""
+def public(*rooms: Any) -> dict[str, Any]:
+    """The public functions and classes of rooms by name."""
     found = {}
-    for room in (visadapt, visadapt.training, visadapt.data, visadapt.serving):
+    for room in rooms:
         for name, each in vars(room).items():
             known = inspect.isclass(each) or inspect.isfunction(inspect.unwrap(each) if callable(each) else each)
             if known and not name.startswith("_") and each.__module__.startswith("visadapt."):
                 found[name if room is visadapt else f"{room.__name__}.{name}"] = each
-    return {**found, "export": export}
+    return found
 
 
-FUNCTIONS = public()
+FUNCTIONS = {
+    **public(visadapt, visadapt.training, visadapt.data, visadapt.serving),
+    **{name: each for name, each in public(visadapt.experiments, visadapt.report).items() if not inspect.isclass(each)},
+    "export": export,
+}
 
-EXAMPLES = {**FUNCTIONS, **classes_of(visadapt.experiments, visadapt.report)}
+EXAMPLES = {**FUNCTIONS, **public(visadapt.experiments, visadapt.report)}
 
 
 def example(name: str) -> doctest.DocTest:

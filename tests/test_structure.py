@@ -28,6 +28,7 @@ ROOMS = (
     ("experiments", "serving"),
     ("report",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up; ``""`` is ``visadapt/__init__.py``. A room imports rooms below it only, or its own files."""
 

@@ -161,6 +161,34 @@ def test_record_trace(name):
         torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_batch_of_mixed_tasks_is_traced_by_export_only(ran):
+    model, x = backbone("test_resnet"), images()
+    for task in "ab":
+        visadapt.inject(model, visadapt.Bottleneck(m=4), task=task, num_classes=3)
+        stir(model, task)
+    inner = model.get_submodule("layer1")
+    with torch.no_grad(), visadapt.using(model, ["a", "b"]):
+        if ran:
+            expected = model(x)
+        for name, trace in (
+            ("torch.jit.trace", lambda: torch.jit.trace(model, x)),
+            ("torch.jit.trace", lambda: torch.jit.trace(inner, torch.randn(2, 32, 8, 8))),
+            ("torch.fx", lambda: torch.fx.symbolic_trace(model)),
+        ):
+            said = f"^{name} cannot trace a batch of mixed tasks: trace one task, or use torch.export$"
+            with pytest.raises(visadapt.VisadaptError, match=said):
+                trace()
+        if ran:
+            torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
+    with torch.no_grad(), visadapt.using(model, ["a", "a"]):
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    visadapt.fit_decider(model, {task: [images()] for task in "ab"})
+    with visadapt.using(model, "auto"), pytest.raises(visadapt.VisadaptError, match="cannot trace a batch of mixed"):
+        torch.jit.trace(model, x)
+
+
 class Recurrent(nn.Module):
     def __init__(self, cell):
         super().__init__()

@@ -17,6 +17,9 @@ is_symbolic_tracing: Callable[[], bool] = (
 )
 """Whether torch.fx traces; older versions of torch have it by its other name."""
 
+is_recording: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+"""Whether ``torch.jit.trace`` records the calls of this thread."""
+
 
 def is_tracing() -> bool:
     """Whether this very code is being traced into a graph, by dynamo or by a non-strict export of this thread.

@@ -12,7 +12,7 @@ from visadapt.optional import require
 
 
 def main() -> None:
-    """Run the command line; the entry point of the console script."""
+    """Run the command line, as the console script does (``visadapt_command``)."""
     try:
         for library in ("typer", "rich"):
             require(library, "the command line", "visadapt[cli]")

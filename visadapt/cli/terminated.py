@@ -1,4 +1,4 @@
-"""A command that is asked to end (SIGTERM) cleans up as one that is interrupted does."""
+"""A command that is asked to end (SIGTERM) or interrupted (SIGINT) cleans up; before and after, the process ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from visadapt_command import end
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code, as a shell gives it for a process that the signal ended."""
@@ -27,15 +29,28 @@ def terminable() -> Iterator[None]:
 
     own = os.getpid()
 
-    def end(number: int, _: Any) -> None:
+    def terminate(number: int, _: Any) -> None:
         if os.getpid() != own:
             # a worker that reads images, forked with this handler: the process that started it ends it
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         raise Terminated
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt in the block, where the console script lets it end the process."""
+    if signal.getsignal(signal.SIGINT) is not end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, end)

@@ -97,6 +97,16 @@ def run_experiment(
     Raises:
         VisadaptError: the engine is unknown, the deadline is negative, the folder holds files that are not results,
             or a training run failed.
+
+    Examples:
+        >>> from visadapt.experiments import Compare, Contender, problem, run_experiment
+        >>> sizes = {"train": 20, "validation": 10, "test": 10, "size": 16, "options": (("pretrained", False),)}
+        >>> digits = problem("timm/test_resnet", "digits", **sizes)
+        >>> probe = Contender("probe", visadapt.Linear(), Recipe(epochs=1), norms="frozen")
+        >>> experiment = Compare((digits,), (probe,), seeds=(0,))
+        >>> results = run_experiment(experiment, "results", say=lambda line: None)
+        >>> [(result.contender, result.split) for result in results]
+        [('probe', 'test')]
     """
     check_count(processes, "processes")
     if deadline is not None and deadline < 0:

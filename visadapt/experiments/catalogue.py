@@ -71,6 +71,12 @@ def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
 
     Raises:
         VisadaptError: the method or an option does not exist, or an option has a wrong value.
+
+    Examples:
+        >>> from visadapt.experiments import contender
+        >>> small = contender("Bottleneck m=8", epochs=2)
+        >>> small.name, small.recipe.epochs, small.recipe.lr
+        ('bottleneck m=8', 2, 0.003)
     """
     words = name.split()
     options = _options(word for word in words if "=" in word)

@@ -29,6 +29,13 @@ def problem(network: str, data: str, **options: Any) -> Problem:
 
     Raises:
         VisadaptError: an option does not exist.
+
+    Examples:
+        >>> from visadapt.experiments import problem
+        >>> problem("bundled/resnet50", "digits", train=500, size=32).modality
+        'image'
+        >>> problem("bundled/minilm", "tweets").modality
+        'text'
     """
     kind = TextProblem if network == "bundled/minilm" or network.startswith("hf/") else ImageProblem
     known = kind.__dataclass_fields__

@@ -139,6 +139,13 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
 
     Raises:
         VisadaptError: the path does not exist, or a file does not contain results.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from visadapt.experiments import read_results
+        >>> Path("results").mkdir()
+        >>> read_results("results")
+        []
     """
     source = Path(path)
     if not os.path.exists(source):
@@ -170,6 +177,15 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
 
     Raises:
         VisadaptError: the file cannot be written.
+
+    Examples:
+        >>> from visadapt.experiments import Result, read_results, write_csv
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{seed}", "compare", "image", "resnet18", "digits", "lora r=4", seed, "test",
+        ...                   metric="accuracy", score=0.91, lr=1e-3, epochs=3, **sizes) for seed in (0, 1)]
+        >>> path = write_csv(results, "results.csv")
+        >>> read_results(path) == results
+        True
     """
     rows = list(results)
     other = next((row for row in rows if not isinstance(row, Result)), None)

@@ -77,6 +77,17 @@ def build(results: Sequence[Result], title: str | None = None) -> Report:
     Raises:
         VisadaptError: there are too few results for any section, or results with the same names have different
             settings (such as sizes), so that they cannot be averaged.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{seed}", "compare", "image", "resnet18", "digits", "lora r=4", seed, "test",
+        ...                   metric="accuracy", score=0.91, lr=1e-3, epochs=3, **sizes) for seed in (0, 1)]
+        >>> report = visadapt.report.build(results)
+        >>> report.title
+        'Adapters on resnet18: 1 problem, 2 results'
+        >>> [section.name for section in report.sections]
+        ['compare']
     """
     measured = drop_superseded(results)
     results = with_twins(measured)

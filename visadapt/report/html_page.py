@@ -60,7 +60,23 @@ CLASSES = {True: "holds", False: "fails", None: "open"}
 
 
 def page(report: Report) -> str:
-    """Render a report as one HTML page, with figures and style included."""
+    """Render a report as one HTML page, with figures and style included.
+
+    Args:
+        report: the report.
+
+    Returns:
+        The page.
+
+    Raises:
+        VisadaptError: matplotlib is not installed.
+
+    Examples:
+        >>> from visadapt.report import Report, page
+        >>> html = page(Report("Digits", advice=None, sections=(), made_with=()))
+        >>> "<h1>Digits</h1>" in html
+        True
+    """
     links = [("advice", ADVICE)] * (report.advice is not None) + [("claims", "Claims")] * bool(report.claims)
     links += [(section.name, section.title) for section in report.sections]
     entries = "".join(f"<li><a href='#{anchor}'>{escape(title)}</a></li>" for anchor, title in links)

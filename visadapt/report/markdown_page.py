@@ -19,6 +19,12 @@ def markdown(report: Report, figures: str) -> str:
 
     Returns:
         The page.
+
+    Examples:
+        >>> from visadapt.report import Report, markdown
+        >>> print(markdown(Report("Digits", advice=None, sections=(), made_with=()), "figures"))
+        # Digits
+        <BLANKLINE>
     """
     parts = [f"# {markdown_text(report.title)}"]
     if report.advice is not None:

@@ -33,6 +33,14 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "
 
     Raises:
         VisadaptError: matplotlib is not installed, or the folder cannot be written to.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{seed}", "compare", "image", "resnet18", "digits", "lora r=4", seed, "test",
+        ...                   metric="accuracy", score=0.91, lr=1e-3, epochs=3, **sizes) for seed in (0, 1)]
+        >>> visadapt.report.plot(results, "digits.svg").name
+        'digits.svg'
     """
     target = Path(path)
     make_folder(target.parent)

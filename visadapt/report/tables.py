@@ -23,6 +23,14 @@ def table(results: Sequence[Result], title: str = "") -> Table:
 
     Returns:
         The table, with one row per contender.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{seed}", "compare", "image", "resnet18", "digits", "lora r=4", seed, "test",
+        ...                   metric="accuracy", score=0.91, lr=1e-3, epochs=3, **sizes) for seed in (0, 1)]
+        >>> visadapt.report.table(results).rows[0][:3]
+        ('lora r=4', '91.0 ± 0.0', '2,000')
     """
     rows = []
     for name, runs in group_by(results, lambda r: r.contender).items():
@@ -57,6 +65,14 @@ def sweep_table(results: Sequence[Result], title: str = "") -> Table:
 
     Raises:
         VisadaptError: a contender has no result on validation data.
+
+    Examples:
+        >>> from visadapt.experiments import Result
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{lr}", "compare", "image", "resnet18", "digits", "lora r=4", 0, "validation",
+        ...                   metric="accuracy", score=0.9 - lr, lr=lr, epochs=3, **sizes) for lr in (0.01, 0.1)]
+        >>> visadapt.report.sweep_table(results).rows
+        [('lora r=4', 3, '0.01: 89.0 *   0.1: 80.0', '0.01')]
     """
     rows = []
     for name, group in group_by(results, lambda r: r.contender).items():

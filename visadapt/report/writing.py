@@ -29,6 +29,15 @@ def write(results: str | os.PathLike[str], out: str | os.PathLike[str], title: s
     Raises:
         VisadaptError: there are no results, too few, or some with the same names but different settings; matplotlib is
             not installed; or the folder cannot be written to. Everything is drawn before anything is written.
+
+    Examples:
+        >>> from visadapt.experiments import Result, write_csv
+        >>> sizes = {"trained": 2000, "head": 650, "backbone": 11_176_512, "seconds": 9, "bytes": 12_000}
+        >>> results = [Result(f"key{seed}", "compare", "image", "resnet18", "digits", "lora r=4", seed, "test",
+        ...                   metric="accuracy", score=0.91, lr=1e-3, epochs=3, **sizes) for seed in (0, 1)]
+        >>> pages = visadapt.report.write(write_csv(results, "results.csv"), "page", title="Digits")
+        >>> [path.name for path in pages[:2]]
+        ['page.md', 'page.html']
     """
     target = Path(out)
     report = build(read_results(results), title)

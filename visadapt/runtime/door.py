@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Proxy
 
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import ENTERED, REGISTRY, joined
 from visadapt.backbone.subclass import ModuleClass, cached, subclass
-from visadapt.backbone.tracing import is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
+from visadapt.backbone.tracing import is_recording, is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import frames
 from visadapt.runtime.choice import AUTO
@@ -136,8 +136,9 @@ def enter(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: A
 
     Raises:
         VisadaptError: the number of tasks is not the number of samples; samples depend on each other; the batch cannot
-            be split or the outputs cannot be joined.
+            be split or the outputs cannot be joined; a tracer makes the call.
     """
+    _check_not_traced(tasks, args, kwargs)
     if tasks == AUTO:
         tasks = tuple(registry.decider.choose(model, kwargs if kwargs and not args else args))
         registry.note_forward((name, None) for name in tasks)
@@ -164,8 +165,9 @@ def enter_by(
 
     Raises:
         OutsideError: another entry is being tried, a torch.fx graph makes the call, or its rows cannot be found.
-        VisadaptError: a task was removed, or the model is reserved for another thread.
+        VisadaptError: a task was removed, the model is reserved for another thread, or a tracer makes the call.
     """
+    _check_not_traced(tasks, args, kwargs)
     place = entry.path if entry.method == "forward" else joined(entry.path, entry.method)
     if registry in TRYING.get() or any(isinstance(f.f_locals.get("self"), GraphModule) for f in frames()):
         # between the modules that a graph calls, its operators may reorder rows
@@ -179,6 +181,17 @@ def enter_by(
         raise
     except VisadaptError as error:
         raise outside(place, error) from error
+
+
+def _check_not_traced(tasks: Any, args: Any, kwargs: Any) -> None:
+    """Refuse a batch of mixed tasks in tracers whose graph would have neither its rows nor its tasks."""
+    symbolic = any(isinstance(value, Proxy) for value in (*args, *kwargs.values()))
+    recorded = is_recording() and (tasks == AUTO or len(set(tasks)) > 1)
+    if symbolic or recorded:
+        raise VisadaptError(
+            f"{'torch.fx' if symbolic else 'torch.jit.trace'} cannot trace a batch of mixed tasks: trace one task, or "
+            "use torch.export"
+        )
 
 
 def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, kwargs: Any) -> None:
