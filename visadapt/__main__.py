@@ -1,6 +1,6 @@
 """``python -m visadapt`` is the ``visadapt`` command."""
 
-from visadapt_command import main
+from visadapt.cli import main
 
 if __name__ == "__main__":
     main()

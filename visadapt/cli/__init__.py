@@ -12,7 +12,7 @@ from visadapt.optional import require
 
 
 def main() -> None:
-    """Run the command line, as the console script does (``visadapt_command``)."""
+    """Run the command line; the entry point of the console script."""
     try:
         for library in ("typer", "rich"):
             require(library, "the command line", "visadapt[cli]")
@@ -23,7 +23,11 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # a terminal of another encoding shows escapes
             stream.reconfigure(errors="backslashreplace")
-    import_module("visadapt.cli.app").app()
+    try:
+        import_module("visadapt.cli.app").app()
+    except KeyboardInterrupt:
+        # while the commands are imported and built; a running command says what became of its files
+        sys.exit(130)
 
 
 def _open_streams() -> None:

@@ -24,10 +24,9 @@ from visadapt.cli.report import report
 from visadapt.cli.serve import serve
 from visadapt.cli.sites import sites
 from visadapt.cli.summary import summary
-from visadapt.cli.terminated import TERMINATED, Terminated, interruptible
+from visadapt.cli.terminated import TERMINATED, Terminated
 from visadapt.cli.train import train
 from visadapt.errors import VisadaptError, command_line
-from visadapt_command import INTERRUPTED
 
 
 class Commands(TyperGroup):
@@ -35,7 +34,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with interruptible(), command_line(), warnings.catch_warnings():
+            with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
                 answer = super().invoke(ctx)
                 # what cannot be written is an error of the command, not of Python's exit
@@ -51,7 +50,7 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             say("interrupted: no file was left half-written")
-            raise typer.Exit(INTERRUPTED) from error
+            raise typer.Exit(130) from error
         except Terminated as error:
             say("terminated: no file was left half-written")
             raise typer.Exit(TERMINATED) from error

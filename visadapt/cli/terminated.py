@@ -1,4 +1,4 @@
-"""A command that is asked to end (SIGTERM) or interrupted (SIGINT) cleans up; before and after, the process ends."""
+"""A command that is asked to end (SIGTERM) cleans up as one that is interrupted does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from visadapt_command import end
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code, as a shell gives it for a process that the signal ended."""
@@ -41,16 +39,3 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt in the block, where the console script lets it end the process."""
-    if signal.getsignal(signal.SIGINT) is not end:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, end)
