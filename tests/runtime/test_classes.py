@@ -145,6 +145,25 @@ def test_fully_shard_survives(mesh, image, take) -> None:
         torch.testing.assert_close(answer(model, {"x": image}, "b"), expected["b"])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_mixed_training_goes_on_when_known_batches_are_sharded(mesh) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), nn.Linear(8, 4))
+    x = torch.randn(5, 6)
+    for seed, task in enumerate("ab"):
+        visadapt.inject(model, m=3, task=task, example=x, where="linear")
+        stir(model, task, seed)
+    model.train()
+    with visadapt.using(model, list("aabab")):
+        expected = model(x).detach()
+        # the hooks of the inner ones replace what they are shown, as it needs a gradient
+        for module in (model[1][0], model[1][2], model):
+            fully_shard(module, mesh=mesh)
+        for _ in range(2):
+            out = model(x)
+            torch.testing.assert_close(out, expected)
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("method", [DAN(bits=4), DAN(), Bottleneck(m=2)], ids=str)
 def test_loading_a_backbone_leaves_tasks_as_they_are(tiny, image, method, assign) -> None:

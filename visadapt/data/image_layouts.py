@@ -284,7 +284,7 @@ def in_folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None)
         for name in names[split]:
             if name not in classes and (files[split, name] or known is None):
                 raise VisadaptError(f"{folder}: class {name!r} {lacks}{nearest(name, classes)}")
-        items = [(file, classes.index(name)) for name in classes for file in files.get((split, name), [])]
+        items = [(file, number) for number, name in enumerate(classes) for file in files.get((split, name), [])]
         if not items:
             raise VisadaptError(f"{folder} must have at least one image, got none")
         labels = torch.tensor([label for _, label in items])

@@ -132,10 +132,11 @@ def numbers_of(classes: Sequence[str], labels: Sequence[str], where: str) -> Ten
     Raises:
         VisadaptError: a class is not one of the labels; the nearest is named.
     """
+    numbers = {label: number for number, label in enumerate(labels)}
     for name in classes:
-        if name not in labels:
+        if name not in numbers:
             raise VisadaptError(f"{where} has a class {name!r} that the task does not have{nearest(name, labels)}")
-    return torch.tensor([list(labels).index(name) for name in classes], dtype=torch.int64)
+    return torch.tensor([numbers[name] for name in classes], dtype=torch.int64)
 
 
 def relabelled(values: Tensor, numbers: Tensor, width: int) -> Tensor:

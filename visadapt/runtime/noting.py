@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.backbone.added import HOOKS, replaces
+from visadapt.backbone.added import HOOKS, function_of, replaces
 from visadapt.backbone.batch import leaves
 from visadapt.backbone.modules import OURS
 from visadapt.errors import VisadaptError
@@ -68,7 +68,7 @@ class Noted:
             for module in modules:
                 for hooks in (module.__dict__[name] for name in HOOKS):
                     for key, hook in list(hooks.items()):
-                        if not (isinstance(hook, _Noting) or OURS in getattr(hook, "__dict__", ()) or replaces(hook)):
+                        if not (isinstance(hook, _Noting) or _moves_nothing(hook) or replaces(hook)):
                             hooks[key] = _Noting(hook)
                             self._placed.append((hooks, key, hooks[key]))
         heard: list[Any] = []
@@ -84,6 +84,11 @@ class Noted:
                         if hooks.get(key) is placed:
                             hooks[key] = placed.hook
                     self._placed = []
+
+
+def _moves_nothing(hook: Any) -> bool:
+    """Whether a hook is of visadapt, or of torch: those of FSDP replace tensors by others with the same rows."""
+    return OURS in getattr(hook, "__dict__", ()) or str(function_of(hook).__module__).startswith("torch.")
 
 
 def unsettled(hook: Any) -> VisadaptError:
