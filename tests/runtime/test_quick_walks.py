@@ -40,8 +40,10 @@ def test_a_state_is_taken_as_load_state_dict_takes_it(build) -> None:
     with torch.no_grad():
         for tensor in given.parameters():
             tensor.normal_()
+    one[1].bias.requires_grad_(False)
     state = given.state_dict(keep_vars=True)
     load_state(one, state)
+    assert {name for name, tensor in one.named_parameters() if not tensor.requires_grad} == {"1.bias"}
     other.load_state_dict(state, assign=True)
     for name, tensor in other.state_dict(keep_vars=True).items():
         assert torch.equal(one.state_dict(keep_vars=True)[name], tensor)

@@ -113,7 +113,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "")
     for held in (own["_parameters"], own["_buffers"]):
         for name, tensor in held.items():
             if tensor is not None and name not in own["_non_persistent_buffers_set"]:
-                held[name] = state[prefix + name]
+                # what a method freezes stays frozen
+                held[name] = state[prefix + name].requires_grad_(tensor.requires_grad)
     for name, child in own["_modules"].items():
         if child is not None:
             load_state(child, state, f"{prefix}{name}.")
