@@ -200,7 +200,7 @@ WRONG = {
     ),
     "a file that is a folder": (
         lambda model, place: visadapt.save(model, "flowers", place),
-        r"cannot write .*: Is a directory",
+        r"cannot write .*: it must be a file, got the folder",
     ),
 }
 

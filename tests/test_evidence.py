@@ -133,7 +133,8 @@ def test_a_partial_run_is_balanced_over_problems(tmp_path, regime):
     assert len(names) == 9 + 6
     assert order == [(name, count) for count in range(1, REGIMES[regime].seed_count + 1) for name in names]
     first = experiments[: len(experiments) - len(everything)]
-    assert [experiment.problems[0].name for experiment in first] == names[: REGIMES[regime].first or 0] * 3
+    widening = [name for count in REGIMES[regime].first for name in names[:count] * 3]
+    assert [experiment.problems[0].name for experiment in first] == widening
     assert REGIMES[regime].seed_count >= 3
     assert {experiment.split for experiment in experiments} == {"both"}
 

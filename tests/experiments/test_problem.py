@@ -118,7 +118,7 @@ def test_vgg16_from_a_file_of_its_convolutions(tmp_path: Path) -> None:
         VisadaptError, match=r"does not contain the convolutions of VGG-16: features\.5\.bias is missing"
     ):
         ImageProblem(str(tmp_path / "cut.safetensors"), "mnist").fresh()
-    with pytest.raises(VisadaptError, match="cannot read the weights"):
+    with pytest.raises(VisadaptError, match=r"cannot read .*none\.safetensors: No such file"):
         ImageProblem(str(tmp_path / "none.safetensors"), "mnist").fresh()
 
 

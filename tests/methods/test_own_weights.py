@@ -158,7 +158,7 @@ def test_copies_and_classes(tiny, image) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        (v.Linear(), {"num_classes": 3}, "say norms='frozen', or Norms"),
+        (v.Linear(), {"num_classes": 3}, "pass norms='frozen', or Norms"),
         (v.Linear(), {"norms": "frozen"}, "give num_classes="),
         (
             v.Linear(),

@@ -214,5 +214,5 @@ def test_tsa_aligns_before_a_head_of_several_modules() -> None:
         named["classifier.tsa.align.weight"].fill_(0.1)
     assert not torch.allclose(answer(model, member.inputs(), "default"), at, atol=1e-3)
     headless = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(v.VisadaptError, match="no head found"):
+    with pytest.raises(v.VisadaptError, match="needs a head, and none was found in Sequential"):
         v.inject(headless, v.TSA(align=True), where="0", example=torch.zeros(1, 3, 8, 8))

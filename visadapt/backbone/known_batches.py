@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class KnownBatches:
     """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
 
     If two batches that differ only in their sizes have the same facts, these facts are used for every size. For each
-    number of samples they are found once more, as a model may order large batches otherwise than small ones.
+    number of samples they are found once more, as a model may order large batches otherwise than small ones. Equal facts
+    of one structure share these numbers.
 
     Args:
         entry: the method that is called with the batches.
@@ -74,11 +76,15 @@ class KnownBatches:
             # facts of all sizes are found once per number of samples, not once per size as well
             key = (pattern if found is self._general.get(pattern) else exact, samples)
             return self._sized.get(key) or self._resized(model, given, found, key, classes)
-        kind = tuple(key for key, _ in leaves(given))
+        kind = (pattern[0], *(key for key, _ in leaves(given)))
         if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
         found = examine(model, given, samples, classes, self.entry)
+        twin = self._kinds.get(kind)
+        if twin is not None and found.evidence and not found.reordered and shape_of(twin) == shape_of(found):
+            twin.sizes.update(found.sizes)
+            found = replace(found, sizes=twin.sizes)
         _keep(self._tries, exact, self._tries.get(exact, 0) + 1)
         _keep(self._exact, exact, found)
         if found.evidence and not found.reordered:
