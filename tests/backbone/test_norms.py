@@ -128,7 +128,9 @@ def test_a_task_s_norms_alone_merge(name: str, x: Tensor) -> None:
 def test_statistics_that_never_move_cannot_be_a_task_s_own() -> None:
     model = network("frozen")
     keys = list(model.state_dict())
-    with pytest.raises(VisadaptError, match=r"norms=.full.*FrozenBatchNorm2d never do: pass norms=.affine. or .frozen."):
+    with pytest.raises(
+        VisadaptError, match=r"norms=.full.*FrozenBatchNorm2d never do: pass norms=.affine. or .frozen."
+    ):
         v.inject(model, m=4, norms="full")
     assert list(model.state_dict()) == keys
     v.inject(model, m=4, norms="frozen")

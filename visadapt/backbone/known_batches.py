@@ -30,8 +30,8 @@ class KnownBatches:
     """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
 
     If two batches that differ only in their sizes have the same facts, these facts are used for every size. For each
-    number of samples they are found once more, as a model may order large batches otherwise than small ones. Equal facts
-    of one structure share these numbers.
+    number of samples they are found once more, as a model may order large batches otherwise than small ones. Equal
+    facts of one structure share these numbers.
 
     Args:
         entry: the method that is called with the batches.
