@@ -66,9 +66,9 @@ class Speed:
 
 
 SPEEDS = {
-    # of one process with two threads; texts: the mean over contenders in results/evidence-cpu.csv; images: of those in
-    # results/evidence.csv, times the pixels, divided by the gain of bf16
-    "cpu": Speed(0.0, 0.028, 0.028, 0.002, 8.0, 10.0),
+    # of two processes with a thread each, beside other work: half of the mean over contenders and runs in
+    # results/evidence-cpu.csv
+    "cpu": Speed(0.0, 0.0155, 0.0205, 0.002, 8.0, 10.0),
     # of one process beside others that share an H100
     "cuda": Speed(0.020, 1e-3 / 32, 2e-3 / 32, 0.004, 2.5, 20.0),
 }

@@ -111,6 +111,6 @@ def test_the_lead_says_what_to_take() -> None:
     (sentence,) = lead([*FULL, *runs("lora r=8", -1, 10)])
     assert sentence == (
         "On resnet50, take lora r=8: it trains 0.00 % of the backbone, and it is worse than full fine-tuning (−1.0 "
-        "points, 95 % interval −1.0 to −1.0)."
+        "points, 95 % interval −1.0 to −1.0, 3 problems, 9 pairs)."
     )
     assert lead(runs("lora r=8", -1, 10)) == ()

@@ -127,8 +127,7 @@ def advice(results: Sequence[Result]) -> Table | None:
     rows = []
     for network, comparisons in by_network(results).items():
         if (best := taken(comparisons)) is not None:
-            problems = f"{pluralize(best.problems, 'problem')}, {pluralize(best.pairs, 'pair')}"
-            rows.append((network, best.name, *_figures(best), problems))
+            rows.append((network, best.name, *_figures(best), _evidence(best)))
     headings = ("network", "take", "of backbone", "file", "points", "95 % interval", "against full fine-tuning", "on")
     title = (
         "The smallest adapter that is better than full fine-tuning on test data, else the smallest that is surely "
@@ -150,7 +149,7 @@ def lead(results: Sequence[Result]) -> tuple[str, ...]:
         )
         sentences.append(
             f"On {network}, take {best.name}: it trains {best.percent:.2f} % of the backbone, and {seen} full "
-            f"fine-tuning ({signed(best.points)} points, 95 % interval {best.interval})."
+            f"fine-tuning ({signed(best.points)} points, 95 % interval {best.interval}, {_evidence(best)})."
         )
     return tuple(sentences)
 
@@ -190,6 +189,10 @@ def comparison_table(comparisons: Sequence[Comparison], title: str = "") -> Tabl
     rows = [(c.name, *_figures(c), str(c.pairs)) for c in comparisons]
     headings = ("method", "of backbone", "file", "points", "95 % interval", "against full fine-tuning", "pairs")
     return Table(headings, rows, title)
+
+
+def _evidence(comparison: Comparison) -> str:
+    return f"{pluralize(comparison.problems, 'problem')}, {pluralize(comparison.pairs, 'pair')}"
 
 
 def _figures(comparison: Comparison) -> tuple[str, ...]:
