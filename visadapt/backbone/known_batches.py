@@ -29,9 +29,9 @@ _MOST = 1024
 class KnownBatches:
     """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
 
-    If two batches that differ only in their sizes have the same facts, these facts are used for every size. For each
-    number of samples they are found once more, as a model may order large batches otherwise than small ones. Equal
-    facts of one structure share these numbers.
+    If two batches that differ only in their sizes have the same facts, these facts are used for every size. For larger
+    numbers of samples they are found once more (see `visadapt.backbone.rows.RowFacts.covers`), as a model may order
+    large batches otherwise than small ones. Equal facts of one structure share these numbers.
 
     Args:
         entry: the method that is called with the batches.
@@ -71,7 +71,7 @@ class KnownBatches:
         pattern, exact = _signature(given, samples, bool(model.__dict__["training"]))
         found = self._exact.get(exact) or self._general.get(pattern)
         if found is not None and (found.evidence or not several or self._tries.get(exact, 0) >= _TRIES):
-            if samples in found.sizes or not several or not found.evidence or found.reordered or _is_fake(given):
+            if found.covers(samples) or not several or not found.evidence or found.reordered or _is_fake(given):
                 return found
             # facts of all sizes are found once per number of samples, not once per size as well
             key = (pattern if found is self._general.get(pattern) else exact, samples)

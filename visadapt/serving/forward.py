@@ -174,9 +174,9 @@ class Forward:
 def warm_up(forward: Forward, count: int, max_batch: int) -> int:
     """Run batches of meaningless samples, so that no request has to establish which rows of a batch are whose.
 
-    That is established once for each number of samples and for each pattern of sizes (see
-    `visadapt.backbone.known_batches`): of any two lengths, of lengths other than 1, and of a batch that by chance has
-    as many samples as the input has channels, pixels or tokens.
+    That is established once for each pattern of sizes (see `visadapt.backbone.known_batches`): of any two sizes, of
+    lengths other than 1, of the largest even and odd batches, and of a batch that by chance has as many samples as the
+    input has channels, pixels or tokens.
 
     Args:
         forward: of the server.
@@ -195,10 +195,11 @@ def warm_up(forward: Forward, count: int, max_batch: int) -> int:
         entries = list(islice(filter(_usable, every), count))
         if not entries:
             continue
-        every_size = {1} if forward.exact else set(range(1, max_batch + 1))
+        most = 1 if forward.exact else max_batch
         # what holds for two lengths of texts holds for all
-        for length, numbers in ((4, every_size), (7, {1, 2, 4})) if form[0] == "texts" else ((1, every_size),):
-            for size in sorted((numbers | sides(entries[0], length)) & every_size):
+        for length in (4, 7) if form[0] == "texts" else (1,):
+            sizes = {1, 2, 4, most - 1, most, *sides(entries[0], length)}
+            for size in sorted(size for size in sizes if 1 <= size <= most):
                 chosen = [entries[i % len(entries)] for i in range(size)]
                 batch = [Item(entry.name, example(entry, i, length)) for i, entry in enumerate(chosen)]
                 forward.answer(batch)
