@@ -8,8 +8,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.limits import check_limit
 
@@ -114,6 +115,17 @@ def read_on(file: BinaryIO, path: str | os.PathLike[str], bound: str | None = No
     if len(data) != left:
         raise VisadaptError(f"cannot read {path}: it was written to meanwhile")
     return data
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file, within the bounds of `visadapt.limits.LIMITS`.
+
+    Raises:
+        VisadaptError: see `read_whole` and `visadapt.bounded_json.parse_json`.
+        ValueError: it is not JSON.
+        RecursionError: it is too deep to be parsed.
+    """
+    return parse_json(read_whole(path, "JSON_BYTES").decode(), str(path))
 
 
 def sha256_of(path: str | os.PathLike[str]) -> bytes:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ def children(tree: Any) -> list[tuple[Any, Any]] | None:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
     return None
+
+
+def with_first(tree: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """Replace the first element of a container by ``change(step, element)``; the step is the last one of its path."""
+    if type(tree) is tuple:
+        return (change(0, tree[0]), *tree[1:])
+    (step, first), *rest = cast("list[Any]", children(tree))
+    return rebuilt(tree, [change(step, first), *[value for _, value in rest]])
 
 
 def rebuilt(tree: Any, values: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from visadapt.data.datasets_library import SPLITS
 from visadapt.data.image_file import SUFFIXES
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import numbers_of, relabelled, without_samples
-from visadapt.data.tables import Column, Format, Table, is_table, read_table
+from visadapt.data.tables import ARCHIVES, Column, Format, Table, is_table, read_table
 from visadapt.data.targets import Targets, held_out
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.reading import check_file
@@ -39,9 +39,6 @@ _OTHER = frozenset((
     ".bin", ".csv", ".db", ".doc", ".docx", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".npz",
     ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".tsv", ".txt", ".xml", ".yaml", ".yml",
 ))  # fmt: skip
-
-
-_ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 _USUAL = ("JPEG", "PNG", "GIF", "WEBP")
@@ -151,7 +148,7 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
     Raises:
         VisadaptError: the layout is not one of those that are understood, which are listed.
     """
-    if path.suffix.lower() in _ARCHIVES and not is_table(path) and not os.path.isdir(path):
+    if path.suffix.lower() in (".gz", *ARCHIVES) and not is_table(path) and not os.path.isdir(path):
         raise VisadaptError(f"{path} must be unpacked first, to a folder of images: {LAYOUTS}")
     if not os.path.isdir(path):
         check_file(path, "data", "a folder or a table of images")

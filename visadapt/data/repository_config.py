@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from visadapt.bounded_json import parse_json
 from visadapt.data.allowlist import MOST_BLOCKS, objections
 from visadapt.errors import VisadaptError
-from visadapt.reading import read_whole
+from visadapt.reading import read_json
 
 CONFIG = "config.json"
 
@@ -52,7 +51,7 @@ def read_config(file: Path) -> dict[str, Any]:
         VisadaptError: it cannot be read, or is not a JSON object.
     """
     try:
-        config = parse_json(read_whole(file, "JSON_BYTES").decode(), str(file))
+        config = read_json(file)
     except VisadaptError:
         raise
     except (ValueError, RecursionError) as error:

@@ -25,9 +25,11 @@ SUFFIXES = (".tsv", ".csv", ".txt", ".tab", ".tsv.gz", ".csv.gz")
 
 _SEPARATORS = (";", "\t", "|", ",")
 
+ARCHIVES = (".7z", ".bz2", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
+
 OTHERWISE = (
-    ".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar",
-    ".tgz", ".feather", ".orc", ".avro", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".dta", ".sav",
+    ".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".docx", ".pdf", ".feather", ".orc", ".avro", ".pkl", ".pickle",
+    ".npy", ".npz", ".h5", ".hdf5", ".dta", ".sav", *ARCHIVES,
 )  # fmt: skip
 """Suffixes of files that may hold a table, but not as text."""
 

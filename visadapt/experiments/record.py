@@ -20,7 +20,7 @@ from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
 from visadapt.experiments.result_check import check_result
 from visadapt.files import make_folder, replacing
-from visadapt.reading import check_file, read_whole
+from visadapt.reading import check_file, read_json, read_whole
 from visadapt.typed import from_json
 
 STOPPED = "stopped"
@@ -271,7 +271,7 @@ def write(result: Result, folder: Path) -> Path:
 
 def _read_json(file: Path) -> Result:
     try:
-        result = from_json(Result, parse_json(read_whole(file, "JSON_BYTES").decode(), str(file)))
+        result = from_json(Result, read_json(file))
         check_result(result)
     except (TypeError, ValueError) as error:
         raise VisadaptError(f"{file} is not a result of an experiment: {error}") from error

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.reading import SMALL, opened, read_whole
+from visadapt.reading import SMALL, opened, read_json
 from visadapt.tensor_file import raw
 
 try:
@@ -53,7 +52,7 @@ class CacheFile:
     def _recorded(self) -> dict[str, Any]:
         """The content of the key; empty if there is no key, or one of another format."""
         try:
-            found = parse_json(read_whole(self.key, "JSON_BYTES").decode(), str(self.key))
+            found = read_json(self.key)
         except (ValueError, RecursionError):  # a VisadaptError is a ValueError
             return {}
         return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else {}

@@ -88,9 +88,7 @@ def run_batch(
     composition = composed(registry, tasks)
     if not _divided_within(registry, facts, composition):
         try:
-            within = registry.within(Mixed.within(composition, facts))
-            with registry.noted.within(registry.facts.hooked) as replacing, within:
-                out = call(*args, **kwargs)
+            out, replacing = _noted(registry, Mixed.within(composition, facts), call, (args, kwargs))
             if not replacing:
                 return out
             batches = _with_hooks(registry, batches, replacing)
@@ -107,6 +105,13 @@ def run_batch(
                 # norms may have updated their statistics already, so this call cannot be repeated
                 raise VisadaptError(f"{error}; call it again, and it will run one task at a time") from error
     return _one_by_one(model, registry, composition, call, facts, args, kwargs)
+
+
+def _noted(registry: Registry, mixed: Any, call: Callable[..., Any], given: tuple[Any, Any]) -> tuple[Any, list[Any]]:
+    """Return the output of a mixed batch, and the hooks that replaced anything for the first time."""
+    with registry.noted.within(registry.facts.hooked) as replacing, registry.within(mixed):
+        out = call(*given[0], **given[1])
+    return out, replacing
 
 
 def _with_hooks(registry: Registry, batches: KnownBatches, replacing: list[Any]) -> KnownBatches:
@@ -133,9 +138,7 @@ def _for_all(
     if len(distinct) > 1 and not _divided_within(registry, facts, composition):
         shared = batches.shared(model, given, facts, frozenset(composition.profiles), composition.all_roles)
         if shared is not None:
-            within = registry.within(Mixed.within(composition, facts, shared))
-            with registry.noted.within(registry.facts.hooked) as replacing, within:
-                out = call(*given[0], **given[1])
+            out, replacing = _noted(registry, Mixed.within(composition, facts, shared), call, given)
             if not replacing:
                 return out
             batches = _with_hooks(registry, batches, replacing)

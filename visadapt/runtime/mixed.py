@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.batch import Key, children, mapped, rebuilt
+from visadapt.backbone.batch import Key, mapped, with_first
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import REGISTRY
 from visadapt.backbone.rows import Fact
@@ -167,10 +167,7 @@ class Here:
         if self.roles.isdisjoint(AROUND):
             return out
         if not isinstance(out, Tensor):
-            if type(out) is tuple:
-                return (self.act(out[0], first, False, (*key, 0)), *out[1:])
-            (step, inner), *rest = cast("list[Any]", children(out))
-            return rebuilt(out, [self.act(inner, first, False, (*key, step)), *[value for _, value in rest]])
+            return with_first(out, lambda step, inner: self.act(inner, first, False, (*key, step)))
         output, given = self.outputs.get(key), self.inputs.get((0, 0))
         clusters = self.composition.clusters
         if len(clusters) == 1:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visadapt.backbone.batch import children, rebuilt
+from visadapt.backbone.batch import with_first
 from visadapt.methods.layers import is_hooked
 
 AROUND = ("beside", "after", "watch")
@@ -102,7 +102,4 @@ def on_tensor(out: Any, function: Any) -> Any:
     """
     if hasattr(type(out), "__torch_function__"):
         return function(out)
-    if type(out) is tuple:
-        return (function(out[0]), *out[1:])
-    (_, first), *rest = cast("list[Any]", children(out))
-    return rebuilt(out, [function(first), *[value for _, value in rest]])
+    return with_first(out, lambda _, first: function(first))

@@ -64,7 +64,7 @@ def _timm(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
         try:
             given = model.get_classifier()  # type: ignore[operator]
         except AttributeError:
-            # it looks inside a head that is no longer there
+            # the head that it looks inside was taken out
             return None
         own = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
         roots = tuple(path for path, module in modules.items() if any(module is m for m in own))
