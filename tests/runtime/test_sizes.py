@@ -180,6 +180,75 @@ def run(model: nn.Module, n: int, length: int) -> None:
     answer(model, {"x": torch.randn(n, length, 12)}, ["a", "b"] + ["a"] * (n - 2))
 
 
+class Turning(Net):
+    """Turns its batch around for sizes that pass a test."""
+
+    def __init__(self, test: Callable[[int, int], bool]) -> None:
+        super().__init__(lambda n, length: torch.arange(n))
+        self.test = test
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        turned = self.test(*x.shape[:2])
+        x = x.flip(0) if turned else x
+        x = x + self.norm(self.block(x))
+        return self.fc((x.flip(0) if turned else x).mean(1))
+
+
+TESTS = {
+    "a third": lambda n, length: n % 3 == 0,
+    "above 7": lambda n, length: n > 7,
+    "long": lambda n, length: length > 64,
+    "tokens in all": lambda n, length: n * length > 200,
+    "sum": lambda n, length: (n + length) % 3 == 0,
+    "powers of two": lambda n, length: n & (n - 1) == 0,
+    "a list": lambda n, length: n in (4, 9),
+}
+
+
+@pytest.mark.parametrize("test", TESTS.values(), ids=TESTS)
+def test_tests_of_sizes(made, test) -> None:
+    check(made(Turning(test)))
+
+
+def test_sizes_with_the_same_tests_are_not_examined_again(made, examined) -> None:
+    model = made(Turning(lambda n, length: n % 3 == 0 or length > 64))
+    for n, length in [(4, 8), (5, 9)]:
+        run(model, n, length)
+    assert examined == [(4,), (5,)]
+    check(model, [(7, 9), (8, 64), (2, 20), (11, 10)])
+    assert examined == [(4,), (5,)]
+    check(model, [(3, 8), (6, 8), (9, 30), (5, 65), (7, 80)])
+    assert examined == [(4,), (5,), (3,), (5,)]
+
+
+class Moved(Turning):
+    """Moves its samples by an amount that depends on sizes, without a test."""
+
+    def __init__(self, amount: Callable[[int, int], int]) -> None:
+        super().__init__(lambda n, length: False)
+        self.amount = amount
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        amount = self.amount(*x.shape[:2])
+        x = torch.cat([x[amount:], x[:amount]])
+        x = x + self.norm(self.block(x))
+        return self.fc(x.roll(amount, 0).mean(1))
+
+
+MOVES = {
+    "remainder": lambda n, length: n % 4,
+    "part": lambda n, length: n // 6,
+    "length": lambda n, length: length // 16,
+}
+
+
+@pytest.mark.parametrize("amount", MOVES.values(), ids=MOVES)
+def test_amounts_that_depend_on_sizes(made, amount) -> None:
+    check(made(Moved(amount)), [(4, 8), (8, 8), (8, 9), (5, 8), (3, 9), (9, 20), (7, 33), (8, 40)])
+
+
 @pytest.mark.parametrize("order", [ORDERS["tokens in all"], ORDERS["long"]], ids=["tokens in all", "long"])
 @pytest.mark.parametrize("exact", [0, 3])
 def test_orders_are_found_after_many_sizes_too(made, order, exact, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 from visadapt.backbone.shared_pass import SharedPass, find_shared
+from visadapt.backbone.size_rules import SizeRules, find_rules
 from visadapt.errors import VisadaptError
 
 _TRIES = 3
@@ -22,6 +23,9 @@ _TRIES = 3
 
 _EXACT = 32
 """How many signatures of one pattern are examined as they are."""
+
+_RULES = 8
+"""How many sets of conditions on sizes are found for one pattern."""
 
 _FEW = 3
 """How many samples show whether the facts of other sizes are the same."""
@@ -43,6 +47,8 @@ class _Pattern:
         numbers: the numbers of samples at which they were examined.
         sizes: their other sizes.
         largest: elements of the largest that was examined with all its samples.
+        rules: conditions on sizes, each with the facts of the batches that satisfy them.
+        ruled: whether such conditions can be found.
     """
 
     facts: RowFacts
@@ -51,6 +57,8 @@ class _Pattern:
     numbers: set[int] = field(default_factory=set)
     sizes: set[Any] = field(default_factory=set)
     largest: int = 0
+    rules: list[tuple[SizeRules, RowFacts]] = field(default_factory=list)
+    ruled: bool = True
 
     def covers(self, signature: _Signature) -> bool:
         """Return whether a batch needs no examination of its own."""
@@ -61,10 +69,26 @@ class _Pattern:
             return self.examined > 1
         return self.examined >= _EXACT and self.lacks_sizes_only(signature) and signature.shared_sizes in self.sizes
 
+    def ruled_facts(self, given: Any) -> RowFacts | None:
+        """Return the facts of batches for which the model tests sizes with the same results, if any were examined."""
+        return next((facts for rules, facts in self.rules if rules.hold(given)), None)
+
+    def find_rules(self, model: nn.Module, given: Any, facts: RowFacts, entry: Entry) -> None:
+        """Find the sizes for which the facts of a batch hold; not for the first batch, which may be the only one."""
+        if self.examined > 1 and self.ruled and not facts.reordered:
+            rules = find_rules(model, given, facts.cut, entry)
+            if rules is not None and rules.hold(given):
+                self.rules.append((rules, facts))
+            self.ruled = rules is not None and len(self.rules) < _RULES
+
     def lacks_sizes_only(self, signature: _Signature) -> bool:
         """Return whether as many samples, and a batch as large, have been examined."""
         known = self.form is not None and signature.samples in self.numbers
         return self.examined >= _EXACT and known and signature.elements <= self.largest
+
+    def distrust(self) -> None:
+        """Use no facts for other batches than those they were found for."""
+        self.form, self.rules, self.ruled = None, [], False
 
     def add(self, signature: _Signature, found: RowFacts, few: bool) -> None:
         """Add a batch that was examined, with all its samples or with few of them."""
@@ -79,10 +103,12 @@ class _Pattern:
 class KnownBatches:
     """Row facts of one entry, by signature of the batch: structure, dtypes and all sizes.
 
-    A model may treat batches of any size in a way of their own, so every signature is examined. From the 33rd signature
-    of one structure on, if all have the same facts, a batch is examined for what is new in it only: its number of
-    samples, its other sizes (on three samples), or its size as a whole if it is the largest so far. Then at most as
-    many examinations follow as there are numbers of samples and sizes, not as many as there are pairs of these.
+    A model may treat batches of any size in a way of their own. Facts are therefore used for those sizes for which the
+    model's tests of sizes have the same results (see `visadapt.backbone.size_rules`). Where these tests cannot be
+    found, every signature is examined. From the 33rd signature of one structure on, if all have the same facts, a batch
+    is then examined for what is new in it only: its number of samples, its other sizes (on three samples), or its size
+    as a whole if it is the largest so far. At most as many examinations follow as there are numbers of samples and
+    sizes, not as many as there are pairs of these.
 
     Args:
         entry: the method that is called with the batches.
@@ -121,6 +147,10 @@ class KnownBatches:
         found, pattern = self._exact.get(signature.exact), self._patterns.get(signature.pattern)
         if found is None and pattern is not None and (not several or _is_fake(given) or pattern.covers(signature)):
             found = pattern.facts
+        if found is None and pattern is not None:
+            found = pattern.ruled_facts(given)
+            if found is not None:
+                _keep(self._exact, signature.exact, found)
         if found is not None and (found.evidence or not several or self._tries.get(signature.exact, 0) >= _TRIES):
             return found
         kind = (signature.pattern[0], *(key for key, _ in leaves(given)))
@@ -138,6 +168,7 @@ class KnownBatches:
         if found.evidence:
             pattern = pattern or _keep(self._patterns, signature.pattern, _Pattern(found, _form(found)))
             pattern.add(signature, found, few=False)
+            pattern.find_rules(model, given, found, self.entry)
         if found.evidence and not found.reordered:
             self._kinds[kind] = found
             for path, host in found.hosts.items():
@@ -220,7 +251,7 @@ class KnownBatches:
         signature = _Signature.of(given, samples, training)
         if signature.pattern in self._patterns:
             # what one batch showed does not hold for others
-            self._patterns[signature.pattern].form = None
+            self._patterns[signature.pattern].distrust()
         other = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
         _keep(self._exact, signature.exact, other)
 
