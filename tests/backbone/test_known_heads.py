@@ -486,3 +486,22 @@ def test_an_input_may_scale_or_mask_the_logits() -> None:
     facts = Facts(Masked())
     assert facts.head is None
     assert facts.look_for_head((torch.randn(2, 5, 4), torch.ones(2, 5))).modules == ("tag",)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_heads_in_lists_that_are_never_called(refined) -> None:
+    """Deformable DETR keeps one head per layer of the decoder in a list, and its second stage reads the same list."""
+    options = DETR | {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "two_stage": refined}
+    options |= {"with_box_refine": refined, "two_stage_num_proposals": 4, "num_queries": 4, "num_labels": 3}
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.DeformableDetrConfig(**options, backbone_config=backbone)
+    model = transformers.DeformableDetrForObjectDetection(config).eval()
+    visadapt.inject(model, m=2, num_classes=7, task="t")
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 128, 128)).logits.shape == (2, 4, 7)
+    assert {path for path in visadapt.tasks(model)["t"].owned if path.startswith("class_embed.")} == {
+        f"class_embed.{layer}" for layer in range(3 if refined else 2)
+    }

@@ -1,5 +1,7 @@
 """Run a backbone once to learn its shapes: forwards that read values, and inputs that suit language models."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -85,3 +87,68 @@ def test_guessed_tokens_suit_the_model(name):
     assert len(given["input_ids"]) == (1 if config.pad_token_id is None else 2)
     with torch.no_grad():
         assert model(**given).logits.shape[-1] == 3
+
+
+def test_tokens_are_guessed_where_the_config_has_the_size_of_images():
+    config = transformers.PerceiverConfig(
+        vocab_size=50, d_model=16, d_latents=16, num_latents=4, num_self_attends_per_block=1,
+        num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=8,
+    )  # fmt: skip
+    _, given = trace_flow(transformers.PerceiverForSequenceClassification(config))
+    assert given.dtype == torch.long
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+MEDIA = {
+    "vivit": ("VivitForVideoClassification", TINY | {"image_size": 16, "num_frames": 4, "tubelet_size": [2, 8, 8]}),
+    "whisper": ("WhisperForConditionalGeneration", SMALL | {"num_mel_bins": 8, "max_source_positions": 20}),
+    "ast": ("ASTForAudioClassification", TINY | {"patch_size": 8, "max_length": 32, "num_mel_bins": 16}),
+    "speech to text": ("Speech2TextForConditionalGeneration", SMALL | {"input_feat_per_channel": 8}),
+}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_guessed_clips_and_spectrograms_suit_the_model(name):
+    kind, options = MEDIA[name]
+    options = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 2} | options
+    config = getattr(transformers, kind.partition("For")[0] + "Config")(**options)
+    flow, _ = trace_flow(getattr(transformers, kind)(config))
+    assert flow.calls
+
+
+@functools.lru_cache(maxsize=4)
+def cached_table(length: int) -> torch.Tensor:
+    return torch.arange(length).float()
+
+
+class Cached(nn.Module):
+    """Keeps tables of positions in caches: of a function, of a function without a limit, and of its own method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not hasattr(self, "_table"):
+            # as transformers' detectors do
+            self._table = functools.lru_cache(self.table)
+        x = x + self.a(torch.relu(self.b(x + self._table(4) + cached_table(4))))
+        return self.c(x)
+
+    def table(self, length):
+        return (torch.ones(length), [torch.ones(length)])[0]
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+def test_no_fake_tensor_stays_in_a_cache(called_before):
+    model, x = Cached().eval(), torch.randn(2, 4)
+    cached_table.cache_clear()
+    expected = model(x) if called_before else None
+    cached_table.cache_clear()
+    if called_before:
+        model._table.cache_clear()
+    trace_flow(model, x)
+    found = model(x)
+    assert type(found) is torch.Tensor
+    assert expected is None or torch.equal(found, expected)
+    assert type(cached_table(4)) is torch.Tensor

@@ -335,3 +335,42 @@ def test_the_flow_knows_what_came_from_what() -> None:
     assert not stem.comes_from(norm)
     assert [call.path for call in sums[0].stack] == ["", "blocks", "blocks.0"]
     assert set(flow.calls_of()) == set(own_modules(model))
+
+
+class Parallel(nn.Module):
+    """Adds attention and MLP of one input in one sum, as GPT-NeoX and GPT-J (one way) and Cohere (another) do."""
+
+    def __init__(self, last: bool, experts: bool = False) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(8), last
+        self.attn = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.mlp = Experts() if experts else nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.mlp(h) + self.attn(h) + x if self.last else x + self.attn(h) + self.mlp(h)
+
+
+class Experts(nn.Module):
+    """One stack of matrices for all experts, which write to their rows of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 8, 12)), nn.Parameter(torch.randn(2, 12, 8))
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for number, half in enumerate(x.chunk(2, 1)):
+            index = torch.arange(half.shape[1]) + number * half.shape[1]
+            out.index_add_(1, index, torch.relu(half @ self.up[number]) @ self.down[number])
+        return out
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_all_branches_of_a_sum_of_three_are_found(last, experts) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), Parallel(last, experts), Parallel(last), nn.Linear(8, 3))
+    found = visadapt.sites(model, example=torch.randn(2, 6, 4))
+    hosts = [site.host for site in found if site.layout == "NLC"]
+    for branch in ("1.attn", "1.mlp", "2.attn", "2.mlp"):
+        assert sum(host.startswith(branch) for host in hosts) == 1

@@ -593,6 +593,42 @@ def test_a_conv_that_does_more_to_its_weight_is_refused() -> None:
         visadapt.eject(model)
 
 
+def test_a_layer_of_another_library_that_only_applies_its_weight_is_merged() -> None:
+    class Multiplied(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    model = enliven(nn.Sequential(Multiplied(6, 8), nn.ReLU(), Multiplied(8, 2))).eval()
+    x = torch.randn(4, 6)
+    visadapt.inject(model, LoRA(r=2), where="linear", head="frozen", example=x)
+    stir(model, "default")
+    with torch.no_grad():
+        assert error(visadapt.merge(model, probe=x)(x), model(x)) <= 1e-5
+
+
+def test_the_probe_leaves_nothing_behind_in_the_merged_model() -> None:
+    class Shortened(nn.Module):
+        """Leaves its sparse way of computing for good when an input is short, as BigBird does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.sparse = nn.Linear(6, 8), True
+
+        def forward(self, x):
+            self.sparse = self.sparse and len(x) > 3
+            return self.fc(x) * (2 if self.sparse else 1)
+
+    model = enliven(Shortened()).eval()
+    x = torch.randn(4, 6)
+    visadapt.inject(model, LoRA(r=2), where="linear", head="frozen", example=x)
+    stir(model, "default")
+    merged = visadapt.merge(model, probe=x[:2])
+    assert merged.sparse
+    visadapt.merge_error(model, merged, "default", x[:2])
+    assert merged.sparse
+    assert model.sparse
+
+
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.parametrize("method", [Series(norm=False), Parallel(), LoRA(r=2), SSF()], ids=str)
 def test_a_weight_that_is_computed_anew_takes_nothing(tiny, image, norm, method) -> None:

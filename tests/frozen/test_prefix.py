@@ -126,3 +126,12 @@ def test_what_cannot_be_kept_is_refused(make, options, message):
     with pytest.raises(visadapt.VisadaptError, match=message):
         visadapt.cache_prefix(model, "t", torch.randn(4, 3, 64, 64), **options)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_what_is_not_one_tensor_per_sample_is_named():
+    model = visadapt.inject(torchvision.models.resnet18(), m=4, task="t", where="layer4", norms="frozen")
+    given = {"x": torch.randn(4, 3, 64, 64), "use_cache": False}
+    with pytest.raises(visadapt.VisadaptError, match=r"inputs\['use_cache'\] = False"):
+        visadapt.cache_prefix(model, "t", given)
+    with pytest.raises(visadapt.VisadaptError, match="got list"):
+        visadapt.cache_prefix(model, "t", [1])

@@ -41,6 +41,18 @@ def test_beside_the_ffn_of_distilbert_and_vit() -> None:
             torch.testing.assert_close(mlp(x), bare + branch(mlp.visadapt["default"]["adaptformer"], x))
 
 
+@pytest.mark.parametrize("kind", ["Albert", "IBert"])
+def test_no_module_that_is_only_a_part_of_the_mlp_is_taken_for_it(kind) -> None:
+    """ALBERT's ``ffn`` is the first of two linears; I-BERT passes scales between its tensors."""
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = getattr(transformers, f"{kind}Config")(**options, vocab_size=50, pad_token_id=0)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    with pytest.raises(v.VisadaptError, match="no MLP found at mlp:"):
+        v.inject(model, v.AdaptFormer(m=3))
+    v.inject(model, v.Bottleneck(m=3), where="mlp")
+
+
 def test_width_by_m_and_budget() -> None:
     model = ZOO["transformers/bert"].make()
     v.inject(model, v.AdaptFormer(), budget=0.05, norms="frozen", head="frozen")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import visadapt as v
@@ -34,6 +35,36 @@ def test_where_takes_one_sort_of_layer(where, layer, tiny, image) -> None:
     before = answer(tiny, {"x": image}, None)
     v.inject(tiny, v.SSF(), where=where)
     assert torch.equal(answer(tiny, {"x": image}, "default"), before)
+
+
+def test_a_norm_of_what_was_not_computed_from_the_input() -> None:
+    """Of DeBERTa's relative positions, which a LayerNorm scales, the weight tells the channels."""
+    model = transformers.DebertaV2ForSequenceClassification(
+        transformers.DebertaV2Config(
+            vocab_size=60,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=4,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+        )
+    ).eval()
+    v.inject(model, v.SSF(), norms="frozen")
+    assert ("deberta.encoder.LayerNorm", "NLC") in {(site.host, site.layout) for site in v.sites(model, "op")}
+    for task in ("a", "b"):
+        v.inject(model, v.SSF(init_std=0.5), task=task)
+    ids = torch.randint(5, 50, (3, 7))
+    with torch.no_grad():
+        alone = []
+        for row, task in enumerate(("b", "a", "b")):
+            with v.using(model, task):
+                alone.append(model(ids).logits[row])
+        with v.using(model, ["b", "a", "b"]):
+            torch.testing.assert_close(model(ids).logits, torch.stack(alone))
 
 
 def test_options_are_checked() -> None:

@@ -119,8 +119,8 @@ class _Step:
             return None if self.axes("weight") else established(self.axes("input"), shape, 1)
         if "batch_norm" in name or name == "native_group_norm":
             return None if number else self._normed_maps(shape)
-        if name.startswith("linear"):
-            # an operator of a quantisation library, whose packed weight is not a tensor
+        if name.startswith("linear") or "grouped_mm" in name:
+            # an operator of a quantisation library, whose packed weight is not a tensor; or a matrix per group of rows
             return established(self.followed[0], shape, len(shape) - 1)
         if "rnn" in name or name in ("lstm", "gru"):
             return established(None, shape, len(shape) - 1)
@@ -226,6 +226,14 @@ class _Step:
         whole = len(middle) == taken == 1 and bool(replaced) and all(factor.channel for factor in replaced)
         return (*source[: used[0]], *((axis_of_size(size, whole)) for size in middle), *after)
 
+    def written(self, shape: tuple[int, ...]) -> Axes | None:
+        """Rows written to a tensor of zeros, as experts do: their last axis is that of the whole."""
+        whole = self._resized(shape)
+        rows = self.axes("source") or self.axes("values")
+        if not rows or (whole and claims(whole)) or claims(rows) != {len(rows) - 1} or axis_size(rows[-1]) != shape[-1]:
+            return whole
+        return established(whole, shape, len(shape) - 1)
+
     def joined(self, shape: tuple[int, ...]) -> Axes | None:
         """Concatenated along an axis: it counts channels if it does so in every part that is followed."""
         at = self.named.get("dim", 0) % len(shape)
@@ -312,6 +320,7 @@ _RULES: dict[str, Callable[[_Step, tuple[int, ...]], Axes | None]] = {
     **dict.fromkeys(("select", "unbind"), _Step.selected),
     **dict.fromkeys(("expand", "repeat"), _Step.expanded),
     "index": _Step.indexed,
+    **dict.fromkeys(("index_put", "_index_put_impl", "index_add"), _Step.written),
     **dict.fromkeys(("cat", "concat"), _Step.joined),
     "stack": _Step.stacked,
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "_addmm_activation"), _Step.product),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 from torch import nn
 
 from visadapt.backbone.axes import channel_axis
 from visadapt.backbone.dataflow import Call, Flow, Join, Value
 from visadapt.backbone.families.convs import is_depthwise
-from visadapt.backbone.modules import is_matrix, joined, last_name, own_modules, parent, within
+from visadapt.backbone.modules import is_matrix, joined, last_name, own_modules, parent, stacked_matrices, within
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -75,12 +76,28 @@ class _Reader:
         self.calls = flow.calls_of()
 
     def added(self) -> Iterator[End]:
-        """y = s + f(s)."""
-        for join in self.flow.joins:
-            if join.adds:
-                found = self._residual(join, whole=True)
-                if found is not None:
-                    yield found
+        """y = s + f(s), or y = s + f(s) + g(s)."""
+        sums = {join.output.index: join for join in self.flow.joins if join.adds}
+        for join in sums.values():
+            found = self._residual(join, whole=True)
+            if found is not None:
+                yield found
+            yield from self._parallel(join, sums)
+
+    def _parallel(self, join: Join, sums: dict[int, Join]) -> Iterator[End]:
+        """The branches of a sum of three or more: GPT-NeoX adds attention and MLP of one input, and then that input."""
+        for one, other in (join.parts, join.parts[::-1]):
+            inner = sums.get(one.index)
+            if inner is None or len(inner.parts) != 2:
+                continue
+            terms = (*inner.parts, other)
+            for start in terms:
+                branches = [term for term in terms if term is not start]
+                if all(term.comes_from(start) for term in branches) and not any(
+                    a.comes_from(b) for a, b in permutations(branches, 2)
+                ):
+                    ends = [self._end(join.stack, term, start) for term in branches]
+                    yield from (end for end in ends if end is not None)
 
     def entangled(self) -> Iterator[End]:
         """y = s + f(s) in blocks with inputs computed from one another (NASNet's cells)."""
@@ -132,9 +149,12 @@ class _Reader:
 
     def matrices(self, paths: Iterable[str]) -> int:
         """Number of weight matrices, without depthwise convolutions."""
-        found = {m for path in paths for m in own_modules(self.modules[path]).values() if is_matrix(m)}
+        found = {m for path in paths for m in own_modules(self.modules[path]).values()}
         # an LSTM counts as two: input to state, and state to state
-        return sum(2 if isinstance(m, nn.RNNBase) else int(not is_depthwise(m)) for m in found)
+        return sum(
+            stacked_matrices(m) if not is_matrix(m) else 2 if isinstance(m, nn.RNNBase) else int(not is_depthwise(m))
+            for m in found
+        )
 
     def with_siblings(self, found: dict[str, End], head: tuple[str, ...]) -> list[End]:
         """Add the same place in blocks of the same class that have no shortcut (the first of a stage)."""

@@ -59,12 +59,14 @@ class Call:
         inputs: the values among its arguments.
         output: the first tensor of its output, or None if that is not a recorded value.
         shape: shape of the first tensor of its output, recorded or not; None if there is no tensor.
+        alone: whether its output is that tensor, and not a tuple or list that begins with it.
     """
 
     path: str
     inputs: tuple[Value, ...]
     output: Value | None = None
     shape: tuple[int, ...] | None = None
+    alone: bool = False
 
 
 @dataclass
@@ -183,7 +185,7 @@ class Flow(TorchFunctionMode):
         first = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(first, Tensor):
             return
-        call.shape = tuple(first.shape)
+        call.shape, call.alone = tuple(first.shape), first is out
         if id(first) not in self._now and call.inputs:
             # the dataflow inside a custom autograd.Function is not visible
             self._note(first, call.inputs, "call").weighed = any(True for _ in module.parameters())

@@ -50,6 +50,12 @@ def is_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
+def stacked_matrices(module: nn.Module) -> int:
+    """Number of a module's own stacks of matrices, such as one matrix per expert."""
+    own = (p for p in module._parameters.values() if p is not None)
+    return sum(p.ndim == 3 and min(p.shape) > 1 for p in own)
+
+
 def inside(path: str, root: str) -> bool:
     """Whether a path is below another one, and not that one itself."""
     return path != root and path.startswith(f"{root}." if root else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -45,6 +46,16 @@ def affine_of(norm: nn.Module) -> dict[str, Tensor]:
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether a norm has its affine part in buffers, and statistics that never move."""
     return not any(p is not None for p in module._parameters.values()) and is_norm(module)
+
+
+def norm_axis(norm: nn.Module, shape: Sequence[int]) -> int | None:
+    """The axis of a norm's output that its weight scales; None if the weight's width does not tell."""
+    width = len(next(iter(affine_of(norm).values())))
+    cls = plain_class(norm)
+    if cls.forward is nn.LayerNorm.forward or cls.__name__.endswith("RMSNorm"):
+        return len(shape) - 1 if shape[-1] == width else None
+    found = [axis for axis, size in enumerate(shape) if size == width]
+    return found[0] if len(found) == 1 else None
 
 
 def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

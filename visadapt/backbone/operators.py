@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from visadapt.backbone.modules import plain_copy
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError
 
@@ -183,11 +184,40 @@ def plain_operator(host: nn.Module, what: str) -> Operator:
     """
     operator = operator_of(host, what)
     check_weight(host, what)
-    cls = plain_class(host)
-    known = (*CONV_FORWARDS, nn.Linear.forward)
-    if cls.forward not in known and not operator.transposed and operator.padding is not None:
-        raise VisadaptError(f"the forward of {cls.__name__} does more to its weight than apply it")
+    if not _only_applies(host, operator):
+        raise VisadaptError(f"the forward of {plain_class(host).__name__} does more to its weight than apply it")
     return operator
+
+
+@torch.no_grad()
+def _only_applies(host: nn.Module, operator: Operator) -> bool:
+    """Whether a layer's forward is that of its operator; one of another library is tried with a random weight."""
+    cls = plain_class(host)
+    if cls.forward in (*CONV_FORWARDS, nn.Linear.forward):
+        return True
+    own = {name: p for name, p in host._parameters.items() if p is not None}
+    weight = own["weight"]
+    generator = torch.Generator(weight.device).manual_seed(0)
+
+    def drawn(shape: Any) -> Tensor:
+        # not around zero, so that a weight that is centred first gives something else
+        return torch.rand(shape, generator=generator, device=weight.device, dtype=weight.dtype) - 0.2
+
+    try:
+        copied = plain_copy(host, {id(p): nn.Parameter(drawn(p.shape), requires_grad=False) for p in own.values()})
+        sides = [d * (k - 1) + 4 for d, k in zip(operator.dilation, operator.kernel, strict=True)]
+        x = drawn((2, operator.inputs, *sides))
+        given = copied._parameters["weight"]
+        assert given is not None
+        expected = operator.apply(
+            x, given.t() if operator.transposed else given, copied._parameters.get("bias"), operator.groups
+        )
+        found = cls.forward(copied.eval(), x)
+        apart, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    except Exception:
+        # it takes other arguments, or its weight is packed
+        return False
+    return apart <= (1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2) * largest
 
 
 def check_weight(host: nn.Module, what: str) -> None:

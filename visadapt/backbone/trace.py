@@ -16,9 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visadapt.backbone.axes import channel_axis
+from visadapt.backbone.caches import drop_caches, forget_fakes
 from visadapt.backbone.compact import Compact
 from visadapt.backbone.dataflow import Call, Flow, Value, record
 from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, unwrapped
+from visadapt.backbone.norms import is_norm, norm_axis
 from visadapt.backbone.operators import CONVS, is_operator, operator_of
 from visadapt.backbone.site import Site, layout_named
 from visadapt.errors import VisadaptError
@@ -33,8 +35,13 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     config = getattr(model, "config", None)
-    if getattr(model, "main_input_name", None) == "input_ids":
+    name = str(getattr(model, "main_input_name", ""))
+    if name == "input_ids":
         return [_tokens(config, rows, device) | _pixels(config, rows, dtype, device) for rows in (2, 1)]
+    spectra = [{name: torch.zeros(2, *size, dtype=dtype, device=device)} for size in _spectra(config)]
+    if spectra:
+        decoder = _tokens(config, 2, device).get("decoder_input_ids")
+        return [given if decoder is None else given | {"decoder_input_ids": decoder} for given in spectra]
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     side = getattr(config, "image_size", getattr(model, "image_size", None))
     first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
@@ -48,8 +55,10 @@ def guess_inputs(model: nn.Module) -> list[Any]:
         sizes = list(dict.fromkeys([(planes, *sides), (size[0], *sides)]))
     elif side is not None:
         sizes = [(planes, side, side) if isinstance(side, int) else (planes, *side)]
+        frames = getattr(config, "num_frames", None)
+        sizes = [(frames, *sizes[0]), *sizes] if isinstance(frames, int) else sizes
     elif isinstance(first, nn.Embedding):
-        return [torch.ones(2, 8, dtype=torch.long, device=device)]
+        return [_rows_of_tokens(device)]
     elif isinstance(first, nn.Conv1d):
         # a series of one channel may be passed without that axis
         sizes = [(planes, n) for n in (1024, 16000)] + [(n,) for n in (1024, 16000) if planes == 1]
@@ -59,7 +68,13 @@ def guess_inputs(model: nn.Module) -> list[Any]:
         sizes = [(first.in_features,), (8, first.in_features)]
     else:
         sizes = [(planes, n, n) for n in (224, 64, 32, 28, 299, 512)]
-    return [torch.zeros(2, *size, dtype=dtype, device=device) for size in sizes]
+    guesses = [torch.zeros(2, *size, dtype=dtype, device=device) for size in sizes]
+    # Perceiver's config has the size of images, whatever its preprocessor takes
+    return guesses + [_rows_of_tokens(device)] * isinstance(first, nn.Embedding)
+
+
+def _rows_of_tokens(device: torch.device) -> Tensor:
+    return torch.ones(2, 8, dtype=torch.long, device=device)
 
 
 def _pixels(config: Any, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -71,6 +86,16 @@ def _pixels(config: Any, rows: int, dtype: torch.dtype, device: torch.device) ->
     return {
         "pixel_values": torch.zeros(rows, getattr(vision, "num_channels", 3), side, side, dtype=dtype, device=device)
     }
+
+
+def _spectra(config: Any) -> list[tuple[int, int]]:
+    """Sizes of the spectrogram that an audio model's config tells of: bands × time as in Whisper, or time × bands."""
+    bands = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", None))
+    if not isinstance(bands, int):
+        return []
+    steps, most = getattr(config, "max_source_positions", None), getattr(config, "max_length", None)
+    whole = [(bands, 2 * steps)] if isinstance(steps, int) else []
+    return [*whole, (most if isinstance(most, int) and most > bands else 64, bands)]
 
 
 def _tokens(config: Any, rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -131,7 +156,9 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             if isinstance(held, Tensor) and not held.is_leaf:
                 # torch does not copy a tensor that is part of an autograd graph
                 memo[id(held)] = held.detach()
-    return plain_copy(model, memo).eval()
+    copied = plain_copy(model, memo).eval()
+    drop_caches(copied)
+    return copied
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -174,6 +201,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                     return watch(copied, inputs), given
             except Exception as error:
                 failure = failure or error
+            finally:
+                if fake is not None:
+                    forget_fakes()
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
         f"{type(backbone).__name__} does not run on {what} ({_shown(failure)}); pass example= with an input it takes"
@@ -245,6 +275,10 @@ def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> 
     ]
 
 
+_LAST = ("NLC", "NHWC", "NDHWC")
+"""Layouts whose channels are the last axis."""
+
+
 def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call]) -> Site:
     """The site at the output of one module.
 
@@ -263,6 +297,9 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
     if len(shapes) < len(calls):
         raise VisadaptError(f"{name} does not give a tensor: it has no channels to adapt")
     found = {(output_layout(module, call), channels_of(module, call)) for call in calls}
+    if len(found) > 1 and all(layout in _LAST for layout, _ in found):
+        # however many axes come before the channels
+        found = {("NLC", channels) for _, channels in found}
     layout, channels = next(iter(found))
     if len(found) > 1 or layout is None:
         raise VisadaptError(unknown_axis(name, shapes[0], calls[0].output, several=len(found) > 1))
@@ -273,7 +310,8 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
 def output_layout(module: nn.Module, call: Call) -> str | None:
     """The layout of a module's output in one call; None if it is not established.
 
-    Of an output that was not computed from the input, such as a table of positions, only the module's weight tells.
+    Of an output that was not computed from the input, such as a table of positions, only the module's weight tells:
+    that of a layer, an embedding or a norm.
     """
     axis = _output_axis(module, call)
     return None if axis is None or call.shape is None else layout_named(axis, len(call.shape))
@@ -287,11 +325,16 @@ def channels_of(module: nn.Module, call: Call) -> int:
 
 def _output_axis(module: nn.Module, call: Call) -> int | None:
     found = None if call.output is None else channel_axis(call.output.axes)
-    if found is not None or call.shape is None or not is_operator(module):
+    if found is not None or call.shape is None:
         return found
-    operator = operator_of(module, call.path)
-    axis = 1 if operator.conv else len(call.shape) - 1
-    return axis if call.shape[axis] == operator.outputs else None
+    if is_operator(module):
+        operator = operator_of(module, call.path)
+        axis, channels = 1 if operator.conv else len(call.shape) - 1, operator.outputs
+    elif isinstance(module, nn.Embedding):
+        axis, channels = len(call.shape) - 1, module.embedding_dim
+    else:
+        return norm_axis(module, call.shape) if is_norm(module) else None
+    return axis if call.shape[axis] == channels else None
 
 
 def unknown_axis(name: str, shape: Sequence[int], value: Value | None, several: bool = False) -> str:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.trace import call, guess_inputs
+from visadapt.backbone.twin import twin_of
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of
 from visadapt.runtime.selection import bare, using
@@ -70,11 +71,20 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
             expected, probe = _first_run(twin, paths, probe)
             with using(twin, None):
                 plain = _run(twin, paths, probe)
-        found = _run(merged, paths, probe)
+        # a copy here as well: a short input may change a model for good (BigBird leaves its sparse attention)
+        found = _run(_twin(merged), paths, probe)
     return [
         *_compared("what goes into the head", found.features, expected.features, plain.features),
         *_compared("the outputs", found.outputs, expected.outputs, plain.outputs),
     ]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    try:
+        return twin_of(model)
+    except Exception:
+        # a module that holds a lock, a file or a part of a graph may raise anything
+        return model
 
 
 def _compared(where: str, found: list[Tensor], expected: list[Tensor], plain: list[Tensor]) -> list[Difference]:

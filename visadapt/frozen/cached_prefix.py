@@ -321,9 +321,13 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _count(inputs: Any) -> int:
-    columns = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
-    if not columns or not all(isinstance(column, Tensor) and column.ndim for column in columns):
-        raise VisadaptError(f"inputs must be a tensor (N, …) or a dict of such tensors, got {type(inputs).__name__}")
+    named = {f"inputs[{k!r}]": v for k, v in inputs.items()} if isinstance(inputs, Mapping) else {"inputs": inputs}
+    other = next((name for name, column in named.items() if not isinstance(column, Tensor) or not column.ndim), "")
+    if other or not named:
+        got = f"{other} = {named[other]!r:.60}" if isinstance(inputs, Mapping) and other else type(inputs).__name__
+        hint = "; prepare= can add what is not of one sample" if isinstance(inputs, Mapping) and other else ""
+        raise VisadaptError(f"inputs must be a tensor (N, …) or a dict of such tensors, got {got}{hint}")
+    columns = list(named.values())
     counts = {len(column) for column in columns}
     if len(counts) > 1 or 0 in counts:
         raise VisadaptError(f"inputs must be of one length of 1 or more, got {', '.join(map(str, sorted(counts)))}")

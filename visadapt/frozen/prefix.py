@@ -330,7 +330,7 @@ def _cut(flow: Flow, hosts: dict[str, set[str]]) -> Call | None:
     for c in flow.calls:
         # without parts that only read, the cut stays where earlier versions put it, and so do their cache files
         after = bool(watched) and acting.get(c.path, set()) == {"after"}
-        usable = c.output is not None and counts[c.path] == 1 and c.output not in c.inputs and c.path != ""
+        usable = c.alone and c.output is not None and counts[c.path] == 1 and c.output not in c.inputs and c.path != ""
         if usable and (after or c.path not in acting) and not any(inside(host, c.path) for host in acting):
             assert c.output is not None
             cut = c.output.index
@@ -355,6 +355,7 @@ def _spared(flow: Flow, cut: Call, watched: tuple[str, ...]) -> dict[str, tuple[
     for c in flow.calls[: order.index(cut.path)]:
         outer = any(inside(path, c.path) for path in (cut.path, *watched))
         covered = within(c.path, spared)
-        if not outer and not covered and c.path not in later and c.output is not None:
+        # a tuple is unpacked by what calls the module, so only the modules inside are skipped
+        if c.alone and not outer and not covered and c.path not in later and c.output is not None:
             spared[c.path] = None if c.path in watched else c.output.shape[1:]
     return spared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site
+from visadapt.backbone.subclass import plain_class
 from visadapt.checks import check_positive, check_probability, check_width
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import Pointwise, in_dtype_of
@@ -75,18 +77,27 @@ def _beside(backbone: Facts, site: Site) -> tuple[str, bool]:
     output = block._modules.get("output")
     # BERT and similar: one module computes LayerNorm(dropout(dense(h)) + x), called with h and x
     if output is not None and site.host.startswith(f"{at}output.") and "intermediate" in block._modules:
-        return f"{at}output", True
-    for name in _MLPS:
-        if name in block._modules:
-            return f"{at}{name}", False
+        if _takes_two(output):
+            return f"{at}output", True
+    else:
+        for name in _MLPS:
+            inner = block._modules.get(name)
+            # ALBERT's ffn is only the first of two linears
+            if inner is not None and _is_mlp(inner):
+                return f"{at}{name}", False
     raise VisadaptError(
         f"no MLP found at {site.full_name} (looked for {', '.join(_MLPS)} in {site.block or backbone.name}): "
-        "name it with where="
+        "name it with where=; where no module is the MLP alone, Bottleneck can stand behind it"
     )
 
 
 def _is_mlp(module: nn.Module) -> bool:
     return sum(is_linear(m) for m in module.modules()) >= 2
+
+
+def _takes_two(module: nn.Module) -> bool:
+    """Whether a module is called with two tensors; I-BERT passes the scales of its integers between them."""
+    return len(inspect.signature(plain_class(module).forward).parameters) == 3
 
 
 class ParallelBottleneck(nn.Module):

@@ -42,6 +42,7 @@ def transformers_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> Hea
     else:
         beside = _beside_encoders(model, children) if finals else []
     beside = [n for n in beside if own_parameters(children[n]) and n != embeddings.partition(".")[0]]
+    beside = [path for name in beside for path in _called(children[name], modules)]
     # a layer within the base follows num_labels alone: the base around it is not part of the head
     lone = [final.path for final in finals or () if not within(final.path, beside)]
     if not beside and not lone:
@@ -55,6 +56,15 @@ def transformers_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> Hea
         named = re.search("For[A-Z]|Heads", plain_class(model).__name__) is not None
         return Head(tuple(beside), (), named, f"no layer of {' and '.join(beside)} follows config.num_labels")
     return Head((*beside, *lone), finals or (), fresh=True)
+
+
+def _called(module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of a module, or of those that it holds where it is a list that is never called, as Deformable DETR has."""
+    if plain_class(module).forward is nn.Module.forward:
+        inside = [child for name, child in module._modules.items() if child is not None and name != CHILD]
+        found = [path for child in inside if own_parameters(child) for path in _called(child, modules)]
+        return list(dict.fromkeys(found))
+    return [path for path, own in modules.items() if own is module]
 
 
 def _output_embeddings(model: Any, modules: Mapping[str, nn.Module]) -> str:
