@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
 from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged, order_of
+from visadapt.backbone.state import State
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
 
@@ -57,6 +59,11 @@ def examine(
         raise VisadaptError(
             "which rows belong to which sample is found by values, which a batch on the meta device or inside "
             "torch.vmap does not have: run one task at a time"
+        )
+    if any(_is_sharded(module) for module in own_modules(unwrapped(model)).values()):
+        raise VisadaptError(
+            "which rows belong to which sample is found on a copy of the model, and FSDP2 lets no sharded model be "
+            "copied: run a mixed batch of each size, in the same mode, before fully_shard, or run one task at a time"
         )
     given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
     why = ""
@@ -131,6 +138,11 @@ def _unambiguous(model: nn.Module, given: Any, found: RowFacts, samples: int, en
 
 def _is_label(name: Any) -> bool:
     return isinstance(name, str) and ("label" in name or "target" in name)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Return whether a module is sharded by FSDP2, whose class need not be imported for that."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _has_no_values(tensor: Tensor) -> bool:
@@ -304,15 +316,22 @@ def _prints(tree: Any) -> dict[Key, Print]:
 
 def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, order: Sequence[int]) -> RowFacts:
     """Run the twin on (p, q) and on N samples of these, and compare the results."""
+    modules = own_modules(twin)
     recorder = _Recorder(twin)
-    runs = []
-    for args, kwargs in (pair, take(pair, cut, order)):
+    states, again = [State(modules)], take(pair, cut, (0, 1))
+
+    def run(given: Any) -> tuple[dict[str, Any], Any, Watch]:
+        args, kwargs = given
         recorder.calls = {}
         watch = Watch((args, kwargs), twin.modules())
         with examining(twin), watch:
             out = entry.of(twin)(*args, **kwargs)
-        runs.append((recorder.calls, out, watch))
-    (few, small, first), (more, large, second) = runs
+        states.append(State(modules))
+        return recorder.calls, out, watch
+
+    larger = take(pair, cut, order)
+    few, small, first = run(pair)
+    more, large, second = run(larger)
     hosts = {}
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
@@ -322,7 +341,14 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs))
+    moving = states[0].changes(states[1]) | states[1].changes(states[2])
+    if moving:
+        with reads_first(modules, moving) as steering:
+            run(again)
+        # the others follow from the input alone
+        moving -= steering
+    evidence = _evidence(small, outputs)
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving))
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:
