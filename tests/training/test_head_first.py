@@ -365,7 +365,7 @@ def test_files_and_rows_of_a_cached_prefix_are_held_back_too(digits: ImageSet) -
         ({"train": (torch.randn(4, 3, 16, 16), torch.tensor([1, -1, 0, 2]))}, "training labels must be from 0 to 9"),
         (
             {"train": DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))},
-            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, "
+            "training data must be tensors or a data set for validation=0.2, got a DataLoader: split its data set, "
             "such as with torch.utils.data.random_split",
         ),
     ],
@@ -377,3 +377,9 @@ def test_what_cannot_be_held_back_is_one_clear_error(digits: ImageSet, change: d
     with pytest.raises(VisadaptError, match=words):
         fit(model, "digits", recipe=SHORT, **call)
     assert all(torch.equal(t, before[name]) for name, t in state(model).items())
+
+
+def test_a_loss_that_is_not_a_number_is_told_by_training_not_by_the_solver(digits: ImageSet) -> None:
+    model, train = make(), data(digits, 40)
+    with pytest.raises(VisadaptError, match="the loss became nan at step 1"):
+        fit(model, "digits", train, recipe=SHORT, loss=lambda o, y: F.cross_entropy(o, y) * float("nan"))

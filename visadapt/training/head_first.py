@@ -214,6 +214,8 @@ def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, objective: Obj
     whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
     zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
     start = float(whole.loss(*zero))
+    if not math.isfinite(start):
+        raise Unsuited(f"the loss of a layer of zeros is {start:.4g}")
     key = _digest(head, x, labels, objective, seed)
     known = None if key is None else _SOLVED.get(key)
     weight, bias = whole.solve(*_choose(whole, zero, seed)) if known is None else (t.to(device) for t in known)
