@@ -59,14 +59,14 @@ class Batches:
                     f"{purpose} data must be a pair of inputs and labels, an ImageSplit, a mapping with 'labels', a "
                     f"Dataset or a DataLoader, got {type(data).__name__}"
                 )
+            self.loader = data
             try:
-                len(data)
+                len(self)
             except TypeError as error:
                 raise VisadaptError(
                     f"{purpose} data must have a known number of batches, got a {type(data).__name__} without one: "
                     "give its IterableDataset a __len__, the number of samples"
                 ) from error
-            self.loader = data
         elif labelled and self.samples.labels is None:
             raise VisadaptError(f"the {purpose} data has no labels")
         elif labelled and self.samples.labels is not None:
