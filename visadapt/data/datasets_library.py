@@ -11,6 +11,7 @@ from typing import Any
 from visadapt.data.targets import Targets
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
+from visadapt.reading import check_readable
 
 SPLITS = {
     "train": ("train", "training"),
@@ -89,6 +90,7 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
 
 
 def _read(path: Path, datasets: Any, config: str | None) -> Any:
+    check_readable(path)
     if os.path.isdir(path) and is_stored(path):
         return datasets.load_from_disk(str(path))
     builder = _BUILDERS.get(path.suffix.lower())
@@ -100,6 +102,8 @@ def _read(path: Path, datasets: Any, config: str | None) -> Any:
 def _attempt(name: str, load: Any) -> Any:
     try:
         return load()
+    except VisadaptError:
+        raise
     except Exception as error:  # the library and its client raise many types of error
         # where a file is wrong, only the cause says how
         cause = error.__cause__ or error

@@ -25,7 +25,7 @@ from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.augmenting import Augment, Changes, training_batches
 from visadapt.training.batches import Batches, held_back
 from visadapt.training.checkpoint import Checkpoint
-from visadapt.training.engine import Engine, LogitsModel
+from visadapt.training.engine import Engine, LogitsModel, channels_last
 from visadapt.training.evaluation import Prepare, scores
 from visadapt.training.head_first import start_with_head
 from visadapt.training.history import Epoch, Fit
@@ -138,6 +138,11 @@ def fit(
         if recipe.compile is not None:
             raise VisadaptError(f"compile={recipe.compile!r} compiles whole models, and prepare= is a cached prefix")
     target = target_of(model, task)
+    with target.context():  # a task that was not in use follows what was set for all
+        if not any(parameter.requires_grad for parameter in target.parameters.values()):
+            raise VisadaptError(
+                f"a parameter of {target.name} must require a gradient: call visadapt.trainable(model, {task!r}) first"
+            )
     # mixed labels are shares of classes
     training_loss = "cross_entropy" if augmentation.mixes and loss is None else loss
     objective, score_objective = Objective(training_loss, recipe.label_smoothing), Objective(loss)
@@ -159,7 +164,7 @@ def fit(
     engine = Engine(model, device, "bf16" if recipe.fast else precision, accumulate)
     if recipe.fast:
         # convolutions are fastest in this format, and so are the copies of weights that autocast makes
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(model)
     settings = {
         "recipe": recipe,
         "loss": described(loss),
