@@ -59,6 +59,7 @@ class State:
         self._room = _MOST
         self.values: dict[Label, list[Any]] = {}
         training = modules[""].training
+        buffers: list[Tensor] = []
         for path, module in modules.items():
             own = module.__dict__
             self._watch(own.values(), [(path, name) not in ignored for name in own])
@@ -73,7 +74,9 @@ class State:
             self.values[path, "children"] = [each for item in children.items() if item[0] != CHILD for each in item]
             if own["_buffers"]:
                 self._watch(own["_buffers"].values())
-                self.values[path, "buffers"] = [b.clone() for n, b in own["_buffers"].items() if _is_index(n, b)]
+                held = [b for name, b in own["_buffers"].items() if b is not None and _is_index(name, b)]
+                buffers += held
+                self.values[path, "buffers"] = [buffer.clone() for buffer in held]
             for hooks in HOOKS:
                 self._watch(own[hooks].values())
         for hooked in (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks):
@@ -87,7 +90,7 @@ class State:
         now, self.hooked = added(modules)
         self.values["", "forwards and hooks"] = [*now]
         self._seen.clear()
-        buffers = [b for module in modules.values() for n, b in module._buffers.items() if _is_index(n, b)]
+        # tensors made in inference mode count no changes
         self._buffers = [buffer for buffer in buffers if not buffer.is_inference()]
         self._all = all(self._counted)
         self._kept = self._now()
@@ -156,9 +159,9 @@ def _is_options(value: Any) -> bool:
     return not ours and not callable(value) and hasattr(value, "__dict__")
 
 
-def _is_index(name: str, buffer: Tensor | None) -> bool:
+def _is_index(name: str, buffer: Tensor) -> bool:
     """Return whether a buffer may hold a flag, or the places of rows."""
-    if buffer is None or name == "num_batches_tracked" or buffer.is_meta:
+    if name == "num_batches_tracked" or buffer.is_meta:
         return False
     return not (buffer.is_floating_point() or buffer.is_complex()) and 0 < buffer.numel() <= 4096
 
