@@ -28,7 +28,8 @@ def drop_caches(model: nn.Module) -> None:
             if isinstance(held, _Cached):
                 function: Any = held.__wrapped__
                 # of the original, unless it is of something else
-                bound = isinstance(function, MethodType) and plain_class(function.__self__) is plain_class(module)
+                owner: Any = function.__self__ if isinstance(function, MethodType) else None
+                bound = isinstance(owner, nn.Module) and plain_class(owner) is plain_class(module)
                 module.__dict__[name] = MethodType(function.__func__, module) if bound else function
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import stacked_matrices
 from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site
 from visadapt.backbone.subclass import plain_class
@@ -92,7 +93,8 @@ def _beside(backbone: Facts, site: Site) -> tuple[str, bool]:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    return sum(is_linear(m) for m in module.modules()) >= 2
+    # experts may be stacks of matrices instead of linears
+    return sum(is_linear(m) + stacked_matrices(m) for m in module.modules()) >= 2
 
 
 def _takes_two(module: nn.Module) -> bool:
