@@ -111,6 +111,27 @@ def test_without_descriptors_a_task_is_saved_not_at_all(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["a.visadapt"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_nothing_is_left_in_a_folder_that_is_renamed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    folder, moved = tmp_path / "folder", tmp_path / "moved"
+    folder.mkdir()
+
+    def written(specs: object, path: Path, metadata: object) -> None:
+        path.touch()
+        if not late:
+            folder.rename(moved)
+
+    monkeypatch.setattr("visadapt.tensor_file.serialize_file", written)
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (folder.rename(moved), real(file)))
+    with pytest.raises(VisadaptError, match=r"cannot write .*file: No such file"):
+        write_tensors(folder / "file", {}, {})
+    assert not list(moved.iterdir())
+    assert not folder.exists()
+
+
 def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")

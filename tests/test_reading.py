@@ -19,10 +19,14 @@ from tests.models import ZOO
 from tests.test_described_sizes import little_memory
 from visadapt import VisadaptError, data
 from visadapt.cli.options import check_writable
+from visadapt.data.datasets_library import open_dataset
+from visadapt.data.hub import resolve
+from visadapt.data.processors import processor_of
 from visadapt.experiments import read_results, write_csv
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.reading import opened, other_kind, read_whole
 from visadapt.runtime.decider import read_decider
+from visadapt.serving.running import Options
 from visadapt.tensor_file import read_described
 from visadapt.training import Recipe, fit
 
@@ -95,6 +99,30 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, reader: s
             assert expected in str(caught.value)
             assert "did you mean" not in str(caught.value) or kind == "link to nothing"
     assert time.process_time() - begun < 2
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "tokenizer": ("tokenizer.json", lambda folder: data.tokenizer_of(f"hf/{folder}")),
+    "model": ("config.json", lambda folder: resolve(f"hf/{folder}")),
+    "model of timm": ("model.safetensors", lambda folder: resolve(f"timm/local-dir:{folder}")),
+    "processor": ("preprocessor_config.json", lambda folder: processor_of(f"hf/{folder}")),
+    "folder of datasets": ("train.json", lambda folder: open_dataset(folder, "data")),
+    "file of datasets": ("train.json", lambda folder: open_dataset(folder / "train.json", "data")),
+    "stored by datasets": ("state.json", lambda folder: open_dataset(folder, "data")),
+    "token": ("token", lambda folder: Options(("a",), token_file=str(folder / "token")).token()),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "holes"])
+def test_what_is_no_file_is_kept_from_libraries_that_read_files_themselves(
+    tmp_path: Path, kind: str, library: str
+) -> None:
+    name, read = LIBRARIES[library]
+    KINDS[kind](tmp_path / name)
+    with pytest.raises(VisadaptError, match=name) as caught:
+        read(tmp_path)
+    assert ("bytes per byte" if kind == "holes" else kind) in str(caught.value) or library == "token"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "holes", "a file of the system"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,6 +37,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
+    letters = unicodedata.normalize("NFC", str(name))
+    same = next((n for n in known if n != name and unicodedata.normalize("NFC", n) == letters), None)
+    if same is not None:
+        return f"; {same!r} has the same letters, composed otherwise: rename one (Unicode NFC or NFD)"
     # of a name of megabytes, comparing would take seconds
     close = get_close_matches(str(name)[:500], known, n=3, cutoff=0.5)
     if close:

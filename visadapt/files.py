@@ -37,27 +37,27 @@ def replacing(target: Path) -> Iterator[Path]:
             it is as it was.
     """
     check_file(target, f"cannot write {target}: it", "a file")
-    partial = _partial(target)
     try:
-        # with the permissions of an ordinary new file
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        mode = partial.stat().st_mode
+        with holding(target.parent) as folder:
+            partial = _partial(target)
+            # with the permissions of an ordinary new file
+            os.close(os.open(_place(partial, folder), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder))
+            try:
+                mode = partial.stat().st_mode
+                yield partial
+                with suppress(FileNotFoundError):
+                    mode = target.stat().st_mode
+                # libraries replace the file by one with permissions of their own
+                partial.chmod(stat.S_IMODE(mode))
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(partial, target)
+                _sweep(target)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(_place(partial, folder), dir_fd=folder)
     except OSError as error:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
-        yield partial
-        with suppress(FileNotFoundError):
-            mode = target.stat().st_mode
-        # libraries replace the file by one with permissions of their own
-        partial.chmod(stat.S_IMODE(mode))
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, target)
-        _sweep(target)
-    except OSError as error:
-        raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -75,12 +75,42 @@ def scratch(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be created.
     """
-    folder = _partial(target)
-    folder.mkdir()
+    with holding(target.parent) as outer:
+        path = _partial(target)
+        os.mkdir(_place(path, outer), dir_fd=outer)
+        try:
+            with holding(path) as folder:
+                try:
+                    yield path
+                finally:
+                    for name in os.listdir(path if folder is None else folder):
+                        os.unlink(_place(path / name, folder), dir_fd=folder)
+        finally:
+            with suppress(OSError):
+                os.rmdir(_place(path, outer), dir_fd=outer)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[int | None]:
+    """Hold a folder open: what is in it is found by the descriptor even after the folder was renamed.
+
+    Args:
+        folder: the folder.
+
+    Yields:
+        A ``dir_fd`` for the functions of `os`; None where the system has no such thing.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    if os.open not in os.supports_dir_fd:
+        yield None
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield folder
+        yield descriptor
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -97,6 +127,10 @@ def make_folder(folder: Path) -> None:
 
 def _partial(target: Path) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+
+
+def _place(path: Path, folder: int | None) -> str:
+    return str(path) if folder is None else path.name
 
 
 def _sweep(target: Path) -> None:

@@ -1,5 +1,6 @@
 """Promise 7: a model that serves is never disturbed, whatever comes, goes, is saved, decided or trained beside it."""
 
+import copy
 import os
 import sys
 import threading
@@ -7,12 +8,14 @@ import time
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import visadapt
-from tests.models import ZOO, answer, stir
+from tests.models import ZOO, answer, every_module, stir
 from visadapt import VisadaptError
 from visadapt.runtime.selection import bare
-from visadapt.training import Recipe, fit
+from visadapt.training import Recipe, evaluate, fit, predict
+from visadapt.training.engine import channels_last
 
 SECONDS = float(os.environ.get("VISADAPT_STRESS_SECONDS", "3"))
 """How long the stress test lasts; set it to 60 for the long run."""
@@ -264,3 +267,54 @@ def test_modes_are_changed_for_one_thread_alone() -> None:
     with bare(model.eval()):
         elsewhere()
     assert len(errors) == 1
+
+
+class Writes(TorchFunctionMode):
+    """Notes what is written to the tensors of a model, also what changes no value: torch is not safe against either."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {
+            id(tensor): f"{path}.{name}"
+            for path, module in every_module(model).items()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        own = getattr(function, "__name__", "")
+        if args and id(args[0]) in self.names and (own == "__set__" or (own.endswith("_") and not own.endswith("__"))):
+            self.seen.add(self.names[id(args[0])])
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_written_to_the_tensors_that_other_threads_read(tmp_path) -> None:
+    model = build()
+    visadapt.inject(model, m=2, task="late", where="layer4", norms="frozen", num_classes=3)
+    images, labels, recipe = torch.randn(8, 3, 16, 16), torch.randint(0, 3, (8,)), Recipe(epochs=1, batch_size=8)
+    samples, data = {"a": [images], "b": [images + 1]}, (images, labels)
+    visadapt.save(model, "b", tmp_path / "b")
+    calls = {
+        "evaluate": lambda: evaluate(model, "a", data),
+        "training.predict": lambda: predict(model, "a", images),
+        "predict": lambda: visadapt.predict(model, images, "b"),
+        "fit": lambda: fit(model, "b", data, validation=data, recipe=recipe, progress=False),
+        "save": lambda: visadapt.save(model, "a", tmp_path / "a"),
+        "load": lambda: visadapt.load(model, tmp_path / "b", task="other"),
+        "combine": lambda: visadapt.combine(model, {"b": 0.5, "other": 0.5}, into="both"),
+        "remove": lambda: visadapt.remove(model, "other"),
+        "fit_decider": lambda: visadapt.fit_decider(model, samples, steps=1),
+        "decide": lambda: visadapt.decide(model, images),
+        "cache_prefix": lambda: visadapt.cache_prefix(model, "late", images).prefix.close(),
+        "copy": lambda: copy.deepcopy(model).train().zero_grad(),
+        "summary": lambda: (visadapt.summary(model), visadapt.sites(model), model.state_dict()),
+    }
+    # as a recipe that is fast does, once the weights are in its format
+    model.to(memory_format=torch.channels_last)
+    calls["channels_last"] = lambda: channels_last(model)
+    for name, call in calls.items():
+        with Writes(model) as writes:
+            call()
+        trained = {path for path in writes.seen if name == "fit" and ".b." in path}
+        assert writes.seen == trained, name

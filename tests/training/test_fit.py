@@ -422,3 +422,12 @@ def test_logits_that_are_not_finite_are_an_error(injected: nn.Module, digits: Im
     with torch.no_grad():
         bias[3] = -float("inf")
     assert 3 not in predict(injected, "digits", digits.test).argmax(-1)
+
+
+def test_a_task_that_was_frozen_is_refused(injected: nn.Module, digits: ImageSet) -> None:
+    visadapt.inject(injected, m=2, task="other", num_classes=2)
+    visadapt.trainable(injected, "other")
+    with pytest.raises(VisadaptError, match=r"'digits' must require a gradient: call visadapt.trainable\(model"):
+        fit(injected, "digits", digits.train, recipe=SHORT, progress=False)
+    visadapt.trainable(injected, "digits")
+    fit(injected, "digits", digits.train, recipe=SHORT, progress=False)

@@ -24,7 +24,12 @@ class RelatedError(VisadaptError):
 
 
 def examine(
-    model: nn.Module, given: tuple[Any, Any], samples: int, classes: int | None = None, entry: Entry = WHOLE
+    model: nn.Module,
+    given: tuple[Any, Any],
+    samples: int,
+    classes: int | None = None,
+    entry: Entry = WHOLE,
+    shown: int | None = None,
 ) -> RowFacts:
     """Find the row facts of a batch.
 
@@ -34,6 +39,7 @@ def examine(
         samples: N, the expected number of samples.
         classes: number of classes of the backbone's own head; larger labels in the batch are clamped.
         entry: the method that is called with the batch.
+        shown: how many samples the larger of the two compared batches has; N if None.
 
     Raises:
         VisadaptError: the batch cannot be split into N samples, or the output for one sample depends on the others.
@@ -56,7 +62,7 @@ def examine(
     why = ""
     for cut in cuts:
         try:
-            found = _attempted(model, given, cut, samples, entry)
+            found = _attempted(model, given, cut, samples, entry, shown)
         except RelatedError as error:
             found = str(error)
             if cut == cuts[0]:
@@ -77,10 +83,12 @@ def examine(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts | str:
+def _attempted(
+    model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry, shown: int | None = None
+) -> RowFacts | str:
     """Return the facts of a batch split at ``cut``, or the reason why it cannot be split there."""
     try:
-        return _examined(model, given, cut, samples, entry)
+        return _examined(model, given, cut, samples, entry, shown)
     except RelatedError:
         raise
     except VisadaptError as error:
@@ -94,7 +102,7 @@ def _attempted(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int,
     # labels of other tasks need not fit the backbone's own loss: try without them
     rest = {name: value for name, value in kwargs.items() if name not in labels}
     own = {key: axis for key, axis in cut.items() if key not in {(1, name) for name in labels}}
-    found = _attempted(model, (args, rest), own, samples, entry)
+    found = _attempted(model, (args, rest), own, samples, entry, shown)
     return replace(found, cut=cut) if isinstance(found, RowFacts) else failure
 
 
@@ -203,9 +211,11 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
 
 
-def _examined(model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry) -> RowFacts:
+def _examined(
+    model: nn.Module, given: Any, cut: dict[Key, Axis], samples: int, entry: Entry, shown: int | None
+) -> RowFacts:
     twin = twin_of(unwrapped(model))
-    pair, order = take(given, cut, _distinct(given, cut, samples)), order_of(samples)
+    pair, order = take(given, cut, _distinct(given, cut, samples)), order_of(shown or samples)
     facts = _compared(twin, pair, cut, entry, order)
     if not facts.evidence and samples > 1:
         try:
@@ -312,7 +322,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs), {2, len(order)})
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs))
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:

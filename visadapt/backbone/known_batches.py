@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -15,10 +15,20 @@ from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 from visadapt.backbone.shared_pass import SharedPass, find_shared
+from visadapt.backbone.size_rules import SizeRules, find_rules
 from visadapt.errors import VisadaptError
 
 _TRIES = 3
 """How many batches of a kind are examined until one holds two samples whose outputs differ."""
+
+_EXACT = 32
+"""How many signatures of one pattern are examined as they are."""
+
+_RULES = 8
+"""How many sets of conditions on sizes are found for one pattern."""
+
+_FEW = 3
+"""How many samples show whether the facts of other sizes are the same."""
 
 _Known = TypeVar("_Known")
 
@@ -26,12 +36,79 @@ _MOST = 1024
 """How many facts of one sort are kept."""
 
 
-class KnownBatches:
-    """Row facts of one entry, by signature of the batch: structure, dtypes and sizes other than the number of samples.
+@dataclass
+class _Pattern:
+    """What the examined batches of one pattern have in common.
 
-    If two batches that differ only in their sizes have the same facts, these facts are used for every size. For larger
-    numbers of samples they are found once more (see `visadapt.backbone.rows.RowFacts.covers`), as a model may order
-    large batches otherwise than small ones. Equal facts of one structure share these numbers.
+    Attributes:
+        facts: of the first.
+        form: what is equal in the facts of all; None if they differ.
+        examined: number of signatures that were examined.
+        numbers: the numbers of samples at which they were examined.
+        sizes: their other sizes.
+        largest: elements of the largest that was examined with all its samples.
+        rules: conditions on sizes, each with the facts of the batches that satisfy them.
+        ruled: whether such conditions can be found.
+    """
+
+    facts: RowFacts
+    form: Any
+    examined: int = 0
+    numbers: set[int] = field(default_factory=set)
+    sizes: set[Any] = field(default_factory=set)
+    largest: int = 0
+    rules: list[tuple[SizeRules, RowFacts]] = field(default_factory=list)
+    ruled: bool = True
+
+    def covers(self, signature: _Signature) -> bool:
+        """Return whether a batch needs no examination of its own."""
+        if self.form is None:
+            return False
+        if self.facts.reordered:
+            # runs one task at a time, which is right for every size
+            return self.examined > 1
+        return self.examined >= _EXACT and self.lacks_sizes_only(signature) and signature.shared_sizes in self.sizes
+
+    def ruled_facts(self, given: Any) -> RowFacts | None:
+        """Return the facts of batches for which the model tests sizes with the same results, if any were examined."""
+        return next((facts for rules, facts in self.rules if rules.hold(given)), None)
+
+    def find_rules(self, model: nn.Module, given: Any, facts: RowFacts, entry: Entry) -> None:
+        """Find the sizes for which the facts of a batch hold; not for the first batch, which may be the only one."""
+        if self.examined > 1 and self.ruled and not facts.reordered:
+            rules = find_rules(model, given, facts.cut, entry)
+            if rules is not None and rules.hold(given):
+                self.rules.append((rules, facts))
+            self.ruled = rules is not None and len(self.rules) < _RULES
+
+    def lacks_sizes_only(self, signature: _Signature) -> bool:
+        """Return whether as many samples, and a batch as large, have been examined."""
+        known = self.form is not None and signature.samples in self.numbers
+        return self.examined >= _EXACT and known and signature.elements <= self.largest
+
+    def distrust(self) -> None:
+        """Use no facts for other batches than those they were found for."""
+        self.form, self.rules, self.ruled = None, [], False
+
+    def add(self, signature: _Signature, found: RowFacts, few: bool) -> None:
+        """Add a batch that was examined, with all its samples or with few of them."""
+        self.examined += 1
+        self.form = self.form if self.form == _form(found) else None
+        _add(self.sizes, signature.shared_sizes)
+        if not few:
+            _add(self.numbers, signature.samples)
+            self.largest = max(self.largest, signature.elements)
+
+
+class KnownBatches:
+    """Row facts of one entry, by signature of the batch: structure, dtypes and all sizes.
+
+    A model may treat batches of any size in a way of their own. Facts are therefore used for those sizes for which the
+    model's tests of sizes have the same results (see `visadapt.backbone.size_rules`). Where these tests cannot be
+    found, every signature is examined. From the 33rd signature of one structure on, if all have the same facts, a batch
+    is then examined for what is new in it only: its number of samples, its other sizes (on three samples), or its size
+    as a whole if it is the largest so far. At most as many examinations follow as there are numbers of samples and
+    sizes, not as many as there are pairs of these.
 
     Args:
         entry: the method that is called with the batches.
@@ -45,10 +122,8 @@ class KnownBatches:
         self.entry = entry
         self.hosts: dict[str, HostRows] = {}
         self._exact: dict[Any, RowFacts] = {}
-        self._general: dict[Any, RowFacts] = {}
-        self._first: dict[Any, RowFacts] = {}
+        self._patterns: dict[Any, _Pattern] = {}
         self._kinds: dict[Any, RowFacts] = {}
-        self._sized: dict[Any, RowFacts] = {}
         self._tries: dict[Any, int] = {}
         self._single: dict[Any, dict[Key, Axis] | None] = {}
         self._shared: dict[Any, SharedPass | None] = {}
@@ -68,42 +143,36 @@ class KnownBatches:
         Raises:
             VisadaptError: the batch cannot be split into N samples, or the output for one sample depends on the others.
         """
-        pattern, exact = _signature(given, samples, bool(model.__dict__["training"]))
-        found = self._exact.get(exact) or self._general.get(pattern)
-        if found is not None and (found.evidence or not several or self._tries.get(exact, 0) >= _TRIES):
-            if found.covers(samples) or not several or not found.evidence or found.reordered or _is_fake(given):
-                return found
-            # facts of all sizes are found once per number of samples, not once per size as well
-            key = (pattern if found is self._general.get(pattern) else exact, samples)
-            return self._sized.get(key) or self._resized(model, given, found, key, classes)
-        kind = (pattern[0], *(key for key, _ in leaves(given)))
+        signature = _Signature.of(given, samples, bool(model.__dict__["training"]))
+        found, pattern = self._exact.get(signature.exact), self._patterns.get(signature.pattern)
+        if found is None and pattern is not None and (not several or _is_fake(given) or pattern.covers(signature)):
+            found = pattern.facts
+        if found is None and pattern is not None:
+            found = pattern.ruled_facts(given)
+            if found is not None:
+                _keep(self._exact, signature.exact, found)
+        if found is not None and (found.evidence or not several or self._tries.get(signature.exact, 0) >= _TRIES):
+            return found
+        kind = (signature.pattern[0], *(key for key, _ in leaves(given)))
         if _is_fake(given) and kind in self._kinds:
             # fake tensors have no values to compare
             return self._kinds[kind]
+        if pattern is not None and pattern.lacks_sizes_only(signature):
+            found = examine(model, given, samples, classes, self.entry, _FEW)
+            if found.evidence and _form(found) == pattern.form:
+                pattern.add(signature, found, few=True)
+                return pattern.facts
         found = examine(model, given, samples, classes, self.entry)
-        twin = self._kinds.get(kind)
-        if twin is not None and found.evidence and not found.reordered and shape_of(twin) == shape_of(found):
-            twin.sizes.update(found.sizes)
-            found = replace(found, sizes=twin.sizes)
-        _keep(self._tries, exact, self._tries.get(exact, 0) + 1)
-        _keep(self._exact, exact, found)
+        _keep(self._tries, signature.exact, self._tries.get(signature.exact, 0) + 1)
+        _keep(self._exact, signature.exact, found)
+        if found.evidence:
+            pattern = pattern or _keep(self._patterns, signature.pattern, _Pattern(found, _form(found)))
+            pattern.add(signature, found, few=False)
+            pattern.find_rules(model, given, found, self.entry)
         if found.evidence and not found.reordered:
             self._kinds[kind] = found
-            first = self._first.setdefault(pattern, found)
-            if first is not found and shape_of(first) == shape_of(found):
-                self._general[pattern] = found
             for path, host in found.hosts.items():
                 self.hosts[path] = both_hosts(self.hosts[path], host) if path in self.hosts else host
-        return found
-
-    def _resized(
-        self, model: nn.Module, given: tuple[Any, Any], found: RowFacts, key: tuple[Any, int], classes: int | None
-    ) -> RowFacts:
-        """Return the facts of another number of samples than those that facts were found for."""
-        other = examine(model, given, key[1], classes, self.entry)
-        if other.evidence and shape_of(other) != shape_of(found):
-            return _keep(self._sized, key, other)
-        found.sizes.add(key[1])
         return found
 
     def single(
@@ -119,7 +188,7 @@ class KnownBatches:
         """
         if samples == 1 or not any(isinstance(leaf, Tensor) and 1 in leaf.shape for _, leaf in leaves(given)):
             return None
-        kind = _signature(given, samples, bool(model.__dict__["training"]))[1]
+        kind = _Signature.of(given, samples, bool(model.__dict__["training"])).exact
         with suppress(KeyError):
             return self._single[kind]
         try:
@@ -172,18 +241,19 @@ class KnownBatches:
         """
         if _is_fake(given):
             return None
-        key = (_signature(given, 1, bool(model.__dict__["training"]))[1], tasks)
+        key = (_Signature.of(given, 1, bool(model.__dict__["training"])).exact, tasks)
         with suppress(KeyError):
             return self._shared[key]
         return _keep(self._shared, key, find_shared(model, given, facts, roles()))
 
     def forget(self, given: tuple[Any, Any], samples: int, training: bool, facts: RowFacts) -> None:
         """Record that a batch did not match its facts; from now on its kind runs one task at a time."""
-        pattern, exact = _signature(given, samples, training)
-        self._general.pop(pattern, None)
-        for size in (pattern, exact):
-            self._sized.pop((size, samples), None)
-        _keep(self._exact, exact, RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True))
+        signature = _Signature.of(given, samples, training)
+        if signature.pattern in self._patterns:
+            # what one batch showed does not hold for others
+            self._patterns[signature.pattern].distrust()
+        other = RowFacts(facts.cut, facts.outputs, {}, "a path that depends on the data", True)
+        _keep(self._exact, signature.exact, other)
 
 
 def _keep(known: dict[Any, _Known], key: Any, value: _Known) -> _Known:
@@ -198,24 +268,77 @@ def _is_fake(given: Any) -> bool:
     return any(isinstance(leaf, FakeTensor) for _, leaf in leaves(given))
 
 
-def _signature(given: Any, samples: int, training: bool) -> tuple[Any, Any]:
-    """Return the signature of a batch without its sizes, and the signature with them."""
-    pattern: list[Any] = [training]
-    sizes: list[Any] = []
-    for key, leaf in leaves(given):
-        if isinstance(leaf, Tensor):
-            shape = tuple(leaf.shape)
-            lie = tuple(size == samples for size in shape)
-            pattern.append((key, leaf.dtype, lie, tuple(size == 1 for size in shape)))
-            sizes.append(tuple(None if size == samples else size for size in shape))
-        elif is_cache(leaf):
-            length = _length(leaf)
-            pattern.append((key, type(leaf), length > 0))
-            sizes.append(length)
-        else:
-            pattern.append((key, type(leaf)))
-            sizes.append(leaf if isinstance(leaf, bool | int | float | str) else None)
-    return tuple(pattern), (tuple(pattern), tuple(sizes), samples == 1)
+@dataclass(frozen=True)
+class _Signature:
+    """Signature of a batch.
+
+    Attributes:
+        pattern: structure and dtypes, and which axes have N or 1 elements.
+        sizes: of the other axes; values of numbers and texts.
+        shared_sizes: the same, in the steps in which a size of its own is examined.
+        samples: N.
+        elements: of all tensors together.
+    """
+
+    pattern: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+    shared_sizes: tuple[Any, ...]
+    samples: int
+    elements: int
+
+    @property
+    def exact(self) -> Any:
+        """What is equal for batches that are treated alike."""
+        return self.pattern, self.sizes, self.samples
+
+    @staticmethod
+    def of(given: Any, samples: int, training: bool) -> _Signature:
+        """Return the signature of a batch."""
+        pattern: list[Any] = [training]
+        sizes: list[Any] = []
+        elements, steps = 0, False
+        for key, leaf in leaves(given):
+            if isinstance(leaf, Tensor):
+                shape = tuple(leaf.shape)
+                pattern.append((key, leaf.dtype, tuple(n == samples for n in shape), tuple(n == 1 for n in shape)))
+                sizes.append(tuple(None if n == samples else n for n in shape))
+                elements += leaf.numel()
+            elif is_cache(leaf):
+                length = _length(leaf)
+                pattern.append((key, type(leaf), length > 0))
+                sizes.append(length)
+                steps = steps or length > 0
+            else:
+                pattern.append((key, type(leaf)))
+                sizes.append(leaf if isinstance(leaf, bool | int | float | str) else None)
+        if steps:
+            # each step of a generation is longer by one
+            sizes = [_doubled(size) for size in sizes]
+        return _Signature(tuple(pattern), tuple(sizes), tuple(map(_without_floats, sizes)), samples, elements)
+
+
+def _doubled(size: Any) -> Any:
+    """Return the same for sizes of which none is twice the other."""
+    if isinstance(size, tuple):
+        return tuple(map(_doubled, size))
+    return size.bit_length() if type(size) is int else size
+
+
+def _without_floats(size: Any) -> Any:
+    # a time or temperature is another one in each call
+    return None if isinstance(size, float) else size
+
+
+def _form(facts: RowFacts) -> Any:
+    """Return what must be equal in the facts of two batches if they are to hold for others too."""
+    return (facts.cut, facts.outputs) if facts.reordered else shape_of(facts)
+
+
+def _add(known: set[Any], value: Any) -> None:
+    """Add a value, and forget all others if there are too many."""
+    if len(known) >= _MOST and value not in known:
+        known.clear()
+    known.add(value)
 
 
 def _length(cache: Any) -> int:

@@ -91,7 +91,6 @@ class RowFacts:
         reordered: name of the operator that may order rows by their data, or "".
         evidence: whether the outputs of the two compared samples differ; if they are equal, the comparison shows
             nothing.
-        sizes: numbers of samples for which all this was found.
     """
 
     cut: dict[Key, Axis]
@@ -99,15 +98,6 @@ class RowFacts:
     hosts: dict[str, HostRows]
     reordered: str
     evidence: bool
-    sizes: set[int] = field(default_factory=set)
-
-    def covers(self, samples: int) -> bool:
-        """Return whether this was found for a number of samples, or for a larger one that is odd or even as well.
-
-        What a model does to large batches only, or to those that can be halved, is seen. A server whose batches have 1
-        to 32 samples needs no forwards of their own for each of these numbers.
-        """
-        return any(size >= samples and (size - samples) % 2 == 0 for size in self.sizes)
 
     def knows(self, path: str) -> bool:
         """Return whether the rows at a module are known."""
@@ -190,7 +180,8 @@ def fact_of(two: Tensor | Print, many: Tensor | Print, axis: int = 0, order: Seq
         apart = float((two.rows - many.rows).abs().max()) if many.rows.numel() else 0.0
         return FREE if apart <= two.tolerance * scale else UNKNOWN
     size, more = two.shape[grown[0]], many.shape[grown[0]]
-    if grown != [axis] or size * len(order) != more * 2:
+    if grown != [axis] or size % 2 or size * len(order) != more * 2:
+        # rows of one sample only, where a batch is run in parts
         return UNKNOWN
     repeat = size // 2
     index = list(order)

@@ -11,6 +11,7 @@ from typing import Any
 from visadapt.data.targets import Targets
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
+from visadapt.reading import check_readable
 
 SPLITS = {
     "train": ("train", "training"),
@@ -19,8 +20,20 @@ SPLITS = {
 }
 """Names of the splits of folders, files and data sets, in lower case."""
 
-_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".arrow": "arrow"}
 """The library's builder for a file, by suffix."""
+
+
+def split_of(name: str, where: str) -> str:
+    """Return the split that a cell or a key names, in any case.
+
+    Raises:
+        VisadaptError: there is no such split.
+    """
+    known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    if name.lower() not in known:
+        raise VisadaptError(f"{where}: no split {name!r}{nearest(name, known)}")
+    return known[name.lower()]
 
 
 def is_stored(path: Path) -> bool:
@@ -67,12 +80,9 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
         data = {"train": data}
     if not isinstance(data, dict) or not data:
         raise VisadaptError(f"data must be a path, a name, a Dataset or a DatasetDict, got {type(data).__name__}")
-    known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
     parts: dict[str, Any] = {}
     for key, part in data.items():
-        split = known.get(str(key).lower())
-        if split is None:
-            raise VisadaptError(f"{name}: no split {key!r}{nearest(str(key), known)}")
+        split = split_of(str(key), name)
         if split in parts:
             raise VisadaptError(f"{name} has two splits for {split}, of which one is {key!r}")
         parts[split] = part
@@ -80,6 +90,7 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
 
 
 def _read(path: Path, datasets: Any, config: str | None) -> Any:
+    check_readable(path)
     if os.path.isdir(path) and is_stored(path):
         return datasets.load_from_disk(str(path))
     builder = _BUILDERS.get(path.suffix.lower())
@@ -91,6 +102,8 @@ def _read(path: Path, datasets: Any, config: str | None) -> Any:
 def _attempt(name: str, load: Any) -> Any:
     try:
         return load()
+    except VisadaptError:
+        raise
     except Exception as error:  # the library and its client raise many types of error
         # where a file is wrong, only the cause says how
         cause = error.__cause__ or error

@@ -13,6 +13,7 @@ from visadapt.data.tokenizers import minilm_path
 from visadapt.data.weights import resnet50
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import require
+from visadapt.reading import check_readable
 
 
 def resolve(source: Any, **build: Any) -> nn.Module:
@@ -66,6 +67,8 @@ def _timm(name: str, **build: Any) -> nn.Module:
     # "hf-hub:…" and "local-dir:…" are timm's own sources
     if ":" not in name and not timm.is_model(model_name):
         raise VisadaptError(f"no timm model {name!r}{nearest(model_name, timm.list_models())}")
+    if name.startswith("local-dir:"):
+        check_readable(name.partition(":")[2])
     model: nn.Module = timm.create_model(name, **{"pretrained": True, **build})
     return model
 

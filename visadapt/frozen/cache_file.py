@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
+from visadapt.files import holding
 from visadapt.reading import SMALL, opened, read_json
 from visadapt.tensor_file import raw
 
@@ -100,14 +101,16 @@ class CacheFile:
             VisadaptError: the folder cannot be written to, or the disk is full. The file is as it was then.
         """
         try:
-            descriptor = _locked(self.partial)
-            try:
-                yield Writer(self, descriptor)
-            finally:
-                with suppress(OSError):
-                    if os.path.samestat(os.fstat(descriptor), self.partial.stat()):
-                        self.partial.unlink()
-                os.close(descriptor)
+            with holding(self.partial.parent) as folder:
+                descriptor = _locked(self.partial)
+                name = str(self.partial) if folder is None else self.partial.name
+                try:
+                    yield Writer(self, descriptor)
+                finally:
+                    with suppress(OSError):
+                        if os.path.samestat(os.fstat(descriptor), os.stat(name, dir_fd=folder)):
+                            os.unlink(name, dir_fd=folder)
+                    os.close(descriptor)
         except OSError as error:
             raise VisadaptError(
                 f"cannot keep {self.size / 1e6:.4g} MB of features in {self.path}: {error.strerror or error}"

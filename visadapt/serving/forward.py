@@ -174,9 +174,10 @@ class Forward:
 def warm_up(forward: Forward, count: int, max_batch: int) -> int:
     """Run batches of meaningless samples, so that no request has to establish which rows of a batch are whose.
 
-    That is established once for each pattern of sizes (see `visadapt.backbone.known_batches`): of any two sizes, of
-    lengths other than 1, of the largest even and odd batches, and of a batch that by chance has as many samples as the
-    input has channels, pixels or tokens.
+    That is established once for each number of samples and each size of a sample (see
+    `visadapt.backbone.known_batches`): here for the smallest and the largest batches, for lengths other than 1, and for
+    a batch that by chance has as many samples as the input has channels, pixels or tokens. The first request of any
+    other size establishes it, which takes about as long as its own forward.
 
     Args:
         forward: of the server.
@@ -196,7 +197,6 @@ def warm_up(forward: Forward, count: int, max_batch: int) -> int:
         if not entries:
             continue
         most = 1 if forward.exact else max_batch
-        # what holds for two lengths of texts holds for all
         for length in (4, 7) if form[0] == "texts" else (1,):
             sizes = {1, 2, 4, most - 1, most, *sides(entries[0], length)}
             for size in sorted(size for size in sizes if 1 <= size <= most):

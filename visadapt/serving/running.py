@@ -22,6 +22,7 @@ from uvicorn.supervisors import Multiprocess
 
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
+from visadapt.reading import SMALL, opened
 from visadapt.serving.app import build_app
 from visadapt.serving.connections import HEAD_BYTES, BoundedProtocol
 from visadapt.serving.guard import App
@@ -80,9 +81,11 @@ class Options:
             return None
         path = Path(self.token_file)
         try:
-            token = path.read_text(encoding="ascii").strip()
-            mode = path.stat().st_mode
-        except (OSError, UnicodeError) as error:
+            with opened(path) as file:
+                mode = os.fstat(file.fileno()).st_mode
+                # no token is as long
+                token = file.read(SMALL).decode("ascii").strip()
+        except (OSError, ValueError) as error:  # a VisadaptError is a ValueError
             raise VisadaptError(f"cannot read the token in {path}: {error}") from error
         if len(token) < 16 or not token.isprintable() or " " in token:
             raise VisadaptError(f"{path} must hold a token of 16 or more printable characters without spaces")

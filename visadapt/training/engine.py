@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -50,7 +51,7 @@ class Engine:
             # without it, processes started by torchrun on a CPU-only machine do not form a group
             cpu=not torch.accelerator.is_available(),
             device_placement=False,
-            gradient_accumulation_steps=accumulate,
+            gradient_accumulation_plugin=_accumulation(self._accelerate, accumulate),
             dataloader_config=self._accelerate.DataLoaderConfiguration(split_batches=True),
         )
         self.rank: int = self.accelerator.process_index
@@ -60,8 +61,7 @@ class Engine:
         launched = self.accelerator.mixed_precision
         self.precision = precision or ("fp32" if launched == "no" else launched)
         check_choice(self.precision, PRECISIONS, "precision")
-        with _device_errors(self.device):
-            model.to(self.device)
+        move(model, self.device)
 
     def _choose_device(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
         with _device_errors(device):
@@ -99,6 +99,47 @@ class Engine:
         """The context to run the forward pass in."""
         # disabled explicitly for fp32: accelerate may have been launched with another precision
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def _accumulation(accelerate: Any, parts: int) -> Any:
+    """accelerate's plugin for the number of parts of a batch, which ``accelerate launch`` may override."""
+
+    class Accumulation(accelerate.utils.GradientAccumulationPlugin):  # type: ignore[misc]
+        def to_kwargs(self) -> dict[str, Any]:
+            # to find the defaults, accelerate's own method empties the environment of the process for a moment, which
+            # code in other threads may read then: kernels of torch crash
+            return {"num_steps": self.num_steps}
+
+    return Accumulation(num_steps=int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", parts)))
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, and write to none of its tensors if all of them are there.
+
+    ``model.to()`` sets the data of each parameter even then, which is not safe beside a forward in another thread.
+
+    Args:
+        model: to move in place.
+        device: where to.
+
+    Raises:
+        VisadaptError: the device does not exist, or cannot be used.
+    """
+    with _device_errors(device):
+        if any(tensor.to(device) is not tensor for tensor in _tensors(model)):
+            model.to(device)
+
+
+def channels_last(model: nn.Module) -> None:
+    """Put the weights of a model into the channels-last memory format; see `move`."""
+    form = torch.channels_last
+    if any(tensor.ndim == 4 and tensor.to(memory_format=form) is not tensor for tensor in _tensors(model)):
+        model.to(memory_format=form)  # type: ignore[call-overload]
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def check_device(device: torch.device | str) -> None:

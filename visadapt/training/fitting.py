@@ -25,7 +25,7 @@ from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.augmenting import Augment, Changes, training_batches
 from visadapt.training.batches import Batches, held_back
 from visadapt.training.checkpoint import Checkpoint
-from visadapt.training.engine import Engine, LogitsModel
+from visadapt.training.engine import Engine, LogitsModel, channels_last
 from visadapt.training.evaluation import Prepare, scores
 from visadapt.training.head_first import start_with_head
 from visadapt.training.history import Epoch, Fit
@@ -80,10 +80,12 @@ def fit(
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
             argument names; an `visadapt.data.ImageSplit`; `visadapt.data.ImageFiles`, which are read in worker
-            processes; a mapping with ``labels``; or a ``DataLoader`` of such batches. Labels are class indices, for
-            cross entropy; floats, for the squared error of one output; or what ``loss`` says.
+            processes; a mapping with ``labels``; a data set of torch or of the ``datasets`` library, whose samples are
+            such pairs or mappings; or a ``DataLoader`` of such batches. Labels are class indices, for cross entropy;
+            floats, for the squared error of one output; or what ``loss`` says.
         validation: data in the same forms, to score the linear probe and each epoch; or the fraction of ``train`` to
-            hold back for it, in (0, 1), of each class alike and chosen by ``seed``. None keeps the last epoch.
+            hold back for it, in (0, 1), chosen by ``seed``, of each class alike if the labels are in memory. None
+            keeps the last epoch.
         recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.
@@ -136,6 +138,11 @@ def fit(
         if recipe.compile is not None:
             raise VisadaptError(f"compile={recipe.compile!r} compiles whole models, and prepare= is a cached prefix")
     target = target_of(model, task)
+    with target.context():  # a task that was not in use follows what was set for all
+        if not any(parameter.requires_grad for parameter in target.parameters.values()):
+            raise VisadaptError(
+                f"a parameter of {target.name} must require a gradient: call visadapt.trainable(model, {task!r}) first"
+            )
     # mixed labels are shares of classes
     training_loss = "cross_entropy" if augmentation.mixes and loss is None else loss
     objective, score_objective = Objective(training_loss, recipe.label_smoothing), Objective(loss)
@@ -157,7 +164,7 @@ def fit(
     engine = Engine(model, device, "bf16" if recipe.fast else precision, accumulate)
     if recipe.fast:
         # convolutions are fastest in this format, and so are the copies of weights that autocast makes
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(model)
     settings = {
         "recipe": recipe,
         "loss": described(loss),
