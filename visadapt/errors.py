@@ -25,7 +25,7 @@ class VisadaptError(ValueError):
     """
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'flowers'?"`` or, if no name is similar, a list of the names.
 
     Args:
@@ -36,8 +36,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
-    # of a name of megabytes, comparing would take seconds
-    close = get_close_matches(str(name)[:500], known, n=3, cutoff=0.5)
+    # of a name of megabytes, comparing would take seconds; of what is no name, nothing is near
+    close = get_close_matches(name[:500], known, n=3, cutoff=0.5) if isinstance(name, str) else []
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not known:
