@@ -146,7 +146,7 @@ def cache_prefix(
         views: number of versions of each sample.
         seed: seed of the augmentation, so that it is the same whenever the cache is made again.
         file: path of a file for the features, mapped into memory; a small ``<file>.key`` beside it records their
-            origin. None keeps them in memory.
+            origin. Other programs may replace it while it is in use, but not shorten it. None keeps them in memory.
         limit: largest size of the features, in bytes.
         batch_size: samples per forward while the cache is made.
 
