@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,8 +37,13 @@ def nearest(name: object, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
-    # of a name of megabytes, comparing would take seconds; of what is no name, nothing is near
-    close = get_close_matches(name[:500], known, n=3, cutoff=0.5) if isinstance(name, str) else []
+    # what is no name has none near it
+    letters = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+    same = next((n for n in known if letters and n != name and unicodedata.normalize("NFC", n) == letters), None)
+    if same is not None:
+        return f"; {same!r} has the same letters, composed otherwise: rename one (Unicode NFC or NFD)"
+    # of a name of megabytes, comparing would take seconds
+    close = get_close_matches(letters[:500], known, n=3, cutoff=0.5) if letters else []
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not known:

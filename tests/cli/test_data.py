@@ -119,6 +119,28 @@ def test_predict_reads_the_table_that_train_read(bert: Path, tmp_path: Path) -> 
     assert [answer["input"] for answer in records(chosen)] == ["what a day"]
 
 
+def test_predict_reads_the_images_of_the_table_that_train_read(photos: Path, tmp_path: Path) -> None:
+    rows = (photos / "images.csv").read_text(encoding="utf-8").replace("file,label", "photo,kind").split("\n")
+    wanted = [row.split(",")[0] for row in rows[1:]]
+    table, task = tmp_path / "images.csv", tmp_path / "kinds.visadapt"
+    table.write_text("\n".join(rows).replace(",", "|"), encoding="utf-8")
+    form = ("--image", "photo", "--label", "kind", "--delimiter", "|", "--root", photos)
+    run("train", table, *form, *IMAGES, "--seed", 3, "--out", task)
+    answers = records(run("predict", table, "--task", task, "--root", photos))
+    assert [answer["input"] for answer in answers] == [str(photos / name) for name in wanted], "not the labels"
+    beside = records(run("predict", photos / "images.csv", "--task", task, "--image", "file", "--delimiter", ","))
+    assert beside == answers
+    refused = run("predict", table, "--task", task, code=1)
+    assert f"24 of 24 images do not exist, such as {tmp_path / wanted[0]}" in refused.stderr
+    assert "--root is the folder that the names start from" in refused.stderr
+    # the samples that train held out, without being told its seed
+    held, same, other = (
+        records(run("evaluate", task, table, "--root", photos, "--split", "test", *seed, "--json"))[0]
+        for seed in ((), ("--seed", 3), ("--seed", 0))
+    )
+    assert held == same != other
+
+
 def test_predict_reads_what_the_datasets_library_stores(bert: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()

@@ -51,8 +51,10 @@ UNUSED: tuple[tuple[str, str], ...] = (
         "--seed 1",
     )),
     *((READ, option) for option in ("--image file", "--damaged 0.5", "--memory 1", "--seed 1")),
-    *((LOOK, option) for option in ("--text a", "--no-header", "--delimiter ;", "--encoding latin-1", "--force")),
-    *((ASK, option) for option in ("--text a", "--no-header", "--delimiter ;")),
+    *((LOOK, option) for option in (
+        "--text a", "--image file", "--root .", "--no-header", "--delimiter ;", "--encoding latin-1", "--force",
+    )),
+    *((ASK, option) for option in ("--text a", "--image file", "--root .", "--no-header", "--delimiter ;")),
     (ASK.replace("{lines}", "-"), "--encoding latin-1"),
     ("predict {lines} --task {values} --backbone hf/{bert}", "--top 2"),
     *((f"{SERVE} --exact", option) for option in ("--max-batch 2", "--max-wait-ms 1")),

@@ -17,6 +17,7 @@ from PIL import Image
 from visadapt.data import ImageFiles, load_images, load_text, read_images
 from visadapt.data.image_inputs import ImageInputs
 from visadapt.data.image_sources import find
+from visadapt.data.targets import ordered
 from visadapt.errors import VisadaptError, command_line
 
 RED, GREEN = (250, 0, 0), (0, 250, 0)
@@ -84,6 +85,21 @@ def tabled(rows: Callable[[list[str]], list[str]] = lambda rows: rows, header: s
     return build
 
 
+def stored(name: str, more: Callable[[int], dict[str, str]] = lambda i: {}) -> Build:
+    """A table that the ``datasets`` library reads."""
+
+    def build(root: Path) -> Path:
+        datasets = pytest.importorskip("datasets")
+        datasets.disable_progress_bars()
+        pairs = [row.split(",") for row in listed(root)]
+        rows = [{"file_name": file, "label": label, **more(i)} for i, (file, label) in enumerate(pairs)]
+        made = datasets.Dataset.from_list(rows)
+        made.to_parquet(root / name) if name.endswith("parquet") else made.to_json(root / name)
+        return root / name
+
+    return build
+
+
 GOOD: dict[str, tuple[Build, tuple[int, int, int], dict[str, Any]]] = {
     "flat": (classes, (15, 1, 4), {}),
     "flat, upper-case suffix": (lambda root: classes(root, suffix=".PNG"), (15, 1, 4), {}),
@@ -139,6 +155,28 @@ GOOD: dict[str, tuple[Build, tuple[int, int, int], dict[str, Any]]] = {
                "file,label,split"), (14, 1, 5), {}),
     "table with semicolons": (
         tabled(lambda rows: [r.replace(",", ";") for r in rows], "file;label"), (15, 1, 4), {"delimiter": ";"}),
+    "table with a separator that Excel notes": (
+        both(tabled(lambda rows: [r.replace(",", ";") for r in rows], "sep=;\r\nfile;label")), (15, 1, 4), {}),
+    "table with quotes after spaces": (
+        tabled(lambda rows: ['"{}", "{}"'.format(*r.split(",")) for r in rows]), (15, 1, 4), {}),
+    "table with splits, names in capitals": (
+        tabled(lambda rows: [f"{r},{'test' if i % 4 == 0 else 'train'}" for i, r in enumerate(rows)],
+               "File,Label,Split"), (14, 1, 5), {}),
+    "table with folders as on Windows": (
+        lambda r: table(r / "images.csv", [f"all\\{row}" for row in listed(r / "all")]), (15, 1, 4), {}),
+    "table with absolute names": (
+        lambda r: table(r / "images.csv", [f"{r / 'all' / row}" for row in listed(r / "all")]), (15, 1, 4), {}),
+    "table with rows of UTF-16": (
+        lambda r: [(r / "images.csv").write_text("\n".join(["file,label", *listed(r)]), encoding="utf-16"), None][1],
+        (15, 1, 4), {}),
+    "table in old line ends": (
+        lambda r: [(r / "images.csv").write_text("\r".join(["file,label", *listed(r)]), newline=""), None][1],
+        (15, 1, 4), {}),
+    "records of files": (stored("images.jsonl"), (15, 1, 4), {}),
+    "records of files of a folder": (both(stored("metadata.jsonl"), lambda r: None), (15, 1, 4), {}),
+    "records of files with splits": (
+        stored("images.ndjson", lambda i: {"split": ("train", "Test")[i % 4 == 0]}), (14, 1, 5), {}),
+    "parquet of files": (stored("images.parquet"), (15, 1, 4), {}),
     "table of real values": (
         tabled(lambda rows: [f"{r.split(',')[0]},{i / 7}" for i, r in enumerate(rows)]), (15, 1, 4),
         {"regression": True}),
@@ -222,6 +260,39 @@ BAD: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "semicolons and quoted commas": (
         tabled(lambda rows: [f'"{r.split(",")[0]}";"{r.split(",")[1]}, x"' for r in rows], "file;label"),
         r"has one column, 'file;label' \(delimiter= sets its separator\)", {}),
+    "file name that is empty": (
+        tabled(lambda rows: [*rows, ",cat"]), r"row 22: the file name is empty", {}),
+    "a folder instead of a file": (
+        both(lambda r: (r / "more").mkdir(), tabled(lambda rows: [*rows, "more,cat"])), r"more, which is a folder", {}),
+    "addresses": (
+        tabled(lambda rows: [f"https://example.org/{r}" for r in rows]),
+        "download the images, and name their files", {}),
+    "drives": (
+        tabled(lambda rows: [f"C:\\{r}" for r in rows]), "give names without a drive, and root=", {}),
+    "names without a suffix": (
+        tabled(lambda rows: [r.replace(".png", "") for r in rows]), "a file name must have its suffix", {}),
+    "images in the folder beside the table": (
+        lambda r: table(r / "images.csv", listed(r / "all")), "give root=, .* such as .*all$", {}),
+    "no column names": (
+        tabled(lambda rows: rows[1:], "cat0.png,cat"), "first row must hold the column names, got 'cat0.png'", {}),
+    "a note above the column names": (
+        tabled(header="# by hand\nfile,label"), "first row must hold the column names, got '# by hand'", {}),
+    "decimal commas": (
+        tabled(lambda rows: [f"{r.split(',')[0]};1,{i}" for i, r in enumerate(rows)], "file;label"),
+        "got '1,0': write a decimal comma as a point", {"regression": True, "delimiter": ";"}),
+    "lists of labels": (
+        tabled(lambda rows: [f"""{r.split(',')[0]},"['a', 'b']\"""" for r in rows]), "leave out the brackets",
+        {"multi_label": ","}),
+    "a spreadsheet of images": (text_file("a.xlsx"), "must be a table as text: save it as .csv", {"name": "a.xlsx"}),
+    "a spreadsheet beside images": (
+        both(lambda r: listed(r) and None, text_file("a.xlsx")), "and a.xlsx must be a table as text", {}),
+    "classes in archives": (text_file("cat.zip"), "and cat.zip must be unpacked first", {}),
+    "annotations of COCO": (
+        text_file("coco.json", b'{"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}'),
+        "has the columns 'images', 'annotations', 'categories': choose the column of images or of their files", {}),
+    "another composition of letters": (
+        both(lambda r: classes(r / "train", 2, ("caf\u00e9", "a")), lambda r: classes(r / "test", 2, ("cafe\u0301",))),
+        "has the same letters, composed otherwise", {}),
     "not a table": (
         lambda r: (image(r / "a.png"), r / "a.png")[1], "must be a folder or a table of images", {}),
     "bytes of another encoding": (
@@ -296,6 +367,36 @@ def test_every_class_keeps_an_image_to_train_on_where_it_can(tmp_path: Path) -> 
     classes(tmp_path / "single", 1, tuple(f"c{i}" for i in range(20)))
     found = ImageInputs(8).load(str(tmp_path / "single"))
     assert "single: no images are left to train 5 of 20 classes, such as 'c" in found.remarks[-1]
+
+
+def remarks_of(root: Path, rows: Callable[[list[str]], list[str]]) -> str:
+    found = ImageInputs(8).load(str(tabled(rows)(root)))
+    return " ".join(remark for remark in found.remarks if "held out for" not in remark)
+
+
+def test_what_is_probably_a_mistake_in_a_table_is_said(tmp_path: Path) -> None:
+    assert remarks_of(tmp_path / "a", lambda rows: rows) == ""
+    again = remarks_of(tmp_path / "b", lambda rows: [*rows, rows[0]])
+    assert again == "images.csv: 1 rows name an image again: one copy may be trained on and another one held out"
+    other = remarks_of(tmp_path / "c", lambda rows: [*rows, "cat0.png,dog"])
+    assert other == "images.csv: 1 rows name an image again with another label, such as 'cat0.png'"
+    alike = remarks_of(tmp_path / "d", lambda rows: [*rows, "cat0.png,Cat", "cat1.png,NaN"])
+    assert "classes 'Cat' and 'cat' differ only in case" in alike
+    assert "the label 'NaN' is taken as a class" in alike
+
+
+def test_a_class_of_damaged_images_only_is_said(tmp_path: Path) -> None:
+    classes(tmp_path, 30)
+    text_file("emu/0.png", b"")(tmp_path)
+    with pytest.warns(UserWarning, match="skipping 1 of"):
+        found = ImageInputs(8).load(str(tmp_path))
+    assert "no images are left to train 1 of 3 classes, such as 'emu'" in found.remarks[-1]
+
+
+def test_numbers_as_labels_are_in_the_order_of_numbers() -> None:
+    assert ordered(["10.0", "2.0", "-1"]) == ["-1", "2.0", "10.0"]
+    assert ordered(["7", "007", "07", "6"]) == ["6", "007", "07", "7"], "whatever order a set has"
+    assert ordered(["10", "2", "x"]) == ["10", "2", "x"]
 
 
 def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
@@ -404,7 +505,7 @@ def test_sets_of_the_datasets_library(tmp_path: Path) -> None:
     assert [len(images) for images, _ in lazy.train.batches(4)] == [4, 4, 1]
     with pytest.raises(VisadaptError, match="'hf/food101' would be downloaded: allow it with online="):
         load_images("hf/food101")
-    with pytest.raises(VisadaptError, match="has no column of images: choose one with image="):
+    with pytest.raises(VisadaptError, match="has the columns 'text', 'label': choose the column of images"):
         load_images(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
     with pytest.raises(VisadaptError, match="must be a path, a name, a Dataset or a DatasetDict, got int"):
         load_images(7)
@@ -445,6 +546,11 @@ TEXTS: dict[str, tuple[str, bytes, dict[str, Any], tuple[str, ...]]] = {
         ("x", "y", "z")),
     "blank lines": ("a.csv", csv("text,label", "", *MANY, "", ""), {}, ("a", "b")),
     "a very long text": ("a.csv", csv("text,label", "x" * 200_000 + ",a", *MANY), {}, ("a", "b")),
+    "a separator that Excel notes": (
+        "a.csv", csv("sep=;", "text;label", *[r.replace(",", ";") for r in MANY], end="\r\n"), {}, ("a", "b")),
+    "names in capitals": ("a.csv", csv("Text,Label", *MANY), {}, ("a", "b")),
+    "whole numbers as pandas writes them": (
+        "a.csv", csv("text,label", *[f"t{i},{(2.0, 10.0)[i % 2]}" for i in range(20)]), {}, ("2.0", "10.0")),
     "columns beyond the header, empty": ("a.csv", csv("text,label", *[f"{r},," for r in MANY]), {}, ("a", "b")),
 }  # fmt: skip
 
@@ -477,6 +583,7 @@ BAD_TEXTS: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.csv", "\n".join(["text,label", *MANY]).encode("utf-16-le"), {}, "row 1 has a zero character, as UTF-16"),
     "packed otherwise": ("a.csv.bz2", b"BZh9", {}, "must be a table as text: save it as .csv"),
     "a spreadsheet": ("a.xlsx", b"PK\x03\x04", {}, "must be a table as text: save it as .csv"),
+    "records that are packed": ("a.jsonl.gz", b"", {}, "must be unpacked first: only .csv and .tsv are read"),
     "no text column": ("a.csv", csv("words,label", *MANY), {}, "choose the text column with text="),
     "two of one name": ("a.csv", csv("text,label,label", *[f"{r},x" for r in MANY]), {},
                         "several columns 'label': choose one by its number"),

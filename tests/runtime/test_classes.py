@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import visadapt
 from tests.models import ZOO, anatomy, answer, bare_part, same, snapshot, step, stir
-from visadapt import DAN, Bottleneck, LoRA, Parallel
+from visadapt import DAN, Bottleneck, LoRA, Parallel, VisadaptError
 
 
 class Half(nn.Module):
@@ -162,6 +162,12 @@ def test_mixed_training_goes_on_when_known_batches_are_sharded(mesh) -> None:
             out = model(x)
             torch.testing.assert_close(out, expected)
             out.sum().backward()
+    # of other sizes, it would have to be copied
+    refused = pytest.raises(
+        VisadaptError, match="FSDP2 lets no sharded model be copied: run a mixed batch of each size"
+    )
+    with refused, visadapt.using(model, list("abba")):
+        model(x[:4])
 
 
 @pytest.mark.parametrize("assign", [False, True])

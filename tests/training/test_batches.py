@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from visadapt import VisadaptError
 from visadapt.data import ImageSplit, TextSplit, normalize
-from visadapt.training import Samples, ready, tokenised, trimmed
-from visadapt.training.batches import Batches
+from visadapt.training import Recipe, Samples, ready, tokenised, trimmed
+from visadapt.training.augmenting import training_batches
+from visadapt.training.batches import Batches, held_back
 
 X, Y = torch.arange(10.0).view(10, 1), torch.arange(10) % 3
+
+
+class Rows(Dataset[Any]):
+    """Samples that are read one by one."""
+
+    def __init__(self, read: Callable[[int], Any]) -> None:
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(index)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(X, Y, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -24,11 +44,36 @@ X, Y = torch.arange(10.0).view(10, 1), torch.arange(10) % 3
         Samples(X, Y),
         {"x": X, "labels": Y},
         ({"x": X}, Y),
+        (X.numpy(), Y.numpy()),
+        (X, Y.tolist()),
+        (X, Y.int()),
+        (X, Y.to(torch.uint8)),
+        TensorDataset(X, Y),
+        Subset(TensorDataset(X, Y), range(10)),
+        Rows(lambda i: (X[i], int(Y[i]))),
+        Rows(lambda i: {"x": X[i].numpy(), "labels": Y[i]}),
         DataLoader(TensorDataset(X, Y), batch_size=4),
         [(X[:4], Y[:4]), (X[4:8], Y[4:8]), ({"x": X[8:]}, Y[8:])],
         [{"x": X[:4], "labels": Y[:4]}, {"x": X[4:8], "labels": Y[4:8]}, {"x": X[8:], "labels": Y[8:]}],
     ],
-    ids=["tuple", "list", "samples", "mapping", "pair of mapping", "loader", "batches", "mappings"],
+    ids=[
+        "tuple",
+        "list",
+        "samples",
+        "mapping",
+        "pair of mapping",
+        "arrays",
+        "list of labels",
+        "int32",
+        "uint8",
+        "tensor data set",
+        "subset",
+        "pairs one by one",
+        "mappings one by one",
+        "loader",
+        "batches",
+        "mappings",
+    ],
 )
 def test_every_form_gives_the_same_batches(data: Any) -> None:
     batches = Batches(data, 4, "training")
@@ -75,7 +120,9 @@ def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, proce
     ("data", "words"),
     [
         ((X, Y[:5]), "5 labels for 10 inputs"),
-        ((X, Y.int()), r"labels must be class indices \(int64\)"),
+        ((X, ["a", "b"] * 5), "training labels must be numbers, got names such as 'a': number the classes"),
+        (Endless(), "training data must have a known number of samples, got Endless: give a data set with __len__"),
+        (DataLoader(Endless(), 2), "known number of batches, got a DataLoader without one: give its IterableDataset a"),
         ((X, Y.bool()), r"labels must be class indices \(int64\)"),
         ((X, Y[:, None]), r"of \(10, 1\)"),
         (({"a": X, "b": X[:3]}, Y), "inputs must have one length, got 3, 10"),
@@ -94,6 +141,55 @@ def test_the_parts_of_all_processes_begin_with_the_whole_batch(count: int, proce
 def test_unusable_data_is_refused(data: Any, words: str) -> None:
     with pytest.raises(VisadaptError, match=words):
         Batches(data, 4, "training")
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ((X, Y, Y), "got a tuple of Tensor, Tensor, Tensor"),
+        ({"x": X, "label": Y}, r"got a dict of 'x', 'label' \(the labels must be called 'labels'\)"),
+        (([1, 2], Y), "got a tuple of list, Tensor: inputs must be tensors"),
+    ],
+)
+def test_a_batch_of_another_form_is_described(batch: Any, words: str) -> None:
+    with pytest.raises(VisadaptError, match=words):
+        list(Batches([batch, batch, batch], 4, "training").epoch())
+
+
+def test_samples_of_a_data_set_that_make_no_batch_are_refused() -> None:
+    for sample, words in (
+        ((object(), 1), "default_collate: batch must contain"),
+        ((X[0], "a"), "got names such as 'a'"),
+    ):
+        with pytest.raises(VisadaptError, match=words):
+            list(Batches(Rows(lambda i, sample=sample: sample), 4, "training").epoch())
+
+
+def test_a_data_set_is_shuffled_by_the_seed_and_split_without_being_read() -> None:
+    read: list[int] = []
+    rows = Rows(lambda i: (read.append(i), (X[i], int(Y[i])))[1])
+    orders = []
+    for seed in (0, 0, 1):
+        loader = training_batches(rows, Recipe(batch_size=4), None, seed)
+        orders.append([int(x) for inputs, _ in loader for x in inputs])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(10))
+    read.clear()
+    left, chosen = held_back(rows, 0.3, 0)
+    assert not read
+    assert (len(left), len(chosen)) == (7, 3)
+    assert sorted([int(x) for x, _ in left] + [int(x) for x, _ in chosen]) == list(range(10))
+    pair = held_back(TensorDataset(X, Y), 0.3, 0)
+    assert [part.labels.tolist() for part in pair] == [part.labels.tolist() for part in held_back((X, Y), 0.3, 0)]
+
+
+def test_data_sets_of_the_datasets_library_are_read_as_tensors() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"x": X.tolist(), "labels": Y.tolist()})
+    for data in (rows, rows.with_format("torch")):
+        (inputs, labels, _), *_ = Batches(data, 10, "training").epoch()
+        assert torch.equal(inputs["x"], X)
+        assert torch.equal(labels, Y)
 
 
 @pytest.mark.parametrize("batch", [X, (X,), "ab", {"x": X}])

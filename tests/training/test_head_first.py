@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +367,7 @@ def test_files_and_rows_of_a_cached_prefix_are_held_back_too(digits: ImageSet) -
         ({"train": (torch.randn(4, 3, 16, 16), torch.tensor([1, -1, 0, 2]))}, "training labels must be from 0 to 9"),
         (
             {"train": DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))},
-            "training data must be tensors or ImageFiles for validation=0.2, got a DataLoader: split its data set, "
+            "training data must be tensors or a data set for validation=0.2, got a DataLoader: split its data set, "
             "such as with torch.utils.data.random_split",
         ),
     ],
@@ -377,3 +379,53 @@ def test_what_cannot_be_held_back_is_one_clear_error(digits: ImageSet, change: d
     with pytest.raises(VisadaptError, match=words):
         fit(model, "digits", recipe=SHORT, **call)
     assert all(torch.equal(t, before[name]) for name, t in state(model).items())
+
+
+def test_a_loss_that_is_not_a_number_is_told_by_training_not_by_the_solver(digits: ImageSet) -> None:
+    model, train = make(), data(digits, 40)
+    with pytest.raises(VisadaptError, match="the loss became nan at step 1"):
+        fit(model, "digits", train, recipe=SHORT, loss=lambda o, y: F.cross_entropy(o, y) * float("nan"))
+
+
+class Noisy(nn.Module):
+    """Features that hardly differ between samples, and dropout that changes all of them."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.dropout = nn.Dropout(0.3)
+        self.fc = nn.Linear(8, outputs)
+        nn.init.ones_(self.body.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(1e-2 * self.body(x) + 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("outputs", [3, 1])
+def test_a_head_does_not_magnify_dropout(outputs: int) -> None:
+    torch.manual_seed(0)
+    model = visadapt.inject(Noisy(3), visadapt.Bottleneck(1), task="t", num_classes=outputs, where=["body"])
+    x = torch.randn(40, 4)
+    y = x[:, :3].argmax(-1) if outputs == 3 else 50 + x[:, 0]
+    short = Recipe(epochs=1, lr=1e-6, batch_size=40)
+    metric = "accuracy" if outputs == 3 else "loss"
+    result = fit(model, "t", (x, y), (x, y), short, metric=metric, progress=False)
+    assert re.fullmatch(r"linear probe, loss [\d.]+ before scaling by [\d.e-]+ for dropout", result.head_first)
+    assert result.start is not None
+    if outputs == 3:
+        assert result.start > 0.7, "no decision is another one"
+        assert result.epochs[0].loss < 1.5 * math.log(3)
+    else:
+        assert result.start < 1.1 * float(y.var()), "the mean is kept"
+        assert result.epochs[0].loss < 3 * float(y.var())
+
+
+def test_a_head_on_features_that_dropout_leaves_apart_is_the_probe() -> None:
+    torch.manual_seed(0)
+    model = visadapt.inject(Noisy(3), visadapt.Bottleneck(1), task="t", num_classes=3, where=["body"])
+    model.dropout.p = 0.001
+    x = torch.randn(40, 4)
+    before = torch.get_rng_state()
+    result = fit(model, "t", (x, x[:, :3].argmax(-1)), recipe=SHORT, progress=False)
+    assert re.fullmatch(r"linear probe, loss [\d.]+", result.head_first)
+    assert torch.equal(before, torch.get_rng_state())

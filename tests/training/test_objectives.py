@@ -21,6 +21,7 @@ from visadapt import VisadaptError
 from visadapt.data import ImageSet, normalize
 from visadapt.training import Recipe, evaluate, fit, predict
 from visadapt.training.losses import Objective
+from visadapt.training.scoring import Scores
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, :3] + 0.5 * X[:, 3:]).argmax(-1)
@@ -298,3 +299,57 @@ def test_a_task_with_soft_targets_is_saved_and_gives_the_same(digits: ImageSet, 
 
 def soft_or_hard(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": nn.CrossEntropyLoss}, r"loss must be a function .*, got a class: CrossEntropyLoss\(\)"),
+        ({"loss": lambda o, y: F.cross_entropy(o, y).detach()}, "loss must return a tensor with a gradient"),
+        (
+            {"loss": nn.CrossEntropyLoss(weight=torch.ones(2))},
+            r"loss cannot take outputs float32 \(\d+, 3\) and labels int64 \(\d+,\): weight tensor",
+        ),
+        ({"loss": lambda o, y: F.cross_entropy(o, y) * float("nan")}, "the loss became nan at step 1"),
+        ({"metric": dict}, r"metric must be an object or a function .*, got a class: dict\(\)"),
+        (
+            {"metric": lambda o, y: o @ y},
+            r"the metric metric cannot take outputs float32 \(48, 3\) and labels int64 \(48,\)",
+        ),
+    ],
+)
+def test_functions_of_the_caller_that_do_not_fit_are_one_clear_error(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(VisadaptError, match=words):
+        fit(linear(), None, (X, Y), (X, Y), SHORT, **options)
+
+
+def test_a_single_output_takes_a_column_or_a_vector_of_labels() -> None:
+    outputs, real = torch.randn(6, 1), torch.randn(6)
+    for labels in (real, real[:, None]):
+        assert Objective().kind(labels) == "mse"
+        assert torch.equal(Objective().losses(outputs, labels), F.mse_loss(outputs[:, 0], real, reduction="none"))
+    yes = (real > 0).float()
+    for labels in (yes, yes[:, None]):
+        Objective("bce").check_labels(labels, 1, "training")
+        Objective("bce").check(outputs, labels, "training", "net")
+        wanted = F.binary_cross_entropy_with_logits(outputs[:, 0], yes, reduction="none")
+        assert torch.equal(Objective("bce").losses(outputs, labels), wanted)
+    with pytest.raises(VisadaptError, match=r"must have 1 output .*, got 3 \(class indices must be integers\)"):
+        Objective().check_labels(torch.tensor([0.0, 1.0, 2.0]), 3, "training")
+
+
+def test_labels_that_no_output_stands_for_are_not_counted_as_errors() -> None:
+    outputs, labels = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+    labels[0] = 255
+    scores = Scores(("accuracy",), Objective(nn.CrossEntropyLoss(ignore_index=255)))
+    with pytest.raises(VisadaptError, match=r"from 0 to 2 for accuracy, got 255 \(-100 marks a position"):
+        scores.update(outputs, labels)
+    scores.update(outputs, labels.where(labels != 255, -100))
+    assert 0 <= scores.compute()["accuracy"] <= 1
+
+
+def test_numbers_of_numpy_are_scores() -> None:
+    numpy = pytest.importorskip("numpy")
+    scores = Scores((lambda o, y: numpy.float32(0.5),), Objective())
+    scores.update(torch.randn(4, 3), torch.arange(4) % 3)
+    assert scores.compute() == {"metric": 0.5}

@@ -42,6 +42,11 @@ def note_replacing(hook: Callable[..., Any]) -> None:
     _REPLACING.add(function_of(hook))
 
 
+def count_replacing() -> int:
+    """Return how many hooks are known to replace what they are shown."""
+    return len(_REPLACING)
+
+
 def added(modules: Mapping[str, nn.Module]) -> tuple[list[Any], list[nn.Module]]:
     """Return what was added to modules.
 

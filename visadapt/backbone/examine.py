@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
+from visadapt.backbone.cuts import possible_cuts, size_of
 from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged, order_of
+from visadapt.backbone.state import State
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
 
@@ -57,6 +60,11 @@ def examine(
         raise VisadaptError(
             "which rows belong to which sample is found by values, which a batch on the meta device or inside "
             "torch.vmap does not have: run one task at a time"
+        )
+    if any(_is_sharded(module) for module in own_modules(unwrapped(model)).values()):
+        raise VisadaptError(
+            "which rows belong to which sample is found on a copy of the model, and FSDP2 lets no sharded model be "
+            "copied: run a mixed batch of each size, in the same mode, before fully_shard, or run one task at a time"
         )
     given = mapped(lambda key, leaf: _within(key, leaf, classes), given)
     why = ""
@@ -133,6 +141,11 @@ def _is_label(name: Any) -> bool:
     return isinstance(name, str) and ("label" in name or "target" in name)
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    """Return whether a module is sharded by FSDP2, whose class need not be imported for that."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or torch._C._functorch.is_batchedtensor(tensor)
 
@@ -144,71 +157,6 @@ def _within(key: Key, leaf: Any, classes: int | None) -> Any:
     if any(map(_is_label, key)):
         return leaf.clamp_max(0)
     return leaf.clamp_max(max(classes - 1, 0)) if classes is not None and leaf.ndim == 1 else leaf
-
-
-def size_of(given: Any) -> Any:
-    """Return the apparent batch size, for messages."""
-    first = next((leaf for _, leaf in leaves(given) if isinstance(leaf, Tensor)), None)
-    return "no tensors" if first is None else first.shape[0] if first.ndim else 0
-
-
-def possible_cuts(given: Any, samples: int) -> Iterator[dict[Key, Axis]]:
-    """Yield the possible batch axes of a batch of N samples, the most likely first.
-
-    First the first axis of size N of every tensor, then other axes of size N, then lists of N elements. A tensor may
-    have size N by chance, so each one is also left out once.
-    """
-    lists = {
-        key
-        for key, value in _nodes(given)
-        if len(key) > 1 and isinstance(value, tuple | list) and len(value) == samples and _holds_tensors(value)
-    }
-    options: dict[Key, list[Axis]] = {}
-    caches = {key for key, leaf in leaves(given) if is_cache(leaf)}
-    for key, leaf in leaves(given):
-        if isinstance(leaf, Tensor):
-            axes: list[Axis] = [axis for axis, size in enumerate(leaf.shape) if size == samples]
-            if axes:
-                options[key] = axes
-        elif key in caches:
-            options[key] = [0]
-    usual = {key: axes[0] for key, axes in options.items()}
-    tried: list[dict[Key, Axis]] = []
-    for cut in _variants(usual, options, lists):
-        if cut.keys() - caches and cut not in tried:
-            tried.append(cut)
-            yield cut
-        if len(tried) == 16:
-            return
-
-
-def _variants(usual: dict[Key, Axis], options: dict[Key, list[Axis]], lists: set[Key]) -> Iterator[dict[Key, Axis]]:
-    yield usual
-    for key, axes in options.items():
-        for axis in axes[1:]:
-            yield {**usual, key: axis}
-    second = {key: axes[min(1, len(axes) - 1)] for key, axes in options.items()}
-    yield second
-    if lists:
-        outer = {key for key in lists if not any(key[: len(other)] == other for other in lists - {key})}
-        yield {
-            **{key: axis for key, axis in usual.items() if not any(key[: len(o)] == o for o in outer)},
-            **dict.fromkeys(outer, ITEMS),
-        }
-    for key in options:
-        if len(options) > 1:
-            yield {other: axis for other, axis in usual.items() if other != key}
-
-
-def _nodes(tree: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    yield key, tree
-    if isinstance(tree, tuple | list | Mapping):
-        for step, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _nodes(value, (*key, step))
-
-
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
 
 
 def _examined(
@@ -304,15 +252,22 @@ def _prints(tree: Any) -> dict[Key, Print]:
 
 def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, order: Sequence[int]) -> RowFacts:
     """Run the twin on (p, q) and on N samples of these, and compare the results."""
+    modules = own_modules(twin)
     recorder = _Recorder(twin)
-    runs = []
-    for args, kwargs in (pair, take(pair, cut, order)):
+    states, again = [State(modules)], take(pair, cut, (0, 1))
+
+    def run(given: Any) -> tuple[dict[str, Any], Any, Watch]:
+        args, kwargs = given
         recorder.calls = {}
         watch = Watch((args, kwargs), twin.modules())
         with examining(twin), watch:
             out = entry.of(twin)(*args, **kwargs)
-        runs.append((recorder.calls, out, watch))
-    (few, small, first), (more, large, second) = runs
+        states.append(State(modules))
+        return recorder.calls, out, watch
+
+    larger = take(pair, cut, order)
+    few, small, first = run(pair)
+    more, large, second = run(larger)
     hosts = {}
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
@@ -322,7 +277,14 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     told = [fact for fact in outputs.values() if isinstance(fact, Lying)]
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), _evidence(small, outputs))
+    moving = states[0].changes(states[1]) | states[1].changes(states[2])
+    if moving:
+        with reads_first(modules, moving) as steering:
+            run(again)
+        # the others follow from the input alone
+        moving -= steering
+    evidence = _evidence(small, outputs)
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving))
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from visadapt.backbone.added import added
 from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.find import find_sites
 from visadapt.backbone.heads import Head, find_head, traced_head
@@ -17,7 +17,13 @@ from visadapt.backbone.known_batches import KnownBatches
 from visadapt.backbone.modules import own_modules, within
 from visadapt.backbone.norms import find_norms
 from visadapt.backbone.site import Sites
+from visadapt.backbone.state import Label, State
 from visadapt.errors import VisadaptError
+
+_LOCK = threading.Lock()
+
+_STATES = 4
+"""How many states of a model are kept with their row facts."""
 
 
 class Facts:
@@ -41,7 +47,8 @@ class Facts:
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
         self.hooked: list[nn.Module] = []
-        self._added: list[Any] = []
+        self._state: State | None = None
+        self._states: list[tuple[State, KnownBatches, dict[Entry, KnownBatches]]] = []
 
     @property
     def name(self) -> str:
@@ -53,12 +60,32 @@ class Facts:
         return own_modules(self.model) == self.modules
 
     def of_batches(self, entry: Entry = WHOLE) -> KnownBatches:
-        """The row facts of batches that enter by a method, found anew since other forwards or hooks take part."""
-        now, self.hooked = added(self.modules)
-        if now != self._added:
-            # those that run meanwhile keep theirs
-            self._added, self.batches, self.entries = now, KnownBatches(), {}
+        """The row facts of batches that enter by a method, found anew if anything was changed that steers a forward."""
+        if self._state is None or not self._state.holds():
+            with _LOCK:
+                self._renew()
         return self.batches if entry == WHOLE else self.entries.setdefault(entry, KnownBatches(entry))
+
+    def _renew(self) -> None:
+        """Look up the row facts of the model in its present state, or begin new ones."""
+        if not self.hold():
+            self.modules, self._traced_head = own_modules(self.model), None
+            for name in ("known_head", "norms"):
+                self.__dict__.pop(name, None)
+        self._states = [known for known in self._states if known[0] is not None] if self._state is not None else []
+        if self._state is not None:
+            kept = (self._state, self.batches, self.entries)
+            self._states = [kept, *[known for known in self._states if known[0] is not self._state]][:_STATES]
+        every = [batches for _, whole, entries in self._states for batches in (whole, *list(entries.values()))]
+        ignored = frozenset[Label]().union(*[batches.moving for batches in every])
+        now = State(self.modules, ignored)
+        self.hooked = now.hooked
+        known = next((known for known in self._states if not now.changes(known[0], ignored)), None)
+        # batches that run meanwhile keep theirs
+        self.batches, self.entries = (KnownBatches(), {}) if known is None else known[1:]
+        if known is not None:
+            self._states.remove(known)
+        self._state = now
 
     @cached_property
     def known_head(self) -> Head | None:

@@ -16,6 +16,7 @@ from visadapt.backbone.examine import examine
 from visadapt.backbone.rows import HostRows, RowFacts, both_hosts, shape_of
 from visadapt.backbone.shared_pass import SharedPass, find_shared
 from visadapt.backbone.size_rules import SizeRules, find_rules
+from visadapt.backbone.state import Label
 from visadapt.errors import VisadaptError
 
 _TRIES = 3
@@ -116,11 +117,13 @@ class KnownBatches:
     Attributes:
         entry: that method.
         hosts: facts that hold for all batches so far, by path of the module.
+        moving: attributes that each forward sets to what follows from its input.
     """
 
     def __init__(self, entry: Entry = WHOLE) -> None:
         self.entry = entry
         self.hosts: dict[str, HostRows] = {}
+        self.moving: frozenset[Label] = frozenset()
         self._exact: dict[Any, RowFacts] = {}
         self._patterns: dict[Any, _Pattern] = {}
         self._kinds: dict[Any, RowFacts] = {}
@@ -163,6 +166,7 @@ class KnownBatches:
                 pattern.add(signature, found, few=True)
                 return pattern.facts
         found = examine(model, given, samples, classes, self.entry)
+        self.moving |= found.moving
         _keep(self._tries, signature.exact, self._tries.get(signature.exact, 0) + 1)
         _keep(self._exact, signature.exact, found)
         if found.evidence:

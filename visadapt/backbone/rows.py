@@ -91,6 +91,7 @@ class RowFacts:
         reordered: name of the operator that may order rows by their data, or "".
         evidence: whether the outputs of the two compared samples differ; if they are equal, the comparison shows
             nothing.
+        moving: attributes that each forward sets to what follows from its input.
     """
 
     cut: dict[Key, Axis]
@@ -98,6 +99,7 @@ class RowFacts:
     hosts: dict[str, HostRows]
     reordered: str
     evidence: bool
+    moving: frozenset[tuple[str, str]] = frozenset()
 
     def knows(self, path: str) -> bool:
         """Return whether the rows at a module are known."""

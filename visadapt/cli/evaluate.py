@@ -32,6 +32,7 @@ from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
 from visadapt.opening.predicting import problem_of
+from visadapt.runtime.measured import seed_of
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import evaluate as measure
@@ -53,8 +54,8 @@ def evaluate(
     damaged: Damaged = DAMAGED,
     memory: Memory = HELD / 1e9,
     seed: Annotated[
-        int, typer.Option(help="Seed of splits that the data does not define; use train's seed to get the same ones.")
-    ] = 0,
+        int | None, typer.Option(help="Seed of splits that the data does not define; default: that of train.")
+    ] = None,
     batch_size: BatchSize = 100,
     device: Device = None,
     precision: Precision = None,
@@ -66,9 +67,9 @@ def evaluate(
     """Evaluate a task on labelled data.
 
     Classes are matched to the task's labels by name. Data without a test split is used whole; to use only the samples
-    that train held out, give --split test and train's --seed. A table is read as train read its own.
+    that train held out, give --split test. A table is read as train read its own.
     """
-    check_loading(seed, memory)
+    check_loading(seed or 0, memory)
     if split is None:
         refuse_unused("without --split no samples are held out", "seed")
     else:
@@ -79,6 +80,7 @@ def evaluate(
     inputs = visadapt.preprocess(model, name, online=online).inputs
     spec = tasks(model)[name]
     metrics = metric or [METRIC_OF.get(problem_of(spec), "accuracy"), "loss"]
+    seed = seed_of(spec.notes) if seed is None else seed
     noted = TableOptions().over(spec.notes.get("table")).given
     options = table.given
     if root is not None:

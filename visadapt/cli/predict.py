@@ -33,6 +33,7 @@ from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.data import image_files, read_texts
 from visadapt.data.datasets_library import is_stored
 from visadapt.data.image_file import SUFFIXES as IMAGES
+from visadapt.data.image_tables import named_images
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs
 from visadapt.data.tables import OTHERWISE, is_table, read_table, read_text
 from visadapt.data.text_rows import TEXT_COLUMNS
@@ -50,16 +51,18 @@ from visadapt.training.progress import bar
 FORMATS = ("jsonl", "table")
 
 
-@with_table("text", "header", "delimiter", "encoding")
+@with_table("text", "image", "header", "delimiter", "encoding")
 def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Image files and folders; tables of texts; or files with one text per line (- for standard input)."
+            help="Images, folders of images, or tables that name images; tables of texts, or files with one text per "
+            "line (- for standard input)."
         ),
     ],
     task: Annotated[list[str], typer.Option(help="Task file or hub:USER/REPO; repeatable for tasks of one backbone.")],
     table: TableOptions,
+    root: Annotated[Path | None, typer.Option(help="Folder from which a table names its images.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels to print per input, most likely first.")] = 1,
     form: Annotated[str, typer.Option("--format", help=f"Output format: {' or '.join(FORMATS)}.")] = "jsonl",
     out: Annotated[
@@ -75,7 +78,8 @@ def predict(
 ) -> None:
     """Predict the class of each image or text.
 
-    Of a table (.tsv, .csv), the text column is taken: that of --text, or the one that the task was trained on. Several
+    Of a table (.tsv, .csv), the texts or the images that it names are taken: from the column of --text or --image, or
+    the one that the task was trained on. Several
     tasks of one backbone can predict at once; the backbone is in memory only once.
     """
     check_choice(form, FORMATS, "format")
@@ -91,13 +95,16 @@ def predict(
         raise VisadaptError("all tasks must take the same kind of input, got tasks for images and for texts")
     if all(problem_of(spec) == "regression" for spec in tasks(model).values()):
         refuse_unused("a regression answers with all its values", "top")
+    noted = tasks(model)[next(iter(prepared))].notes.get("table")
     if seen.pop():
-        refuse_unused(f"{_named(task)} images", "text", "header", "delimiter", "encoding")
-        names = _images(inputs)
+        refuse_unused(f"{_named(task)} images", "text")
+        if not any(map(_is_data_table, inputs)):
+            refuse_unused("the input has no table (.csv, .tsv)", "image", "root", "header", "delimiter", "encoding")
+        names = _images(inputs, table.over(noted), root)
     else:
-        noted = tasks(model)[next(iter(prepared))].notes.get("table")
+        refuse_unused(f"{_named(task)} texts", "image", "root")
         paired = any(each.pairs for each in prepared.values() if isinstance(each, TextInputs))
-        if not any(map(_is_text_table, inputs)):
+        if not any(map(_is_data_table, inputs)):
             refuse_unused("the input has no table (.csv, .tsv)", "text", "header", "delimiter")
         if all(place == "-" for place in inputs):
             refuse_unused("standard input is read in the terminal's encoding", "encoding")
@@ -131,10 +138,16 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _images(places: Sequence[str]) -> list[str]:
+def _images(places: Sequence[str], table: TableOptions, root: Path | None) -> list[str]:
     if "-" in places:
         raise VisadaptError("- is standard input, from which only texts are read, and the task takes images")
-    return [str(file) for place in places for file in image_files(place)]
+
+    def files(place: str) -> Iterable[Path]:
+        if _is_data_table(place):
+            return named_images(Path(place), table.image, root, table.form)
+        return image_files(place)
+
+    return [str(file) for place in places for file in files(place)]
 
 
 def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str]:
@@ -142,7 +155,7 @@ def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str
     texts: list[str] = []
     for place in places:
         path = Path(place)
-        if _is_text_table(place):
+        if _is_data_table(place):
             texts += _column(path, table, paired)
         else:
             texts += _lines(place, table.form.encoding)
@@ -151,7 +164,7 @@ def _texts(places: Iterable[str], table: TableOptions, paired: bool) -> list[str
     return texts
 
 
-def _is_text_table(place: str) -> bool:
+def _is_data_table(place: str) -> bool:
     path = Path(place)
     return place != "-" and (is_stored(path) or (is_table(path) and not place.lower().endswith(".txt")))
 

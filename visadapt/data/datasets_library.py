@@ -20,8 +20,20 @@ SPLITS = {
 }
 """Names of the splits of folders, files and data sets, in lower case."""
 
-_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".arrow": "arrow"}
 """The library's builder for a file, by suffix."""
+
+
+def split_of(name: str, where: str) -> str:
+    """Return the split that a cell or a key names, in any case.
+
+    Raises:
+        VisadaptError: there is no such split.
+    """
+    known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    if name.lower() not in known:
+        raise VisadaptError(f"{where}: no split {name!r}{nearest(name, known)}")
+    return known[name.lower()]
 
 
 def is_stored(path: Path) -> bool:
@@ -68,12 +80,9 @@ def open_dataset(data: Any, name: str, online: bool = False, config: str | None 
         data = {"train": data}
     if not isinstance(data, dict) or not data:
         raise VisadaptError(f"data must be a path, a name, a Dataset or a DatasetDict, got {type(data).__name__}")
-    known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
     parts: dict[str, Any] = {}
     for key, part in data.items():
-        split = known.get(str(key).lower())
-        if split is None:
-            raise VisadaptError(f"{name}: no split {key!r}{nearest(str(key), known)}")
+        split = split_of(str(key), name)
         if split in parts:
             raise VisadaptError(f"{name} has two splits for {split}, of which one is {key!r}")
         parts[split] = part

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from visadapt.data.datasets_library import labels_of, open_dataset
-from visadapt.data.image_layouts import Found, ImageColumns
+from visadapt.data.datasets_library import labels_of, open_dataset, split_of
+from visadapt.data.image_layouts import Found
+from visadapt.data.image_tables import FILE_COLUMNS, ImageColumns, existing
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
@@ -29,6 +31,12 @@ def find_in_datasets(
     """
     parts = open_dataset(data, name, online)
     datasets = require("datasets", f"the image data set {name!r}", "datasets")
+    if list(parts) == ["train"] and "split" in parts["train"].column_names:
+        whole = parts["train"]
+        members = [split_of(str(cell), f"{name}, row {row}") for row, cell in enumerate(whole["split"])]
+        parts = {
+            split: whole.select([i for i, m in enumerate(members) if m == split]) for split in dict.fromkeys(members)
+        }
     first = parts.get("train") or next(iter(parts.values()))
     image = _image_column(first, name, columns, datasets)
     labels = labels_of(parts, str(columns.label), columns.targets, name)
@@ -36,9 +44,18 @@ def find_in_datasets(
         own = labels.cells["train" if "train" in labels.cells else next(iter(labels.cells))]
         labels.targets.check_plausible(own, name)
         classes = labels.names or labels.targets.names(own)
+    named = isinstance(first.features[image], datasets.Value)
+    root = columns.root or (data.parent if isinstance(data, Path) else Path())
+
+    def items(split: str) -> Sequence[Any]:
+        part = parts[split]
+        if named:
+            return existing(root, list(part[image]), f"{name}, split {split!r}", range(len(part)))
+        return _Column(part.cast_column(image, datasets.Image(decode=False)), image)
+
     splits = {
         split: ImageFiles(
-            _Column(parts[split].cast_column(image, datasets.Image(decode=False)), image),
+            items(split),
             labels.targets.encode(cells, classes, f"{name}, split {split!r}"),
             name=f"{name}, split {split!r}",
         )
@@ -61,13 +78,18 @@ class _Column(Sequence[Any]):
 
 
 def _image_column(part: Any, name: str, columns: ImageColumns, datasets: Any) -> str:
+    """The column of images, or else that of the names of image files."""
     images = [key for key, feature in part.features.items() if isinstance(feature, datasets.Image)]
+    texts = [key for key, feature in part.features.items() if getattr(feature, "dtype", None) == "string"]
     wanted = columns.image
     if wanted is not None:
-        if wanted not in images:
-            raise VisadaptError(f"{name} has no column of images {wanted!r}{nearest(str(wanted), images)}")
+        if wanted not in (*images, *texts):
+            raise VisadaptError(f"{name} has no column of images {wanted!r}{nearest(str(wanted), [*images, *texts])}")
         return str(wanted)
+    if not images:
+        images = [key for usual in FILE_COLUMNS for key in texts if key.lower() == usual][:1]
     if len(images) != 1:
-        got = f"the columns of images {', '.join(map(repr, images))}" if images else "no column of images"
-        raise VisadaptError(f"{name} has {got}: choose one with {option('image')}")
+        of_images = ", ".join(map(repr, images))
+        got = f"the columns of images {of_images}" if images else f"the columns {', '.join(map(repr, part.features))}"
+        raise VisadaptError(f"{name} has {got}: choose the column of images or of their files with {option('image')}")
     return str(images[0])

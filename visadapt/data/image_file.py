@@ -58,6 +58,9 @@ def read_image(source: Any) -> Image:
     image_module = pil()
     where = _name(source)
     if isinstance(source, Tensor):
+        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
+            got = f"{source.dtype} of {tuple(source.shape)}"
+            raise VisadaptError(f"an image that is a tensor must be uint8 of shape (3, H, W), got {got}")
         return to_image(source)
     if isinstance(source, Mapping):
         content = source.get("bytes")
@@ -65,7 +68,8 @@ def read_image(source: Any) -> Image:
     if isinstance(source, image_module.Image):
         return _rgb(_upright(source), where, source.format)
     if not isinstance(source, str | Path | io.BytesIO):
-        raise VisadaptError(f"an image must be a path or an image of Pillow, got {type(source).__name__}")
+        made = ": PIL.Image.fromarray makes one of an array (H, W, 3)" if type(source).__name__ == "ndarray" else ""
+        raise VisadaptError(f"an image must be a path or an image of Pillow, got {type(source).__name__}{made}")
     try:
         opened = open_image(source, where)
     except VisadaptError as error:

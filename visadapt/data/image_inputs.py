@@ -16,7 +16,7 @@ from visadapt.data.image_layouts import Found
 from visadapt.data.image_sources import find
 from visadapt.data.images import ImageSplit
 from visadapt.data.lazy_images import DAMAGED, HELD, ImageFiles, Pixels, checked, held, read_all
-from visadapt.data.splits import Splits
+from visadapt.data.splits import Splits, without_samples
 from visadapt.data.targets import problem_type
 from visadapt.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from visadapt.errors import VisadaptError
@@ -145,7 +145,10 @@ class ImageInputs:
 
         parts = {split: prepared(split) for split in ("train", "validation", "test")}
         kind = problem_type(next(iter(found.splits.values())).labels)
-        return Splits(found.classes, **parts, inputs=self, remarks=found.remarks, problem_type=kind)
+        # after reading, as all images of a class may be damaged
+        few = without_samples(found.classes, parts["train"].labels, "images") if parts["train"] is not None else ()
+        remarks = (*found.remarks, *(f"{found.name}: {remark}" for remark in few))
+        return Splits(found.classes, **parts, inputs=self, remarks=remarks, problem_type=kind)
 
     def _pixels_of(self, files: ImageFiles) -> Pixels:
         # small squares in memory stay small, and are resized batch by batch

@@ -10,20 +10,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from visadapt.data.bounded import is_image
-from visadapt.data.datasets_library import SPLITS
+from visadapt.data.datasets_library import SPLITS, is_stored
 from visadapt.data.image_file import SUFFIXES
 from visadapt.data.lazy_images import ImageFiles
-from visadapt.data.splits import numbers_of, relabelled, without_samples
-from visadapt.data.tables import ARCHIVES, Column, Format, Table, is_table, read_table
-from visadapt.data.targets import Targets, held_out
-from visadapt.errors import VisadaptError, nearest, option
+from visadapt.data.splits import numbers_of, relabelled
+from visadapt.data.tables import ARCHIVES, OTHERWISE, is_table
+from visadapt.data.targets import doubtful, held_out
+from visadapt.errors import VisadaptError, nearest
 from visadapt.reading import check_file
 
 LAYOUTS = (
@@ -31,8 +30,6 @@ LAYOUTS = (
     "or a table with the columns 'file' and 'label'"
 )
 """The layouts that are understood, for messages."""
-
-_FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath")
 
 # not images, and no one means them to be
 _OTHER = frozenset((
@@ -107,33 +104,11 @@ class Found:
             splits[split] = replace(whole_train.subset(chosen), name=_part(whole_train.name, split))
             if "test" not in self.splits:
                 remarks.append(f"{self.name}: {len(chosen)} of {len(whole_train)} images held out for {split}")
-        if splits.keys() != self.splits.keys():
-            few = without_samples(self.classes, splits["train"].labels, "images")
-            remarks += [f"{self.name}: {remark}" for remark in few]
         return replace(self, splits=splits, remarks=tuple(remarks))
 
 
 def _part(name: str, split: str) -> str:
     return f"{name.removesuffix(' (train)')} ({split})"
-
-
-@dataclass(frozen=True)
-class ImageColumns:
-    """How a table names images and their labels.
-
-    Args:
-        image: column of the file names; None looks for the usual names.
-        label: column of the labels.
-        root: folder of the images; None for that of the table.
-        form: how the table is written.
-        targets: what its labels are.
-    """
-
-    image: Column | None = None
-    label: Column = "label"
-    root: Path | None = None
-    form: Format = field(default_factory=Format)
-    targets: Targets = field(default_factory=Targets)
 
 
 def layout_of(path: Path) -> Path | dict[str, Path]:
@@ -152,6 +127,8 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
         raise VisadaptError(f"{path} must be unpacked first, to a folder of images: {LAYOUTS}")
     if not os.path.isdir(path):
         check_file(path, "data", "a folder or a table of images")
+        if path.suffix.lower() in OTHERWISE:
+            raise VisadaptError(f"{path} must be a table as text: save it as .csv")
         if not is_table(path) or not os.path.isfile(path):
             raise VisadaptError(f"{path} must be a folder or a table of images, such as images.csv: {LAYOUTS}")
         return path
@@ -167,6 +144,12 @@ def layout_of(path: Path) -> Path | dict[str, Path]:
         return tables[0]
     if tables:
         raise VisadaptError(f"{path} has several tables: give one of {', '.join(file.name for file in tables)}")
+    stored = [file for file in _visible(path) if file.is_file() and is_stored(file)]
+    if len(stored) == 1:
+        return stored[0]
+    if other := next((file for file in _visible(path) if file.suffix.lower() in OTHERWISE), None):
+        what = "unpacked first" if other.suffix.lower() in ARCHIVES else "a table as text: save it as .csv"
+        raise VisadaptError(f"{path} has no folder of images per class, and {other.name} must be {what}")
     loose = len(_images_in(path))
     got = f"{loose} images without labels" if loose else "no images"
     raise VisadaptError(f"{path} must hold labelled images, got {got}; the layouts are: {LAYOUTS}")
@@ -295,76 +278,5 @@ def in_folders(path: Path, splits: dict[str, Path], known: Sequence[str] | None)
     if loose := [file for folder in {path, *used} for file in _images_in(folder)]:
         warnings.warn(f"{path}: {len(loose)} images outside the class folders are not used, such as {loose[0]}",
                       stacklevel=3)  # fmt: skip
-    return Found(path.name, tuple(classes), parts)
-
-
-def in_table(file: Path, known: Sequence[str] | None, columns: ImageColumns) -> Found:
-    """Find the images that a table names.
-
-    Args:
-        file: the table.
-        known: classes of the task in their order; None for those of the training images.
-        columns: how the table names images and labels.
-
-    Raises:
-        VisadaptError: the table has no such column, a label is empty, or an image does not exist.
-    """
-    table = read_table(file, columns.form)
-    place = table.column(_file_column(table, columns.image))
-    labels = table.cells(table.column(_label_column(table, columns.label)))
-    root = columns.root or file.parent
-    files = [root / cell for cell in table.cells(place)]
-    # of a name that is too long, pathlib would raise
-    absent = [path for path in files if not os.path.isfile(path)]
-    if absent:
-        siblings = [p.name for p in absent[0].parent.iterdir()] if os.path.isdir(absent[0].parent) else []
-        raise VisadaptError(
-            f"{file}: {len(absent)} of {len(files)} images do not exist, such as {str(absent[0])[:200]}"
-            f"{nearest(absent[0].name, siblings)} ({option('root')} is the folder that the names start from)"
-        )
-    if columns.targets.separator is None and (
-        empty := [n for n, y in zip(table.numbers, labels, strict=True) if not y]
-    ):
-        raise VisadaptError(f"{file}, row {empty[0]}: the label is empty")
-    members = _members(table)
-    columns.targets.check_plausible(labels, str(file))
-    own = [i for i in range(len(files)) if members[i] == "train"] or range(len(files))
-    classes = tuple(known) if known is not None else columns.targets.names(labels[i] for i in own)
-    parts: dict[str, ImageFiles] = {}
-    for split in SPLITS:
-        rows = [i for i, member in enumerate(members) if member == split]
-        if rows:
-            numbers = [table.numbers[i] for i in rows]
-            encoded = columns.targets.encode([labels[i] for i in rows], classes, str(file), numbers)
-            parts[split] = ImageFiles([files[i] for i in rows], encoded, name=str(file))
-    return Found(file.stem, classes, parts)
-
-
-def _file_column(table: Table, wanted: Column | None) -> Column:
-    if wanted is not None:
-        return wanted
-    usual = next((name for name in _FILE_COLUMNS if table.names is not None and name in table.names), None)
-    if usual is None:
-        raise VisadaptError(
-            f"{table.file} has {table.described()}: choose the column of file names with {option('image')}"
-        )
-    return usual
-
-
-def _label_column(table: Table, wanted: Column) -> Column:
-    if wanted == "label" and (table.names is None or "label" not in table.names):
-        raise VisadaptError(f"{table.file} has {table.described()}: choose the label column with {option('label')}")
-    return wanted
-
-
-def _members(table: Table) -> list[str]:
-    """The split of each row: as a column ``split`` has it, or all training images."""
-    if table.names is None or "split" not in table.names:
-        return ["train"] * len(table.rows)
-    known: dict[str, Any] = {name: split for split, names in SPLITS.items() for name in names}
-    members = []
-    for number, cell in zip(table.numbers, table.cells(table.column("split")), strict=True):
-        if cell.lower() not in known:
-            raise VisadaptError(f"{table.file}, row {number}: no split {cell!r}{nearest(cell, known)}")
-        members.append(known[cell.lower()])
-    return members
+    alike = () if known is not None else doubtful(classes, path.name)
+    return Found(path.name, tuple(classes), parts, alike)

@@ -14,7 +14,8 @@ from visadapt.data import bundled
 from visadapt.data.datasets_library import is_stored
 from visadapt.data.image_datasets import find_in_datasets
 from visadapt.data.image_file import pil, to_tensor
-from visadapt.data.image_layouts import Found, ImageColumns, in_folders, in_table, layout_of
+from visadapt.data.image_layouts import Found, in_folders, layout_of
+from visadapt.data.image_tables import ImageColumns, in_table
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.splits import stratified
 from visadapt.data.tables import Format
@@ -26,10 +27,10 @@ from visadapt.reading import check_file
 BUNDLED = ("cifar10", "mnist", "fashion-mnist", "digits")
 """Data sets that come with the package, or with scikit-learn."""
 
-_OF_DATASETS = ("image", "label", "regression", "multi_label")
+_OF_DATASETS = ("root", "image", "label", "regression", "multi_label")
 """Options that describe the columns of a data set of the ``datasets`` library."""
 
-_OF_TABLES = (*_OF_DATASETS, "header", "delimiter", "encoding")
+_OF_TABLES = (*_OF_DATASETS[1:], "header", "delimiter", "encoding")
 """Options that describe a table."""
 
 _TRAIN_FLAG = {"train": True}, {"train": False}
@@ -100,6 +101,8 @@ def find(
     if is_stored(path):
         return find_in_datasets(path, path.name, classes, reading(_OF_DATASETS, f"{name} is not a table"))
     layout = layout_of(path)
+    if isinstance(layout, Path) and is_stored(layout):
+        return find_in_datasets(layout, layout.name, classes, reading(_OF_DATASETS, f"{layout} is not a table"))
     if isinstance(layout, dict):
         reading((), f"{name} is a folder of classes, not a table")
         return in_folders(path, layout, classes)

@@ -189,8 +189,8 @@ def _without(files: ImageFiles, damaged: dict[int, str], most: float) -> Tensor:
     total = len(files)
     if len(damaged) > max(1, int(most * total)) or len(damaged) == total:
         raise VisadaptError(
-            f"{files.name}: {len(damaged)} of {total} images cannot be read, and at most {most:.0%} may be skipped: "
-            f"{shown}"
+            f"{files.name}: {len(damaged)} of {total} images cannot be read, and at most {most:.0%} may be skipped "
+            f"({option('damaged')}): {shown}"
         )
     warnings.warn(f"{files.name}: skipping {len(damaged)} of {total} images: {shown}", stacklevel=4)
     return torch.tensor([index for index in range(total) if index not in damaged], dtype=torch.int64)

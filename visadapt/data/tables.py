@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,23 @@ class Table:
             )
         return number
 
+    def usual(self, names: Sequence[str]) -> int | None:
+        """Find the column of the first of these names, in any case; None if there is none.
+
+        Args:
+            names: in lower case.
+
+        Raises:
+            VisadaptError: several columns have the name.
+        """
+        own = [name.lower() for name in self.names or ()]
+        wanted = next((name for name in names if name in own), None)
+        if wanted is None:
+            return None
+        if own.count(wanted) > 1:
+            raise VisadaptError(f"{self.file} has several columns {wanted!r}: choose one by its number from 0")
+        return own.index(wanted)
+
     def described(self) -> str:
         """Describe the columns, for messages."""
         if self.names is None:
@@ -154,10 +172,17 @@ def read_table(file: Path, form: Format) -> Table:
     """
     if file.suffix.lower() in OTHERWISE:
         raise VisadaptError(f"{file} must be a table as text: save it as .csv")
+    if file.name.lower().endswith((".json.gz", ".jsonl.gz", ".ndjson.gz")):
+        raise VisadaptError(f"{file} must be unpacked first: only .csv and .tsv are read compressed")
     lines = read_text(file, form.encoding)
     comma = file.name.lower().removesuffix(".gz").endswith(".csv")
     delimiter = form.delimiter or ("," if comma else "\t")
-    first = lines.partition("\n")[0]
+    first, _, rest = lines.partition("\n")
+    marked = re.fullmatch(r"sep=(.)", first.strip('\r"')) if comma else None
+    if marked:
+        # the line that Excel reads the separator from
+        delimiter, lines = form.delimiter or marked[1], f"\n{rest}"
+        first = rest.partition("\n")[0]
     separated = delimiter not in first and _is_separated(first)
     try:
         rows = _parsed(lines, delimiter, file, quoted_only=comma)
@@ -175,6 +200,8 @@ def read_table(file: Path, form: Format) -> Table:
             if separated:
                 raise VisadaptError(f"{file} has {_one_column(first)}")
             hint = "" if len(row) < width else f" ({delimiter!r} in a cell must be inside quotation marks)"
+            if names is not None and len(names) == 1:
+                hint = f" (the first row must hold the column names, got {names[0]!r:.80})"
             raise VisadaptError(f"{file}, row {number} must have {width} columns, got {len(row)}{hint}")
     return Table(file, names, [row[:width] for _, row in numbered], [number for number, _ in numbered])
 
@@ -223,7 +250,7 @@ def _parsed(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[li
 def _strictly_quoted(text: str, delimiter: str, file: Path, quoted_only: bool) -> list[list[str]]:
     rows: list[list[str]] = []
     try:
-        rows.extend(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        rows.extend(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True))
         if quoted_only or len({len(row) for row in rows if row}) <= 1:
             return rows
     except csv.Error as error:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from torch import Tensor
 
 from visadapt.data.splits import stratified
 from visadapt.errors import VisadaptError, nearest, option
+
+_COMMA = re.compile(r"[-+]?[\d.]*,\d+")
+"""A number with a decimal comma."""
+
+_MISSING = frozenset(("nan", "nat", "<na>", "n/a", "null"))
+"""How programs write that a value is missing, in lower case."""
 
 _MANY = 20
 """Number of different labels from which the library asks whether they are classes."""
@@ -36,7 +44,7 @@ class Targets:
             raise VisadaptError(f"give {option('regression')} or {option('multi_label')}, not both")
 
     def names(self, cells: Iterable[str]) -> tuple[str, ...]:
-        """Return the class names in cells: in numeric order if all are integers, alphabetically otherwise."""
+        """Return the class names in cells: in numeric order if all are numbers, alphabetically otherwise."""
         return () if self.regression else tuple(ordered(name for cell in cells for name in self.split(cell)))
 
     def split(self, cell: str) -> list[str]:
@@ -66,7 +74,8 @@ class Targets:
             if None in values:
                 wrong = values.index(None)
                 row = f", row {numbers[wrong]}" if numbers else ""
-                raise VisadaptError(f"{where}{row}: the label must be a finite number, got {cells[wrong]!r:.80}")
+                hint = ": write a decimal comma as a point" if _COMMA.fullmatch(cells[wrong]) else ""
+                raise VisadaptError(f"{where}{row}: the label must be a finite number, got {cells[wrong]!r:.80}{hint}")
             return torch.tensor(values, dtype=torch.float32)
         codes = {name: index for index, name in enumerate(classes)}
         for name in (name for cell in cells for name in self.split(cell)):
@@ -85,12 +94,17 @@ class Targets:
         Raises:
             VisadaptError: they are real values, or names that do not repeat.
         """
+        if self.separator is not None and cells and all(re.fullmatch(r"\[.*\]", cell) for cell in cells):
+            raise VisadaptError(
+                f"{where}: a cell of several labels must be names with {self.separator!r} between them, got "
+                f"{cells[0]!r:.80}: leave out the brackets and the quotation marks"
+            )
         if self.regression or self.separator is not None:
             return
         different = len(set(cells))
         if different <= max(2, len(cells) // 2):
             return
-        numbers = all(_real(cell) is not None for cell in set(cells))
+        numbers = all(_real(cell) is not None or _COMMA.fullmatch(cell) for cell in set(cells))
         fractions = numbers and any(not re.fullmatch(r"[-+]?\d+", cell) for cell in set(cells))
         if different < _MANY and not fractions:
             return
@@ -113,9 +127,29 @@ def problem_type(labels: Tensor) -> str:
 
 
 def ordered(labels: Iterable[str]) -> list[str]:
-    """Sort distinct labels: as numbers if all are integers, alphabetically otherwise."""
-    distinct = set(labels)
-    return sorted(distinct, key=int) if all(re.fullmatch(r"-?\d+", y) for y in distinct) else sorted(distinct)
+    """Sort distinct labels: as numbers if all are numbers such as 7 or 7.0, alphabetically otherwise."""
+    distinct = sorted(set(labels))
+    # of two spellings of one number, such as 7 and 07, the alphabet tells which comes first
+    return sorted(distinct, key=Decimal) if all(re.fullmatch(r"-?\d+(\.\d+)?", y) for y in distinct) else distinct
+
+
+def doubtful(classes: Sequence[str], where: str, written: bool = False) -> tuple[str, ...]:
+    """Describe class names that are probably a mistake, for the user to know.
+
+    Args:
+        classes: the names.
+        where: what holds them.
+        written: whether they are cells of a table, where a missing value may stand as a word.
+    """
+    alike: dict[str, str] = {}
+    said = []
+    for name in classes:
+        other = alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            said.append(f"classes {other!r} and {name!r} differ only in case, spaces or the composition of letters")
+        if written and name.lower() in _MISSING:
+            said.append(f"the label {name!r} is taken as a class: remove the rows if it stands for a missing value")
+    return tuple(f"{where}: {each}" for each in said[:3])
 
 
 def check_form(labels: Tensor, count: int) -> None:

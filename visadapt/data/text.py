@@ -17,7 +17,7 @@ from visadapt.data import bundled
 from visadapt.data.datasets_library import SPLITS, open_dataset
 from visadapt.data.splits import without_samples
 from visadapt.data.tables import Column, Format, is_table
-from visadapt.data.targets import Targets, check_form, held_out
+from visadapt.data.targets import Targets, check_form, doubtful, held_out
 from visadapt.data.text_rows import Reader, Rows, Text, rows_of_datasets, rows_of_folder
 from visadapt.data.text_sources import BUNDLED, PRESETS, at_root, is_stored_set, options_of
 from visadapt.errors import VisadaptError, check_unused, nearest, option
@@ -136,7 +136,7 @@ def load_text(
         online: whether ``"hf/NAME"`` may be downloaded.
 
     Returns:
-        The data set; labels are in numeric order if all are integers, in alphabetical order otherwise.
+        The data set; labels are in numeric order if all are numbers, in alphabetical order otherwise.
 
     Raises:
         VisadaptError: there is no such data set, file or column, a line has too few columns or no label, a split has a
@@ -220,7 +220,7 @@ def _completed(
     remarks = [f"{name}: {len(made.test)} of {len(rows)} rows held out for test"]
     remarks.append(f"{name}: {len(made.validation)} of {len(rows) - len(made.test)} rows held out for validation")
     few = without_samples(made.classes, made.train.labels, "rows")
-    return replace(made, remarks=(*remarks, *(f"{name}: {remark}" for remark in few)))
+    return replace(made, remarks=(*remarks, *made.remarks, *(f"{name}: {remark}" for remark in few)))
 
 
 def _bundled(name: str) -> TextSet:
@@ -245,9 +245,11 @@ def _assemble(
     """Build the data set; ``classes`` maps the labels as written to class names, in the order of the class indices."""
     own = splits.get("train") or splits.get("test") or splits["validation"]
     written = targets.names(own.labels)
+    remarks: tuple[str, ...] = ()
     if classes is None or ("train" in splits and not set(written) <= set(classes)):
         targets.check_plausible(own.labels, name)
         classes = {y: y for y in written}
+        remarks = doubtful(written, name, written=True)
     parts = {}
     for split, rows in splits.items():
         labels = targets.encode(rows.labels, tuple(classes), f"{name}: split {split!r}", rows.numbers)
@@ -260,4 +262,4 @@ def _assemble(
     if "validation" not in parts:
         left, chosen = held_out(parts["train"].labels, validation or max(1, len(parts["train"]) // 10), seed)
         parts["train"], parts["validation"] = parts["train"].subset(left), parts["train"].subset(chosen)
-    return TextSet(name, tuple(classes.values()), parts["train"], parts["validation"], test)
+    return TextSet(name, tuple(classes.values()), parts["train"], parts["validation"], test, remarks)

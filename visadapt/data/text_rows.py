@@ -56,7 +56,8 @@ class Reader:
     def read(self, file: Path) -> Rows:
         """Return the rows of a file: text or pair, and label."""
         table = read_table(file, self.form)
-        texts, label = text_columns(table, self.text), table.column(self.label)
+        usual = table.usual(("label",)) if self.label == "label" else None
+        texts, label = text_columns(table, self.text), table.column(self.label) if usual is None else usual
         labels = table.cells(label)
         for number, cell in zip(table.numbers, labels, strict=True):
             if not cell and self.targets.separator is None:
@@ -72,9 +73,9 @@ def text_columns(table: Table, wanted: Column | Sequence[Column] | None) -> tupl
     """
     if wanted is None:
         for usual in TEXT_COLUMNS:
-            columns = (usual,) if isinstance(usual, str) else usual
-            if table.names is not None and set(columns) <= set(table.names):
-                return tuple(table.column(c) for c in columns)
+            places = [table.usual((name,)) for name in ((usual,) if isinstance(usual, str) else usual)]
+            if None not in places:
+                return tuple(place for place in places if place is not None)
         raise VisadaptError(
             f"{table.file} has {table.described()}: choose the text column with {option('text')} (two for pairs)"
         )
@@ -119,7 +120,8 @@ def rows_of_folder(path: Path, reader: Reader, whole: bool = False, every: bool 
         warnings.warn(f"{path}: {min(others)!r} is none of the splits and is not used", stacklevel=4)
     if (whole and found) or ("train" in found and len(found) > 1):
         return found
-    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv) of texts")
+    hint = f": did you mean {path / min(others)}?" if len(others) == 1 and not found else ""
+    raise VisadaptError(f"{path} must have a file 'train' and a file 'test' or 'dev' (.tsv or .csv) of texts{hint}")
 
 
 def _header_of(part: Any, name: str) -> Table:
@@ -137,7 +139,8 @@ def _texts_of(part: Any, columns: Sequence[str], name: str) -> list[Text]:
         wrong = next((row for row, cell in enumerate(side) if not isinstance(cell, str)), None)
         if wrong is not None:
             got = type(side[wrong]).__name__
-            raise VisadaptError(f"{name}, row {wrong}: {column!r} must be a text, got {got}")
+            hint = ": a JSON file must hold one record per row" if got == "list" and len(side) == 1 else ""
+            raise VisadaptError(f"{name}, row {wrong}: {column!r} must be a text, got {got}{hint}")
     return sides[0] if len(sides) == 1 else list(zip(*sides, strict=True))
 
 

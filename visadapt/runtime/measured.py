@@ -36,3 +36,14 @@ def measured(notes: Mapping[str, Any]) -> dict[str, str]:
     if words and isinstance(noted.get("seed"), int):
         words["seed"] = str(noted["seed"])
     return words
+
+
+def seed_of(notes: Mapping[str, Any]) -> int:
+    """Return the seed of the splits that a task was trained and scored on; 0 if its notes do not say.
+
+    Args:
+        notes: of the task.
+    """
+    noted = notes.get("metrics")
+    seed = noted.get("seed") if isinstance(noted, Mapping) else None
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) and abs(seed) < 1 << 63 else 0

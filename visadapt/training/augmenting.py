@@ -13,6 +13,7 @@ from visadapt.data.augmentation import Augmentation
 from visadapt.data.image_inputs import ImageInputs
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.errors import VisadaptError, option
+from visadapt.training.forms import is_dataset, loader_of, samples_of
 from visadapt.training.recipe import Recipe
 
 Augment = Callable[[Any, torch.Generator], Any]
@@ -62,7 +63,9 @@ class Changes:
 
 
 def training_batches(data: Any, recipe: Recipe, prepare: Any, seed: int) -> Any:
-    """Read images from files in a random order, cropped as the recipe says; other data are returned as they are.
+    """Read the samples of a data set in a random order, images from files cropped as the recipe says.
+
+    Other data are returned as they are.
 
     Args:
         data: what ``fit`` takes.
@@ -74,6 +77,8 @@ def training_batches(data: Any, recipe: Recipe, prepare: Any, seed: int) -> Any:
         VisadaptError: images are to be cropped, and how the backbone's images are prepared is not known.
     """
     if not isinstance(data, ImageFiles):
+        if is_dataset(data) and samples_of(data, "training") is None:
+            return loader_of(data, recipe.batch_size, "training", shuffle=True, seed=seed)
         return data
     if recipe.augmentation.crops:
         if not isinstance(prepare, ImageInputs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from visadapt.data.samples import Samples
 from visadapt.data.targets import held_out
 from visadapt.errors import VisadaptError
 from visadapt.training.engine import Engine
+from visadapt.training.forms import described, is_dataset, loader_of, samples_of, split_at
 from visadapt.training.losses import Objective
 
 
@@ -26,6 +27,7 @@ class Batches:
             `visadapt.data.ImageFiles`, in their order;
             a pair of inputs (a tensor or a mapping of tensors) and labels;
             a mapping of tensors, one of them called ``labels``;
+            a data set of torch or of the ``datasets`` library, of such pairs or mappings of one sample each;
             a ``DataLoader``, or another iterable that has a length, can be iterated repeatedly and yields such a pair
             or mapping per batch. It does its own batching and shuffling.
         batch_size: samples per batch; ignored for data that is batched already.
@@ -47,15 +49,24 @@ class Batches:
         self.rank, self.processes, self.pinned = 0, 1, False
         if isinstance(data, ImageFiles):
             data = data.batches(batch_size)
-        self.samples = _samples(data, purpose)
+        self.samples = samples_of(data, purpose)
         self.loader: Iterable[Any] | None = None
         if self.samples is None:
+            if is_dataset(data):
+                data = loader_of(data, batch_size, purpose)
             if not isinstance(data, Iterable) or not hasattr(data, "__len__") or isinstance(data, str):
                 raise VisadaptError(
-                    f"{purpose} data must be a pair of inputs and labels, an ImageSplit, a mapping with 'labels' or a "
-                    f"DataLoader, got {type(data).__name__}"
+                    f"{purpose} data must be a pair of inputs and labels, an ImageSplit, a mapping with 'labels', a "
+                    f"Dataset or a DataLoader, got {type(data).__name__}"
                 )
             self.loader = data
+            try:
+                len(self)
+            except TypeError as error:
+                raise VisadaptError(
+                    f"{purpose} data must have a known number of batches, got a {type(data).__name__} without one: "
+                    "give its IterableDataset a __len__, the number of samples"
+                ) from error
         elif labelled and self.samples.labels is None:
             raise VisadaptError(f"the {purpose} data has no labels")
         elif labelled and self.samples.labels is not None:
@@ -120,11 +131,12 @@ class Batches:
     def _loaded(self) -> Iterator[Batch]:
         loader: Any = self.loader
         for batch in loader:
-            part = _samples(batch, self.purpose)
+            if not self.labelled and isinstance(batch, (tuple, list)) and len(batch) == 1:
+                (batch,) = batch  # a TensorDataset of inputs only
+            part = samples_of(batch, self.purpose)
             if part is None or (self.labelled and part.labels is None):
                 raise VisadaptError(
-                    f"a batch of the {self.purpose} data must be a pair of inputs and labels, "
-                    f"got {type(batch).__name__}"
+                    f"a batch of the {self.purpose} data must be a pair of inputs and labels, got {described(batch)}"
                 )
             rows = len(part) * self.processes
             if self.processes > 1 and loader.end_of_dataloader and loader.remainder > 0:
@@ -161,10 +173,16 @@ def held_back(data: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     Raises:
         VisadaptError: the data comes in batches, has no labels, or is a single sample.
     """
-    whole = data if isinstance(data, ImageFiles) else _samples(data, "training")
+    whole = data if isinstance(data, ImageFiles) else samples_of(data, "training")
+    if whole is None and is_dataset(data) and hasattr(data, "__len__"):
+        count = len(data)
+        if count > 1:
+            # the labels are not known before all samples have been read
+            left, chosen = held_out(torch.zeros(count), max(1, round(fraction * count)), seed)
+            return split_at(data, left, chosen)
     if whole is None:
         raise VisadaptError(
-            f"training data must be tensors or ImageFiles for validation={fraction:g}, got a {type(data).__name__}: "
+            f"training data must be tensors or a data set for validation={fraction:g}, got a {type(data).__name__}: "
             "split its data set, such as with torch.utils.data.random_split"
         )
     if whole.labels is None:
@@ -185,27 +203,3 @@ def held_back(data: Any, fraction: float, seed: int) -> tuple[Any, Any]:
 
 def _pin(tensor: Tensor) -> Tensor:
     return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-
-def _samples(data: Any, purpose: str) -> Samples | None:
-    if isinstance(data, Samples):
-        return data
-    if isinstance(data, Tensor):
-        return Samples(data)
-    if isinstance(data, Mapping):
-        inputs = {str(key): value for key, value in data.items() if key != "labels"}
-        if not inputs or not all(isinstance(value, Tensor) for value in inputs.values()):
-            types = ", ".join(f"{key}: {type(value).__name__}" for key, value in inputs.items()) or "labels only"
-            raise VisadaptError(f"{purpose} data must map argument names to tensors, got {types}")
-        return Samples(inputs, data.get("labels"))
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
-        first = data[0]
-        if isinstance(first, Mapping):
-            first = dict(first)
-        if isinstance(first, (Tensor, dict)):
-            return Samples(first, data[1])
-    if isinstance(getattr(data, "texts", None), list):
-        raise VisadaptError(f"the {purpose} data is text: convert it with visadapt.training.tokenised")
-    if isinstance(getattr(data, "images", None), Tensor) and isinstance(getattr(data, "labels", None), Tensor):
-        return Samples(data.images, data.labels)
-    return None

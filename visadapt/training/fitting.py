@@ -80,10 +80,12 @@ def fit(
         task: name of the task. None trains every parameter of a plain model that requires a gradient.
         train: a pair of inputs and labels, where inputs are a tensor ``(N, …)`` or a mapping of tensors by the model's
             argument names; an `visadapt.data.ImageSplit`; `visadapt.data.ImageFiles`, which are read in worker
-            processes; a mapping with ``labels``; or a ``DataLoader`` of such batches. Labels are class indices, for
-            cross entropy; floats, for the squared error of one output; or what ``loss`` says.
+            processes; a mapping with ``labels``; a data set of torch or of the ``datasets`` library, whose samples are
+            such pairs or mappings; or a ``DataLoader`` of such batches. Labels are class indices, for cross entropy;
+            floats, for the squared error of one output; or what ``loss`` says.
         validation: data in the same forms, to score the linear probe and each epoch; or the fraction of ``train`` to
-            hold back for it, in (0, 1), of each class alike and chosen by ``seed``. None keeps the last epoch.
+            hold back for it, in (0, 1), chosen by ``seed``, of each class alike if the labels are in memory. None
+            keeps the last epoch.
         recipe: None for the defaults of `Recipe`.
         prepare: converts a batch of inputs on the device to the model's input, in training and validation. None
             normalises uint8 images and trims the padding of tokenised texts.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from visadapt.backbone.modules import relative, unwrapped, within
 from visadapt.runtime.drawn import bits_of
+from visadapt.runtime.modes import keep_modes
 from visadapt.runtime.registry import registry_of
 from visadapt.training.batches import Batches
 from visadapt.training.engine import LogitsModel
@@ -54,6 +55,10 @@ def start_with_head(
     chosen on a fifth of the samples (Kumar et al. 2022, arXiv 2202.10054, §3.4). Done only for a head that is new,
     untouched since ``inject``, one linear layer, and the last thing that the model computes.
 
+    Where dropout changes the features by more than the samples differ, as in a backbone that was not pretrained, such a
+    head would start training with a loss of hundreds. Its outputs are then scaled down: those of classes as a whole,
+    which changes no decision in eval mode, other ones around their mean.
+
     Args:
         model: the model.
         task: its task; None for a plain model.
@@ -68,12 +73,14 @@ def start_with_head(
     """
     try:
         head = _new_head(model, task)
-        features, labels = _features(head, logits_model, target, batches, after_batch)
-        loss = fit_linear(head, features, labels, batches.objective, seed)
+        found = _features(head, logits_model, target, batches, after_batch)
+        loss = fit_linear(head, found.inputs, found.labels, batches.objective, seed)
     except Unsuited as reason:
         return f"no linear probe: {reason}"
     logits_model.engine.broadcast([p.data for p in head.parameters()])
-    return f"linear probe, loss {loss:.4f}"
+    scale = _damped(head, found, logits_model, target, batches.objective)
+    logits_model.engine.broadcast([p.data for p in head.parameters()])
+    return f"linear probe, loss {loss:.4f}" + ("" if scale == 1 else f" before scaling by {scale:.2g} for dropout")
 
 
 def _new_head(model: nn.Module, task: str | None) -> nn.Linear:
@@ -99,13 +106,35 @@ def _new_head(model: nn.Module, task: str | None) -> nn.Linear:
     return layer
 
 
+@dataclass
+class _Found:
+    """What enters a head.
+
+    Attributes:
+        inputs: of the head, ``(N, D)``, on the CPU.
+        labels: of the same samples.
+        batch: the first batch as the model takes it, on its device.
+        rows: number of samples of that batch, in all processes.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    batch: Any
+    rows: int
+
+
 def _features(
-    head: nn.Linear, logits_model: LogitsModel, target: Target, batches: Batches, after_batch: Callable[[str], None]
-) -> tuple[Tensor, Tensor]:
-    """What enters the head, ``(N, D)``, for all samples, with their labels, on the CPU."""
+    head: nn.Linear,
+    logits_model: LogitsModel,
+    target: Target,
+    batches: Batches,
+    after_batch: Callable[[str], None],
+) -> _Found:
+    """Compute what enters the head, for all samples."""
     seen: list[Tensor] = []
     features: list[Tensor] = []
     all_labels: list[Tensor] = []
+    first: list[Any] = []
     name, objective, engine = type(unwrapped(logits_model.model)).__name__, batches.objective, logits_model.engine
 
     def use(outputs: Tensor, labels: Tensor | None) -> None:
@@ -132,12 +161,73 @@ def _features(
             raise Unsuited(f"the features of {count:,} samples take more than {LIMIT * 8 / 1e9:.1f} GB")
         after_batch("features of the head")
 
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not first:
+            first.append(arguments[0])
+
+    handles = (
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())),
+        logits_model.register_forward_pre_hook(note),
+    )
     try:
         run_epoch(logits_model, target, batches, use)
     finally:
+        for handle in handles:
+            handle.remove()
+    return _Found(torch.cat(features), torch.cat(all_labels), first[0], len(features[0]))
+
+
+def _as_trained(model: nn.Module) -> None:
+    """Let modules draw random numbers as in training, but keep the statistics of norms."""
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            module.eval()
+
+
+SCALES = tuple(2.0**-k for k in range(24))
+"""Factors to scale the outputs of a head with."""
+
+WORSE = 1.05
+"""Loss under dropout that a scaled head may have, relative to that of a head that tells nothing apart."""
+
+
+@torch.no_grad()
+def _damped(head: nn.Linear, found: _Found, logits_model: LogitsModel, target: Target, objective: Objective) -> float:
+    """Scale down a head that, on the first batch as training computes it, is worse than one that tells nothing apart.
+
+    Returns:
+        The factor: 1 for a head that is better, and is left as it is.
+    """
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    engine = logits_model.engine
+    try:
+        with (
+            target.context(),
+            keep_modes(logits_model.model),
+            torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []),
+        ):
+            _as_trained(logits_model)
+            logits_model(found.batch)
+    finally:
         handle.remove()
-    return torch.cat(features), torch.cat(all_labels)
+    drawn, labels = engine.gather(seen[0])[: found.rows].float().cpu(), found.labels[: found.rows]
+    weight, bias = head.weight.float().cpu(), None if head.bias is None else head.bias.float().cpu()
+    outputs = F.linear(drawn, weight, bias)
+    constant = F.linear(found.inputs.mean(0), weight, bias)
+    if not callable(objective.loss) and objective.kind(labels) != "mse":
+        constant = torch.zeros_like(constant)
+
+    def loss(scale: float) -> float:
+        return float(objective.losses(torch.lerp(constant.expand_as(outputs), outputs, scale), labels).mean())
+
+    if bias is None or loss(1) <= loss(0):
+        return 1.0
+    scale = next((each for each in SCALES if loss(each) <= WORSE * loss(0)), SCALES[-1])
+    head.weight.mul_(scale)
+    head.bias.copy_(torch.lerp(constant, bias, scale))
+    return scale
 
 
 @dataclass
@@ -214,6 +304,8 @@ def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, objective: Obj
     whole = _Problem((x - mean) / spread, labels.to(device), objective, has_bias)
     zero = torch.zeros_like(head.weight, dtype=dtype), torch.zeros(head.out_features, device=device, dtype=dtype)
     start = float(whole.loss(*zero))
+    if not math.isfinite(start):
+        raise Unsuited(f"the loss of a layer of zeros is {start:.4g}")
     key = _digest(head, x, labels, objective, seed)
     known = None if key is None else _SOLVED.get(key)
     weight, bias = whole.solve(*_choose(whole, zero, seed)) if known is None else (t.to(device) for t in known)

@@ -42,7 +42,8 @@ class Objective:
             [0, 1] (several labels per sample); ``mse``, the squared error of real values of the outputs' shape; or a
             function of outputs and labels that returns their mean loss, or one loss per sample (further axes are
             averaged). None chooses by the labels where they leave no choice: int64 ``(N,)`` and dense int64
-            ``(N, H, W)`` are classes, bool ``(N, C)`` has several labels per sample, floats ``(N,)`` are real values.
+            ``(N, H, W)`` are classes, bool ``(N, C)`` has several labels per sample, floats ``(N,)`` or ``(N, 1)`` are
+            real values.
         label_smoothing: of the cross entropy.
 
     Raises:
@@ -60,6 +61,8 @@ class Objective:
                 f"loss must be one of {', '.join(LOSSES)} or a function of outputs and labels, "
                 f"got {type(self.loss).__name__}"
             )
+        elif isinstance(self.loss, type):
+            raise VisadaptError(f"loss must be a function of outputs and labels, got a class: {self.loss.__name__}()")
         if self.label_smoothing and self.loss not in (None, "cross_entropy"):
             raise VisadaptError(f"label_smoothing={self.label_smoothing:g} applies to the cross entropy only")
 
@@ -73,7 +76,7 @@ class Objective:
             return self.loss if isinstance(self.loss, str) else None
         if labels.dtype == torch.int64 and (labels.ndim == 1 or labels.ndim > 2):
             return "cross_entropy"
-        if labels.ndim == 1 and labels.is_floating_point():
+        if labels.is_floating_point() and (labels.ndim == 1 or labels.shape[1:] == (1,)):
             return "mse"
         if labels.ndim == 2 and labels.dtype == torch.bool:
             return "bce"
@@ -93,9 +96,11 @@ class Objective:
         """
         kind = self.kind(labels)
         if kind == "mse" and labels.ndim == 1 and outputs != 1:
-            raise VisadaptError(f"the head must have 1 output for real-valued {purpose} labels, got {outputs}")
+            whole = bool((labels == labels.round()).all())
+            hint = " (class indices must be integers)" if whole and self.loss is None else ""
+            raise VisadaptError(f"the head must have 1 output for real-valued {purpose} labels, got {outputs}{hint}")
         if kind in ("cross_entropy", "bce") and (labels.is_floating_point() or kind == "bce"):
-            if labels.ndim < 2 or labels.shape[1] != outputs:
+            if (width_of(labels) if labels.ndim > 1 or kind == "bce" else 0) != outputs:
                 raise VisadaptError(
                     f"{purpose} labels must be one column per output of the head, {outputs}, got {tuple(labels.shape)}"
                 )
@@ -107,8 +112,9 @@ class Objective:
             low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
             if low < 0 or high >= outputs:
                 wrong = low if low < 0 else high
+                mark = f" ({IGNORED} marks a position that does not count)" if labels.ndim > 1 else ""
                 raise VisadaptError(
-                    f"{purpose} labels must be from 0 to {outputs - 1}, the head's classes, got {wrong}"
+                    f"{purpose} labels must be from 0 to {outputs - 1}, the head's classes, got {wrong}{mark}"
                 )
 
     def check(self, outputs: Tensor, labels: Tensor, purpose: str, name: str) -> None:
@@ -135,7 +141,7 @@ class Objective:
             if outputs.shape not in (labels.shape, (len(labels), 1)):
                 count = outputs.shape[1] if outputs.ndim == 2 else got
                 raise VisadaptError(f"the head must have 1 output for real-valued {purpose} labels, got {count}")
-        elif kind is not None and outputs.shape != labels.shape:
+        elif kind is not None and outputs.shape != labels.shape and aligned(outputs, labels).shape != labels.shape:
             raise VisadaptError(
                 f"outputs of {name} must have the shape of the {purpose} labels, {tuple(labels.shape)}, got {got}"
             )
@@ -157,6 +163,7 @@ class Objective:
             outputs = aligned(outputs, labels)
             each = F.mse_loss(outputs, labels.to(outputs.dtype), reduction="none")
         elif kind == "bce":
+            outputs = aligned(outputs, labels)
             each = F.binary_cross_entropy_with_logits(outputs, labels.to(outputs.dtype), reduction="none")
         else:
             soft = labels.to(outputs.dtype) if labels.is_floating_point() else labels
@@ -169,7 +176,14 @@ class Objective:
     def _own(self, outputs: Tensor, labels: Tensor) -> Tensor:
         assert callable(self.loss)
         outputs = aligned(outputs, labels)
-        value = self.loss(outputs, labels)
+        try:
+            value = self.loss(outputs, labels)
+        except VisadaptError:
+            raise
+        except Exception as error:  # whatever a function of the caller's raises
+            raise VisadaptError(f"loss cannot take {shapes(outputs, labels)}: {error}") from error
+        if isinstance(value, Tensor) and outputs.requires_grad and not value.requires_grad:
+            raise VisadaptError("loss must return a tensor with a gradient: it was detached from the outputs")
         if isinstance(value, Tensor) and value.is_floating_point():
             if value.ndim == 0:
                 return value.expand(len(labels))
@@ -177,6 +191,12 @@ class Objective:
                 return value.flatten(1).mean(1) if value.ndim > 1 else value
         got = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise VisadaptError(f"loss must return one number, or one per sample ({len(labels)}), got {got}")
+
+
+def shapes(outputs: Tensor, labels: Tensor) -> str:
+    """Describe outputs and labels, for messages."""
+    described = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("outputs", outputs), ("labels", labels)))
+    return " and ".join(described).replace("torch.", "")
 
 
 def aligned(outputs: Tensor, labels: Tensor) -> Tensor:

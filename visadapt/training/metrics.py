@@ -88,12 +88,12 @@ def pearson(logits: Tensor, labels: Tensor) -> float:
     functional = _torchmetrics("pearson")
     if not (_vary(logits) and _vary(labels)):
         return 0.0
-    return functional.pearson_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
+    return functional.pearson_corrcoef(logits[:, 0].double(), labels.double().flatten()).item()  # type: ignore[no-any-return]
 
 
 def spearman(logits: Tensor, labels: Tensor) -> float:
     """Rank correlation of the single output with real-valued labels; 0 if all outputs or all labels are equal."""
-    return _torchmetrics("spearman").spearman_corrcoef(logits[:, 0].double(), labels.double()).item()  # type: ignore[no-any-return]
+    return _torchmetrics("spearman").spearman_corrcoef(logits[:, 0].double(), labels.double().flatten()).item()  # type: ignore[no-any-return]
 
 
 def loss(logits: Tensor, labels: Tensor) -> float:
@@ -159,7 +159,34 @@ def check_metric(name: str, labels: Tensor | None = None, classes: int | None = 
         got = "real-valued" if labels.is_floating_point() else "class"
     if needed != got:
         words = {"several": "several per sample", "real-valued": "real-valued", "class": "one class per sample"}
-        raise VisadaptError(f"labels must be {words[needed]} for {name}, got {words[got]}")
+        fitting = {"several": _OF_SEVERAL, "real-valued": _OF_REALS, "class": ("accuracy",)}[got]
+        other = f"give a metric such as {fitting[0]!r} or 'loss'"
+        raise VisadaptError(f"labels must be {words[needed]} for {name}, got {words[got]}: {other}")
+    if needed == "real-valued" and labels.ndim > 1 and labels.shape[1:] != (1,):
+        raise VisadaptError(f"labels must be one real value per sample for {name}, got {tuple(labels.shape)}")
+
+
+def check_range(name: str, outputs: Tensor, labels: Tensor) -> None:
+    """Refuse class indices that a metric would count as errors, although no output stands for them.
+
+    Args:
+        name: of the metric.
+        outputs: ``(N, C)`` or ``(N, C, …)``.
+        labels: of the same samples.
+
+    Raises:
+        VisadaptError: a label is out of range.
+    """
+    if name not in OF_CLASSES or name == "loss" or labels.is_floating_point() or outputs.ndim < 2:
+        return
+    counted = labels[labels != IGNORED] if labels.ndim > 1 else labels
+    wrong = counted[(counted < 0) | (counted >= outputs.shape[1])]
+    if wrong.numel():
+        mark = f" ({IGNORED} marks a position that does not count)" if labels.ndim > 1 else ""
+        raise VisadaptError(
+            f"labels must be from 0 to {outputs.shape[1] - 1} for {name}, got {int(wrong.flatten()[0])}{mark}; or pass "
+            "a metric of your own"
+        )
 
 
 def _torchmetrics(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
-from visadapt.training.losses import Objective, aligned
-from visadapt.training.metrics import METRICS, check_metric
+from visadapt.training.losses import Objective, aligned, shapes
+from visadapt.training.metrics import METRICS, check_metric, check_range
 
 _LOSS = "loss"
 
@@ -55,6 +56,10 @@ def check_score(metric: Any, labels: Tensor | None = None, classes: int | None =
             "metric must be a name, a torchmetrics.Metric or a function of outputs and labels, "
             f"got {type(metric).__name__}"
         )
+    elif isinstance(metric, type):
+        raise VisadaptError(
+            f"metric must be an object or a function of outputs and labels, got a class: {metric.__name__}()"
+        )
     elif _keeps_state(metric) and metric.higher_is_better is None:
         raise VisadaptError(
             f"{metric_name(metric)} does not say whether higher scores are better: set its higher_is_better, or pass "
@@ -94,8 +99,9 @@ class Scores:
                 self._loss += self.objective.losses(exact, labels).double().sum()
             elif isinstance(metric, str):
                 check_metric(name, labels)
+                check_range(name, outputs, labels)
             elif _keeps_state(metric):
-                metric.update(aligned(outputs, labels), labels)
+                self._called(name, metric.update, outputs, labels)
         self._count += len(labels)
         if self._whole:
             self._kept.append((outputs, labels))
@@ -120,8 +126,20 @@ class Scores:
             else:
                 assert outputs is not None
                 assert labels is not None
-                scores[name] = _number(metric(aligned(outputs, labels), labels), name)
+                scores[name] = _number(self._called(name, metric, outputs, labels), name)
         return scores
+
+    @staticmethod
+    def _called(name: str, metric: Any, outputs: Tensor, labels: Tensor) -> Any:
+        outputs = aligned(outputs, labels)
+        try:
+            return metric(outputs, labels)
+        except VisadaptError:
+            raise
+        except Exception as error:  # whatever a function of the caller's raises
+            raise VisadaptError(
+                f"the metric {name} cannot take {shapes(outputs, labels)}: {str(error).splitlines()[0]:.300}"
+            ) from error
 
 
 def _keeps_state(metric: Any) -> bool:
@@ -142,7 +160,7 @@ def _fresh(metric: Any) -> Any:
 def _number(value: Any, name: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
-    if isinstance(value, float | int) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise VisadaptError(f"the metric {name} must give one number, got {got}: pass a function that picks one")
