@@ -330,7 +330,7 @@ def test_numbers_of_numpy_are_numbers(context: Context) -> None:
         (lambda c: export(c.model, c.folder / "e.pt2", task="a", example="x"), "example must be a batch"),
         (lambda c: training.predict(c.model, "a", torch.tensor(1)), "one entry per sample"),
         (lambda c: data.normalize(c.images.images, device="no such"), "device 'no such' cannot be used"),
-        (lambda c: data.read_images([torch.zeros(3, 8, 8)], size=8), r"an image must be uint8 \(3, H, W\)"),
+        (lambda c: data.read_images([torch.zeros(3, 8, 8)], size=8), r"must be uint8 of shape \(3, H, W\)"),
     ],
 )
 def test_what_only_the_call_itself_can_tell(context: Context, call: Callable[[Context], Any], words: str) -> None:

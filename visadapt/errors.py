@@ -37,7 +37,7 @@ def nearest(name: object, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
-    # what is no name has none near it
+    # nothing is near to what is not a string
     letters = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
     same = next((n for n in known if letters and n != name and unicodedata.normalize("NFC", n) == letters), None)
     if same is not None:
