@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 import visadapt
-from benchmarks.measure import Row, exact, interleaved, milliseconds, parse_args, print_rows, ratio
+from benchmarks.measure import Row, exact, interleaved, milliseconds, parse_args, print_rows, ratio, resnet50
 from visadapt.runtime.registry import registry_of
 
 
@@ -58,7 +57,7 @@ def import_seconds() -> float:
 
 def measure(tasks: int, repeats: int, folder: Path) -> Iterator[Row]:
     """Measure all figures."""
-    net = torchvision.models.resnet50(weights=None)
+    net = resnet50()
     inject = seconds(lambda m: visadapt.inject(m, m=32, num_classes=10), repeats, lambda: copy.deepcopy(net))
     yield milliseconds("inject", "ResNet-50, m=32, the first task", inject)
     file = folder / "task.visadapt"
@@ -91,7 +90,7 @@ def _measure_beside(model: torch.nn.Module, tasks: int, repeats: int, file: Path
     for name, share in profile_callees(lambda: visadapt.load(model, file, task=remove_new()), visadapt.load):
         yield exact(f"profile: load: {name}", setting, share, "%")
     remove_new()
-    yield from _measure_calls(model, torchvision.models.resnet50(weights=None), setting, repeats)
+    yield from _measure_calls(model, resnet50(), setting, repeats)
     yield milliseconds("save", setting, seconds(lambda _: visadapt.save(model, "first", file), repeats))
     yield milliseconds("switch", setting, seconds(lambda _: visadapt.activate(model, "first"), repeats))
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torchvision
 from torch import nn
 
 import visadapt
-from benchmarks.measure import Row, best, exact, interleaved, operations, parse_args, print_rows, ratio
+from benchmarks.measure import Row, best, exact, interleaved, operations, parse_args, print_rows, ratio, resnet50
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -45,7 +44,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     """Measure all figures."""
     setting = f"ResNet-50, batch {batch}, {size} px"
-    net, x = torchvision.models.resnet50(weights=None).eval(), torch.randn(batch, 3, size, size)
+    net, x = resnet50(), torch.randn(batch, 3, size, size)
     runs: dict[str, Callable[[], object]] = {}
     for name, make in CONTENDERS.items():
         for kind, chosen in FORMATS.items():

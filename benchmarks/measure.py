@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -162,6 +163,24 @@ def in_new_process(function: Callable[..., int], *arguments: object) -> int:
     """Call a module's function in a new process, and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def resnet50() -> nn.Module:
+    """Build torchvision's ResNet-50 with random weights, and norms that have the statistics of a batch of noise.
+
+    Its feature maps are of the size of a trained network's. With the statistics that norms start with, they grow with
+    every block until gelu and its gradient give subnormal numbers, with which a CPU takes many times as long.
+    """
+    net = torchvision.models.resnet50(weights=None)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        net.train()(torch.randn(8, 3, 96, 96))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return net.eval()
 
 
 OPTIMISER = "fused AdamW"

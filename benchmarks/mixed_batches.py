@@ -15,12 +15,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
-from benchmarks.measure import Row, exact, interleaved, operations, parse_args, print_rows, ratio
+from benchmarks.measure import Row, exact, interleaved, operations, parse_args, print_rows, ratio, resnet50
 
 
 def build(tasks: int, norms: str) -> nn.Module:
     """Build ResNet-50 with that many tasks, each with its own head and perturbed away from the identity."""
-    model = torchvision.models.resnet50(weights=None)
+    model = resnet50()
     for i in range(tasks):
         visadapt.inject(model, m=32, task=f"task{i}", num_classes=10, norms=norms)
         with torch.no_grad():
@@ -61,7 +61,7 @@ def one_image(tasks: int, repeats: int, device: str, size: int = 224) -> Iterato
     x = torch.randn(1, 3, size, size, device=device)
     names = [f"task{i}" for i in range(tasks)]
     for m in (8, 64):
-        model = torchvision.models.resnet50(weights=None)
+        model = resnet50()
         for name in names:
             visadapt.inject(model, visadapt.Ladder(m=m), task=name, num_classes=10)
         model.eval().to(device)

@@ -10,11 +10,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
 import visadapt
-from benchmarks.measure import OPTIMISER, Row, exact, operations, optimiser, parse_args, print_rows, profile, spread
+from benchmarks.measure import (
+    OPTIMISER,
+    Row,
+    exact,
+    operations,
+    optimiser,
+    parse_args,
+    print_rows,
+    profile,
+    resnet50,
+    spread,
+)
 from visadapt.frozen import CachedPrefix
 
 
@@ -30,7 +40,7 @@ def epochs(
     method: object, where: object, x: Tensor, labels: Tensor, batch: int
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return functions that run the first epoch, which fills the cache, and a later one."""
-    model = torchvision.models.resnet50(weights=None).to(x.device)
+    model = resnet50().to(x.device)
     visadapt.inject(model, method, where=where, task="t", num_classes=10, norms="frozen")
     visadapt.lean(model).train()
     trained = optimiser(visadapt.parameters(model, "t"), lr=1e-3)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 import visadapt
@@ -31,6 +30,7 @@ from benchmarks.measure import (
     print_rows,
     profile,
     ratio,
+    resnet50,
 )
 
 CLASSES, M = 10, 32
@@ -98,7 +98,7 @@ def step(name: str, memory_format: str, size: int, batch: int, device: str) -> t
     chosen = FORMATS[memory_format]
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size).to(device, memory_format=chosen)
-    net = torchvision.models.resnet50(weights=None).to(device, memory_format=chosen)
+    net = resnet50().to(device, memory_format=chosen)
     model, parameters = CONTENDERS[name](net)
     labels = torch.arange(batch, device=device) % CLASSES
     return Step(model, parameters, lambda net: net(x), labels, name in AUTOCAST), x

@@ -1,5 +1,6 @@
 """Generated pages say what the code says; the code on the others is run as a reader would, in an empty folder."""
 
+import csv
 import importlib.util
 import os
 import re
@@ -165,6 +166,7 @@ def test_the_code_of_a_page(page, tmp_path, monkeypatch, request) -> None:
     if "push_to_hub" in (DOCS / page).read_text(encoding="utf-8"):
         request.getfixturevalue("hub")
     own_photos(tmp_path / "photos")
+    own_texts(tmp_path / "reviews.csv")
     known = dict(METHODS)
     try:
         run_page(page)
@@ -193,6 +195,17 @@ def own_photos(folder: Path) -> None:
                 image.save(folder / name / f"{number}.JPG", format="JPEG", quality=95)
     (folder / "dogs" / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(40))
     (folder / ".DS_Store").write_bytes(bytes(8))
+
+
+def own_texts(file: Path) -> None:
+    """Write a table of texts as a spreadsheet exports it: a mark, quotation marks, and line ends of Windows."""
+    kinds = {"good": "works as it should, and is quiet", "bad": 'broke after a week, "sorry"'}
+    with file.open("w", encoding="utf-8-sig", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(("id", "text", "label"))
+        for number in range(30):
+            for label, text in kinds.items():
+                writer.writerow((number, f"{text} ({number})", label))
 
 
 def test_the_page_on_methods_prints_what_it_says(capsys, tmp_path, monkeypatch) -> None:

@@ -215,10 +215,7 @@ OPEN = r"\bAny\b|Where|Prepare|Augment|Pixels"
 
 MEANT = {
     ("inject", "model", nn.Linear),
-    ("training.fit", "loss", nn.Linear),
-    ("training.fit", "metric", nn.Linear),
     ("training.fit", "log", nn.Linear),
-    ("training.evaluate", "loss", nn.Linear),
     ("split", "axis", -1),
     *((name, "seed", -1) for name in ("cache_prefix", "training.fit", "data.load_text", "data.load_images")),
 }

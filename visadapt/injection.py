@@ -106,7 +106,7 @@ def inject(
             Norms in them are trained whole, and adapters are put elsewhere.
         norms: what the task owns of the norms: ``frozen`` (nothing), ``affine`` (its own weights and biases; the
             running statistics never move) or ``full`` (statistics too, which move in train mode). ``auto``
-            is ``affine``, and ``frozen`` for a `visadapt.Ladder`.
+            is ``affine``, and ``frozen`` for `visadapt.Linear` and a `visadapt.Ladder`.
         where: which sites; see `visadapt.sites`. By default the method's own kinds.
         example: an input to trace shapes with, where a glob in ``where`` names modules that are not known sites.
         **build: passed to the builder, or to the loader of a name, such as ``weights="DEFAULT"``.

@@ -175,7 +175,7 @@ def test_training_moves_the_task_alone(name, options):
     model, x = injected(name, "affine"), BACKBONES[name][1]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     visadapt.lean(model, **options).train()
-    optimiser = torch.optim.AdamW(visadapt.parameters(model, "t"), lr=1e-2)
+    optimiser = torch.optim.AdamW(visadapt.parameters(model, "t"), lr=1e-3)
     losses = []
     for _ in range(4):
         optimiser.zero_grad()

@@ -1,5 +1,6 @@
 """The bottleneck: Houlsby's formula, its size, its options, and the budget that chooses its width."""
 
+import copy
 import math
 
 import pytest
@@ -176,6 +177,30 @@ def test_a_new_adapter_gives_its_input_back_in_every_dtype(h, layout, scale, act
     y = adapter(layout, m=3, activation=activation)(x)
     assert y.dtype == h
     assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("activation", ["gelu", None])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_beside_a_bf16_backbone_only_the_operands_are_rounded(layout, activation, autocast) -> None:
+    """The output and the gradients are off by a few times the 2⁻⁹ to which bf16 rounds; the gradients are in fp32."""
+    torch.manual_seed(0)
+    module = adapter(layout, m=3, activation=activation, init_std=0.3)
+    x = torch.randn(LAYOUTS[layout]).bfloat16().requires_grad_()
+    precise, given = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    expected = precise(given)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    (found * weight.bfloat16()).sum().backward()
+    pairs = [(found, expected), (x.grad, given.grad)]
+    for own, other in zip(module.parameters(), precise.parameters(), strict=True):
+        assert own.grad.dtype == torch.float32
+        pairs.append((own.grad, other.grad))
+    for value, exact in pairs:
+        assert (value.double() - exact).norm() <= 8 * 2**-9 * exact.norm()
 
 
 @pytest.mark.parametrize("member", ["tiny/resnet", "transformers/bert"], indirect=True, scope="session")

@@ -158,7 +158,7 @@ def test_copies_and_classes(tiny, image) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        (v.Linear(), {"num_classes": 3}, "pass norms='frozen', or Norms"),
+        (v.Linear(), {"norms": "affine", "num_classes": 3}, "pass norms='frozen', or Norms"),
         (v.Linear(), {"norms": "frozen"}, "give num_classes="),
         (
             v.Linear(),
@@ -185,3 +185,9 @@ def test_norms_of_a_network_without_any() -> None:
     for n in (0, True, 1.5):
         with pytest.raises(v.VisadaptError, match="n must be a positive integer"):
             v.TopLayers(n)
+
+
+def test_a_linear_probe_freezes_the_norms_by_default(tiny) -> None:
+    v.inject(tiny, v.Linear(), task="a", num_classes=3)
+    assert v.tasks(tiny)["a"].norms == "frozen"
+    assert len(v.parameters(tiny, "a")) == 2, "weight and bias of the head"

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visadapt.backbone.autocast import is_autocast
 from visadapt.backbone.compact import Compact
 from visadapt.backbone.site import is_channels_first
-from visadapt.frozen.bits import format_of, masked, pack, unpack
+from visadapt.frozen.bits import format_of, masked, pack
 from visadapt.methods.bottleneck import BottleneckAdapter
 
 
@@ -148,7 +148,7 @@ class MaskedReLU(Function):
     @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        return masked(grad, unpack(bits, ctx.shape, ctx.format)), None, None
+        return masked(grad, bits, ctx.shape, ctx.format), None, None
 
 
 class MaskedDropout(Function):
@@ -170,7 +170,7 @@ class MaskedDropout(Function):
     @_gradient
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
-        return masked(grad, unpack(bits, ctx.shape, ctx.format)).mul_(1 / (1 - ctx.p)), None
+        return masked(grad, bits, ctx.shape, ctx.format).mul_(1 / (1 - ctx.p)), None
 
 
 class IndexedMaxPool(Function):
@@ -333,40 +333,50 @@ class Bottleneck(Function):
             h = OwnBatchNorm.output(h.to(dtype), weight, bias, mean, var, eps)
         # in the dtype that the forward computed in, which autocast may have chosen
         h = h.to(ctx.dtype)
-        z, layout = ctx.adapter.down(h) if z is None else z, ctx.adapter.layout
-        w1, w2, through = w1.to(ctx.dtype), w2.to(ctx.dtype), grad.to(ctx.dtype)
-        leaf = z.detach().requires_grad_()
-        with torch.enable_grad():
-            active = ctx.adapter.activation(leaf)
-        inner = _pointwise_backward(through, active.detach(), w2, layout)
-        (before,) = torch.autograd.grad(active, leaf, inner[0])
-        outer = _pointwise_backward(before, h, w1, layout, ctx.needs_input_grad[0])
-        through_h = None if outer[0] is None else outer[0].to(grad.dtype).add_(grad)
-        return through_h, None, None, None, *outer[1:], *inner[1:]
+        z = ctx.adapter.down(h) if z is None else z
+        w1, w2 = w1.to(ctx.dtype), w2.to(ctx.dtype)
+        maps = is_channels_first(ctx.adapter.layout)
+        per_map = maps and h.is_contiguous() and _is_large(h)
+        moved = maps and not per_map
+        add: Callable[..., Tensor]
+        if per_map:
+            g, x = grad.to(ctx.dtype).flatten(2), h.flatten(2)
+            active, before = _through_activation(ctx.adapter, z.flatten(2), torch.matmul(w2.t(), g))
+            up, down = torch.bmm(g, active.transpose(1, 2)).sum(0), torch.bmm(before, x.transpose(1, 2)).sum(0)
+            offset = before.sum((0, 2))
+            add, factors = torch.baddbmm, (w1.t().expand(len(g), -1, -1), before)
+        else:
+            g, x, inner = (_positions(t, moved) for t in (grad.to(ctx.dtype), h, z))
+            active, before = _through_activation(ctx.adapter, inner, g @ w2)
+            up, down, offset = g.t() @ active, before.t() @ x, before.sum(0)
+            add, factors = torch.addmm, (before, w1)
+        of_h = None
+        if ctx.needs_input_grad[0]:
+            # a gradient that is wider than the products is added in its own dtype
+            is_wider = grad.dtype != ctx.dtype
+            of_h = add(g, *factors, beta=0 if is_wider else 1)
+            of_h = of_h.view(grad.movedim(1, -1).shape).movedim(-1, 1) if moved else of_h.view(grad.shape)
+            of_h = of_h.to(grad.dtype).add_(grad) if is_wider else of_h
+        return of_h, None, None, None, down, offset, up[:, :-1], up[:, -1]
 
 
-def _pointwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, layout: str, needed: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of y = W·x + b at every position: of x (if needed), W and b."""
-    maps = is_channels_first(layout)
-    if maps and (x.ndim != 4 or (x.device.type == "cpu" and x.is_contiguous() and _is_large(x))):
-        through, inputs = grad.flatten(2), x.flatten(2)
-        of_weight = torch.bmm(through, inputs.transpose(1, 2)).sum(0)
-        return _products(grad, weight) if needed else None, of_weight, through.sum((0, 2))
-    if maps:
-        kernel, ones, zeros = weight[:, :, None, None], [1, 1], [0, 0]
-        found = torch.ops.aten.convolution_backward(
-            grad, x, kernel, [len(weight)], ones, zeros, ones, False, zeros, 1, [needed, True, True]
-        )
-        return found[0], found[1].view_as(weight), found[2]
-    flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return grad @ weight if needed else None, flat.t() @ inputs, flat.sum(0)
+def _positions(x: Tensor, moved: bool) -> Tensor:
+    """``(positions, channels)``; with ``moved`` the channels are on axis 1."""
+    return (x.movedim(1, -1) if moved else x).reshape(-1, x.shape[1 if moved else -1])
+
+
+def _through_activation(adapter: BottleneckAdapter, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(φ(z), 1), whose product with the gradient of the output is that of W2 and b2, and the gradient of z."""
+    leaf = z.detach().requires_grad_()
+    with torch.enable_grad():
+        active = adapter.activation(leaf)
+    (before,) = torch.autograd.grad(active, leaf, grad)
+    return torch.cat([active.detach(), torch.ones_like(z.narrow(1, 0, 1))], 1), before
 
 
 def _is_large(x: Tensor) -> bool:
-    """Whether one matrix product per map is faster on a CPU than a 1×1 convolution: from about 12×12 positions up."""
-    return x.shape[2] * x.shape[3] >= 128
+    """Whether one matrix product per map is faster than one of all positions: from about 12×12 positions up."""
+    return x.shape[2:].numel() >= 128
 
 
 def _products(grad: Tensor, weight: Tensor) -> Tensor:

@@ -19,18 +19,19 @@ from visadapt.methods.policy import Policy
 class Linear(Method):
     """Feature-based transfer: a head on the frozen backbone (Houlsby et al. 2019, arXiv 1902.00751, §1).
 
-    No parameters but the head's: ``inject(model, Linear(), num_classes=10, norms="frozen")``.
+    No parameters but the head's; the norms are frozen by default.
 
     Raises:
         VisadaptError: the task would have norms of its own, no head of its own, or sites.
 
     Examples:
-        >>> model = visadapt.inject(backbone, visadapt.Linear(), task="flowers", num_classes=3, norms="frozen")
+        >>> model = visadapt.inject(backbone, visadapt.Linear(), task="flowers", num_classes=3)
         >>> len(visadapt.parameters(model, "flowers")), visadapt.summary(model)["flowers"].methods
         (2, 'Linear()')
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
+    norms: ClassVar[str] = "frozen"
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         self.no_sites(sites)

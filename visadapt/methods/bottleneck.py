@@ -143,19 +143,20 @@ class BottleneckAdapter(nn.Module):
     def _fuses(self, h: Tensor) -> bool:
         """Whether two products, the second added to ``h``, compute it: no conversion, dropout or hook is in between."""
         down = self.down
-        if is_recorded() or has_torch_function_unary(h) or h.dtype != down.weight.dtype:
+        if is_recorded() or has_torch_function_unary(h) or not _is_multiplied(h, down.weight):
             return False
         if rank_of(self.layout) and h.ndim != rank_of(self.layout) + 2:
             return False
         drops = self.training and self.drop_path > 0
         hooked = is_hooked(down) or is_hooked(self.up)
-        return not (drops or hooked or self.depthwise is not None or is_autocast(h.device.type)) and is_dense(h)
+        return not (drops or hooked or self.depthwise is not None) and is_dense(h)
 
     def _fused(self, h: Tensor, own: Own, fresh: bool) -> tuple[Tensor, Tensor]:
-        """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1, with the output written in one pass."""
+        """h + (W2, b2)·(φ(W1·h + b1), 1) and W1·h + b1, with the output written in one pass, in the dtype of h."""
         down, offset, up = own("down.weight", False), own("down.bias", False), with_bias(own, "up.weight", "up.bias")
         if self.scale is not None:
             up = own("scale", False)[:, :, None] * up
+        down, offset, up = down.to(h.dtype), offset.to(h.dtype), up.to(h.dtype)
 
         def act(z: Tensor, axis: int) -> Tensor:
             z = F.dropout(self.activation(z), self.dropout, self.training)
@@ -217,3 +218,14 @@ class BottleneckAdapter(nn.Module):
         if self.scale is not None:
             delta = delta * as_vector(own("scale"), delta, self.layout)
         return drop_rows(delta, self.drop_path, self.training).to(h.dtype).add_(h)
+
+
+def _is_multiplied(h: Tensor, weight: Tensor) -> bool:
+    """Whether products are computed in the dtype of ``h``.
+
+    A bf16 backbone's maps are multiplied by fp32 weights that are rounded to bf16, which is what autocast does; the
+    sums are in fp32, and the result is rounded once. Values in fp16 could overflow, and are converted instead.
+    """
+    if is_autocast(h.device.type):
+        return h.dtype == torch.get_autocast_dtype(h.device.type)
+    return h.dtype == weight.dtype or (h.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
