@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "visadapt"
 
 ROOMS = (
-    ("errors",),
+    ("errors", "printable"),
     ("limits",),
-    ("checks", "optional", "typed", "bounded_json", "printable", "arguments"),
+    ("checks", "optional", "typed", "bounded_json", "arguments"),
     ("reading",),
     ("table", "files"),
     ("tensor_file",),

@@ -18,6 +18,7 @@ from tests.models import ZOO, anatomy, same, snapshot
 from visadapt import VisadaptError, data, experiments, report, training
 from visadapt.experiments import Result
 from visadapt.export.program import export
+from visadapt.printable import shown
 from visadapt.serving import Limits, Server
 
 
@@ -163,7 +164,33 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Context], dict[str, Any]]]]
     "report.Look": (report.Look, lambda c: {}),
 }
 
-NUMBERS = (-1, -0.5, math.nan, math.inf, 10**30)
+NUMBERS = (-1, -0.5, math.nan, math.inf, 10**30, 10**5000)
+
+
+class Unprintable:
+    """Of a stranger's class: it cannot be shown, compared or counted."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Unreadable(list[Any]):
+    """A list that raises when it is read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise RuntimeError("no elements")
+
+    __len__ = __iter__  # type: ignore[assignment]
+
+
+DEEP: list[Any] = []
+for _ in range(5000):
+    DEEP = [DEEP]
 
 VALUES: tuple[tuple[Any, str], ...] = (
     (None, r"None"),
@@ -178,6 +205,8 @@ VALUES: tuple[tuple[Any, str], ...] = (
     ({"x": object()}, r"(?!)"),
     (torch.zeros(2), r"Tensor"),
     (nn.Linear, r"Callable"),
+    (Unprintable(), r"(?!)"),
+    (DEEP, r"(?!)"),
 )
 """A value, and what an annotation must say to take values of its type."""
 
@@ -224,9 +253,9 @@ def test_a_wrong_argument_is_an_error_that_names_it_and_changes_nothing(context:
     before, shape, state = snapshot(context.model), anatomy(context.model), context.state()
     failures = []
     for argument, value in wrong(name):
-        if any((name, argument, repr(value)) == (*entry[:2], repr(entry[2])) for entry in MEANT):
+        if any((name, argument, shown(value)) == (*entry[:2], shown(entry[2])) for entry in MEANT):
             continue
-        call = f"{name}({argument}={value!r:.60})"
+        call = f"{name}({argument}={shown(value, 60)})"
         try:
             function(**{**right(context), argument: value})
             failures.append(f"{call}: nothing was said")
@@ -254,6 +283,56 @@ NAMED = {
     "device": "device",
 }
 """How messages call some arguments."""
+
+
+PATHS = [
+    (name, parameter.name)
+    for name, (function, _) in CALLS.items()
+    for parameter in inspect.signature(
+        getattr(visadapt, name, function) if "." not in name else function
+    ).parameters.values()
+    if "PathLike" in str(parameter.annotation)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), PATHS)
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "a" * 5000, b"bytes", Unprintable()])
+def test_a_path_that_no_file_can_have_is_refused(context: Context, name: str, argument: str, path: Any) -> None:
+    function, right = CALLS[name]
+    with pytest.raises(VisadaptError) as caught:
+        function(**{**right(context), argument: path})
+    str(caught.value).encode()
+    assert "\0" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(context: Context) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = visadapt.inject(ZOO["tiny/resnet"].make(), m=2, task="a", where="layer4", norms="frozen", num_classes=3)
+    for seed in (3, numpy.int64(3)):
+        kept = visadapt.cache_prefix(model, "a", context.x, seed=seed)
+        kept.prefix.close()
+        assert kept.identity["seed"] == 3
+        assert type(kept.identity["seed"]) is int
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda c: visadapt.decide(c.model, "image"), "inputs must be a tensor"),
+        (lambda c: visadapt.decide(c.model, {1: c.x}), "inputs must be a tensor"),
+        (lambda c: visadapt.activate(c.model, Unreadable()), "task must be"),
+        (lambda c: visadapt.inject(c.model, m=2, task="c", where=torch.tensor(1)), "where= must be"),
+        (lambda c: visadapt.split(c.model, torch.tensor(1.0), ["a"]), "logits must have one row"),
+        (lambda c: visadapt.merge_error(c.model, nn.Linear(2, 2), "a"), "merged must be a merge of this model"),
+        (lambda c: export(c.model, c.folder / "e.pt2", task="a", example="x"), "example must be a batch"),
+        (lambda c: training.predict(c.model, "a", torch.tensor(1)), "one entry per sample"),
+        (lambda c: data.normalize(c.images.images, device="no such"), "device 'no such' cannot be used"),
+        (lambda c: data.read_images([torch.zeros(3, 8, 8)], size=8), r"must be uint8 of shape \(3, H, W\)"),
+    ],
+)
+def test_what_only_the_call_itself_can_tell(context: Context, call: Callable[[Context], Any], words: str) -> None:
+    with pytest.raises(VisadaptError, match=words):
+        call(context)
 
 
 def test_there_are_many() -> None:

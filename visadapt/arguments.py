@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import inspect
 import math
 import numbers
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from visadapt.errors import VisadaptError
+from visadapt.printable import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,11 +57,12 @@ def takes(*own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}: {error}") from None
-            for name, value in bound.arguments.items():
+            for name, value in list(bound.arguments.items()):
                 kind = signature.parameters[name].kind
                 if name in hints and kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
                     check_argument(value, hints[name], name)
-            return function(*args, **kwargs)
+                    bound.arguments[name] = plain_number(value)
+            return function(*bound.args, **bound.kwargs)
 
         return checked
 
@@ -110,15 +114,53 @@ def check_argument(value: Any, hint: Any, name: str) -> None:
     Raises:
         VisadaptError: the argument is named.
     """
-    if not matches(value, hint):
-        value, hint, name = _innermost(value, hint, name)
+    try:
+        right = matches(value, hint)
+        value, hint, name = (value, hint, name) if right else _innermost(value, hint, name)
+    except Exception as error:  # of a stranger's class
+        raise VisadaptError(
+            f"{name} must be {_words(hint)}, got a {type(value).__name__} that fails: {error}"
+        ) from error
+    if not right:
         plain = isinstance(value, str | int | float | complex | bytes | None)
-        shown = f"{value!r:.80}" if plain else type(value).__name__
-        raise VisadaptError(f"{name} must be {_words(hint)}, got {shown}")
+        got = shown(value, 80) if plain else type(value).__name__
+        raise VisadaptError(f"{name} must be {_words(hint)}, got {got}")
     if isinstance(value, float) and not math.isfinite(value):
         raise VisadaptError(f"{name} must be a finite number, got {value!r}")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise VisadaptError(f"{name} must be a number below 2**63, got {value!r:.80}")
+        raise VisadaptError(f"{name} must be a number below 2**63, got {shown(value, 80)}")
+    if isinstance(value, str | os.PathLike) and any(_is_path(one) for one in get_args(hint)):
+        check_path(value, name)
+
+
+def check_path(path: str | os.PathLike[str], name: str) -> None:
+    """Refuse a path that no file of this system can have.
+
+    Raises:
+        VisadaptError: it is made of bytes, is too long, has a null character, or cannot be encoded; the argument is
+            named.
+    """
+    usable = False
+    try:
+        usable = isinstance(os.fspath(path), str)
+        os.lstat(path)
+    except OSError as error:
+        usable = usable and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL)
+    except Exception:  # of a stranger's class, or a ValueError
+        usable = False
+    if not usable:
+        raise VisadaptError(f"{name} must be a path that a file can have, got {shown(path, 80)}")
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy as Python's own; anything else as it is."""
+    if isinstance(value, int | float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _is_path(hint: Any) -> bool:
+    return getattr(get_origin(hint), "__name__", "") == "PathLike"
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -196,7 +238,7 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(dict.fromkeys(_words(type(value)) for value in inner))
     if origin is not None:
-        if origin.__name__ == "PathLike":
+        if _is_path(hint):
             return "a path"
         if origin.__name__ == "Callable":
             return "a function"

@@ -18,6 +18,7 @@ from visadapt.backbone.structure import STRUCTURE
 from visadapt.checks import check_choice, check_positive, is_real
 from visadapt.errors import VisadaptError
 from visadapt.plan import Plan, commit, new_plan
+from visadapt.printable import shown
 from visadapt.runtime.registry import Registry, Task, check_hosts, check_task_name, facts_of, registry_of
 
 WAYS = ("average", "ties")
@@ -134,7 +135,7 @@ def _checked(how: Any, density: Any, scale: Any) -> _Ties | None:
             raise VisadaptError("density= and scale= apply to how='ties' only")
         return None
     if density is not None and (not is_real(density) or not 0 < density <= 1):
-        raise VisadaptError(f"density must be a fraction in (0, 1], got {density!r}")
+        raise VisadaptError(f"density must be a fraction in (0, 1], got {shown(density)}")
     if scale is not None:
         check_positive(scale, "scale")
     return _Ties(_DENSITY if density is None else density, 1.0 if scale is None else scale)
@@ -148,12 +149,12 @@ def _tasks(registry: Registry, weights: Any, into: Any) -> list[Task]:
     """
     if not isinstance(weights, Mapping) or len(weights) < 2:
         raise VisadaptError(
-            f"weights must give two or more tasks a weight, such as {{'a': 0.5, 'b': 0.5}}, got {weights!r}"
+            f"weights must give two or more tasks a weight, such as {{'a': 0.5, 'b': 0.5}}, got {shown(weights)}"
         )
     first, *others = [registry.task(name) for name in weights]
     for name, weight in weights.items():
         if not is_real(weight) or weight <= 0:
-            raise VisadaptError(f"the weight of task {name!r} must be a positive number, got {weight!r}")
+            raise VisadaptError(f"the weight of task {name!r} must be a positive number, got {shown(weight)}")
     total = math.fsum(weights.values())
     if abs(total - 1) > 1e-6:
         raise VisadaptError(f"weights must sum to 1, got {total:g}")

@@ -26,7 +26,7 @@ class VisadaptError(ValueError):
     """
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'flowers'?"`` or, if no name is similar, a list of the names.
 
     Args:
@@ -37,12 +37,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
         Text to append to an error message; empty if ``names`` is empty.
     """
     known = sorted({str(n) for n in names})
-    letters = unicodedata.normalize("NFC", str(name))
-    same = next((n for n in known if n != name and unicodedata.normalize("NFC", n) == letters), None)
+    # nothing is near to what is not a string
+    letters = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+    same = next((n for n in known if letters and n != name and unicodedata.normalize("NFC", n) == letters), None)
     if same is not None:
         return f"; {same!r} has the same letters, composed otherwise: rename one (Unicode NFC or NFD)"
     # of a name of megabytes, comparing would take seconds
-    close = get_close_matches(str(name)[:500], known, n=3, cutoff=0.5)
+    close = get_close_matches(letters[:500], known, n=3, cutoff=0.5) if letters else []
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not known:

@@ -17,7 +17,7 @@ from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.backbone.where import select
-from visadapt.checks import check_choice, check_num_classes, check_width
+from visadapt.checks import check_choice, check_num_classes, check_width, is_among
 from visadapt.data.hub import resolve
 from visadapt.errors import VisadaptError, nearest
 from visadapt.frozen.lean_model import unlean
@@ -25,6 +25,7 @@ from visadapt.methods import METHODS, Bottleneck
 from visadapt.methods.method import Method
 from visadapt.methods.policy import HEAD_POLICIES, NORM_POLICIES, HeadPolicy, NormPolicy
 from visadapt.plan import commit, extended_plan, new_plan, warn_if_larger
+from visadapt.printable import shown
 from visadapt.runtime import host
 from visadapt.runtime.registry import Registry, Source, Task, check_task_name, facts_of, find_registry, registry_of
 
@@ -134,7 +135,7 @@ def inject(
     """
     backbone = _resolve(model, build)
     chosen = _method(method, m, budget)
-    policy: str = chosen.norms if norms == "auto" else norms
+    policy: str = chosen.norms if is_among(norms, ["auto"]) else norms
     _check_options(task, num_classes, labels, policy)
     with STRUCTURE:
         registry = _inject(
@@ -162,7 +163,7 @@ def _inject(
     facts = facts_of(backbone)
     if registry is None:
         host.check_free(backbone, facts.modules)
-    also = modules_at(facts.modules, train_also, "train_also=") if train_also != () else ()
+    also = modules_at(facts.modules, train_also, "train_also=") if not is_among(train_also, [()]) else ()
     wanted = chosen.where if where is None else where
     sites = Sites()
     if chosen.kinds or wanted is not None:
@@ -273,12 +274,14 @@ def _method(given: Any, m: Any, budget: Any) -> Method:
     if method is None:
         method = Bottleneck()
     if not isinstance(method, Method):
-        raise VisadaptError(f"method must be one of {', '.join(METHODS)} with its options, got {given!r}")
+        raise VisadaptError(f"method must be one of {', '.join(METHODS)} with its options, got {shown(given)}")
     if budget is not None:
         if m is not None:
             raise VisadaptError("give m= or budget=, not both")
         if isinstance(budget, bool) or not isinstance(budget, float) or not 0 < budget < 1:
-            raise VisadaptError(f"budget must be a fraction of the backbone's parameters in (0, 1), got {budget!r}")
+            raise VisadaptError(
+                f"budget must be a fraction of the backbone's parameters in (0, 1), got {shown(budget)}"
+            )
     if m is not None or budget is not None:
         if not any(f.name == "m" for f in dataclasses.fields(method)):
             raise VisadaptError(
@@ -296,7 +299,7 @@ def _check_options(task: Any, num_classes: Any, labels: Any, norms: Any) -> None
     check_choice(norms, NORM_POLICIES, "norm policy")
     is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
     if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
-        raise VisadaptError(f"labels must be a list of the classes' names, got {labels!r}")
+        raise VisadaptError(f"labels must be a list of the classes' names, got {shown(labels)}")
 
 
 def _checked_labels(facts: Facts, labels: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
@@ -318,17 +321,18 @@ def _new_task(
     if isinstance(head, str) and head not in HEAD_POLICIES and head not in facts.modules:
         known = (*HEAD_POLICIES, *filter(None, facts.modules))
         raise VisadaptError(
-            f"no head policy {head!r}{nearest(head, known)} (head= takes {', '.join(HEAD_POLICIES)}, or paths)"
+            f"no head policy {shown(head)}{nearest(head, known)} (head= takes {', '.join(HEAD_POLICIES)}, or paths)"
         )
     named = not isinstance(head, str) or head not in HEAD_POLICIES
-    if head == "new" and num_classes is None:
+    chosen = "" if named else head
+    if chosen == "new" and num_classes is None:
         raise VisadaptError("head='new' needs num_classes=")
-    if head in ("copy", "frozen") and num_classes is not None:
+    if chosen in ("copy", "frozen") and num_classes is not None:
         raise VisadaptError(f"head={head!r} keeps the backbone's width: leave num_classes out, or pass head='new'")
     own: Head | None = None
     if named:
         own = head_at(facts.modules, head, facts.known_head, lambda: facts.trace_head(example))
-    elif head != "frozen" and (head != "auto" or num_classes is not None or _made_for_the_problem(facts)):
+    elif chosen != "frozen" and (chosen != "auto" or num_classes is not None or _made_for_the_problem(facts)):
         own = facts.look_for_head(example)
         if own is None or not own.modules:
             raise VisadaptError(

@@ -29,6 +29,25 @@ def printable(text: object) -> str:
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
+def shown(value: object, length: int = 200) -> str:
+    """Show a value in a message: at most so much of it, without control characters, whatever its ``repr`` does.
+
+    Args:
+        value: anything; one that has no ``repr``, or is too deep for one, is shown by its type.
+        length: characters at which it is cut off.
+
+    Examples:
+        >>> from visadapt.printable import shown
+        >>> shown("a" * 20, 12)
+        "'aaaaaaaa…"
+    """
+    try:
+        text = repr(value)
+    except Exception:  # of a stranger's class; RecursionError; and an int may have too many digits
+        return f"a {type(value).__name__}"
+    return printable(text if len(text) <= length else f"{text[: length - 3]}…")
+
+
 def printable_json(value: Any) -> str:
     """JSON on one line, readable in any language, with control characters and lone surrogates as escapes.
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 import visadapt
 from tests.models import ZOO, answer, every_module, stir
 from visadapt import VisadaptError
+from visadapt.backbone.structure import STRUCTURE
 from visadapt.runtime.selection import bare
 from visadapt.training import Recipe, evaluate, fit, predict
 from visadapt.training.engine import channels_last
@@ -318,3 +319,25 @@ def test_nothing_is_written_to_the_tensors_that_other_threads_read(tmp_path) -> 
             call()
         trained = {path for path in writes.seen if name == "fit" and ".b." in path}
         assert writes.seen == trained, name
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_waits_until_no_thread_changes_a_model() -> None:
+    held = threading.Event()
+
+    def change() -> None:
+        with STRUCTURE:
+            held.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        os._exit(0 if STRUCTURE.acquire(timeout=5) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert STRUCTURE.acquire(timeout=5)
+    STRUCTURE.release()

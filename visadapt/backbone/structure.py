@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 STRUCTURE = threading.RLock()
@@ -9,3 +10,7 @@ STRUCTURE = threading.RLock()
 
 A forward never waits for it: the dicts that a forward reads are replaced, not changed.
 """
+
+if hasattr(os, "register_at_fork"):
+    # a thread that holds it in the middle of a change is not in the new process, which would wait for it for ever
+    os.register_at_fork(before=STRUCTURE.acquire, after_in_parent=STRUCTURE.release, after_in_child=STRUCTURE.release)

@@ -22,6 +22,7 @@ from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, 
 from visadapt.backbone.operators import CONVS, is_operator, operator_of
 from visadapt.backbone.site import Site, layout_named
 from visadapt.errors import VisadaptError
+from visadapt.printable import shown
 
 
 def guess_inputs(model: nn.Module) -> list[Any]:
@@ -99,9 +100,19 @@ def guess_input(model: nn.Module) -> Any:
 _FIRST = (*CONVS, nn.Linear, nn.Embedding)
 
 
+_NO_INPUT = (str, bytes, int, float, type(None))
+
+
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model with an example as `visadapt.sites` takes it: a tensor, a tuple, or a dict of keywords."""
-    if isinstance(example, Mapping):
+    keyed = isinstance(example, Mapping)
+    wrong = not all(isinstance(key, str) for key in example) if keyed else isinstance(example, _NO_INPUT)
+    if wrong:
+        raise VisadaptError(
+            "inputs must be a tensor, a tuple of the model's arguments or a dict of its keywords, got "
+            f"{shown(example, 80)}"
+        )
+    if keyed:
         return model(**example)
     if isinstance(example, tuple | list):
         return model(*example)

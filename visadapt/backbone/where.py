@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from visadapt.backbone.facts import Facts
@@ -15,6 +15,7 @@ from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site, Sites, Where
 from visadapt.backbone.trace import module_site, trace_flow, trace_sites
 from visadapt.errors import VisadaptError, nearest
+from visadapt.printable import shown
 
 LAYERS = ("conv", "linear", "norm", "op")
 
@@ -79,13 +80,13 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
 def _terms(where: Any) -> list[Any]:
     if where is None or isinstance(where, str | range | slice | int | Site) or callable(where):
         return [where]
-    if isinstance(where, Iterable):
+    if isinstance(where, Iterable) and not isinstance(where, Tensor):
         terms = list(where)
         if terms:
             return terms
     raise VisadaptError(
         "where= must be a kind, a stage, a depth or range of depths, a glob, a predicate, or a list of these; "
-        f"got {where!r}"
+        f"got {shown(where)}"
     )
 
 

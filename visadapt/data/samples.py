@@ -36,6 +36,8 @@ class Samples:
     def __post_init__(self) -> None:
         check_fields(self)
         parts = self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]
+        if not all(part.ndim for part in parts):
+            raise VisadaptError("inputs must have one entry per sample, got a single value")
         counts = {len(part) for part in parts}
         if len(counts) != 1:
             raise VisadaptError(f"inputs must have one length, got {', '.join(str(n) for n in sorted(counts))}")
@@ -135,6 +137,8 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
     check_count(max_length, "max_length")
     if not len(split):
         raise VisadaptError("texts to tokenise must not be empty")
+    if not hasattr(tokenizer, "pad_token"):
+        raise VisadaptError(f"tokenizer must be a tokenizer of transformers, got a {type(tokenizer).__name__}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise VisadaptError(

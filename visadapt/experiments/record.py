@@ -225,7 +225,7 @@ class Record:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        results = read_results(self.folder) if self.folder.exists() else []
+        results = read_results(self.folder) if os.path.exists(self.folder) else []
         self._by_experiment = {(result.experiment, result.key): result for result in results}
         self._by_key = {result.key: result for result in results}
 

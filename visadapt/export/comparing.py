@@ -142,7 +142,11 @@ def _watched(model: nn.Module, paths: list[str]) -> Iterator[list[Tensor]]:
         if threading.get_ident() == thread:
             features.extend(t.detach().clone() for t in tensors_in(args))
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(keep) for path in paths]
+    try:
+        watched = [model.get_submodule(path) for path in paths]
+    except AttributeError as error:
+        raise VisadaptError(f"merged must be a merge of this model: {error}") from error
+    handles = [module.register_forward_pre_hook(keep) for module in watched]
     try:
         yield features
     finally:

@@ -18,6 +18,7 @@ from visadapt.backbone.trace import guess_input, quiet
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.optional import require
+from visadapt.printable import shown
 from visadapt.runtime.modes import keep_modes
 from visadapt.runtime.selection import using
 
@@ -84,6 +85,8 @@ def export(
 
 def _free(value: Tensor, model: nn.Module) -> dict[int, Any]:
     """Which dimensions of an input may vary: the batch, and of tokens the length."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        raise VisadaptError(f"example must be a batch, or a dict of the model's keywords, got {shown(value, 80)}")
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
     if value.ndim == 2 and not value.is_floating_point():
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -21,6 +21,7 @@ from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cache_file import CacheFile
 from visadapt.frozen.prefix import Prefix
+from visadapt.printable import shown
 from visadapt.runtime.registry import registry_of
 from visadapt.runtime.selection import bare
 from visadapt.tensor_file import raw
@@ -145,7 +146,7 @@ def cache_prefix(
         views: number of versions of each sample.
         seed: seed of the augmentation, so that it is the same whenever the cache is made again.
         file: path of a file for the features, mapped into memory; a small ``<file>.key`` beside it records their
-            origin. None keeps them in memory.
+            origin. Other programs may replace it while it is in use, but not shorten it. None keeps them in memory.
         limit: largest size of the features, in bytes.
         batch_size: samples per forward while the cache is made.
 
@@ -170,7 +171,7 @@ def cache_prefix(
     if isinstance(views, bool) or not isinstance(views, int) or views < 1 or (views > 1 and augment is None):
         several = isinstance(views, int) and views > 1
         needs = "needs an augment that makes them differ" if several else "must be a positive integer: 1 or more"
-        raise VisadaptError(f"views={views!r} {needs}")
+        raise VisadaptError(f"views={shown(views)} {needs}")
     # the kept features may be used in training, so they must not be inference tensors
     with torch.inference_mode(False), torch.no_grad():
         first = ready(_take(inputs, torch.arange(min(2, count))))

@@ -11,12 +11,13 @@ from visadapt.backbone.batchnorm import find_pairs
 from visadapt.backbone.modules import LEAN, ModelT, own_modules, unwrapped
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.backbone.subclass import made_by
-from visadapt.checks import check_choice
+from visadapt.checks import check_choice, is_among
 from visadapt.errors import VisadaptError
 from visadapt.frozen.compacting import ORIGINALS, compact, places, restore, storing_class
 from visadapt.frozen.folds import Folds, lean_root
 from visadapt.frozen.layers import MAKERS, Lean, compact_maker_for, maker_for
 from visadapt.frozen.precision import begin, note_precision
+from visadapt.printable import shown
 from visadapt.runtime.host import dress, undress
 from visadapt.runtime.registry import Registry, registry_of
 
@@ -94,9 +95,9 @@ def lean(
 
 def _check(keep: Any, compute: Any, weights: Any, original: Any) -> None:
     if keep is not None and not (isinstance(keep, torch.dtype) and keep.is_floating_point):
-        raise VisadaptError(f"keep must be a floating-point dtype such as torch.bfloat16, or None, got {keep!r}")
-    if compute not in (None, torch.bfloat16, torch.float16):
-        raise VisadaptError(f"compute must be torch.bfloat16, torch.float16 or None, got {compute!r}")
+        raise VisadaptError(f"keep must be a floating-point dtype such as torch.bfloat16, or None, got {shown(keep)}")
+    if not is_among(compute, (None, torch.bfloat16, torch.float16)):
+        raise VisadaptError(f"compute must be torch.bfloat16, torch.float16 or None, got {shown(compute)}")
     check_choice(weights, (None, "int8"), "weights")
     check_choice(original, ORIGINALS, "original")
 

@@ -14,6 +14,7 @@ from visadapt.checks import check_flag, is_real
 from visadapt.errors import VisadaptError
 from visadapt.methods.method import Method
 from visadapt.methods.stacking import Own
+from visadapt.printable import shown
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DAN(Method):
     def __post_init__(self) -> None:
         check_flag(self.diagonal, "diagonal")
         if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
-            raise VisadaptError(f"bits must be None or an integer from 2 to 8, got {self.bits!r}")
+            raise VisadaptError(f"bits must be None or an integer from 2 to 8, got {shown(self.bits)}")
         check_alpha(self.alpha)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
@@ -66,7 +67,9 @@ class DAN(Method):
 def check_alpha(alpha: Any) -> None:
     """Refuse anything but a number in [0, 1]."""
     if not is_real(alpha) or not 0 <= alpha <= 1:
-        raise VisadaptError(f"alpha must be a number from 0 (the backbone's kernels) to 1 (the task's), got {alpha!r}")
+        raise VisadaptError(
+            f"alpha must be a number from 0 (the backbone's kernels) to 1 (the task's), got {shown(alpha)}"
+        )
 
 
 class Controller(nn.Module):

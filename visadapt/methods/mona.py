@@ -20,6 +20,7 @@ from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.policy import Policy
 from visadapt.methods.stacking import Own, as_vector, in_groups, pointwise
+from visadapt.printable import shown
 
 _KERNELS = (3, 5, 7)
 
@@ -88,7 +89,7 @@ def _check_grid(grid: Any) -> None:
         return
     pair = isinstance(grid, tuple) and len(grid) == 2
     if not pair or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid):
-        raise VisadaptError(f"grid must be None or (height, width) in tokens, got {grid!r}")
+        raise VisadaptError(f"grid must be None or (height, width) in tokens, got {shown(grid)}")
 
 
 class MonaAdapter(nn.Module):

@@ -18,6 +18,7 @@ from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.layers import Pointwise, in_dtype_of
 from visadapt.methods.method import Method, width
 from visadapt.methods.stacking import Own, pointwise
+from visadapt.printable import shown
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Parallel(Method):
         if self.rank is not None:
             check_width(self.rank, "rank")
         if self.factor_of is not None and not isinstance(self.factor_of, str):
-            raise VisadaptError(f"factor_of must be the name of a task, got {self.factor_of!r}")
+            raise VisadaptError(f"factor_of must be the name of a task, got {shown(self.factor_of)}")
         if self.factor_of is not None and self.rank is None:
             raise VisadaptError("factor_of= shares a factor of a low-rank adapter: give rank= as well")
         check_probability(self.dropout)

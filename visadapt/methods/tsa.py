@@ -21,6 +21,7 @@ from visadapt.methods.method import Method
 from visadapt.methods.parallel import Parallel, ParallelAdapter
 from visadapt.methods.policy import Policy
 from visadapt.methods.stacking import Own, pointwise
+from visadapt.printable import shown
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TSA(Method):
 
     def __post_init__(self) -> None:
         if not is_real(self.init) or not 0 <= self.init <= 1:
-            raise VisadaptError(f"init, the ε in A = ε·I, must be in [0, 1], got {self.init!r}")
+            raise VisadaptError(f"init, the ε in A = ε·I, must be in [0, 1], got {shown(self.init)}")
         check_flag(self.align, "align")
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:

@@ -159,6 +159,8 @@ def fit_decider(
         ('dark', 'bright')
     """
     check_non_negative(weight_decay, "weight_decay")
+    if weight_decay > torch.finfo(torch.float32).max:
+        raise VisadaptError(f"weight_decay must be a number that float32 can hold, got {weight_decay!r}")
     check_count(steps, "steps")
     registry = registry_of(model)
     names = tuple(registry.task(name).name for name in samples)

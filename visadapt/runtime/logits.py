@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
+from visadapt.printable import shown
 from visadapt.runtime.registry import facts_of, registry_of
 
 
@@ -43,6 +44,8 @@ def split(
         (torch.Size([3, 5]), torch.Size([1, 3]))
     """
     registry = registry_of(model)
+    if not logits.ndim:
+        raise VisadaptError("logits must have one row per sample, got a single number")
     if len(tasks) != logits.shape[0]:
         raise VisadaptError(f"{len(tasks)} tasks for {logits.shape[0]} rows of logits")
     facts = facts_of(model)
@@ -63,7 +66,7 @@ def split(
 def _checked(axis: int, logits: Tensor, widths: dict[str | None, int]) -> int:
     """A caller's axis, counted from the front."""
     if not isinstance(axis, int) or isinstance(axis, bool) or not -logits.ndim < axis < logits.ndim or axis == 0:
-        raise VisadaptError(f"axis must be one of 1 to {logits.ndim - 1}, got {axis!r}")
+        raise VisadaptError(f"axis must be one of 1 to {logits.ndim - 1}, got {shown(axis)}")
     if logits.shape[axis] < max(widths.values(), default=0):
         raise VisadaptError(f"axis {axis} of {tuple(logits.shape)} is not {max(widths.values())} classes wide")
     return axis % logits.ndim

@@ -18,6 +18,7 @@ from visadapt.backbone.shared_pass import SharedPass
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods.method import Method
+from visadapt.printable import shown
 from visadapt.runtime.blocks import Block
 from visadapt.runtime.choice import AUTO, Choices
 from visadapt.runtime.noting import Noted
@@ -196,7 +197,7 @@ class Registry(Choices):
         """
         if not isinstance(name, str) or name not in self.tasks:
             hint = nearest(name, self.tasks) or "; the model has no tasks yet: visadapt.inject makes one"
-            raise VisadaptError(f"no task {name!r}{hint}")
+            raise VisadaptError(f"no task {shown(name)}{hint}")
         return self.tasks[name]
 
     def by_number(self) -> dict[int, str]:
@@ -282,7 +283,9 @@ def check_hosts(model: nn.Module, name: str) -> None:
 def check_task_name(name: Any) -> None:
     """Refuse names that cannot name a module or a file."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", name):
-        raise VisadaptError(f"a task's name must be made of letters, digits, '_' and '-', up to 200, got {name!r:.80}")
+        raise VisadaptError(
+            f"a task's name must be made of letters, digits, '_' and '-', up to 200, got {shown(name, 80)}"
+        )
     if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
         raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
 

@@ -13,6 +13,7 @@ from torch import nn
 from visadapt.backbone.modules import ENTERED, ModelT, ancestors, unwrapped
 from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
+from visadapt.printable import shown
 from visadapt.runtime.blocks import generator_of
 from visadapt.runtime.by_row import named
 from visadapt.runtime.choice import AUTO
@@ -98,8 +99,12 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
 def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
     if task is None or (isinstance(task, str) and task != AUTO):
         return None if task is None else registry.task(task).name
-    if not isinstance(task, Sequence) or not task:
-        raise VisadaptError(f"task must be a task's name, None, or a list with one name per sample, got {task!r}")
+    try:
+        whole = isinstance(task, Sequence) and bool(task)
+    except Exception:  # of a stranger's class
+        whole = False
+    if not whole:
+        raise VisadaptError(f"task must be a task's name, None, or a list with one name per sample, got {shown(task)}")
     if task == AUTO:
         if registry.decider is None:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")

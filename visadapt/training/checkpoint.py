@@ -39,7 +39,7 @@ class Checkpoint:
         self.path, self.identity = Path(path), identity
         if not self.path.parent.is_dir():
             raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the checkpoint {self.path.name} to")
-        self._saved = self._read() if self.path.exists() else None
+        self._saved = self._read() if os.path.exists(self.path) else None
 
     def _read(self) -> SavedState:
         content = read_described(self.path, KIND, "checkpoint of a training run")

@@ -24,6 +24,7 @@ from visadapt.checks import (
 )
 from visadapt.data.augmentation import Augmentation
 from visadapt.errors import VisadaptError
+from visadapt.printable import shown
 from visadapt.training.target import Target
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
@@ -136,9 +137,9 @@ class Recipe:
                 if value is not None or name not in _OPTIONAL:
                     check(value, name)
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
-            raise VisadaptError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+            raise VisadaptError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
         if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
-            raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {self.milestones!r}")
+            raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {shown(self.milestones)}")
 
         _ = self.augmentation  # checks the values
 

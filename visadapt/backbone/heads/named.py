@@ -11,6 +11,7 @@ from visadapt.backbone.heads.head import Final, Head, is_final, last_layer
 from visadapt.backbone.modules import joined, own_parameters, parent, within
 from visadapt.backbone.subclass import plain_class
 from visadapt.errors import VisadaptError, nearest
+from visadapt.printable import shown
 
 
 def modules_at(modules: Mapping[str, nn.Module], given: Any, option: str) -> tuple[str, ...]:
@@ -29,7 +30,7 @@ def modules_at(modules: Mapping[str, nn.Module], given: Any, option: str) -> tup
     """
     paths = (given,) if isinstance(given, str) else given
     if not isinstance(paths, Sequence) or not paths or not all(isinstance(path, str) for path in paths):
-        raise VisadaptError(f"{option} must be the path of a module or a list of paths, got {given!r}")
+        raise VisadaptError(f"{option} must be the path of a module or a list of paths, got {shown(given)}")
     found: dict[str, None] = {}
     for path in paths:
         if path not in modules:
