@@ -137,6 +137,16 @@ def test_orders_that_depend_on_sizes(made, order, method) -> None:
     check(made(Net(order), method))
 
 
+@pytest.mark.parametrize("places", [(2, 1, 0), (1, 0, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1)], ids=str)
+def test_all_orders_of_three(made, places) -> None:
+    model = made(Net(lambda n, length: torch.tensor(places) if n == 3 else torch.arange(n)))
+    x = torch.randn(4, 8, 12)
+    for tasks in ("abab", "aab", "aba", "abb"):
+        mixed = answer(model, {"x": x[: len(tasks)]}, list(tasks))
+        for i, task in enumerate(tasks):
+            torch.testing.assert_close(mixed[i], answer(model, {"x": x}, task)[i], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("parts", CHUNKS.values(), ids=CHUNKS)
 def test_batches_that_run_in_parts(made, parts) -> None:
     check(made(Chunked(parts)))

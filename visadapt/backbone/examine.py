@@ -16,7 +16,7 @@ from visadapt.backbone.entry import WHOLE, Entry
 from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
-from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, fact_of, merged, order_of
+from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, both_hosts, fact_of, merged, order_of
 from visadapt.backbone.state import State
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
@@ -165,6 +165,11 @@ def _examined(
     twin = twin_of(unwrapped(model))
     pair, order = take(given, cut, _distinct(given, cut, samples)), order_of(shown or samples)
     facts = _compared(twin, pair, cut, entry, order)
+    if samples == 3 and facts.evidence:
+        # a swap of two of three samples changes one of the two orders only
+        other = _compared(twin_of(unwrapped(model)), take(pair, cut, (0, 1)), cut, entry, (1, 0, 1))
+        hosts = {path: both_hosts(facts.hosts[path], other.hosts[path]) for path in facts.hosts if path in other.hosts}
+        facts = replace(facts, hosts=hosts, reordered=facts.reordered or other.reordered)
     if not facts.evidence and samples > 1:
         try:
             varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut, entry, order)

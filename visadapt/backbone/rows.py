@@ -1,7 +1,7 @@
 """Which rows of every module's tensors belong to which sample, found by two small forwards.
 
 A copy of the backbone runs on two samples of the batch, (p, q), and then on as many as the batch has, each of them p
-or q: (q, p, q) for three. The batch axis of a tensor is the axis that grows from 2k to Nk. Its order is the one in
+or q: (q, q, p) for three. The batch axis of a tensor is the axis that grows from 2k to Nk. Its order is the one in
 which the rows for N samples repeat those for (p, q). Where a module mixes samples, or orders them by their data or by
 their number, no order fits and the rows are marked as unknown.
 """
@@ -149,7 +149,7 @@ def order_of(samples: int) -> tuple[int, ...]:
         samples: N; at least three are returned, as the batch axis is the one that grows.
     """
     if samples < 5:
-        return (1, 0, 1, 1) if samples == 4 else (1, 0, 1)
+        return (1, 0, 1, 1) if samples == 4 else (1, 1, 0)
     ones = round(samples * 2 / 3) - 2
     drawn = random.Random(1000 * samples + 1)
     return 1, 0, *drawn.sample([1] * ones + [0] * (samples - 4 - ones), samples - 4), 1, 0
