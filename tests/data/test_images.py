@@ -180,7 +180,7 @@ def test_folder_faults(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (folder / "train" / "dog" / f"{name}.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(
-        VisadaptError, match=r"train: 2 of 8 images cannot be read, and at most 5% may be skipped: .*one"
+        VisadaptError, match=r"train: 2 of 8 images cannot be read, and at most 5% may be skipped \(damaged=\): .*one"
     ):
         load_images(folder)
 

@@ -190,6 +190,9 @@ def test_data_sets_of_the_datasets_library_are_read_as_tensors() -> None:
         (inputs, labels, _), *_ = Batches(data, 10, "training").epoch()
         assert torch.equal(inputs["x"], X)
         assert torch.equal(labels, Y)
+        for part in held_back(data, 0.3, 0):
+            (inputs, labels, _), *_ = Batches(part, 10, "training").epoch()
+            assert torch.equal(inputs["x"][:, 0].long() % 3, labels)
 
 
 @pytest.mark.parametrize("batch", [X, (X,), "ab", {"x": X}])

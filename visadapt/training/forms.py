@@ -72,8 +72,7 @@ def loader_of(data: Any, batch_size: int, purpose: str, *, shuffle: bool = False
             f"{purpose} data must have a known number of samples, got {type(data).__name__}: give a data set with "
             "__len__ and __getitem__"
         )
-    if isinstance(getattr(data, "format", None), Mapping) and data.format.get("type") is None:
-        data = data.with_format("torch")
+    data = _as_tensors(data)
 
     def joined(samples: list[Any]) -> Any:
         try:
@@ -91,6 +90,7 @@ def loader_of(data: Any, batch_size: int, purpose: str, *, shuffle: bool = False
 
 def split_at(data: Any, left: Tensor, chosen: Tensor) -> tuple[Any, Any]:
     """Return the samples of a data set at two lists of indices, unread."""
+    data = _as_tensors(data)
     return Subset(data, left.tolist()), Subset(data, chosen.tolist())
 
 
@@ -105,6 +105,12 @@ def described(batch: Any) -> str:
         hint = ": inputs must be tensors" if len(batch) == 2 and isinstance(batch[1], Tensor) else ""
         return f"a {type(batch).__name__} of {kinds}{hint}"
     return type(batch).__name__
+
+
+def _as_tensors(data: Any) -> Any:
+    """A data set of the ``datasets`` library that gives tensors, not lists; other ones as they are."""
+    unformatted = isinstance(getattr(data, "format", None), Mapping) and data.format.get("type") is None
+    return data.with_format("torch") if unformatted else data
 
 
 def _tensor(value: Any) -> Any:
