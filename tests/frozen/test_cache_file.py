@@ -57,10 +57,6 @@ def zeroed(file):
     file.write_bytes(bytes(os.path.getsize(file)))
 
 
-def without_key(file):
-    os.remove(f"{file}.key")
-
-
 def key_of_an_older_version(file):
     with open(f"{file}.key", "w") as key:
         key.write("0" * 64)
@@ -82,7 +78,6 @@ DAMAGES = {
     "one bit": flipped,
     "zeros": zeroed,
     "gone": os.remove,
-    "no key": without_key,
     "old key": key_of_an_older_version,
     "another digest": key_with(digest="00"),
     "another shape": key_with(shape=[1]),
@@ -226,12 +221,30 @@ def test_a_disk_that_cannot_allocate_is_written_to(tmp_path, monkeypatch, number
         kept(model, x, tmp_path / "features")
 
 
-@pytest.mark.parametrize("where", ["missing/features", "file/features", "."])
+@pytest.mark.parametrize("where", ["missing/features", "file/features"])
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path, where):
     (tmp_path / "file").write_text("")
     model, x = prepared()
     with pytest.raises(VisadaptError, match="cannot keep"):
         cache_prefix(model, "late", x, file=tmp_path / where)
+
+
+def test_what_is_no_cache_is_not_written_over(tmp_path):
+    model, x = prepared()
+    own = tmp_path / "thesis.txt"
+    own.write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "features.key")
+    for place in (own, tmp_path / "pipe", tmp_path / "features", tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(VisadaptError, match="file must be a file of features"):
+            kept(model, x, place)
+        assert sorted(tmp_path.iterdir()) == before
+    assert own.read_text() == "mine"
+    # a file that tempfile made is empty
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert torch.equal(kept(model, x, empty), kept(model, x, empty))
 
 
 def test_an_error_while_it_is_made_leaves_nothing(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visadapt.errors import VisadaptError
 from visadapt.files import holding
-from visadapt.reading import SMALL, opened, read_json
+from visadapt.reading import SMALL, check_file, opened, read_json
 from visadapt.tensor_file import raw
 
 try:
@@ -42,6 +42,9 @@ class CacheFile:
         path: of the features.
         shape: of the features.
         dtype: of the features.
+
+    Raises:
+        VisadaptError: there is something else at the path, which would be lost.
     """
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -49,6 +52,12 @@ class CacheFile:
         self.partial = Path(f"{os.fspath(path)}.partial")
         self.shape, self.dtype = shape, dtype
         self.size = math.prod(shape) * dtype.itemsize
+        for each in (self.path, self.key, self.partial):
+            check_file(each, "file", "a file of features")
+        if self.path.exists() and self.path.stat().st_size and not self.key.exists():
+            raise VisadaptError(
+                f"file must be a file of features or new, got {self.path} without {self.key.name}"
+            )
 
     def _recorded(self) -> dict[str, Any]:
         """The content of the key; empty if there is no key, or one of another format."""
@@ -155,8 +164,9 @@ class Writer:
             json.dump(key, written)
             written.flush()
             os.fsync(written.fileno())
-        os.replace(file.partial, file.path)
+        # the key first: a file without one is somebody else's
         os.replace(beside, file.key)
+        os.replace(file.partial, file.path)
         with open(descriptor, "rb", closefd=False) as whole:
             return file._map(whole)
 
