@@ -55,9 +55,7 @@ class CacheFile:
         for each in (self.path, self.key, self.partial):
             check_file(each, "file", "a file of features")
         if self.path.exists() and self.path.stat().st_size and not self.key.exists():
-            raise VisadaptError(
-                f"file must be a file of features or new, got {self.path} without {self.key.name}"
-            )
+            raise VisadaptError(f"file must be a file of features or new, got {self.path} without {self.key.name}")
 
     def _recorded(self) -> dict[str, Any]:
         """The content of the key; empty if there is no key, or one of another format."""
