@@ -50,6 +50,11 @@ class AxisTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The axes of a tensor; None if it was not computed from the input."""
         return self._axes.get(id(tensor))
 
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self._axes.clear()
+        self._alive.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func.namespace != "prim":

@@ -63,7 +63,8 @@ def _record(model: nn.Module, given: Any) -> tuple[Flow, set[int]]:
         if name not in ("_parameters", "_buffers", "_modules")
     ]
     leaves = tree_leaves([dict(out) if isinstance(out, Mapping) else out for out in [*outs, *attributes]])
-    return flow, {value.index for value in flow.known(leaf for leaf in leaves if isinstance(leaf, Tensor))}
+    held = {value.index for value in flow.known(leaf for leaf in leaves if isinstance(leaf, Tensor))}
+    return flow.forget(), held
 
 
 def _is_plain(conv: nn.Module) -> bool:

@@ -6,9 +6,11 @@ import functools
 import gc
 from types import MethodType
 from typing import Any
+from weakref import ref
 
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.subclass import plain_class
 
@@ -33,10 +35,28 @@ def drop_caches(model: nn.Module) -> None:
                 module.__dict__[name] = MethodType(function.__func__, module) if bound else function
 
 
+class NotedFakes(FakeTensorMode):
+    """A mode that knows whether something still holds a tensor that was computed in it; it takes real inputs too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_non_fake_inputs=True, **options)
+        self._made: list[ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        self._made += [ref(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        return out
+
+    def are_held(self) -> bool:
+        """Whether one of the tensors is alive."""
+        return any(made() is not None for made in self._made)
+
+
 def forget_fakes() -> None:
     """Clear every ``functools`` cache of this process that holds a fake tensor.
 
     A function with a cache that was called with sizes only would give the fake tensor to the next forward of any model.
+    All objects of the process are looked at, which takes long where there are many.
     """
     for cached in [each for each in gc.get_objects() if type(each) is _Cached]:
         if cached.cache_info().currsize and _holds_fakes(cached):

@@ -118,6 +118,13 @@ class Flow(TorchFunctionMode):
         """Return the values of those tensors that depend on the input."""
         return tuple(self._now[id(t)] for t in tensors if id(t) in self._now)
 
+    def forget(self) -> Flow:
+        """Let go of the tensors; return what was recorded of them."""
+        self._now.clear()
+        self._alive.clear()
+        self.axes.forget()
+        return self
+
     def calls_of(self) -> dict[str, list[Call]]:
         """Return all calls by module path."""
         found: dict[str, list[Call]] = {}

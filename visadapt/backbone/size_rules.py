@@ -20,25 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.batch import Axis, Key, is_cache, leaves, mapped
+from visadapt.backbone.caches import NotedFakes, forget_fakes
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.reordering import is_marked, mark
 from visadapt.backbone.twin import examining, twin_of
 
 _SHAPING = {"view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "repeat", "arange", "zeros", "ones", "full"}
-_SHAPING |= {
-    "empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "rand",
-    "randn",
-    "empty_strided",
-    "as_strided",
-    "as_strided_",
-}
-_SHAPING |= {"native_group_norm", "empty_like", "resize_", "new_empty_strided", "scalar_tensor", "randint"}
+_SHAPING |= {"empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "empty_strided", "as_strided"}
+_SHAPING |= {"as_strided_", "native_group_norm", "empty_like", "resize_", "new_empty_strided", "scalar_tensor"}
+_SHAPING |= {"randint"}
 """Operators that may take numbers in proportion to N: sizes, and ends of ranges from 0."""
 
 _CUTTING = {"slice", "select", "narrow", "split", "split_with_sizes", "unsafe_split", "unfold"}
@@ -110,15 +101,20 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
     """
     if any(is_cache(leaf) or not isinstance(cut.get(key, 0), int) for key, leaf in leaves(given)):
         return None
+    environment = ShapeEnv(duck_shape=False)
+    fake = NotedFakes(shape_env=environment)
     try:
-        return _found(model, given, cut, entry)
+        return _found(model, given, cut, entry, environment, fake)
     except Exception:  # whatever a model may raise on fake tensors
         return None
+    finally:
+        if fake.are_held():
+            forget_fakes()
 
 
-def _found(model: nn.Module, given: Any, cut: Mapping[Key, Axis], entry: Entry) -> SizeRules:
-    environment = ShapeEnv(duck_shape=False)
-    fake = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+def _found(
+    model: nn.Module, given: Any, cut: Mapping[Key, Axis], entry: Entry, environment: ShapeEnv, fake: FakeTensorMode
+) -> SizeRules:
     batch: set[Any] = set()
     symbols: dict[Key, tuple[Any, ...]] = {}
     others: dict[Key, Any] = {}

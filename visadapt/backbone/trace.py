@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visadapt.backbone.axes import channel_axis
-from visadapt.backbone.caches import drop_caches, forget_fakes
+from visadapt.backbone.caches import NotedFakes, drop_caches, forget_fakes
 from visadapt.backbone.compact import Compact
 from visadapt.backbone.dataflow import Call, Flow, Value, record
 from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, unwrapped
@@ -203,7 +203,8 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
     for faked in (True, False):
         failure = None
         for given in candidates:
-            fake = FakeTensorMode(allow_non_fake_inputs=True) if faked else None
+            fake = NotedFakes() if faked else None
+            copied = inputs = None
             try:
                 # copied outside of the mode, which fails on a tensor that an earlier forward stored in a module
                 copied = shadow(backbone, fake)
@@ -213,7 +214,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
             except Exception as error:
                 failure = failure or error
             finally:
-                if fake is not None:
+                # with what a forward leaves in the copy
+                copied = inputs = None
+                if fake is not None and fake.are_held():
                     forget_fakes()
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
@@ -265,7 +268,7 @@ def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:
     Raises:
         VisadaptError: the model cannot run on the example.
     """
-    return rehearse(model, example, lambda copied, given: record(copied, own_modules(copied), call, given))
+    return rehearse(model, example, lambda copied, given: record(copied, own_modules(copied), call, given).forget())
 
 
 def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> list[Site]:
