@@ -498,9 +498,14 @@ WRONG = {
         "--out must end in .onnx or .pt2",
     ),
     "picture that is none": (
+        "predict {place}/photos.visadapt --task {place}/photos.visadapt",
+        1,
+        "photos.visadapt is not a readable image",
+    ),
+    "table of no pictures": (
         "predict {place}/tweets.tsv --task {place}/photos.visadapt",
         1,
-        "tweets.tsv is not a readable image",
+        "tweets.tsv has the columns 'text', 'label': choose the column of file names with --image",
     ),
     "no picture": ("predict {place}/none.png --task {place}/photos.visadapt", 1, "no image or folder"),
     "no text file": ("predict {place}/none.txt --task {place}/tweets.visadapt READS", 1, "none.txt as a text file"),
