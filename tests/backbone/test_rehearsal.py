@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import visadapt
+from visadapt.backbone import trace
 from visadapt.backbone.trace import trace_flow
 
 
@@ -152,3 +153,13 @@ def test_no_fake_tensor_stays_in_a_cache(called_before):
     assert type(found) is torch.Tensor
     assert expected is None or torch.equal(found, expected)
     assert type(cached_table(4)) is torch.Tensor
+
+
+def test_caches_are_searched_only_if_a_fake_tensor_stayed(monkeypatch):
+    searches = []
+    monkeypatch.setattr(trace, "forget_fakes", lambda: searches.append(None))
+    trace_flow(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(2, 4))
+    assert not searches
+    trace_flow(Cached().eval(), torch.randn(2, 4))
+    assert searches
+    cached_table.cache_clear()
