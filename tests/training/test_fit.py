@@ -327,7 +327,8 @@ def test_real_values_are_fitted_by_least_squares() -> None:
 
 def test_real_values_need_one_output_and_a_metric_for_real_values(injected: nn.Module, digits: ImageSet) -> None:
     data = normalize(digits.train.images), digits.train.labels.float()
-    with pytest.raises(VisadaptError, match=r"the head must have 1 output for real-valued training labels, got 10$"):
+    needs = r"the head must have 1 output for real-valued training labels, got 10 \(class indices must be integers\)$"
+    with pytest.raises(VisadaptError, match=needs):
         fit(injected, "digits", data, data, metric="pearson")
     with pytest.raises(VisadaptError, match="labels must be one class per sample for accuracy, got real-valued"):
         fit(injected, "digits", data, data)

@@ -16,7 +16,7 @@ from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.trace import call, guess_inputs
 from visadapt.backbone.twin import twin_of
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import facts_of
+from visadapt.runtime.registry import facts_of, find_registry
 from visadapt.runtime.selection import bare, using
 from visadapt.runtime.twins import task_twin
 
@@ -79,17 +79,25 @@ def differences(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
     ]
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(merged: nn.Module) -> nn.Module:
+    if find_registry(merged) is not None:
+        # its own tasks are a part of it
+        return merged
     try:
-        return twin_of(model)
+        return twin_of(merged)
     except Exception:
         # a module that holds a lock, a file or a part of a graph may raise anything
-        return model
+        return merged
 
 
 def _compared(where: str, found: list[Tensor], expected: list[Tensor], plain: list[Tensor]) -> list[Difference]:
     differing = []
     for index, (mine, task) in enumerate(zip(found, expected, strict=True)):
+        if mine.shape != task.shape:
+            raise VisadaptError(
+                f"merged must be a merge of the task: of {where} it has {tuple(mine.shape)}, and the task "
+                f"{tuple(task.shape)}"
+            )
         bare_one = plain[index] if index < len(plain) and plain[index].shape == task.shape else None
         change = None if bare_one is None else _largest(task, bare_one)
         differing.append(Difference(where, _largest(mine, task), change, _largest(task), task.dtype))
