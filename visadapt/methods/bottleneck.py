@@ -221,11 +221,11 @@ class BottleneckAdapter(nn.Module):
 
 
 def _is_multiplied(h: Tensor, weight: Tensor) -> bool:
-    """Whether products are computed in the dtype of ``h``.
+    """Whether products are computed in the dtype of ``h``, without a conversion of it.
 
-    A bf16 backbone's maps are multiplied by fp32 weights that are rounded to bf16, which is what autocast does; the
-    sums are in fp32, and the result is rounded once. Values in fp16 could overflow, and are converted instead.
+    A bf16 backbone's maps are multiplied by fp32 weights that are rounded to bf16, as autocast would do; the sums are
+    in fp32, and the result is rounded once. Values in fp16 could overflow, and are converted instead.
     """
     if is_autocast(h.device.type):
-        return h.dtype == torch.get_autocast_dtype(h.device.type)
+        return False
     return h.dtype == weight.dtype or (h.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
