@@ -26,6 +26,20 @@ class VisadaptError(ValueError):
     """
 
 
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of an error's message, which may be long; the name of its class if it has no message."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def device_errors(device: object) -> Iterator[None]:
+    """Raise what torch raises about a device in this block as a `VisadaptError` that names it."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise VisadaptError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+
+
 def nearest(name: object, names: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'flowers'?"`` or, if no name is similar, a list of the names.
 

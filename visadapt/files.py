@@ -41,7 +41,7 @@ def replacing(target: Path) -> Iterator[Path]:
         with holding(target.parent) as folder:
             partial = _partial(target)
             # with the permissions of an ordinary new file
-            os.close(os.open(_place(partial, folder), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder))
+            os.close(os.open(place_in(partial, folder), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder))
             try:
                 mode = partial.stat().st_mode
                 yield partial
@@ -55,7 +55,7 @@ def replacing(target: Path) -> Iterator[Path]:
                 _sweep(target)
             finally:
                 with suppress(FileNotFoundError):
-                    os.unlink(_place(partial, folder), dir_fd=folder)
+                    os.unlink(place_in(partial, folder), dir_fd=folder)
     except OSError as error:
         raise VisadaptError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -77,17 +77,17 @@ def scratch(target: Path) -> Iterator[Path]:
     """
     with holding(target.parent) as outer:
         path = _partial(target)
-        os.mkdir(_place(path, outer), dir_fd=outer)
+        os.mkdir(place_in(path, outer), dir_fd=outer)
         try:
             with holding(path) as folder:
                 try:
                     yield path
                 finally:
                     for name in os.listdir(path if folder is None else folder):
-                        os.unlink(_place(path / name, folder), dir_fd=folder)
+                        os.unlink(place_in(path / name, folder), dir_fd=folder)
         finally:
             with suppress(OSError):
-                os.rmdir(_place(path, outer), dir_fd=outer)
+                os.rmdir(place_in(path, outer), dir_fd=outer)
 
 
 @contextmanager
@@ -129,7 +129,8 @@ def _partial(target: Path) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
 
 
-def _place(path: Path, folder: int | None) -> str:
+def place_in(path: Path, folder: int | None) -> str:
+    """Return the name to give, with ``dir_fd=folder``, to the functions of `os`; see `holding`."""
     return str(path) if folder is None else path.name
 
 

@@ -93,13 +93,14 @@ def check_readable(place: str | os.PathLike[str]) -> None:
     """Refuse what a library that reads files by itself should not be given.
 
     Args:
-        place: a file, or a folder of files; links to other folders are not followed.
+        place: a file, or a folder of files; links to other folders are not followed. A name at which there is nothing,
+            such as one of a hub, passes.
 
     Raises:
         VisadaptError: one of its files cannot be opened, is a pipe, a socket or a device, or has too many holes.
     """
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names]
-    for path in paths if os.path.isdir(place) else [place]:
+    inside = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
+    for path in inside if os.path.isdir(place) else [place]:
         # a link to nothing is as good as no file
         if os.path.exists(path):
             opened(path).close()

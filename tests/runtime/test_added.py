@@ -83,15 +83,6 @@ def test_orders_that_change_with_each_call_or_with_the_number_of_samples(made, o
         check(model, list(tasks))
 
 
-@pytest.fixture
-def examined(monkeypatch):
-    sizes, examine = [], visadapt.backbone.known_batches.examine
-    monkeypatch.setattr(
-        "visadapt.backbone.known_batches.examine", lambda *args: (sizes.append(args[2]), examine(*args))[1]
-    )
-    return sizes
-
-
 def lengths(model, each=range(5, 10), sizes=(3, 4, 6)):
     for length in each:
         for n in sizes:

@@ -131,15 +131,6 @@ def check(model: nn.Module, tasks: str = "aabab", width: int = 12) -> None:
         torch.testing.assert_close(mixed[rows], answer(model, {"x": x}, task)[rows], rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def examined(monkeypatch):
-    sizes, examine = [], visadapt.backbone.known_batches.examine
-    monkeypatch.setattr(
-        "visadapt.backbone.known_batches.examine", lambda *args: (sizes.append(args[2]), examine(*args))[1]
-    )
-    return sizes
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("method", [Bottleneck(m=2), LoRA(r=2)], ids=str)
 def test_what_is_changed_after_the_first_batch(made, change, method) -> None:

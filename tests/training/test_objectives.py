@@ -353,3 +353,13 @@ def test_numbers_of_numpy_are_scores() -> None:
     scores = Scores((lambda o, y: numpy.float32(0.5),), Objective())
     scores.update(torch.randn(4, 3), torch.arange(4) % 3)
     assert scores.compute() == {"metric": 0.5}
+
+
+@pytest.mark.parametrize("option", ["loss", "metric"])
+def test_a_function_that_raises_without_a_message_is_named(option):
+    def silent(outputs, labels):
+        raise RuntimeError
+
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(VisadaptError, match=rf"{option}.* cannot take outputs float32 .*: RuntimeError$"):
+        fit(nn.Linear(3, 2), None, (x, y), (x, y), **{option: silent})

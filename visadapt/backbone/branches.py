@@ -149,12 +149,7 @@ class _Reader:
 
     def matrices(self, paths: Iterable[str]) -> int:
         """Number of weight matrices, without depthwise convolutions."""
-        found = {m for path in paths for m in own_modules(self.modules[path]).values()}
-        # an LSTM counts as two: input to state, and state to state
-        return sum(
-            stacked_matrices(m) if not is_matrix(m) else 2 if isinstance(m, nn.RNNBase) else int(not is_depthwise(m))
-            for m in found
-        )
+        return sum(map(_matrices_of, {m for path in paths for m in own_modules(self.modules[path]).values()}))
 
     def with_siblings(self, found: dict[str, End], head: tuple[str, ...]) -> list[End]:
         """Add the same place in blocks of the same class that have no shortcut (the first of a stage)."""
@@ -288,3 +283,12 @@ class _Reader:
                 passed.add(value.index)
             reach = max(reach, after.get(value.index, 0))
         return passed
+
+
+def _matrices_of(module: nn.Module) -> int:
+    if not is_matrix(module):
+        return stacked_matrices(module)
+    if isinstance(module, nn.RNNBase):
+        # input to state, and state to state
+        return 2
+    return int(not is_depthwise(module))

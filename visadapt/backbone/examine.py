@@ -173,7 +173,7 @@ def _examined(
     if not facts.evidence and samples > 1:
         try:
             varied = _compared(twin_of(unwrapped(model)), _varied(pair, cut), cut, entry, order)
-        except Exception:  # the model may refuse made-up values; then there is no evidence
+        except Exception:  # the model may refuse made-up values; which then show nothing
             return facts
         return varied
     return facts

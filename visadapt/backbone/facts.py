@@ -72,10 +72,11 @@ class Facts:
             self.modules, self._traced_head = own_modules(self.model), None
             for name in ("known_head", "norms"):
                 self.__dict__.pop(name, None)
-        self._states = [known for known in self._states if known[0] is not None] if self._state is not None else []
-        if self._state is not None:
-            kept = (self._state, self.batches, self.entries)
-            self._states = [kept, *[known for known in self._states if known[0] is not self._state]][:_STATES]
+        if self._state is None:
+            # the first batch, of a copy too
+            self._states = []
+        else:
+            self._states = [(self._state, self.batches, self.entries), *self._states][:_STATES]
         every = [batches for _, whole, entries in self._states for batches in (whole, *list(entries.values()))]
         ignored = frozenset[Label]().union(*[batches.moving for batches in every])
         now = State(self.modules, ignored)

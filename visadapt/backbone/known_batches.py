@@ -63,12 +63,10 @@ class _Pattern:
 
     def covers(self, signature: _Signature) -> bool:
         """Return whether a batch needs no examination of its own."""
-        if self.form is None:
-            return False
-        if self.facts.reordered:
+        if self.form is not None and self.facts.reordered:
             # runs one task at a time, which is right for every size
             return self.examined > 1
-        return self.examined >= _EXACT and self.lacks_sizes_only(signature) and signature.shared_sizes in self.sizes
+        return self.lacks_sizes_only(signature) and signature.shared_sizes in self.sizes
 
     def ruled_facts(self, given: Any) -> RowFacts | None:
         """Return the facts of batches for which the model tests sizes with the same results, if any were examined."""

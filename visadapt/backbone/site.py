@@ -29,7 +29,7 @@ def is_sequence(layout: str) -> bool:
 
 
 def layout_named(axis: int | None, ndim: int) -> str | None:
-    """The layout of tensors of ``ndim`` axes with their channels at ``axis``; None if there is no name for it."""
+    """The layout of tensors of ``ndim`` axes with their channels at ``axis``; None if that layout has no name."""
     if axis is None or ndim < 2:
         return None
     if axis == ndim - 1:

@@ -32,6 +32,8 @@ _TORCHS = frozenset(vars(nn.Module())) - {"training"} | {"forward", FORWARDS, "_
 _OTHERS = {"_output_capturing_hooks_installed", "_is_hf_initialized", "_flat_weights", "_flat_weight_refs"}
 """Attributes by which torch and transformers keep track of their modules."""
 
+_UNCOUNTED = _TORCHS | _OTHERS
+
 _PREFIXES = ("__", "_visadapt", "_fsdp", "_is_fsdp", "_ddp")
 
 _DEPTH = 4
@@ -67,7 +69,7 @@ class State:
                 if name == "training":
                     # of the model as a whole, it is part of a batch's signature
                     self.values[path, name] = [value == training]
-                elif not (name in _TORCHS | _OTHERS or name.startswith(_PREFIXES) or (path, name) in ignored):
+                elif not (name in _UNCOUNTED or name.startswith(_PREFIXES) or (path, name) in ignored):
                     self.values[path, name] = self._content(value)
             children = own["_modules"]
             self._watch(children.values())

@@ -23,7 +23,7 @@ from visadapt.backbone.modules import own_modules, parameter_count, plain_copy, 
 from visadapt.backbone.norms import is_norm, norm_axis
 from visadapt.backbone.operators import CONVS, is_operator, operator_of
 from visadapt.backbone.site import Site, layout_named
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, first_line
 from visadapt.printable import shown
 
 
@@ -70,8 +70,10 @@ def guess_inputs(model: nn.Module) -> list[Any]:
     else:
         sizes = [(planes, n, n) for n in (224, 64, 32, 28, 299, 512)]
     guesses = [torch.zeros(2, *size, dtype=dtype, device=device) for size in sizes]
-    # Perceiver's config has the size of images, whatever its preprocessor takes
-    return guesses + [_rows_of_tokens(device)] * isinstance(first, nn.Embedding)
+    if isinstance(first, nn.Embedding):
+        # Perceiver's config has the size of images, whatever its preprocessor takes
+        guesses.append(_rows_of_tokens(device))
+    return guesses
 
 
 def _rows_of_tokens(device: torch.device) -> Tensor:
@@ -220,13 +222,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                     forget_fakes()
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
-        f"{type(backbone).__name__} does not run on {what} ({_shown(failure)}); pass example= with an input it takes"
+        f"{type(backbone).__name__} does not run on {what} ({first_line(failure):.300}); pass example= with an input "
+        "it takes"
     ) from failure
-
-
-def _shown(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
 
 
 _QUIET = threading.Lock()

@@ -79,8 +79,8 @@ def predict(
     """Predict the class of each image or text.
 
     Of a table (.tsv, .csv), the texts or the images that it names are taken: from the column of --text or --image, or
-    the one that the task was trained on. Several
-    tasks of one backbone can predict at once; the backbone is in memory only once.
+    the one that the task was trained on. Several tasks of one backbone can predict at once; the backbone is in memory
+    only once.
     """
     check_choice(form, FORMATS, "format")
     check_count(batch_size, "--batch-size")

@@ -28,7 +28,7 @@ def split_of(name: str, where: str) -> str:
     """Return the split that a cell or a key names, in any case.
 
     Raises:
-        VisadaptError: there is no such split.
+        VisadaptError: no split has this name.
     """
     known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
     if name.lower() not in known:

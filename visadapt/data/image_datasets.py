@@ -8,7 +8,7 @@ from typing import Any
 
 from visadapt.data.datasets_library import labels_of, open_dataset, split_of
 from visadapt.data.image_layouts import Found
-from visadapt.data.image_tables import FILE_COLUMNS, ImageColumns, existing
+from visadapt.data.image_tables import ImageColumns, existing, text_columns_of, usual_of
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.optional import require
@@ -80,14 +80,15 @@ class _Column(Sequence[Any]):
 def _image_column(part: Any, name: str, columns: ImageColumns, datasets: Any) -> str:
     """The column of images, or else that of the names of image files."""
     images = [key for key, feature in part.features.items() if isinstance(feature, datasets.Image)]
-    texts = [key for key, feature in part.features.items() if getattr(feature, "dtype", None) == "string"]
+    texts = text_columns_of(part)
     wanted = columns.image
     if wanted is not None:
         if wanted not in (*images, *texts):
             raise VisadaptError(f"{name} has no column of images {wanted!r}{nearest(str(wanted), [*images, *texts])}")
         return str(wanted)
     if not images:
-        images = [key for usual in FILE_COLUMNS for key in texts if key.lower() == usual][:1]
+        usual = usual_of(texts)
+        images = [] if usual is None else [usual]
     if len(images) != 1:
         of_images = ", ".join(map(repr, images))
         got = f"the columns of images {of_images}" if images else f"the columns {', '.join(map(repr, part.features))}"

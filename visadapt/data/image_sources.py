@@ -69,7 +69,7 @@ def find(
         **columns: as there.
 
     Raises:
-        VisadaptError: there is no such data set, its layout is not understood, or an option has no effect on it.
+        VisadaptError: the data set does not exist, its layout is not understood, or an option has no effect on it.
     """
     given = {key: value for key, value in {"root": root, **columns}.items() if value is not None}
     if given.get("regression") is False:

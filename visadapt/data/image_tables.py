@@ -101,15 +101,24 @@ def files_of(part: Any, image: Column | None, root: Path, file: Path) -> list[Pa
     """List the image files that a column of texts of a ``Dataset`` names.
 
     Raises:
-        VisadaptError: there is no such column, or an image does not exist.
+        VisadaptError: the column or an image does not exist.
     """
-    texts = [key for key, feature in part.features.items() if getattr(feature, "dtype", None) == "string"]
-    usual = (key for name in FILE_COLUMNS for key in texts if key.lower() == name)
-    chosen = next(usual, None) if image is None else image
+    texts = text_columns_of(part)
+    chosen = usual_of(texts) if image is None else image
     if chosen not in texts:
         found = nearest(str(image or "file"), texts)
         raise VisadaptError(f"{file} has no column of file names{found} (choose it with {option('image')})")
     return existing(root, list(part[chosen]), str(file), range(len(part)))
+
+
+def text_columns_of(part: Any) -> list[str]:
+    """Return the columns of texts of a ``Dataset``."""
+    return [key for key, feature in part.features.items() if getattr(feature, "dtype", None) == "string"]
+
+
+def usual_of(texts: Sequence[str]) -> str | None:
+    """Return the column with the most usual name for file names, in any case; None if no column has one."""
+    return next((key for name in FILE_COLUMNS for key in texts if key.lower() == name), None)
 
 
 def _check_header(table: Table, root: Path) -> None:
@@ -166,7 +175,7 @@ def existing(root: Path, cells: Sequence[str], where: str, numbers: Sequence[int
         numbers: of the rows.
 
     Raises:
-        VisadaptError: a name is empty, or there is no such file.
+        VisadaptError: a name is empty, or its file does not exist.
     """
     for number, cell in zip(numbers, cells, strict=True):
         if not cell:

@@ -148,7 +148,7 @@ def load_images(
         The data set, uint8 on the CPU.
 
     Raises:
-        VisadaptError: there is no such data set or folder, its layout is not as above, its images differ in size and
+        VisadaptError: the data set or folder does not exist, its layout is not as above, its images differ in size and
             ``size`` is not given, too many are damaged, or a required library is missing.
 
     Examples:
@@ -207,7 +207,7 @@ def image_files(place: str | Path) -> list[Path]:
         Their paths.
 
     Raises:
-        VisadaptError: there is no such file or folder, or no image in it.
+        VisadaptError: the file or folder does not exist, or holds no image.
 
     Examples:
         >>> from visadapt.data import image_files

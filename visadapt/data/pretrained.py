@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +57,7 @@ def pretrained(name: str, **build: Any) -> nn.Module:
         **build: passed to ``from_pretrained``.
     """
     transformers = require("transformers", f"'hf/{name}'", "visadapt[text]")
-    if os.path.isdir(name):
-        check_readable(name)
+    check_readable(name)
     config = transformers.AutoConfig.from_pretrained(name, **{k: v for k, v in build.items() if k in _LOADING})
     with _quiet(transformers.utils.logging):
         kind = _kind(config, transformers)

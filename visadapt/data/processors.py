@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -121,8 +120,7 @@ def processor_of(backbone: str, **options: Any) -> Any:
     if not backbone.startswith("hf/") or not available("transformers"):
         return None
     transformers = require("transformers", "an image processor", "visadapt[text]")
-    if os.path.isdir(backbone.removeprefix("hf/")):
-        check_readable(backbone.removeprefix("hf/"))
+    check_readable(backbone.removeprefix("hf/"))
     try:
         return transformers.AutoImageProcessor.from_pretrained(backbone.removeprefix("hf/"), **options)
     except (OSError, ValueError, KeyError):

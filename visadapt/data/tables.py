@@ -92,7 +92,7 @@ class Table:
         """Find a column by its name, or by its number from 0.
 
         Raises:
-            VisadaptError: there is no such column.
+            VisadaptError: the column does not exist.
         """
         if isinstance(wanted, str):
             if self.names is not None and wanted in self.names:

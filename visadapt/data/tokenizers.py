@@ -88,8 +88,7 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
         raise VisadaptError(
             f"{backbone!r} has no tokenizer: save one into the folder with tokenizer.save_pretrained({source!r})"
         )
-    if folder.is_dir():
-        check_readable(folder)
+    check_readable(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError, KeyError) as error:

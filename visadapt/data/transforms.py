@@ -10,8 +10,7 @@ from torch import Tensor
 
 from visadapt.arguments import takes
 from visadapt.checks import check_count
-from visadapt.errors import VisadaptError
-from visadapt.printable import shown
+from visadapt.errors import VisadaptError, device_errors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -54,10 +53,8 @@ def normalize(
     _check(images)
     if images.dtype != torch.uint8:
         raise VisadaptError(f"images must be uint8, got {images.dtype}")
-    try:
+    with device_errors(device):
         x = images.to(device).float().div_(255)
-    except (RuntimeError, AssertionError) as error:
-        raise VisadaptError(f"device {shown(device)} cannot be used here: {str(error).splitlines()[0]}") from error
     if size is not None and x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     centre, scale = (_moved(torch.tensor(each, dtype=x.dtype, device="cpu"), x).view(-1, 1, 1) for each in (mean, std))

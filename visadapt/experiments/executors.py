@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from visadapt.checks import check_choice
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, first_line
 from visadapt.experiments.record import Result, write
 from visadapt.experiments.run import Run
 from visadapt.experiments.train import Workspace
@@ -177,7 +177,7 @@ def _start(ray: Any, num_cpus: int | None, tries: int = 3) -> None:
     except Exception as error:  # Ray raises a bare Exception if a node is too slow
         ray.shutdown()
         if tries == 1:
-            raise VisadaptError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
+            raise VisadaptError(f"Ray could not be started: {first_line(error)}") from error
         _start(ray, num_cpus, tries - 1)
 
 

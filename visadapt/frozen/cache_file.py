@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
-from visadapt.files import holding
+from visadapt.files import holding, place_in
 from visadapt.reading import SMALL, check_file, opened, read_json
 from visadapt.tensor_file import raw
 
@@ -110,7 +110,7 @@ class CacheFile:
         try:
             with holding(self.partial.parent) as folder:
                 descriptor = _locked(self.partial)
-                name = str(self.partial) if folder is None else self.partial.name
+                name = place_in(self.partial, folder)
                 try:
                     yield Writer(self, descriptor)
                 finally:

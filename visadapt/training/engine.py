@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visadapt.checks import check_choice
 from visadapt.data.inputs import TextInputs
 from visadapt.data.samples import ready, trimmed
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, device_errors
 from visadapt.frozen.cached_prefix import CachedPrefix, Resumable
 from visadapt.optional import require
 from visadapt.training.graphs import Graphs
@@ -64,7 +64,7 @@ class Engine:
         move(model, self.device)
 
     def _choose_device(self, model: nn.Module, device: torch.device | str | None) -> torch.device:
-        with _device_errors(device):
+        with device_errors(device):
             chosen = None if device is None else torch.device(device)
         if self.processes == 1:
             first = next((p for p in model.parameters()), torch.empty(0))
@@ -125,7 +125,7 @@ def move(model: nn.Module, device: torch.device) -> None:
     Raises:
         VisadaptError: the device does not exist, or cannot be used.
     """
-    with _device_errors(device):
+    with device_errors(device):
         if any(tensor.to(device) is not tensor for tensor in _tensors(model)):
             model.to(device)
 
@@ -148,16 +148,8 @@ def check_device(device: torch.device | str) -> None:
     Raises:
         VisadaptError: the device cannot be used; the message names it.
     """
-    with _device_errors(device):
+    with device_errors(device):
         torch.empty(1, device=device)
-
-
-@contextmanager
-def _device_errors(device: Any) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        raise VisadaptError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 class LogitsModel(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import Samples
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, first_line
 
 
 def samples_of(data: Any, purpose: str) -> Samples | None:
@@ -78,10 +78,9 @@ def loader_of(data: Any, batch_size: int, purpose: str, *, shuffle: bool = False
         try:
             return default_collate(samples)
         except (TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
             raise VisadaptError(
-                f"samples of the {purpose} data do not make a batch ({reason:.200}): convert each to tensors of one "
-                "shape, or pass a DataLoader with a collate_fn"
+                f"samples of the {purpose} data do not make a batch ({first_line(error):.200}): convert each to "
+                "tensors of one shape, or pass a DataLoader with a collate_fn"
             ) from error
 
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visadapt.checks import check_choice
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, first_line
 
 Loss = str | Callable[[Any, Any], Tensor]
 """One of ``LOSSES``, or a function of outputs and labels."""
@@ -107,15 +107,8 @@ class Objective:
             low, high = float(labels.min()), float(labels.max())
             if not 0 <= low <= high <= 1:
                 raise VisadaptError(f"{purpose} labels must be in [0, 1] for {kind}, got {low:g} to {high:g}")
-        elif kind == "cross_entropy":
-            counted = labels[labels != IGNORED] if labels.ndim > 1 else labels
-            low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
-            if low < 0 or high >= outputs:
-                wrong = low if low < 0 else high
-                mark = f" ({IGNORED} marks a position that does not count)" if labels.ndim > 1 else ""
-                raise VisadaptError(
-                    f"{purpose} labels must be from 0 to {outputs - 1}, the head's classes, got {wrong}{mark}"
-                )
+        elif kind == "cross_entropy" and (wrong := out_of_range(labels, outputs)):
+            raise VisadaptError(f"{purpose} labels must be from 0 to {outputs - 1}, the head's classes, got {wrong}")
 
     def check(self, outputs: Tensor, labels: Tensor, purpose: str, name: str) -> None:
         """Refuse outputs that do not fit the labels' shape.
@@ -175,13 +168,7 @@ class Objective:
 
     def _own(self, outputs: Tensor, labels: Tensor) -> Tensor:
         assert callable(self.loss)
-        outputs = aligned(outputs, labels)
-        try:
-            value = self.loss(outputs, labels)
-        except VisadaptError:
-            raise
-        except Exception as error:  # whatever a function of the caller's raises
-            raise VisadaptError(f"loss cannot take {shapes(outputs, labels)}: {error}") from error
+        value = applied("loss", self.loss, outputs, labels)
         if isinstance(value, Tensor) and outputs.requires_grad and not value.requires_grad:
             raise VisadaptError("loss must return a tensor with a gradient: it was detached from the outputs")
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -193,10 +180,36 @@ class Objective:
         raise VisadaptError(f"loss must return one number, or one per sample ({len(labels)}), got {got}")
 
 
-def shapes(outputs: Tensor, labels: Tensor) -> str:
-    """Describe outputs and labels, for messages."""
-    described = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("outputs", outputs), ("labels", labels)))
-    return " and ".join(described).replace("torch.", "")
+def out_of_range(labels: Tensor, classes: int) -> str:
+    """Describe a class index that is out of range, for messages; empty if none is. In dense labels `IGNORED` may stand.
+
+    Args:
+        labels: ``(N,)`` or ``(N, …)``, integers.
+        classes: number of classes.
+    """
+    counted = labels[labels != IGNORED] if labels.ndim > 1 else labels
+    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if low >= 0 and high < classes:
+        return ""
+    mark = f" ({IGNORED} marks a position that does not count)" if labels.ndim > 1 else ""
+    return f"{low if low < 0 else high}{mark}"
+
+
+def applied(name: str, function: Callable[[Tensor, Tensor], Any], outputs: Tensor, labels: Tensor) -> Any:
+    """Call a loss or a metric of the caller's.
+
+    Raises:
+        VisadaptError: it raises anything.
+    """
+    outputs = aligned(outputs, labels)
+    try:
+        return function(outputs, labels)
+    except VisadaptError:
+        raise
+    except Exception as error:  # whatever a function of the caller's raises
+        described = (f"{part} {t.dtype} {tuple(t.shape)}" for part, t in (("outputs", outputs), ("labels", labels)))
+        given = " and ".join(described).replace("torch.", "")
+        raise VisadaptError(f"{name} cannot take {given}: {first_line(error):.300}") from error
 
 
 def aligned(outputs: Tensor, labels: Tensor) -> Tensor:

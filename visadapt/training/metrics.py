@@ -11,7 +11,7 @@ from torch import Tensor
 from visadapt.checks import check_choice
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
-from visadapt.training.losses import IGNORED, Objective
+from visadapt.training.losses import IGNORED, Objective, out_of_range
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -179,13 +179,9 @@ def check_range(name: str, outputs: Tensor, labels: Tensor) -> None:
     """
     if name not in OF_CLASSES or name == "loss" or labels.is_floating_point() or outputs.ndim < 2:
         return
-    counted = labels[labels != IGNORED] if labels.ndim > 1 else labels
-    wrong = counted[(counted < 0) | (counted >= outputs.shape[1])]
-    if wrong.numel():
-        mark = f" ({IGNORED} marks a position that does not count)" if labels.ndim > 1 else ""
+    if wrong := out_of_range(labels, outputs.shape[1]):
         raise VisadaptError(
-            f"labels must be from 0 to {outputs.shape[1] - 1} for {name}, got {int(wrong.flatten()[0])}{mark}; or pass "
-            "a metric of your own"
+            f"labels must be from 0 to {outputs.shape[1] - 1} for {name}, got {wrong}; or pass a metric of your own"
         )
 
 

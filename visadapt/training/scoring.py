@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visadapt.errors import VisadaptError
-from visadapt.training.losses import Objective, aligned, shapes
+from visadapt.training.losses import Objective, applied
 from visadapt.training.metrics import METRICS, check_metric, check_range
 
 _LOSS = "loss"
@@ -101,7 +101,7 @@ class Scores:
                 check_metric(name, labels)
                 check_range(name, outputs, labels)
             elif _keeps_state(metric):
-                self._called(name, metric.update, outputs, labels)
+                applied(f"the metric {name}", metric.update, outputs, labels)
         self._count += len(labels)
         if self._whole:
             self._kept.append((outputs, labels))
@@ -126,20 +126,8 @@ class Scores:
             else:
                 assert outputs is not None
                 assert labels is not None
-                scores[name] = _number(self._called(name, metric, outputs, labels), name)
+                scores[name] = _number(applied(f"the metric {name}", metric, outputs, labels), name)
         return scores
-
-    @staticmethod
-    def _called(name: str, metric: Any, outputs: Tensor, labels: Tensor) -> Any:
-        outputs = aligned(outputs, labels)
-        try:
-            return metric(outputs, labels)
-        except VisadaptError:
-            raise
-        except Exception as error:  # whatever a function of the caller's raises
-            raise VisadaptError(
-                f"the metric {name} cannot take {shapes(outputs, labels)}: {str(error).splitlines()[0]:.300}"
-            ) from error
 
 
 def _keeps_state(metric: Any) -> bool:

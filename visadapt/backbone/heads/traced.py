@@ -34,7 +34,7 @@ def head_of_flow(flow: Flow, modules: Mapping[str, nn.Module]) -> Head:
     """The head that a recorded forward shows.
 
     An output has a head if all of it was computed from layers behind which nothing with parameters comes, and which
-    feed nothing else. In a residual stream the last block's layer adds to what fed it: there is no head.
+    feed nothing else. In a residual stream the last block's layer adds to what fed it, and is not a head.
 
     Args:
         flow: one forward of the whole model.
