@@ -119,7 +119,10 @@ def quantile(times: Sequence[float], share: float) -> float:
 
 
 def without_overhead(forward: dict[int, float], rate: float, share: float, requests: int = 20_000) -> float:
-    """Simulate a server that does nothing but forwards, on all that waits at once, at random arrivals.
+    """Simulate a server that does nothing but forwards, first come first served, at random arrivals.
+
+    It begins the next forward at once, on all that waits up to a limit. The limit is the best of the sizes in
+    ``forward``, so that no smaller batches would be quicker.
 
     Args:
         forward: seconds of a forward pass by batch size.
@@ -130,19 +133,24 @@ def without_overhead(forward: dict[int, float], rate: float, share: float, reque
     Returns:
         The quantile of the latencies in seconds.
     """
-    random, arrivals, now = Random(0), [0.0], 0.0
+    random, arrivals = Random(0), [0.0]
     for _ in range(requests):
         arrivals.append(arrivals[-1] + random.expovariate(rate))
+    return min(quantile(_latencies(forward, arrivals, most), share) for most in forward)
+
+
+def _latencies(forward: dict[int, float], arrivals: Sequence[float], most: int) -> list[float]:
+    """Latencies, sorted, of a server that takes at most so many requests at once."""
     latencies: list[float] = []
-    first = 0
+    first, now = 0, 0.0
     while first < len(arrivals):
         now, last = max(now, arrivals[first]), first
-        while last < len(arrivals) and arrivals[last] <= now and last - first < max(forward):
+        while last < len(arrivals) and arrivals[last] <= now and last - first < most:
             last += 1
         now += _interpolated(forward, last - first)
         latencies += [now - arrival for arrival in arrivals[first:last]]
         first = last
-    return quantile(sorted(latencies), share)
+    return sorted(latencies)
 
 
 def _interpolated(forward: dict[int, float], size: int) -> float:

@@ -34,19 +34,23 @@ def measure(tasks: int, size: int, repeats: int, device: str) -> Iterator[Row]:
     setting = f"ResNet-50, m=32, {size} px"
     x = torch.randn(tasks, 3, size, size, device=device)
     runs: dict[str, Callable[[], object]] = {}
+    bare: dict[str, Callable[[], object]] = {}
     for norms in ("affine", "frozen"):
         model = build(tasks, norms).to(device)
 
-        def run(task: str | list[str], model: nn.Module = model) -> None:
+        def run(task: str | list[str] | None, model: nn.Module = model) -> None:
             with visadapt.using(model, task):
                 model(x)
 
         runs[f"one, {norms}"] = lambda run=run: run("task0")
         runs[f"mixed, {norms}"] = lambda run=run: run([f"task{i}" for i in range(tasks)])
+        bare[norms] = lambda run=run: run(None)
     with torch.no_grad():
         times = interleaved(runs, repeats, device)
-        share = outside(runs["mixed, affine"])
-    yield exact("mixed: time outside torch's operators", f"{setting}, {tasks} tasks", share, "%")
+        passes = {"": runs["mixed, affine"], ", one task": runs["one, affine"], ", bare backbone": bare["affine"]}
+        shares = {name: outside(run) for name, run in passes.items()}
+    for name, share in shares.items():
+        yield exact(f"mixed: time outside torch's operators{name}", f"{setting}, {tasks} tasks", share, "%")
     for norms, own in (("affine", ", own norms"), ("frozen", "")):
         figure = f"mixed: {tasks} tasks in a batch of {tasks} / one task{own}"
         yield ratio(figure, setting, times, f"mixed, {norms}", f"one, {norms}")

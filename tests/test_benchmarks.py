@@ -15,6 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import figures, jobs, measure
 from benchmarks.goals import GOALS, Goal, goal_of
 from benchmarks.jobs import JOBS, Job, Run
+from benchmarks.load import without_overhead
 from benchmarks.measure import bytes_kept, interleaved, operations, ratio, spread
 
 ROOT = Path(__file__).parents[1]
@@ -259,3 +260,11 @@ def test_everything_for_a_gpu_runs_within_its_time_and_leaves_its_files(tmp_path
     (file,) = (tmp_path / "out").glob("performance-*.csv")
     # a thousand tasks take longer than the budget: what was measured before its end is there
     assert "inject" in {row["figure"] for row in figures.read(file)}
+
+
+@pytest.mark.parametrize(("forward", "best"), [({1: 1.0, 2: 1.1, 8: 1.7}, 8), ({1: 1.0, 2: 4.0, 8: 64.0}, 1)])
+def test_the_limit_of_a_server_is_that_of_its_best_batch_size(forward: dict[int, float], best: int) -> None:
+    only = {size: took for size, took in forward.items() if size <= best}
+    found = without_overhead(forward, rate=0.5, share=0.95, requests=500)
+    assert found == without_overhead(only, rate=0.5, share=0.95, requests=500)
+    assert found >= forward[1]

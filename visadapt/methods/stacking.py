@@ -82,12 +82,22 @@ class Rows:
         first = tensors[0]
         if all(tensor is first for tensor in tensors):
             stacked = first.expand(len(self.number), *first.shape)
-        elif self._is_each or not torch.is_grad_enabled():
+        elif self._is_each:
+            stacked = _stack(tensors)
+        elif not torch.is_grad_enabled():
             # one copy instead of two
-            stacked = torch.stack([tensors[n] for n in self.number])
+            stacked = _stack([tensors[n] for n in self.number])
         else:
-            stacked = torch.stack(list(tensors)).index_select(0, self._index("samples", self.number))
+            stacked = _stack(tensors).index_select(0, self._index("samples", self.number))
         return stacked.repeat_interleave(self.repeat, 0) if repeat and self.repeat > 1 else stacked
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` of tensors of one shape, without the operator per tensor with which that adds an axis."""
+    first = tensors[0]
+    if first.ndim == 0:
+        return torch.stack(list(tensors))
+    return torch.cat(list(tensors)).reshape(len(tensors), *first.shape)
 
 
 _KEPT: dict[tuple[tuple[int, ...], int, torch.device], Rows] = {}

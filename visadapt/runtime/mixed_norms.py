@@ -53,10 +53,11 @@ def stack_norms(
     if trains or any(kind is not cls or eps != host.eps for kind, _, eps in looks):
         return None
 
+    # not by getattr, which is slow on a module: there may be thousands
+    held = {kind: [norm.__dict__[kind] for norm in norms] for kind in ("_parameters", "_buffers")}
+
     def gathered(name: str) -> Tensor | None:
-        # not by getattr, which is slow on a module: there may be thousands
-        kind = "_buffers" if name in host._buffers else "_parameters"
-        tensors = [norm.__dict__[kind].get(name) for norm in norms]
+        tensors = [own.get(name) for own in held["_buffers" if name in host._buffers else "_parameters"]]
         return None if tensors[0] is None else rows.gather(tensors)
 
     return norm_rowwise(host, plain, gathered, x)
