@@ -104,7 +104,7 @@ def _inputs(mlp: nn.Module, outputs: int) -> int:
     for first, last in ((0, -1), (-1, 0)):
         if linears and linears[last].outputs == outputs:
             return linears[first].inputs
-    # the last linear is no part of the chain, such as a gate of experts
+    # the last linear is beside the chain, such as a gate of experts
     return outputs
 
 
