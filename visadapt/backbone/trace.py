@@ -214,7 +214,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                     inputs = tree_map_only(Tensor, fake.from_tensor if fake else torch.clone, given)
                     return watch(copied, inputs), given
             except Exception as error:
-                failure = failure or error
+                if fake is None:
+                    # that of a run on fake tensors is not told, and would hold them
+                    failure = failure or error
             finally:
                 # with what a forward leaves in the copy
                 copied = inputs = None
