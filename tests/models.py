@@ -215,17 +215,17 @@ MEMBERS = (
 ZOO = {member.name: member for member in MEMBERS}
 
 
-def short(text: bool = False) -> nn.Module:
-    """A backbone of four blocks or one layer, for what takes long by the block, as ``torch.compile`` does."""
-    if text:
-        build = _transformers("Bert", num_hidden_layers=1)
-    else:
+def short(text: bool = False, block: Any = None, **options: Any) -> nn.Module:
+    """A backbone of two blocks or one layer, for what takes long by the block, as ``torch.compile`` does."""
 
-        def build() -> nn.Module:
-            from timm.models.resnet import BasicBlock, ResNet
+    def convolutions() -> nn.Module:
+        from timm.models.resnet import BasicBlock, ResNet
 
-            return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 8, 16, 16))
+        model = ResNet(block or BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 16, 16, 16), **options)
+        model.layer3 = model.layer4 = nn.Identity()
+        return model
 
+    build = _transformers("Bert", num_hidden_layers=1) if text else convolutions
     torch.manual_seed(0)
     return enliven(build()).eval()
 
