@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +131,17 @@ class Member:
     def make(self, seed: int = 0) -> nn.Module:
         """The network in eval mode, with weights that leave nothing dead."""
         torch.manual_seed(seed)
-        return enliven(self.build(), seed).eval()
+        return copy.deepcopy(_made(self, seed))
 
     def example(self, n: int = 2, seed: int = 0) -> Tensor:
         """A batch."""
         return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def _made(member: Member, seed: int) -> nn.Module:
+    # drawing the weights takes most of the time
+    return enliven(member.build(), seed).eval()
 
 
 NETWORKS = {

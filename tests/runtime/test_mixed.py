@@ -123,7 +123,7 @@ def test_every_sample_gets_what_its_task_alone_gives(name) -> None:
     check(model, inputs, [None] * len(LIST))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(tasks=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7))
 def test_any_list_in_any_order(tasks) -> None:
     check(shared("tiny/resnet"), ZOO["tiny/resnet"].inputs(n=len(tasks)), tasks)
@@ -196,7 +196,7 @@ def test_every_method_beside_every_other_on_texts(method) -> None:
     for seed, task in enumerate(visadapt.tasks(model)):
         stir(model, task, seed)
     check(model, member.inputs(n=5), ["two", "other", "one", None, "two"])
-    check(model, member.inputs(n=4), ["two", "one", "one", "two"])
+    check(model, member.inputs(n=5), ["two", "one", "one", "two", "one"])
 
 
 def test_several_methods_in_one_task_act_in_their_order(tiny) -> None:
