@@ -130,8 +130,9 @@ class Member:
 
     def make(self, seed: int = 0) -> nn.Module:
         """The network in eval mode, with weights that leave nothing dead."""
-        torch.manual_seed(seed)
-        return copy.deepcopy(_made(self, seed))
+        model, state = _made(self, seed)
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
 
     def example(self, n: int = 2, seed: int = 0) -> Tensor:
         """A batch."""
@@ -139,9 +140,10 @@ class Member:
 
 
 @cache
-def _made(member: Member, seed: int) -> nn.Module:
-    # drawing the weights takes most of the time
-    return enliven(member.build(), seed).eval()
+def _made(member: Member, seed: int) -> tuple[nn.Module, Tensor]:
+    """A network, which takes most of a test's time to draw, and torch's random state afterwards."""
+    torch.manual_seed(seed)
+    return enliven(member.build(), seed).eval(), torch.get_rng_state()
 
 
 NETWORKS = {

@@ -18,7 +18,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 @pytest.mark.parametrize(
     ("requests", "exact"),
-    [(160, True), (160, False), pytest.param(2_048, True, marks=pytest.mark.slow)],
+    [(256, True), (256, False), pytest.param(2_048, True, marks=pytest.mark.slow)],
 )
 def test_every_answer_is_that_of_the_task_alone_or_a_documented_error(
     requests: int, exact: bool, known: Known, tmp_path: Path
