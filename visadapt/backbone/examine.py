@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, both_hosts, fact_of, merged, order_of
-from visadapt.backbone.state import State
+from visadapt.backbone.state import Label, State
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
 
@@ -221,18 +221,24 @@ class _Recorder:
     def __init__(self, twin: nn.Module) -> None:
         self.calls: dict[str, list[tuple[dict[Key, Any], dict[Key, Any]]]] = {}
         self.writers: set[str] = set()
+        # attributes that a module's own call set to something with tensors in it
+        self.stored: set[Label] = set()
         for path, module in own_modules(twin).items():
             if not isinstance(module, torch.jit.ScriptModule):
                 # replaces forward instead of adding a hook: code that calls .forward directly skips hooks
-                module.forward = self._around(path, module.forward)  # type: ignore[method-assign]
+                module.forward = self._around(path, module, module.forward)  # type: ignore[method-assign]
 
-    def _around(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _around(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             calls = self.calls.setdefault(path, [])
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 inputs = _prints((args, kwargs))
             given = [(leaf, _version(leaf)) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            held = dict(module.__dict__)
             out = forward(*args, **kwargs)
+            for name, value in module.__dict__.items():
+                if held.get(name, held) is not value and _has_tensors(value):
+                    self.stored.add((path, name))
             if any(_version(leaf) != version for leaf, version in given):
                 self.writers.add(path)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -240,6 +246,10 @@ class _Recorder:
             return out
 
         return recorded
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
 
 
 def _version(tensor: Tensor) -> int:
@@ -273,6 +283,11 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     larger = take(pair, cut, order)
     few, small, first = run(pair)
     more, large, second = run(larger)
+    if recorder.stored:
+        with reads_first(modules, recorder.stored, each_call=True) as keeping:
+            run(again)
+        keepers = {path for path, _ in keeping}
+        recorder.writers |= {path for path in modules if any(f"{each}.".startswith(f"{path}.") for each in keepers)}
     hosts = {}
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
@@ -283,13 +298,21 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
     moving = states[0].changes(states[1]) | states[1].changes(states[2])
+    kept = ""
     if moving:
         with reads_first(modules, moving) as steering:
             run(again)
+        kept = min((".".join(label) for label in steering if _has_tensors(_held(modules, label))), default="")
         # the others follow from the input alone
         moving -= steering
     evidence = _evidence(small, outputs)
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving))
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving), kept)
+
+
+def _held(modules: Mapping[str, nn.Module], label: Label) -> Any:
+    """Return what an attribute of a module holds; None for what belongs to no module."""
+    module = modules.get(label[0])
+    return None if module is None else module.__dict__.get(label[1])
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:
