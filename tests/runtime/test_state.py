@@ -27,6 +27,14 @@ class Turn(nn.Module):
         return x.flip(0) if self.on else x
 
 
+TURNED, SETTINGS = False, {"turned": False}
+"""Variables of this file that a forward reads, in a method and in a function that it calls."""
+
+
+def set_to_turn() -> bool:
+    return SETTINGS["turned"]
+
+
 class Options:
     turned = False
 
@@ -44,6 +52,7 @@ class Net(nn.Module):
         self.flag, self.mode, self.order, self.names = False, "plain", [1], {"turned": False}
         self.options, self.nested, self.index = Options(), {"a": [types.SimpleNamespace(turned=False)]}, torch.arange(5)
         self.register_buffer("flagged", torch.tensor(False))
+        self.register_buffer("share", torch.tensor(0.0))
         self.steps: Any = []
 
     def way(self, x: Tensor) -> Tensor:
@@ -60,6 +69,9 @@ class Net(nn.Module):
             or self.turns
             or bool(self.index[0])
             or bool(self.flagged)
+            or float(self.share) > 0.5
+            or TURNED
+            or set_to_turn()
             or getattr(self, "added", False)
             or len(self.steps) > 0
         )
@@ -100,6 +112,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a tensor": lambda model: setattr(model, "index", torch.arange(1, 6)),
     "a buffer": lambda model: setattr(model, "flagged", torch.tensor(True)),
     "a buffer in place": lambda model: model.flagged.fill_(True),
+    "a buffer of floats": lambda model: model.share.fill_(1.0),
     "a new attribute": lambda model: setattr(model, "added", True),
     "flags of modules": turn_modules,
     "other modules": replace_modules,
@@ -149,6 +162,17 @@ def test_classes_that_are_changed(made, monkeypatch) -> None:
     monkeypatch.setattr(Net, "turns", False)
     check(model)
     monkeypatch.setattr(Net, "way", lambda self, x: x.flip(0))
+    check(model)
+
+
+def test_variables_of_a_file_that_are_changed(made, monkeypatch) -> None:
+    model = made()
+    check(model)
+    monkeypatch.setitem(globals(), "TURNED", True)
+    check(model)
+    monkeypatch.setitem(globals(), "TURNED", False)
+    check(model)
+    monkeypatch.setitem(SETTINGS, "turned", True)
     check(model)
 
 
