@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import visadapt
 from tests.models import answer, stir
-from visadapt import Bottleneck, LoRA
+from visadapt import Bottleneck, LoRA, VisadaptError, using
+from visadapt.backbone.tracing import READS_CONTEXT
 
 
 class Turn(nn.Module):
@@ -174,6 +175,34 @@ def test_variables_of_a_file_that_are_changed(made, monkeypatch) -> None:
     check(model)
     monkeypatch.setitem(SETTINGS, "turned", True)
     check(model)
+
+
+class Flagged(nn.Module):
+    """Turns its batch around between layers, there and back, if its flag says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc, self.flag = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flip(0) if self.flag else self.stem(x)
+        x = x + self.block(x)
+        return self.fc(x.flip(0) if self.flag else x)
+
+
+def test_a_graph_is_not_made_with_the_facts_of_another_state(made) -> None:
+    model, tasks, x = made(Flagged(), LoRA(r=2)), list("aabab"), torch.randn(5, 12)
+    check(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), using(model, tasks):
+        torch.testing.assert_close(compiled(x), answer(model, {"x": x}, tasks))
+        model.flag = True
+        if READS_CONTEXT:
+            with pytest.raises(VisadaptError, match=r"was changed since its last batch.*run one again"):
+                compiled(x)
+        model.flag = False
+        check(model)
+        torch.testing.assert_close(compiled(x), answer(model, {"x": x}, tasks))
 
 
 def test_states_that_return_are_known(made, examined) -> None:

@@ -302,17 +302,32 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     if moving:
         with reads_first(modules, moving) as steering:
             run(again)
-        kept = min((".".join(label) for label in steering if _has_tensors(_held(modules, label))), default="")
+        held = {label: modules[label[0]].__dict__.get(label[1]) for label in steering if label[0] in modules}
+        held = {label: value for label, value in held.items() if _has_tensors(value)}
+        kept = min(map(".".join, held), default="") if held and _continues(modules, held, lambda: run(again)[1]) else ""
         # the others follow from the input alone
         moving -= steering
     evidence = _evidence(small, outputs)
     return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving), kept)
 
 
-def _held(modules: Mapping[str, nn.Module], label: Label) -> Any:
-    """Return what an attribute of a module holds; None for what belongs to no module."""
-    module = modules.get(label[0])
-    return None if module is None else module.__dict__.get(label[1])
+def _continues(modules: Mapping[str, nn.Module], held: Mapping[Label, Any], forward: Callable[[], Any]) -> bool:
+    """Return whether the values of tensors that a forward left behind change what the next one gives."""
+
+    def left(changed: bool) -> Any:
+        for (path, name), value in held.items():
+            copied = mapped(lambda _, leaf: _other_values(leaf, changed) if isinstance(leaf, Tensor) else leaf, value)
+            modules[path].__dict__[name] = copied
+        return forward()
+
+    try:
+        return not _close(left(False), left(True))
+    except Exception:  # values that the model cannot have
+        return True
+
+
+def _other_values(tensor: Tensor, changed: bool) -> Tensor:
+    return tensor.clone() if not changed else tensor + 1 if tensor.dtype != torch.bool else ~tensor
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:

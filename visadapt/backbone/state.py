@@ -31,7 +31,13 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"} | {"forward", FORWARDS, "_compiled_call_impl"}
 """Attributes of every module. Children and forwards are compared by themselves."""
 
-_OTHERS = {"_output_capturing_hooks_installed", "_is_hf_initialized", "_flat_weights", "_flat_weight_refs"}
+_OTHERS = {
+    "_is_torch_compile",
+    "_output_capturing_hooks_installed",
+    "_is_hf_initialized",
+    "_flat_weights",
+    "_flat_weight_refs",
+}
 """Attributes by which torch and transformers keep track of their modules."""
 
 _UNCOUNTED = _TORCHS | _OTHERS
