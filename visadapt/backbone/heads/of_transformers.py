@@ -15,7 +15,6 @@ from visadapt.backbone.heads.head import Final, Head, is_final, last_layer, widt
 from visadapt.backbone.modules import CHILD, last_name, own_parameters, within
 from visadapt.backbone.subclass import plain_class
 
-
 _SPANS = "it answers with the start and the end of a span, whatever the number of classes: leave num_classes out"
 
 
