@@ -31,9 +31,12 @@ class Turn(nn.Module):
 TURNED, SETTINGS = False, {"turned": False}
 """Variables of this file that a forward reads, in a method and in a function that it calls."""
 
+imported = types.ModuleType("imported")
+imported.turned = False  # type: ignore[attr-defined]
+
 
 def set_to_turn() -> bool:
-    return SETTINGS["turned"]
+    return SETTINGS["turned"] or imported.turned
 
 
 class Options:
@@ -174,6 +177,10 @@ def test_variables_of_a_file_that_are_changed(made, monkeypatch) -> None:
     monkeypatch.setitem(globals(), "TURNED", False)
     check(model)
     monkeypatch.setitem(SETTINGS, "turned", True)
+    check(model)
+    monkeypatch.setitem(SETTINGS, "turned", False)
+    check(model)
+    monkeypatch.setattr(imported, "turned", True)
     check(model)
 
 

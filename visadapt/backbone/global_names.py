@@ -1,15 +1,18 @@
-"""Global variables that a class's functions name, as settings of a module of Python are."""
+"""Global variables that a class's functions name: those of its own file, and those of files that it imports."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 Named = dict[int, tuple[dict[str, Any], set[str]]]
 """Names of global variables in use, with the variables themselves, by the identity of these."""
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
 
 _MOST = 64
 """Elements of the largest list or dict that counts as settings."""
@@ -25,14 +28,19 @@ def read_globals(values: Iterable[Any], named: Named) -> None:
     waiting = [function for value in values for function in _functions(value)]
     while waiting:
         function = waiting.pop()
-        variables = function.__globals__
-        known = named.setdefault(id(variables), (variables, set()))[1]
-        for name in _names(function.__code__):
-            if name in variables and name not in known and not name.startswith("__"):
-                known.add(name)
-                called = variables[name]
-                if isinstance(called, FunctionType) and called.__globals__ is variables:
-                    waiting.append(called)
+        variables, names = function.__globals__, set(_names(function.__code__))
+        known = _known(variables, named)
+        for name in [name for name in names if name in variables and not name.startswith("__")]:
+            held = variables[name]
+            if isinstance(held, ModuleType) and held.__name__.partition(".")[0] not in _LIBRARIES:
+                _known(vars(held), named).update(each for each in names if each in vars(held))
+            elif isinstance(held, FunctionType) and held.__globals__ is variables and name not in known:
+                waiting.append(held)
+            known.add(name)
+
+
+def _known(variables: dict[str, Any], named: Named) -> set[str]:
+    return named.setdefault(id(variables), (variables, set()))[1]
 
 
 def is_setting(value: Any) -> bool:
