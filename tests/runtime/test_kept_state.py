@@ -40,13 +40,21 @@ class Recurrent(nn.Module):
         if not self.continues:
             self.cell.state = None
         for token in self.stem(x).unbind(1):
-            y = self.cell(token)
-        return self.fc(y)
+            self.cell(token)
+        return self.fc(self.cell.state)
 
 
-def injected(continues: bool, method: Method) -> nn.Module:
+class Shown(Recurrent):
+    """Reads what its cell stored, which the cell itself does not read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cell.state = None
+        self.cell(self.stem(x).mean(1))
+        return self.fc(self.cell.state)
+
+
+def injected(model: nn.Module, method: Method) -> nn.Module:
     torch.manual_seed(0)
-    model = Recurrent(continues).eval()
     where = None if isinstance(method, Full) else "stem"
     for seed, task in enumerate("ab"):
         visadapt.inject(model, method, task=task, norms="frozen", where=where, example=torch.randn(2, 5, 6))
@@ -56,8 +64,9 @@ def injected(continues: bool, method: Method) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [Full(), LoRA(r=2)])
-def test_no_task_continues_from_the_state_of_another(method) -> None:
-    model, x = injected(False, method), torch.randn(4, 5, 6)
+@pytest.mark.parametrize("kind", [Recurrent, Shown])
+def test_no_task_meets_the_state_of_another(kind, method) -> None:
+    model, x = injected(kind(False), method), torch.randn(4, 5, 6)
     with visadapt.using(model, TASKS):
         mixed = model(x)
     for task, rows in (("a", [0, 3]), ("b", [1, 2])):
@@ -67,11 +76,11 @@ def test_no_task_continues_from_the_state_of_another(method) -> None:
 
 @torch.no_grad()
 def test_a_state_from_batch_to_batch_cannot_be_shared() -> None:
-    model, x = injected(True, Full()), torch.randn(4, 5, 6)
+    model, x = injected(Recurrent(True), Full()), torch.randn(4, 5, 6)
     with visadapt.using(model, TASKS), pytest.raises(VisadaptError, match=r"keeps a tensor .*\(cell\.state\)"):
         model(x)
     # all rows together, where the tasks only add to them
-    model = injected(True, LoRA(r=2))
+    model = injected(Recurrent(True), LoRA(r=2))
     with visadapt.using(model, TASKS):
         assert not torch.equal(model(x), model(x))
 

@@ -18,7 +18,7 @@ def reads_first(
     Args:
         modules: by path.
         labels: paths of modules and names of their attributes.
-        each_call: whether each call of a module starts anew. Reads outside of its calls do not count then.
+        each_call: whether each call of a module starts anew, and what is read of it after the call counts too.
 
     Returns:
         Those of them that are read first, complete at the end. What cannot be followed counts as read.
@@ -32,7 +32,7 @@ def reads_first(
         for path, plain in before.items():
             followed = {name for name in names[path] if name in modules[path].__dict__}
             found |= {(path, name) for name in names[path] - followed}
-            unset = set() if each_call else set(followed)
+            unset = set(followed)
             if each_call:
                 _begin_anew(modules[path], followed, unset)
             modules[path].__class__ = _following(plain, path, unset, found)
@@ -43,7 +43,7 @@ def reads_first(
 
 
 def _begin_anew(module: nn.Module, names: set[str], unset: set[str]) -> None:
-    """Let attributes count as not set whenever a call of a module begins."""
+    """Let attributes count as not set where a call of a module begins, and again where it ends."""
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def _begin_anew(module: nn.Module, names: set[str], unset: set[str]) -> None:
         try:
             return forward(*args, **kwargs)
         finally:
-            unset.clear()
+            unset.update(names)
 
     # a copy's own
     module.__dict__["forward"] = call
