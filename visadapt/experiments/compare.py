@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from visadapt.checks import check_choice
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.choice import choose
 from visadapt.experiments.contenders import Contender
@@ -46,6 +47,10 @@ class Compare(Experiment):
     seeds: tuple[int, ...] = (0, 1, 2)
     split: str = "test"
     keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.split, ("test", "validation", "both"), "split")
 
     def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [

@@ -21,7 +21,7 @@ from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
-from visadapt.backbone.trace import call
+from visadapt.backbone.trace import call, input_errors
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.reading import check_file
@@ -106,7 +106,8 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
     heard: list[Tensor] = []
     token = _HEARD.set(heard)
     try:
-        call(_listener(model, facts_of(model)), inputs)
+        with input_errors("inputs"):
+            call(_listener(model, facts_of(model)), inputs)
     finally:
         _HEARD.reset(token)
     found = heard[0]
