@@ -341,3 +341,25 @@ def test_a_fork_waits_until_no_thread_changes_a_model() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert STRUCTURE.acquire(timeout=5)
     STRUCTURE.release()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_training_is_refused_in_a_process_without_gradients_and_its_parent_goes_on() -> None:
+    model = ZOO["tiny/resnet"].make()
+    visadapt.inject(model, m=2, task="a", num_classes=3)
+    data = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    recipe = Recipe(epochs=1, head_first=False)
+    # torch cannot compute gradients in a fork of a process that did
+    fit(model, "a", data, recipe=recipe, progress=False)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            fit(model, "a", data, recipe=recipe, progress=False)
+        except visadapt.VisadaptError as error:
+            code = 0 if str(error).startswith("fit() needs gradients") else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    fit(model, "a", data, recipe=recipe, progress=False)

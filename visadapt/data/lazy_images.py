@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from visadapt.arguments import check_fields, takes
+from visadapt.arguments import check_fields, reading, takes
 from visadapt.checks import check_count
 from visadapt.data.image_file import read_image, to_tensor
 from visadapt.data.splits import indices_of
@@ -184,7 +184,9 @@ def read_all(sources: Iterable[Any], pixels: Pixels) -> Tensor:
     Raises:
         VisadaptError: an image cannot be read, or there is none.
     """
-    images = [pixels(read_image(source)) for source in sources]
+    with reading("images"):
+        each = iter(sources)
+    images = [pixels(read_image(source)) for source in each]
     if not images:
         raise VisadaptError("images must have at least one image, got none")
     return torch.stack(images)

@@ -189,7 +189,9 @@ def _predicted(
 ) -> list[Prediction]:
     """Predict one batch, whose inputs are all prepared alike."""
     known = _decided(model) if names is None else names
-    batch = _moved(raw if ready else preprocess(model, known[0])(raw), model)
+    prepared = raw if ready else preprocess(model, known[0])(raw)
+    with input_errors("inputs"):
+        batch = _moved(prepared, model)
     chosen = decide(model, batch) if names is None else names
     single = len(set(chosen)) == 1
     with using(model, chosen[0] if single else chosen), input_errors("inputs"):

@@ -25,6 +25,7 @@ from visadapt.backbone.trace import call, input_errors
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.reading import check_file
+from visadapt.runtime.forked import check_backward
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.twins import bare_twin
 from visadapt.tensor_file import read_described, write_described
@@ -159,6 +160,7 @@ def fit_decider(
         >>> decider.tasks
         ('dark', 'bright')
     """
+    check_backward("fit_decider")
     check_non_negative(weight_decay, "weight_decay")
     if weight_decay > torch.finfo(torch.float32).max:
         raise VisadaptError(f"weight_decay must be a number that float32 can hold, got {weight_decay!r}")
