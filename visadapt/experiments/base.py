@@ -52,8 +52,8 @@ class Experiment(ABC):
 
 
 def check_numbers(value: Any, name: str) -> None:
-    """Refuse negative seeds, and other numbers that are not positive; problems, contenders and seeds must be given."""
-    if name in ("problems", "contenders", "seeds") and not value:
+    """Refuse negative seeds, and other numbers that are not positive; problems and seeds must be given."""
+    if name in ("problems", "seeds") and not value:
         raise VisadaptError(f"{name} must have at least one entry")
     for each in value if isinstance(value, tuple | list) else (value,):
         if isinstance(each, int | float) and not isinstance(each, bool):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from visadapt.checks import check_choice
+from visadapt.errors import VisadaptError
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.choice import choose
 from visadapt.experiments.contenders import Contender
@@ -50,6 +51,8 @@ class Compare(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.contenders:
+            raise VisadaptError("contenders must have at least one entry")
         check_choice(self.split, ("test", "validation", "both"), "split")
 
     def runs(self, lookup: Lookup) -> list[TrainingRun]:
