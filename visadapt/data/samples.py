@@ -103,6 +103,9 @@ def trimmed(inputs: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
     Returns:
         The same tensors, ``(N, L')`` with L' ≤ L.
 
+    Raises:
+        VisadaptError: ``inputs`` have no ``attention_mask``.
+
     Examples:
         >>> ids = torch.tensor([[5, 6, 0], [7, 0, 0]])
         >>> visadapt.training.trimmed({"input_ids": ids, "attention_mask": (ids > 0).long()})["input_ids"].shape
