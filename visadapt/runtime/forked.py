@@ -8,7 +8,7 @@ from visadapt.errors import VisadaptError
 
 
 def check_backward(caller: str) -> None:
-    """Refuse to begin what needs gradients where torch computes none: in a fork of a process that computed some.
+    """Refuse to begin what needs gradients where torch computes none: as in some forks of a process that computed some.
 
     Args:
         caller: name of the function, for the message.
@@ -23,6 +23,6 @@ def check_backward(caller: str) -> None:
         except RuntimeError as error:
             # torch has no function that tells
             raise VisadaptError(
-                f"{caller}() needs gradients, which torch does not compute in a process that was forked after its "
-                "parent computed some: start the process with multiprocessing's 'spawn' or 'forkserver', or fork first"
+                f"{caller}() needs gradients, and torch computes none in this process, which was forked after its parent "
+                "computed some: start the process with multiprocessing's 'spawn' or 'forkserver', or fork first"
             ) from error

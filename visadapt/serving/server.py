@@ -232,7 +232,7 @@ class Server:
         if not readable(top, int | None) or (top is not None and not 1 <= top <= self.limits.top):
             raise _invalid(f"top must be an integer from 1 to {self.limits.top}, got {shown(top, 50)}",
                            "send another top")  # fmt: skip
-        if not readable(task, str | Sequence[str]) or not task:
+        if not readable(task, str | Sequence[str]) or not (isinstance(task, str) or task):
             raise _invalid("task must be a name or a list of names", "see GET /v1/tasks")
         # plain strings: those of a subclass may compare as they like
         names = [str.__str__(name) for name in ([task] if isinstance(task, str) else task)]
