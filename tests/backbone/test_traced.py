@@ -208,6 +208,27 @@ def test_the_head_is_no_place_for_an_adapter() -> None:
     assert all(host.startswith("blocks.") for _, host, *_ in plan(Headed()))
 
 
+class Pooled(nn.Module):
+    """A module of the head's library around the layer that gives the logits, as timm's ClassifierHead."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(width, width, 1)
+        self.fc = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.reduce(x)).mean((2, 3)))
+
+
+def test_a_block_around_the_head_is_no_place_either() -> None:
+    stages = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(*stages), Pooled(4))
+    x = torch.randn(2, 3, 8, 8)
+    assert [site.host for site in visadapt.sites(model, example=x)] == ["1.0.2", "1.1.2", "1.2.2"]
+    visadapt.inject(model, m=2, num_classes=7, example=x)
+    assert model(x).shape == (2, 7)
+
+
 def test_a_run_leaves_nothing_behind() -> None:
     class Caching(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Symbolic and recording tracers on injected models: torch.fx, torchvision's feature extraction, TorchScript."""
 
+import copy
 import pickle
 
 import pytest
@@ -217,3 +218,23 @@ def test_recurrent_hosts_are_pickled(cell, tmp_path):
     with torch.no_grad():
         again.cell.weight_ih_l0.add_(1)
     assert not torch.equal(again(ids), expected)
+
+
+def test_a_graph_is_refused_and_a_module_around_it_is_not():
+    """A copy of a graph keeps the modules that it names, and neither the tasks nor the hooks of its root."""
+    graph = create_feature_extractor(backbone("test_resnet"), ["layer1", "layer2"])
+    assert visadapt.sites(graph, example=images()).kinds()
+    with pytest.raises(
+        visadapt.VisadaptError, match=r"a graph of torch\.fx, .* before it is traced, or on"
+    ):
+        visadapt.inject(graph, m=2)
+    model, x = nn.Sequential(graph).eval(), images()
+    before = model(x)
+    visadapt.inject(model, m=2)
+    stir(model)
+    with torch.no_grad():
+        found, copied = model(x), copy.deepcopy(model)(x)
+        assert all(torch.equal(copied[key], found[key]) for key in found)
+        assert not torch.equal(found["layer2"], before["layer2"])
+        found = visadapt.eject(model)(x)
+    assert all(torch.equal(before[key], found[key]) for key in found)

@@ -41,6 +41,47 @@ def test_beside_the_ffn_of_distilbert_and_vit() -> None:
             torch.testing.assert_close(mlp(x), bare + branch(mlp.visadapt["default"]["adaptformer"], x))
 
 
+class Swapped(torch.nn.Module):
+    """An MLP whose layers are registered in another order than it calls them."""
+
+    def __init__(self, inputs, hidden, outputs) -> None:
+        super().__init__()
+        self.fc2 = torch.nn.Linear(hidden, outputs)
+        self.fc1 = torch.nn.Linear(inputs, hidden)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Widening(torch.nn.Module):
+    """A block whose MLP widens its input for the next stage, as MViT's does."""
+
+    def __init__(self, inputs, hidden, outputs) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(inputs)
+        self.project = torch.nn.Linear(inputs, outputs)
+        swapped = hidden > max(inputs, outputs)
+        chain = torch.nn.Linear(inputs, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, outputs)
+        self.mlp = Swapped(inputs, hidden, outputs) if swapped else torch.nn.Sequential(*chain)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.project(x) + self.mlp(x)
+
+
+@pytest.mark.parametrize("widths", [(4, 16, 8), (4, 8, 8), (8, 8, 4), (4, 4, 8)])
+def test_the_input_of_the_mlp_need_not_be_as_wide_as_its_output(widths) -> None:
+    x, model = torch.randn(2, 5, widths[0]), torch.nn.Sequential(Widening(*widths))
+    before = answer(model, {"input": x})
+    v.inject(model, v.AdaptFormer(m=3), where="*.mlp", norms="frozen", head="frozen", example=x)
+    assert torch.equal(answer(model, {"input": x}, "default"), before)
+    stir(model, "default")
+    with torch.no_grad(), v.using(model, None):
+        z = model[0].norm(x)
+        bare = model[0].mlp(z)
+    torch.testing.assert_close(model[0].mlp(z), bare + branch(model[0].mlp.visadapt["default"]["adaptformer"], z))
+
+
 @pytest.mark.parametrize("kind", ["Albert", "IBert"])
 def test_no_module_that_is_only_a_part_of_the_mlp_is_taken_for_it(kind) -> None:
     """ALBERT's ``ffn`` is the first of two linears; I-BERT passes scales between its tensors."""

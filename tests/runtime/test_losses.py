@@ -134,3 +134,27 @@ def test_one_loss_is_that_of_all_samples_or_refused(reduction):
     apart = injected(Own(reduction, shuffles=True), (None, None, None), example=GIVEN)
     with pytest.raises(VisadaptError, match=r"one task at a time, and .*leave the labels out"):
         mixed(apart, **GIVEN)
+
+
+class Detecting(nn.Module):
+    """Takes a list of images, and gives nothing but the losses of them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images, targets):
+        return {"loss": sum(self.norm(self.conv(x[None])).mean() * y for x, y in zip(images, targets, strict=True))}
+
+
+def test_a_list_of_images_is_counted_by_its_images():
+    """Each of them has three planes, which the message took for the size of the batch."""
+    model, images = Detecting(), [torch.randn(3, 4, 4) for _ in range(2)]
+    for task in "ab":
+        visadapt.inject(model, m=1, task=task, where="conv", example=(images, [1.0, 2.0]))
+    with (
+        visadapt.using(model, ["a", "b"]),
+        pytest.raises(VisadaptError, match="for a batch that Detecting does"),
+    ):
+        model(images, [1.0, 2.0])

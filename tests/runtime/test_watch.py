@@ -125,6 +125,19 @@ def test_a_host_that_moved_into_a_wrapper_goes_on(tiny, image, two) -> None:
         assert torch.equal(answer(tiny, {"x": image}, task), expected)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_host_that_went_with_the_module_around_it_is_refused(tiny, image, two, copied) -> None:
+    """As with reparameterize_model, fuse and prune_intermediate_layers of timm, the first of which copies the model."""
+    model = copy.deepcopy(tiny) if copied else tiny
+    layer = model.layer1
+    model.layer1 = nn.Identity()
+    with pytest.raises(VisadaptError, match=r"layer1\S* was (replaced|removed) after the inject"):
+        model(image)
+    model.layer1 = nn.Sequential(*layer)
+    for task, expected in two.items():
+        assert torch.equal(answer(model, {"x": image}, task), expected)
+
+
 class Layer(nn.Module):
     """A layer with state of its own."""
 

@@ -17,7 +17,16 @@ from torch import nn
 from visadapt.backbone.axes import channel_axis
 from visadapt.backbone.dataflow import Call, Flow, Join, Value
 from visadapt.backbone.families.convs import is_depthwise
-from visadapt.backbone.modules import is_matrix, joined, last_name, own_modules, parent, stacked_matrices, within
+from visadapt.backbone.modules import (
+    ancestors,
+    is_matrix,
+    joined,
+    last_name,
+    own_modules,
+    parent,
+    stacked_matrices,
+    within,
+)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -60,7 +69,9 @@ def ends(flow: Flow, modules: dict[str, nn.Module], skip: Iterable[str] = ()) ->
     head = tuple(skip)
     reader = _Reader(flow, modules)
     for look in (reader.added, reader.entangled, reader.joined, reader.blocks):
-        found = [end for end in look() if not within(end.host, head)]
+        # a block around the head gives the logits
+        around = [path for inner in head for path in ancestors(inner)] if look == reader.blocks else []
+        found = [end for end in look() if not within(end.host, head) and end.host not in around]
         # weak branches (a positional convolution, a part of a re-parametrised conv) count only if there are no others
         for least in (0,) if look == reader.blocks else (2, 1, 0):
             strong = {end.host: end for end in found if reader.matrices(end.branch) >= least}
@@ -159,13 +170,17 @@ class _Reader:
                 place = end.host.removeprefix(end.block)
                 places.setdefault(type(self.modules[end.block]), {}).setdefault(place, end)
         taken = {end.block for end in found.values()}
+        # containers of containers are of one class too
+        values = {end.value.index for end in found.values()}
         for path, calls in self.calls.items():
             if path in taken or within(path, head) or not calls:
                 continue
             for place, model in places.get(type(self.modules[path]), {}).items():
                 host = path + place
                 value = self.calls[host][0].output if host in self.calls else None
-                if value is not None and len(value.shape) == len(model.value.shape) and self._unique(host, path):
+                if value is None or value.index in values:
+                    continue
+                if len(value.shape) == len(model.value.shape) and self._unique(host, path):
                     branch = tuple(path + b.removeprefix(model.block) for b in model.branch)
                     inside = tuple(b for b in branch if b in self.modules)
                     if self.matrices(inside) >= 1:

@@ -83,9 +83,8 @@ def examine(
             return found
         why = why or found
     raise VisadaptError(
-        f"{samples} tasks were named for a batch of {size_of(given)}, which {entry.shown(unwrapped(model))} does not "
-        f"treat as {samples} samples independent of each other ({why}): name one task per sample, or run one task at a "
-        "time"
+        f"{samples} tasks were named for a batch that {entry.shown(unwrapped(model))} does not treat as {samples} "
+        f"samples independent of each other ({why}): name one task per sample, or run one task at a time"
     )
 
 

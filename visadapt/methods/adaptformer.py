@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import stacked_matrices
-from visadapt.backbone.operators import is_linear
+from visadapt.backbone.operators import is_linear, operator_of
 from visadapt.backbone.site import Site
 from visadapt.backbone.subclass import plain_class
 from visadapt.checks import check_positive, check_probability, check_width
@@ -29,8 +29,8 @@ _MLPS = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
 class AdaptFormer(Method):
     """MLP(x) + s·W_up·ReLU(W_down·x), x the MLP's input (Chen et al. 2022, arXiv 2205.13535, §3.2).
 
-    2dm + d + m parameters per layer. W_up and its bias are zero and W_down is drawn: the network starts as it was, bit
-    for bit. The branch is nonlinear and does not merge.
+    2dm + d + m parameters per layer of d channels. W_up and its bias are zero and W_down is drawn: the network starts
+    as it was, bit for bit. The branch is nonlinear and does not merge.
 
     Args:
         m: width of the bottleneck, or a fraction of each site's channels in (0, 1).
@@ -60,12 +60,13 @@ class AdaptFormer(Method):
         check_probability(self.dropout)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
-        return ParallelBottleneck(self, site)
+        return ParallelBottleneck(self, site, _inputs(host, site.channels))
 
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         for site in sites:
             path, before = _beside(backbone, site)
-            yield path, BeforeSum(self, site) if before else ParallelBottleneck(self, site)
+            # what is summed has the width of the sum
+            yield path, BeforeSum(self, site, site.channels) if before else self.build(site, backbone.modules[path])
 
 
 def _beside(backbone: Facts, site: Site) -> tuple[str, bool]:
@@ -97,6 +98,16 @@ def _is_mlp(module: nn.Module) -> bool:
     return sum(is_linear(m) + stacked_matrices(m) for m in module.modules()) >= 2
 
 
+def _inputs(mlp: nn.Module, outputs: int) -> int:
+    """Width of an MLP's input, which is not that of its output where it widens the next stage, as in MViT."""
+    linears = [operator_of(m, "an MLP") for m in mlp.modules() if is_linear(m)]
+    for first, last in ((0, -1), (-1, 0)):
+        if linears and linears[last].outputs == outputs:
+            return linears[first].inputs
+    # the last linear is beside the chain, such as a gate of experts
+    return outputs
+
+
 def _takes_two(module: nn.Module) -> bool:
     """Whether a module is called with two tensors; I-BERT passes the scales of its integers between them."""
     return len(inspect.signature(plain_class(module).forward).parameters) == 3
@@ -107,12 +118,12 @@ class ParallelBottleneck(nn.Module):
 
     role: ClassVar[str] = "beside"
 
-    def __init__(self, method: AdaptFormer, site: Site) -> None:
+    def __init__(self, method: AdaptFormer, site: Site, inputs: int) -> None:
         super().__init__()
         m = width(method.m, site.channels)
         self.scale = method.scale
         self.dropout = method.dropout
-        self.down = Pointwise(site.channels, m, site.layout, std=site.channels**-0.5)
+        self.down = Pointwise(inputs, m, site.layout, std=inputs**-0.5)
         self.up = Pointwise(m, site.channels, site.layout, std=0.0)
 
     def forward(self, x: Tensor) -> Any:

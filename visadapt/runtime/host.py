@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Any, cast
 
 from torch import nn
+from torch.fx import GraphModule
 
 from visadapt.backbone.modules import CHILD, FORWARDS, UNFUSED, is_stateful, release_forward
 from visadapt.backbone.subclass import (
@@ -234,7 +235,12 @@ def unfused_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def check_free(model: nn.Module, names: dict[str, nn.Module]) -> None:
-    """Refuse a model with a module that is part of another injected model, or that has no weights yet."""
+    """Refuse a model with a module of another injected model, one without weights yet, and a graph of torch.fx."""
+    if isinstance(model, GraphModule):
+        raise VisadaptError(
+            f"{type(model).__name__} is a graph of torch.fx, whose copies keep only what the graph names: call "
+            "visadapt.inject before it is traced, or on a module around it, such as nn.Sequential(model)"
+        )
     for name, module in names.items():
         if plain_class(module) is not type(module) or CHILD in module._modules:
             raise VisadaptError(

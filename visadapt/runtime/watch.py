@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.modules import own_modules
+from visadapt.backbone.modules import ancestors, own_modules
 from visadapt.backbone.subclass import founded, made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class, still_class
@@ -76,7 +76,10 @@ class Watch:
 
     def _start(self, buffers: list[Kept]) -> None:
         self.buffers = buffers
-        # the modules that have to stay where they are, those that never train and hosts: children, name, module
+        # the modules that have to stay, those that never train and hosts, and the modules around these, by path
+        self._kept: dict[str, nn.Module] | None = None
+        self._around: dict[str, nn.Module] = {}
+        # where these are: children, name, module
         self._children: list[dict[str, nn.Module | None]] = []
         self._names: list[str] = []
         self._modules: list[nn.Module] = []
@@ -88,29 +91,33 @@ class Watch:
         return self.buffers
 
     def __setstate__(self, buffers: list[Kept]) -> None:
-        # a copy watches its modules from the first forward on
+        # a copy watches its modules from the first forward on, when its hosts have to be where they were
         self._start(buffers)
 
     def look_at(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
         """Watch a model from its present state on."""
         modules = own_modules(model)
-        still = {module for module in modules.values() if _never_trains(module)} | set(hosts.values())
+        hosting = set(hosts.values())
+        kept = {path: module for path, module in modules.items() if _never_trains(module) or module in hosting}
+        around = {path: modules[path] for inner in kept for path in ancestors(inner) if path in modules}
+        watched = {*kept.values(), *around.values()}
         found = [
             (parent._modules, name, child)
             for parent in modules.values()
             for name, child in parent._modules.items()
-            if child is not None and child in still
-        ]
-        known = {(id(kept.module), kept.name) for kept in self.buffers}
-        buffers = [
-            Kept(module, name)
-            for module in modules.values()
-            if frozen_class not in made_by(type(module))
-            for name in module._buffers
-            if (id(module), name) not in known
+            if child is not None and child in watched
         ]
         with self._lock:
+            known = {(id(kept.module), kept.name) for kept in self.buffers}
+            buffers = [
+                Kept(module, name)
+                for module in modules.values()
+                if frozen_class not in made_by(type(module))
+                for name in module._buffers
+                if (id(module), name) not in known
+            ]
             self.buffers = [*self.buffers, *buffers]
+            self._kept, self._around = kept, around
             self._children, self._names, self._modules = [[row[i] for row in found] for i in range(3)]  # type: ignore[assignment]
 
     def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> None:
@@ -124,8 +131,10 @@ class Watch:
         Raises:
             VisadaptError: another module stands where a host or a frozen module was.
         """
+        # of a copy nothing is known yet; a replica is of one call alone
+        unknown = self._kept is None and "_is_replica" not in model.__dict__
         # in C, as a model may have hundreds of these
-        if list(map(dict.get, self._children, self._names)) != self._modules:
+        if unknown or list(map(dict.get, self._children, self._names)) != self._modules:
             self._check_replaced(model, hosts)
         if self.buffers:
             here = threading.current_thread()
@@ -154,14 +163,19 @@ class Watch:
     def _check_replaced(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
         modules = own_modules(model)
         there = set(modules.values())
-        for children, name, old in zip(self._children, self._names, self._modules, strict=True):
+        kept = hosts if self._kept is None else self._kept
+        before = self._around | kept
+        for inner, old in kept.items():
             if old not in there:
-                new = children.get(name)
-                path = next((path for path, module in modules.items() if module is new), type(old).__name__)
+                # it may have gone with a module around it
+                path = next(p for p in (*ancestors(inner), inner) if p in before and modules.get(p) is not before[p])
+                new = modules.get(path)
+                how = "removed" if new is None else "replaced"
+                by = "" if new is None else f", by a {type(new).__name__}"
                 raise VisadaptError(
-                    f"{path} was replaced after the inject, by a {type(new).__name__}: what the tasks have there would "
-                    "not act, and its statistics would move. Replace first (SyncBatchNorm.convert_sync_batchnorm, "
-                    "say), then inject; or eject and inject again"
+                    f"{path} was {how} after the inject{by}: what the tasks have there would not act, and its "
+                    "statistics would move. Change the backbone first (SyncBatchNorm.convert_sync_batchnorm, "
+                    "reparameterize_model, fuse, say), then inject; or eject and inject again"
                 )
         # each has a place elsewhere now, inside of another module
         self.look_at(model, hosts)

@@ -36,7 +36,8 @@ def find_head(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) 
         return None
     if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
         return transformers_head(model, modules)
-    library = plain_class(model).forward.__module__
+    # None for a forward compiled from text, as torch.fx does
+    library = plain_class(model).forward.__module__ or ""
     if library.startswith("timm."):
         return _timm(model, modules)
     if library.startswith("torchvision.models.detection."):
