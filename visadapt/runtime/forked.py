@@ -23,6 +23,6 @@ def check_backward(caller: str) -> None:
         except RuntimeError as error:
             # torch has no function that tells
             raise VisadaptError(
-                f"{caller}() needs gradients, and torch computes none in this process, which was forked after its parent "
-                "computed some: start the process with multiprocessing's 'spawn' or 'forkserver', or fork first"
+                f"{caller}() needs gradients, and torch computes none in this process, which was forked after its "
+                "parent computed some: start the process with multiprocessing's 'spawn' or 'forkserver', or fork first"
             ) from error
