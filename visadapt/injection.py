@@ -343,7 +343,8 @@ def _new_task(
             )
     if own is None:
         return Task(name, norms, "frozen", also=also)
-    if num_classes is not None and (own.obstacle or not own.finals):
+    same = own.fresh and own.classes(facts.modules) == num_classes
+    if num_classes is not None and not same and (own.obstacle or not own.finals):
         reason = own.obstacle or "the layers that give its logits are not known; name them with head="
         raise VisadaptError(f"{facts.name} cannot have num_classes={num_classes}: {reason}")
     overlap = [path for path in also if within(path, own.modules) or any(within(m, [path]) for m in own.modules)]
