@@ -86,6 +86,19 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+STAGES = (2, 1, 1, 1)
+"""Blocks of each stage of all but one of the ResNet-50s: with and without a projection in the shortcut."""
+
+
+def _short_resnet50(**options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
+        return ResNet(Bottleneck, list(STAGES), num_classes=10, **options)
+
+    return build
+
+
 def _torchvision_vgg(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision
@@ -173,17 +186,19 @@ MEMBERS = (
     Member("tiny/vgg_bn", _tiny_vgg, _resnet(8, 8), "features.1"),
     Member("torchvision/resnet18", _torchvision("resnet18"), _resnet(8, 16), "layer2.0.bn1"),
     Member("torchvision/resnet50", _torchvision("resnet50"), _resnet(16, 16), "layer2.0.bn1", slow=True),
-    Member("torchvision/wide_resnet50_2", _torchvision("wide_resnet50_2"), _resnet(16, 16), "bn1", slow=True),
-    Member("torchvision/resnext50_32x4d", _torchvision("resnext50_32x4d"), _resnet(16, 16), "bn1", slow=True),
+    Member("torchvision/wide_resnet50_2", _short_resnet50(width_per_group=128), _resnet(5, 5), "bn1", slow=True),
+    Member(
+        "torchvision/resnext50_32x4d", _short_resnet50(groups=32, width_per_group=4), _resnet(5, 5), "bn1", slow=True
+    ),
     Member("torchvision/vgg11", _torchvision_vgg("vgg11"), _resnet(8, 8), slow=True),
     Member("torchvision/vgg16", _torchvision_vgg("vgg16"), _resnet(13, 13), slow=True),
     Member("torchvision/vgg16_bn", _torchvision_vgg("vgg16_bn"), _resnet(13, 13), "features.1", slow=True),
     Member("timm/resnet18", _timm("resnet18"), _resnet(8, 16), "layer2.0.bn1", slow=True),
     Member("timm/resnet26t", _timm("resnet26t"), _resnet(8, 8), "layer2.0.bn1", slow=True),
-    Member("timm/resnet50", _timm("resnet50"), _resnet(16, 16), "layer2.0.bn1", slow=True),
-    Member("timm/resnext50_32x4d", _timm("resnext50_32x4d"), _resnet(16, 16), "bn1", slow=True),
-    Member("timm/seresnet50", _timm("seresnet50"), _resnet(16, 16), "bn1", slow=True),
-    Member("timm/resnetblur50", _timm("resnetblur50"), _resnet(16, 16), "bn1", slow=True),
+    Member("timm/resnet50", _timm("resnet50", layers=STAGES), _resnet(5, 5), "layer2.0.bn1", slow=True),
+    Member("timm/resnext50_32x4d", _timm("resnext50_32x4d", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
+    Member("timm/seresnet50", _timm("seresnet50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
+    Member("timm/resnetblur50", _timm("resnetblur50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
     Member("timm/vgg11_bn", _timm_vgg("vgg11_bn"), _resnet(8, 8), "features.1", slow=True),
     Member("transformers/bert", _transformers("Bert"), TOKENS, "bert.embeddings.LayerNorm", True, width=3),
     Member(
@@ -215,17 +230,17 @@ MEMBERS = (
 ZOO = {member.name: member for member in MEMBERS}
 
 
-def short(text: bool = False) -> nn.Module:
-    """A backbone of four blocks or one layer, for what takes long by the block, as ``torch.compile`` does."""
-    if text:
-        build = _transformers("Bert", num_hidden_layers=1)
-    else:
+def short(text: bool = False, block: Any = None, **options: Any) -> nn.Module:
+    """A backbone of two blocks or one layer, for what takes long by the block, as ``torch.compile`` does."""
 
-        def build() -> nn.Module:
-            from timm.models.resnet import BasicBlock, ResNet
+    def convolutions() -> nn.Module:
+        from timm.models.resnet import BasicBlock, ResNet
 
-            return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 8, 16, 16))
+        model = ResNet(block or BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(8, 16, 16, 16), **options)
+        model.layer3 = model.layer4 = nn.Identity()
+        return model
 
+    build = _transformers("Bert", num_hidden_layers=1) if text else convolutions
     torch.manual_seed(0)
     return enliven(build()).eval()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -128,12 +130,20 @@ class Member:
 
     def make(self, seed: int = 0) -> nn.Module:
         """The network in eval mode, with weights that leave nothing dead."""
-        torch.manual_seed(seed)
-        return enliven(self.build(), seed).eval()
+        model, state = _made(self, seed)
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
 
     def example(self, n: int = 2, seed: int = 0) -> Tensor:
         """A batch."""
         return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def _made(member: Member, seed: int) -> tuple[nn.Module, Tensor]:
+    """A network, which takes most of a test's time to draw, and torch's random state afterwards."""
+    torch.manual_seed(seed)
+    return enliven(member.build(), seed).eval(), torch.get_rng_state()
 
 
 NETWORKS = {

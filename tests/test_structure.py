@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "visadapt"
 
 ROOMS = (
-    ("errors", "printable"),
+    ("printable",),
+    ("errors",),
     ("limits",),
     ("checks", "optional", "typed", "bounded_json", "arguments"),
     ("reading",),

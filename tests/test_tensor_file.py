@@ -1,6 +1,7 @@
 """Described files: what was changed after it was written is refused, and read in one piece."""
 
 import copy
+import itertools
 import random
 import time
 
@@ -9,10 +10,11 @@ import torch
 
 import visadapt
 from benchmarks.mutants import damaged
-from tests.models import ZOO, stir
+from tests.models import ZOO, same, stir
 from visadapt import VisadaptError
 from visadapt.bounded_json import parse_json
 from visadapt.runtime.decider import KIND as DECIDER
+from visadapt.task_file import KIND as TASK
 from visadapt.tensor_file import read_described, write_described
 
 
@@ -134,3 +136,20 @@ def test_other_descriptions_and_files_are_named(tmp_path) -> None:
     with pytest.raises(VisadaptError, match="the description of g must be JSON"):
         write_described(tmp_path / "g", DECIDER, {"n": object()}, {})
     assert not (tmp_path / "g").exists()
+
+
+def test_a_description_over_the_tensors_of_another_file_is_refused(tmp_path) -> None:
+    methods = (visadapt.Bottleneck(2), visadapt.Parallel(), visadapt.LoRA(r=2), visadapt.SSF(), visadapt.TopLayers())
+    contents = {}
+    for method in methods:
+        adapted = visadapt.inject(ZOO["tiny/resnet"].make(), method, task="a", num_classes=3)
+        contents[method] = read_described(visadapt.save(adapted, "a", tmp_path / "a"), TASK, "task file")
+    bare = ZOO["tiny/resnet"].make()
+    before = {name: tensor.clone() for name, tensor in bare.state_dict().items()}
+    for one, other in itertools.permutations(methods, 2):
+        # with a digest of its own, as if by an author who means harm
+        write_described(tmp_path / "m", TASK, contents[one].description, contents[other].tensors)
+        with pytest.raises(VisadaptError):
+            visadapt.load(bare, tmp_path / "m")
+    assert same(bare.state_dict(), before)
+    assert type(bare) is type(ZOO["tiny/resnet"].make())

@@ -10,11 +10,12 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
+from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, first_line
 from visadapt.printable import shown
 
 P = ParamSpec("P")
@@ -59,6 +60,9 @@ def takes(*own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 raise TypeError(f"{function.__name__}: {error}") from None
             for name, value in list(bound.arguments.items()):
                 kind = signature.parameters[name].kind
+                if isinstance(value, str) and type(value) is not str:
+                    # numpy's, say; a subclass may compare as it likes
+                    value = bound.arguments[name] = str.__str__(value)
                 if name in hints and kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
                     check_argument(value, hints[name], name)
                     bound.arguments[name] = plain_number(value)
@@ -119,7 +123,7 @@ def check_argument(value: Any, hint: Any, name: str) -> None:
         value, hint, name = (value, hint, name) if right else _innermost(value, hint, name)
     except Exception as error:  # of a stranger's class
         raise VisadaptError(
-            f"{name} must be {_words(hint)}, got a {type(value).__name__} that fails: {error}"
+            f"{name} must be {_words(hint)}, got a {type(value).__name__} that fails: {first_line(error)}"
         ) from error
     if not right:
         plain = isinstance(value, str | int | float | complex | bytes | None)
@@ -163,6 +167,25 @@ def _is_path(hint: Any) -> bool:
     return getattr(get_origin(hint), "__name__", "") == "PathLike"
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise what a container of a stranger's class raises in this block as a `VisadaptError` that names it."""
+    try:
+        yield
+    except VisadaptError:
+        raise
+    except Exception as error:
+        raise VisadaptError(f"{what} cannot be read ({type(error).__name__}: {first_line(error):.300})") from error
+
+
+def readable(value: Any, hint: Any) -> bool:
+    """Whether `matches`, and a sequence can be read: one of a stranger's class may raise."""
+    try:
+        return matches(value, hint) and (not isinstance(value, AbstractSequence) or len([*value]) >= 0)
+    except Exception:  # of a stranger's class
+        return False
+
+
 def matches(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type: integers are numbers, booleans are not, strings are not sequences."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -188,7 +211,8 @@ def matches(value: Any, hint: Any) -> bool:
         return whole and all(matches(k, inner[0]) and matches(v, inner[1]) for k, v in value.items())
     if origin is not None and issubclass(origin, AbstractSequence):
         whole = isinstance(value, origin if origin is list else AbstractSequence) and not isinstance(value, str | bytes)
-        return whole and all(matches(one, inner[0]) for one in value)
+        # a sequence of anything need not be read, which may take long
+        return whole and (inner[0] is Any or all(matches(one, inner[0]) for one in value))
     if origin is not None:
         text = isinstance(value, str | bytes | Mapping) and origin is not Callable and origin is not type
         return isinstance(value, origin) and not text if origin is Iterable else isinstance(value, origin)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from visadapt.arguments import readable
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import ModelT
 from visadapt.backbone.site import Sites
@@ -147,7 +148,7 @@ def _tasks(registry: Registry, weights: Any, into: Any) -> list[Task]:
     Raises:
         VisadaptError: they cannot be combined.
     """
-    if not isinstance(weights, Mapping) or len(weights) < 2:
+    if not readable(weights, Mapping[Any, Any]) or len(weights) < 2:
         raise VisadaptError(
             f"weights must give two or more tasks a weight, such as {{'a': 0.5, 'b': 0.5}}, got {shown(weights)}"
         )

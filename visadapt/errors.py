@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
 
+from visadapt.printable import printable
+
 _COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 
 
@@ -24,6 +26,10 @@ class VisadaptError(ValueError):
             ...
         visadapt.errors.VisadaptError: no task 'flower'; did you mean 'flowers'?
     """
+
+    def __init__(self, *args: object) -> None:
+        # a message may quote the name of a file, which must not act on a terminal or a log
+        super().__init__(*("\n".join(map(printable, arg.split("\n"))) if isinstance(arg, str) else arg for arg in args))
 
 
 def first_line(error: BaseException | None) -> str:
@@ -52,8 +58,9 @@ def nearest(name: object, names: Iterable[str]) -> str:
     """
     known = sorted({str(n) for n in names})
     # nothing is near to what is not a string
-    letters = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
-    same = next((n for n in known if letters and n != name and unicodedata.normalize("NFC", n) == letters), None)
+    given = str.__str__(name) if isinstance(name, str) else ""
+    letters = unicodedata.normalize("NFC", given)
+    same = next((n for n in known if letters and n != given and unicodedata.normalize("NFC", n) == letters), None)
     if same is not None:
         return f"; {same!r} has the same letters, composed otherwise: rename one (Unicode NFC or NFD)"
     # of a name of megabytes, comparing would take seconds

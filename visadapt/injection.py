@@ -10,12 +10,14 @@ from typing import Any, overload
 
 from torch import nn
 
+from visadapt.arguments import readable
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.heads import Head, head_at, modules_at
 from visadapt.backbone.modules import CHILD, ModelT, own_modules, unfreeze, unwrapped, within
 from visadapt.backbone.norms import affine_of
 from visadapt.backbone.site import Sites, Where
 from visadapt.backbone.structure import STRUCTURE
+from visadapt.backbone.trace import check_input
 from visadapt.backbone.where import select
 from visadapt.checks import check_choice, check_num_classes, check_width, is_among
 from visadapt.data.hub import resolve
@@ -137,6 +139,8 @@ def inject(
     chosen = _method(method, m, budget)
     policy: str = chosen.norms if is_among(norms, ["auto"]) else norms
     _check_options(task, num_classes, labels, policy)
+    if example is not None:
+        check_input(example, "example")
     with STRUCTURE:
         registry = _inject(
             backbone, chosen, budget, task, num_classes, labels, head, train_also, policy, where, example
@@ -297,8 +301,7 @@ def _check_options(task: Any, num_classes: Any, labels: Any, norms: Any) -> None
     check_task_name(task)
     check_num_classes(num_classes)
     check_choice(norms, NORM_POLICIES, "norm policy")
-    is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
-    if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
+    if not readable(labels, Sequence[str] | None):
         raise VisadaptError(f"labels must be a list of the classes' names, got {shown(labels)}")
 
 
@@ -340,7 +343,8 @@ def _new_task(
             )
     if own is None:
         return Task(name, norms, "frozen", also=also)
-    if num_classes is not None and (own.obstacle or not own.finals):
+    same = own.fresh and own.classes(facts.modules) == num_classes
+    if num_classes is not None and not same and (own.obstacle or not own.finals):
         reason = own.obstacle or "the layers that give its logits are not known; name them with head="
         raise VisadaptError(f"{facts.name} cannot have num_classes={num_classes}: {reason}")
     overlap = [path for path in also if within(path, own.modules) or any(within(m, [path]) for m in own.modules)]

@@ -361,11 +361,11 @@ def test_the_flow_knows_what_came_from_what() -> None:
 class Parallel(nn.Module):
     """Adds attention and MLP of one input in one sum, as GPT-NeoX and GPT-J (one way) and Cohere (another) do."""
 
-    def __init__(self, last: bool, experts: bool = False) -> None:
+    def __init__(self, last: bool, experts: type[nn.Module] | None = None) -> None:
         super().__init__()
         self.norm, self.last = nn.LayerNorm(8), last
         self.attn = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        self.mlp = Experts() if experts else nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.mlp = experts() if experts else nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(self, x):
         h = self.norm(x)
@@ -387,7 +387,19 @@ class Experts(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("experts", [False, True])
+class Below(nn.Module):
+    """The matrices of all experts one below the other, as DBRX has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, x):
+        up, down = self.up.view(2, 12, 8), self.down.view(2, 12, 8)
+        return sum(torch.relu(x @ up[number].T) @ down[number] for number in range(2))
+
+
+@pytest.mark.parametrize("experts", [None, Experts, Below])
 @pytest.mark.parametrize("last", [False, True])
 def test_all_branches_of_a_sum_of_three_are_found(last, experts) -> None:
     model = nn.Sequential(nn.Linear(4, 8), Parallel(last, experts), Parallel(last), nn.Linear(8, 3))

@@ -224,9 +224,7 @@ def test_a_graph_is_refused_and_a_module_around_it_is_not():
     """A copy of a graph keeps the modules that it names, and neither the tasks nor the hooks of its root."""
     graph = create_feature_extractor(backbone("test_resnet"), ["layer1", "layer2"])
     assert visadapt.sites(graph, example=images()).kinds()
-    with pytest.raises(
-        visadapt.VisadaptError, match=r"a graph of torch\.fx, .* before it is traced, or on"
-    ):
+    with pytest.raises(visadapt.VisadaptError, match=r"a graph of torch\.fx, .* before it is traced, or on"):
         visadapt.inject(graph, m=2)
     model, x = nn.Sequential(graph).eval(), images()
     before = model(x)

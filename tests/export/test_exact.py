@@ -92,18 +92,18 @@ def test_paddings(mode, padding, kernel, norm):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 12, 11, dtype=torch.float64)
     outcomes = {}
-    for method in METHODS:
-        model = enliven(Padded(mode, padding, kernel, norm)).double().eval()
-        inject(model, method, task="t", where="conv", example=x, norms="frozen")
-        shaken(model)
+    model = enliven(Padded(mode, padding, kernel, norm)).double().eval()
+    for task, method in enumerate(METHODS):
+        inject(model, method, task=f"t{task}", where="conv", example=x, norms="frozen")
+        shaken(model, f"t{task}")
         for probe in (False, x):
             try:
-                merged = merge(model, "t", probe=probe)
+                merged = merge(model, f"t{task}", probe=probe)
             except VisadaptError as error:
                 outcomes[str(method), probe is False] = str(error)
                 continue
             outcomes[str(method), probe is False] = ""
-            assert off(model, merged, x) < 1e-9, method
+            assert off(model, merged, x, f"t{task}") < 1e-9, method
     for method in METHODS:
         # what is found out by running is found out without
         assert bool(outcomes[str(method), True]) == bool(outcomes[str(method), False]), method

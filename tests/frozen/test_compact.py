@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from functools import cache
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 import visadapt
+from tests.models import short
 from tests.versions import LOADS_PROGRAMS
 from visadapt.backbone.compact import Compact, mapped, quantised
 from visadapt.backbone.fingerprint import fingerprint
@@ -59,6 +61,8 @@ IMAGES, TOKENS = torch.randn(3, 3, 64, 64), torch.randint(1, 60, (3, 8))
 
 BACKBONES = {
     "resnet18": (torchvision.models.resnet18, IMAGES),
+    # two blocks, for what takes long by the block
+    "narrow": (short, IMAGES),
     "regnet": (lambda: timm.create_model("regnetx_002"), IMAGES),
     "convnext": (lambda: timm.create_model("convnext_atto"), IMAGES),
     "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), IMAGES),
@@ -68,10 +72,24 @@ BACKBONES = {
 }
 
 
-def injected(name="resnet18", norms="frozen", seed=0, **options):
+def injected(name="resnet18", norms="frozen", seed=0, where=None):
+    """A copy of a model that is built once for all tests."""
+    model = copy.deepcopy(built(name, norms, seed, where))
+    torch.manual_seed(seed)
+    return model
+
+
+@cache
+def plain_resnet():
+    torch.manual_seed(0)
+    return torchvision.models.resnet18().eval()
+
+
+@cache
+def built(name, norms, seed, where):
     torch.manual_seed(seed)
     model = BACKBONES[name][0]()
-    visadapt.inject(model, m=4, task="t", num_classes=5, norms=norms, **options)
+    visadapt.inject(model, m=4, task="t", num_classes=5, norms=norms, where=where)
     with torch.no_grad():
         for parameter in visadapt.parameters(model, "t"):
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -246,8 +264,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_that_read_weights(name, late):
     """Put in before or after, what reads or copies a weight gets one that it can compute with, and train."""
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18().eval()
+    model = copy.deepcopy(plain_resnet())
     visadapt.inject(model, m=2, task="other", norms="frozen")
     if late:
         visadapt.lean(model, **BF16)
@@ -266,7 +283,7 @@ def test_task_files_fit_the_backbone_as_before(options, tmp_path):
     visadapt.lean(model, **options)
     assert fingerprint(model) == own
     path = visadapt.save(model, "t", tmp_path / "t")
-    plain = torchvision.models.resnet18().eval()
+    plain = copy.deepcopy(plain_resnet())
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".visadapt." not in k}, strict=False)
     visadapt.load(plain, path)
     expected = visadapt.unlean(model)(IMAGES)
@@ -322,7 +339,7 @@ def test_channels_last_and_back():
 
 
 def test_eject_and_what_is_refused():
-    model, plain = injected(), torchvision.models.resnet18()
+    model, plain = injected(), plain_resnet()
     visadapt.lean(model, **BF16)
     with pytest.raises(visadapt.VisadaptError, match=r"computing in bfloat16, and a merge .* call visadapt\.unlean"):
         visadapt.merge(model, "t")
@@ -444,7 +461,7 @@ def test_fast_training_is_as_without_codes_up_to_rounding(options):
 @LOADS_PROGRAMS
 @pytest.mark.parametrize("options", [BF16, INT8, BOTH], ids=["bfloat16", "int8", "both"])
 def test_exported_programs_answer_as_the_compact_model(options, tmp_path):
-    model = visadapt.lean(injected(), **options)
+    model = visadapt.lean(injected("narrow"), **options)
     with torch.no_grad():
         expected = model(IMAGES)
     file = export(model, tmp_path / "t.pt2", task="t", example=IMAGES)

@@ -153,6 +153,24 @@ def test_other_blocks_are_refused_by_name(family) -> None:
         visadapt.inject(CONVOLUTIONAL[family].make(), CoLoRA(), num_classes=3)
 
 
+class Mixer(nn.Module):
+    """Defines its depthwise convolution first and runs it second, as Mamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.conv(self.first(x).transpose(1, 2)).transpose(1, 2))
+
+
+def test_layers_that_do_not_follow_one_another_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), Mixer(), Mixer(), nn.Linear(8, 3))
+    with pytest.raises(VisadaptError, match=r"the widths of 1\.conv, 1\.first, 1\.last do not"):
+        visadapt.inject(model, CoLoRA(), norms="frozen", where="block", example=torch.randn(2, 5, 4))
+
+
 def test_grouped_bottlenecks_are_refused_by_name() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnext26ts", num_classes=3)

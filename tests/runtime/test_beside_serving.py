@@ -341,3 +341,22 @@ def test_a_fork_waits_until_no_thread_changes_a_model() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert STRUCTURE.acquire(timeout=5)
     STRUCTURE.release()
+
+
+def test_training_is_refused_in_a_process_without_gradients(monkeypatch) -> None:
+    model = ZOO["tiny/resnet"].make()
+    for task in ("a", "b"):
+        visadapt.inject(model, m=2, task=task, num_classes=3)
+    images = torch.randn(2, 3, 16, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    # as in a fork of a process in which gradients of fake tensors were computed
+    def backward(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(VisadaptError, match=r"fit\(\) needs gradients"):
+        fit(model, "a", (images, torch.tensor([0, 1])), progress=False)
+    with pytest.raises(VisadaptError, match=r"fit_decider\(\) needs gradients"):
+        visadapt.fit_decider(model, {"a": [images], "b": [images]})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from timm.models.resnet import Bottleneck as ResNetBottleneck
-from timm.models.resnet import ResNet
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
@@ -46,21 +45,21 @@ def _dynamo():
     torch._dynamo.reset()
 
 
+# two blocks or one layer: compiling takes as long as there are blocks, and the second shows what the third would
 def vit():
     torch.manual_seed(0)
     net = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=7
+        "vit_tiny_patch16_224", img_size=64, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=7
     )
     return enliven(net).eval()
 
 
-def resnext():
-    torch.manual_seed(0)
-    net = ResNet(ResNetBottleneck, (1, 1, 1, 1), num_classes=7, cardinality=4, base_width=32, channels=(8, 8, 16, 16))
-    return enliven(net).eval()
-
-
-BACKBONES = {"resnet": short, "resnext": resnext, "vit": vit, "bert": lambda: short(text=True)}
+BACKBONES = {
+    "resnet": short,
+    "resnext": lambda: short(block=ResNetBottleneck, cardinality=4, base_width=32),
+    "vit": vit,
+    "bert": lambda: short(text=True),
+}
 
 
 def inputs_of(name, n):
@@ -109,7 +108,7 @@ def test_all_compositions_run_one_graph(name, method, options) -> None:
     with torch.no_grad():
         with using(model, [None, *TASKS]):
             output(model, inputs)  # shows which rows belong to which sample
-        for _ in range(30):
+        for _ in range(12):
             tasks = draw.choices([*TASKS, None], k=5)
             with using(model, tasks):
                 expected = output(model, inputs)

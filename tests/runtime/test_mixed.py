@@ -123,7 +123,7 @@ def test_every_sample_gets_what_its_task_alone_gives(name) -> None:
     check(model, inputs, [None] * len(LIST))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(tasks=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7))
 def test_any_list_in_any_order(tasks) -> None:
     check(shared("tiny/resnet"), ZOO["tiny/resnet"].inputs(n=len(tasks)), tasks)
@@ -196,7 +196,7 @@ def test_every_method_beside_every_other_on_texts(method) -> None:
     for seed, task in enumerate(visadapt.tasks(model)):
         stir(model, task, seed)
     check(model, member.inputs(n=5), ["two", "other", "one", None, "two"])
-    check(model, member.inputs(n=4), ["two", "one", "one", "two"])
+    check(model, member.inputs(n=5), ["two", "one", "one", "two", "one"])
 
 
 def test_several_methods_in_one_task_act_in_their_order(tiny) -> None:
@@ -319,7 +319,9 @@ def test_split_refuses_what_does_not_fit(tiny) -> None:
 def test_a_list_of_the_wrong_length_or_of_unknown_tasks_is_refused(tiny, image) -> None:
     visadapt.inject(tiny, m=2, task="flowers")
     for tasks in (["flowers"], ["flowers"] * 3, [None] * 4, ["flowers", None, "flowers"]):
-        with pytest.raises(VisadaptError, match=rf"{len(tasks)} tasks .* batch of 2"), using(tiny, tasks):
+        # an image has as many planes as three tasks: the batch may have been meant to be taken apart along them
+        said = rf"{len(tasks)} tasks .* batch (of 2|that ResNet does not treat as {len(tasks)} samples)"
+        with pytest.raises(VisadaptError, match=said), using(tiny, tasks):
             tiny(image)
     with pytest.raises(VisadaptError, match="no task 'flower'"), using(tiny, ["flowers", "flower"]):
         pass
@@ -330,7 +332,7 @@ def test_a_list_of_the_wrong_length_or_of_unknown_tasks_is_refused(tiny, image) 
         with pytest.raises(VisadaptError, match="outside of the model's own forward"), using(tiny, ["flowers", None]):
             tiny.layer1[0].bn2(torch.randn(rows, 8, 4, 4))
     visadapt.activate(tiny, ["flowers"] * 3)
-    with pytest.raises(VisadaptError, match=r"3 tasks .* batch of 2"):
+    with pytest.raises(VisadaptError, match=r"3 tasks .* batch that ResNet does not treat as 3 samples"):
         tiny(image)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import visadapt
 from tests.models import answer, stir
-from visadapt import Bottleneck, LoRA
+from visadapt import Bottleneck, LoRA, VisadaptError, using
+from visadapt.backbone.tracing import READS_CONTEXT
 
 
 class Turn(nn.Module):
@@ -25,6 +26,17 @@ class Turn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flip(0) if self.on else x
+
+
+TURNED, SETTINGS = False, {"turned": False}
+"""Variables of this file that a forward reads, in a method and in a function that it calls."""
+
+imported = types.ModuleType("imported")
+imported.turned = False  # type: ignore[attr-defined]
+
+
+def set_to_turn() -> bool:
+    return SETTINGS["turned"] or imported.turned
 
 
 class Options:
@@ -44,6 +56,7 @@ class Net(nn.Module):
         self.flag, self.mode, self.order, self.names = False, "plain", [1], {"turned": False}
         self.options, self.nested, self.index = Options(), {"a": [types.SimpleNamespace(turned=False)]}, torch.arange(5)
         self.register_buffer("flagged", torch.tensor(False))
+        self.register_buffer("share", torch.tensor(0.0))
         self.steps: Any = []
 
     def way(self, x: Tensor) -> Tensor:
@@ -60,6 +73,9 @@ class Net(nn.Module):
             or self.turns
             or bool(self.index[0])
             or bool(self.flagged)
+            or float(self.share) > 0.5
+            or TURNED
+            or set_to_turn()
             or getattr(self, "added", False)
             or len(self.steps) > 0
         )
@@ -100,6 +116,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a tensor": lambda model: setattr(model, "index", torch.arange(1, 6)),
     "a buffer": lambda model: setattr(model, "flagged", torch.tensor(True)),
     "a buffer in place": lambda model: model.flagged.fill_(True),
+    "a buffer of floats": lambda model: model.share.fill_(1.0),
     "a new attribute": lambda model: setattr(model, "added", True),
     "flags of modules": turn_modules,
     "other modules": replace_modules,
@@ -150,6 +167,49 @@ def test_classes_that_are_changed(made, monkeypatch) -> None:
     check(model)
     monkeypatch.setattr(Net, "way", lambda self, x: x.flip(0))
     check(model)
+
+
+def test_variables_of_a_file_that_are_changed(made, monkeypatch) -> None:
+    model = made()
+    check(model)
+    monkeypatch.setitem(globals(), "TURNED", True)
+    check(model)
+    monkeypatch.setitem(globals(), "TURNED", False)
+    check(model)
+    monkeypatch.setitem(SETTINGS, "turned", True)
+    check(model)
+    monkeypatch.setitem(SETTINGS, "turned", False)
+    check(model)
+    monkeypatch.setattr(imported, "turned", True)
+    check(model)
+
+
+class Flagged(nn.Module):
+    """Turns its batch around between layers, there and back, if its flag says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc, self.flag = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flip(0) if self.flag else self.stem(x)
+        x = x + self.block(x)
+        return self.fc(x.flip(0) if self.flag else x)
+
+
+def test_a_graph_is_not_made_with_the_facts_of_another_state(made) -> None:
+    model, tasks, x = made(Flagged(), LoRA(r=2)), list("aabab"), torch.randn(5, 12)
+    check(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), using(model, tasks):
+        torch.testing.assert_close(compiled(x), answer(model, {"x": x}, tasks))
+        model.flag = True
+        if READS_CONTEXT:
+            with pytest.raises(VisadaptError, match=r"was changed since its last batch.*run one again"):
+                compiled(x)
+        model.flag = False
+        check(model)
+        torch.testing.assert_close(compiled(x), answer(model, {"x": x}, tasks))
 
 
 def test_states_that_return_are_known(made, examined) -> None:

@@ -79,7 +79,7 @@ def test_a_task_answers_as_predict_does(server: Server, folder: Path, task: str,
 
 def test_tasks_of_several_problems_share_a_batch(folder: Path) -> None:
     async def main() -> None:
-        async with Server(folder) as server:
+        async with Server(folder, max_batch=8) as server:
             answers = await server.predict([*PROBLEMS], [IMAGES[0]], top=4)
             for task, answer in zip(PROBLEMS, answers, strict=True):
                 (alone,) = expected(folder, task, 4)[:1]
@@ -103,7 +103,7 @@ def test_a_model_in_memory_answers_by_its_notes() -> None:
     visadapt.tasks(model)["age"].notes["problem_type"] = "regression"
 
     async def main() -> None:
-        async with Server(model) as server:
+        async with Server(model, max_batch=4) as server:
             (answer,) = await server.predict("age", [png()])
             assert answer.values == tuple(answer.logits.tolist())
             assert (answer.labels, answer.scores) == (("0",), ())
@@ -141,7 +141,7 @@ def test_pixels_are_bounded_before_they_take_memory(folder: Path, image: Any, me
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
 
     async def main() -> ServingError:
-        server = Server(folder, limits=Limits(pixels=5_000_000))
+        server = Server(folder, limits=Limits(pixels=5_000_000), max_batch=16)
         server.ready = True  # no warm-up, which resizes
         with pytest.raises(ServingError) as caught:
             await server.predict("regression", [image])
@@ -157,7 +157,7 @@ def test_a_request_holds_one_decoded_image_at_a_time(folder: Path) -> None:
     data = encoded_image((2000, 2000), "RGB")
 
     async def main() -> int:
-        async with Server(folder) as server:
+        async with Server(folder, max_batch=16) as server:
             await server.predict("regression", [data])
             process = Path("/proc/self/clear_refs")
             process.write_text("5", encoding="utf-8")

@@ -23,9 +23,11 @@ from visadapt.serving import Limits, Server, ServingError, forward, pool
 from visadapt.serving import server as server_module
 
 
-def serve(action: Callable[[Server], Awaitable[Any]], *source: Any, **options: Any) -> Any:
+def serve(action: Callable[[Server], Awaitable[Any]], *source: Any, max_batch: int = 4, **options: Any) -> Any:
+    """Run an action on a server; it warms up with batches of every number of samples up to ``max_batch``."""
+
     async def main() -> Any:
-        async with Server(*source, **options) as server:
+        async with Server(*source, max_batch=max_batch, **options) as server:
             return await action(server)
 
     return asyncio.run(main())
@@ -250,7 +252,7 @@ def test_what_cannot_be_answered(
 @pytest.fixture(scope="module")
 def started(written: Path) -> Iterator[Server]:
     limits = Limits(image=50_000, pixels=5_000, text=40, inputs=8)
-    server = Server(written, limits=limits).start()
+    server = Server(written, limits=limits, max_batch=4).start()
     yield server
     assert server.stop(30)
 
@@ -326,7 +328,7 @@ def test_a_task_whose_inputs_cannot_be_prepared_does_not_keep_the_others_from_st
 
 def test_what_waits_when_the_server_stops_is_answered(folder: Path) -> None:
     async def main() -> None:
-        server = Server(folder, max_wait=60.0).start()
+        server = Server(folder, max_batch=16, max_wait=60.0).start()
         requests = [asyncio.create_task(server.predict(name, [png()])) for name in CLASSES]
         while len(server._queue) < 4:
             await asyncio.sleep(0.01)

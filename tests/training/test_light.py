@@ -14,33 +14,53 @@ from visadapt import VisadaptError
 from visadapt.training import METRICS, TensorBoard, fit, predict
 
 
-def _run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def _run(code: str, *options: str) -> None:
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_core_does_not_import_training_nor_training_an_optional_library() -> None:
+def test_the_core_does_not_import_training_nor_any_of_these_rooms_an_optional_library() -> None:
+    """The core and an injection first, then the rooms for data, training and experiments."""
     _run(
-        "import sys, visadapt; assert 'visadapt.training' not in sys.modules\n"
-        "import visadapt.training, visadapt.experiments\n"
-        "gone = {'rich', 'matplotlib', 'accelerate', 'torchmetrics', 'tensorboard'}\n"
+        "import sys, visadapt, torch\n"
+        "gone = {'rich', 'matplotlib', 'accelerate', 'torchmetrics', 'tensorboard', 'datasets'}\n"
         "gone |= {'transformers', 'timm', 'torchvision', 'PIL', 'sklearn'}\n"
-        "assert not gone & set(sys.modules), gone & set(sys.modules)"
+        "assert 'visadapt.training' not in sys.modules\n"
+        "assert not gone & set(sys.modules), gone & set(sys.modules)\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))\n"
+        "example = torch.zeros(1, 3, 8, 8)\n"
+        "model(example)\n"
+        "visadapt.inject(model, visadapt.Bottleneck(m=1), where='0', example=example)\n"
+        "str(visadapt.summary(model)), str(visadapt.sites(model, '0', example=example))\n"
+        "assert not gone & set(sys.modules), gone & set(sys.modules)\n"
+        "import visadapt.data\n"
+        "assert not gone & set(sys.modules), gone & set(sys.modules)\n"
+        "import visadapt.training, visadapt.experiments\n"
+        "assert not gone & set(sys.modules), gone & set(sys.modules)",
+        "-W",
+        "error",
     )
 
 
 def test_fit_works_without_rich() -> None:
-    for block in ("sys.modules['rich'] = None", "pass"):
-        _run(
-            f"import sys, torch\n{block}\n"
-            "from visadapt.training import Recipe, fit\n"
-            "class Tty:\n"
-            "    def isatty(self): return 'rich' in sys.modules\n"
-            "    def write(self, text): pass\n"
-            "    def flush(self): pass\n"
-            "sys.stderr = Tty()\n"
-            "fit(torch.nn.Linear(2, 2), None, (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])), recipe=Recipe(epochs=1))"
-        )
+    """On a stream that is not a terminal, then on a terminal where rich is not installed."""
+    _run(
+        "import sys, torch\n"
+        "from visadapt.training import Recipe, fit\n"
+        "class Tty:\n"
+        "    def isatty(self): return 'rich' in sys.modules\n"
+        "    def write(self, text): pass\n"
+        "    def flush(self): pass\n"
+        "sys.stderr = Tty()\n"
+        "def run():\n"
+        "    data = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])\n"
+        "    fit(torch.nn.Linear(2, 2), None, data, recipe=Recipe(epochs=1))\n"
+        "run()\n"
+        "assert 'rich' not in sys.modules\n"
+        "sys.modules['rich'] = None\n"
+        "run()"
+    )
 
 
 def test_a_missing_library_is_an_error_that_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

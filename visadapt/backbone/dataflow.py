@@ -218,6 +218,11 @@ def record(model: nn.Module, modules: dict[str, nn.Module], run: Any, given: Any
     flow = Flow()
     flow.watch(modules)
     flow.start(given)
-    with torch.no_grad(), flow.axes, flow:
-        flow.outputs = flow.known(_tensors(run(model, given)))
+    try:
+        with torch.no_grad(), flow.axes, flow:
+            flow.outputs = flow.known(_tensors(run(model, given)))
+    except BaseException:
+        # the hooks of the copy hold what was recorded, in a cycle
+        flow.forget()
+        raise
     return flow

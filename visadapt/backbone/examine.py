@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from visadapt.backbone.modules import own_modules, unwrapped
 from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, both_hosts, fact_of, merged, order_of
-from visadapt.backbone.state import State
+from visadapt.backbone.state import Label, State
 from visadapt.backbone.twin import examining, twin_of
 from visadapt.errors import VisadaptError
 
@@ -220,18 +220,24 @@ class _Recorder:
     def __init__(self, twin: nn.Module) -> None:
         self.calls: dict[str, list[tuple[dict[Key, Any], dict[Key, Any]]]] = {}
         self.writers: set[str] = set()
+        # attributes that a module's own call set to something with tensors in it
+        self.stored: set[Label] = set()
         for path, module in own_modules(twin).items():
             if not isinstance(module, torch.jit.ScriptModule):
                 # replaces forward instead of adding a hook: code that calls .forward directly skips hooks
-                module.forward = self._around(path, module.forward)  # type: ignore[method-assign]
+                module.forward = self._around(path, module, module.forward)  # type: ignore[method-assign]
 
-    def _around(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _around(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             calls = self.calls.setdefault(path, [])
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 inputs = _prints((args, kwargs))
             given = [(leaf, _version(leaf)) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            held = dict(module.__dict__)
             out = forward(*args, **kwargs)
+            for name, value in module.__dict__.items():
+                if held.get(name, held) is not value and _has_tensors(value):
+                    self.stored.add((path, name))
             if any(_version(leaf) != version for leaf, version in given):
                 self.writers.add(path)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -239,6 +245,10 @@ class _Recorder:
             return out
 
         return recorded
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
 
 
 def _version(tensor: Tensor) -> int:
@@ -272,6 +282,11 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     larger = take(pair, cut, order)
     few, small, first = run(pair)
     more, large, second = run(larger)
+    if recorder.stored:
+        with reads_first(modules, recorder.stored, each_call=True) as keeping:
+            run(again)
+        keepers = {path for path, _ in keeping}
+        recorder.writers |= {path for path in modules if any(f"{each}.".startswith(f"{path}.") for each in keepers)}
     hosts = {}
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])
@@ -282,13 +297,36 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     if not told:
         raise VisadaptError("no part of its output has samples of its own")
     moving = states[0].changes(states[1]) | states[1].changes(states[2])
+    kept = ""
     if moving:
         with reads_first(modules, moving) as steering:
             run(again)
+        held = {label: modules[label[0]].__dict__.get(label[1]) for label in steering if label[0] in modules}
+        held = {label: value for label, value in held.items() if _has_tensors(value)}
+        kept = min(map(".".join, held), default="") if held and _continues(modules, held, lambda: run(again)[1]) else ""
         # the others follow from the input alone
         moving -= steering
     evidence = _evidence(small, outputs)
-    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving))
+    return RowFacts(cut, outputs, hosts, chose_rows(first, second), evidence, frozenset(moving), kept)
+
+
+def _continues(modules: Mapping[str, nn.Module], held: Mapping[Label, Any], forward: Callable[[], Any]) -> bool:
+    """Return whether the values of tensors that a forward left behind change what the next one gives."""
+
+    def left(changed: bool) -> Any:
+        for (path, name), value in held.items():
+            copied = mapped(lambda _, leaf: _other_values(leaf, changed) if isinstance(leaf, Tensor) else leaf, value)
+            modules[path].__dict__[name] = copied
+        return forward()
+
+    try:
+        return not _close(left(False), left(True))
+    except Exception:  # values that the model cannot have
+        return True
+
+
+def _other_values(tensor: Tensor, changed: bool) -> Tensor:
+    return tensor.clone() if not changed else tensor + 1 if tensor.dtype != torch.bool else ~tensor
 
 
 def _outputs(small: Any, large: Any, order: Sequence[int], key: Key = ()) -> dict[Key, Fact]:

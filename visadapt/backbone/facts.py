@@ -66,6 +66,19 @@ class Facts:
                 self._renew()
         return self.batches if entry == WHOLE else self.entries.setdefault(entry, KnownBatches(entry))
 
+    def are_current(self) -> bool:
+        """Return whether nothing that steers a forward was changed since the last batch of mixed tasks."""
+        if self._state is None or not self.hold():
+            return False
+        ignored = self._moving()
+        return self._state.holds() or not State(self.modules, ignored).changes(self._state, ignored)
+
+    def _moving(self) -> frozenset[Label]:
+        """Return the attributes that forwards were seen to set anew each time."""
+        known = [(self.batches, self.entries), *[state[1:] for state in self._states]]
+        every = [batches for whole, entries in known for batches in (whole, *list(entries.values()))]
+        return frozenset[Label]().union(*[batches.moving for batches in every])
+
     def _renew(self) -> None:
         """Look up the row facts of the model in its present state, or begin new ones."""
         if not self.hold():
@@ -77,8 +90,7 @@ class Facts:
             self._states = []
         else:
             self._states = [(self._state, self.batches, self.entries), *self._states][:_STATES]
-        every = [batches for _, whole, entries in self._states for batches in (whole, *list(entries.values()))]
-        ignored = frozenset[Label]().union(*[batches.moving for batches in every])
+        ignored = self._moving()
         now = State(self.modules, ignored)
         self.hooked = now.hooked
         known = next((known for known in self._states if not now.changes(known[0], ignored)), None)

@@ -51,9 +51,12 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def stacked_matrices(module: nn.Module) -> int:
-    """Number of a module's own stacks of matrices, such as one matrix per expert."""
-    own = (p for p in module._parameters.values() if p is not None)
-    return sum(p.ndim == 3 and min(p.shape) > 1 for p in own)
+    """Number of a module's own stacks of matrices, such as one matrix per expert.
+
+    Two or more own matrices count too, which experts keep one below the other; one may be a table of positions.
+    """
+    own = [p.ndim for p in module._parameters.values() if p is not None and p.ndim in (2, 3) and min(p.shape) > 1]
+    return own.count(3) + (own.count(2) if own.count(2) > 1 and not is_matrix(module) else 0)
 
 
 def inside(path: str, root: str) -> bool:

@@ -53,7 +53,8 @@ class HostRows:
     Attributes:
         inputs: fact by path in ``(args, kwargs)``.
         outputs: fact by path in the output.
-        writes: whether the module writes to its inputs, so that a copy of some rows cannot stand for them.
+        writes: whether the module writes to its inputs, so that a copy of some rows cannot stand for them, or keeps
+            tensors for its next call, which would be of other rows.
         known: True if each row belongs to one known sample: along the first axis, in the same order everywhere.
         order: ``tiled`` of its tensors; None if every sample has one row.
     """
@@ -92,6 +93,7 @@ class RowFacts:
         evidence: whether the outputs of the two compared samples differ; if they are equal, the comparison shows
             nothing.
         moving: attributes that each forward sets to what follows from its input.
+        kept: attribute in which a forward keeps a tensor for the next one, or "".
     """
 
     cut: dict[Key, Axis]
@@ -100,6 +102,7 @@ class RowFacts:
     reordered: str
     evidence: bool
     moving: frozenset[tuple[str, str]] = frozenset()
+    kept: str = ""
 
     def knows(self, path: str) -> bool:
         """Return whether the rows at a module are known."""
@@ -205,7 +208,7 @@ def merged(calls: Any, order: Sequence[int], writes: bool = False) -> HostRows:
     Args:
         calls: per call the prints of inputs and outputs for two samples, and those for N.
         order: which of the two each of the N samples is.
-        writes: whether the module writes to its inputs in any of them.
+        writes: whether the module writes to its inputs in any of them, or keeps tensors from one to the next.
     """
     found: tuple[dict[Key, Fact], dict[Key, Fact]] = {}, {}
     for fewer, more in calls:

@@ -1,4 +1,5 @@
-"""What steers a forward beside weights and inputs: the attributes of modules and of their classes, children, forwards.
+"""What steers a forward beside weights and inputs: the attributes of modules and of their classes, children, forwards,
+small buffers and the global variables that the classes' functions name.
 
 A flag, a list or a child that is changed between two batches may change the order of samples. Whether anything was
 changed is asked at each mixed batch, so it is asked in C: the values of all dicts and lists are compared at once. Only
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from visadapt.backbone.added import HOOKS, added, count_replacing
+from visadapt.backbone.global_names import Named, is_setting, read_globals
 from visadapt.backbone.modules import CHILD, FORWARDS
 from visadapt.backbone.subclass import plain_class
 
@@ -29,7 +31,13 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"} | {"forward", FORWARDS, "_compiled_call_impl"}
 """Attributes of every module. Children and forwards are compared by themselves."""
 
-_OTHERS = {"_output_capturing_hooks_installed", "_is_hf_initialized", "_flat_weights", "_flat_weight_refs"}
+_OTHERS = {
+    "_is_torch_compile",
+    "_output_capturing_hooks_installed",
+    "_is_hf_initialized",
+    "_flat_weights",
+    "_flat_weight_refs",
+}
 """Attributes by which torch and transformers keep track of their modules."""
 
 _UNCOUNTED = _TORCHS | _OTHERS
@@ -40,6 +48,9 @@ _DEPTH = 4
 
 _MOST = 50_000
 """How many values of containers are compared."""
+
+_INTEGERS, _FLOATS = 4096, 16
+"""Elements of the largest buffers that may hold a flag, or the places of rows."""
 
 
 class State:
@@ -83,12 +94,20 @@ class State:
                 self._watch(own[hooks].values())
         for hooked in (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks):
             self._watch(hooked.values())
+        named: Named = {}
         for cls in {base for module in modules.values() for base in plain_class(module).__mro__}:
             if cls.__module__.partition(".")[0] not in ("torch", "builtins", "visadapt"):
                 self._watch(vars(cls).values())
                 for name, value in vars(cls).items():
                     if not name.startswith("__"):
                         self.values[f"{cls.__module__}.{cls.__qualname__}", name] = self._content(value)
+                read_globals(vars(cls).values(), named)
+        for variables, names in named.values():
+            settings = {name for name in names if is_setting(variables[name])}
+            if settings:
+                self._watch(variables.values(), [name in settings for name in variables])
+            for name in settings:
+                self.values[f"globals of {variables.get('__name__')}", name] = self._content(variables[name])
         now, self.hooked = added(modules)
         self.values["", "forwards and hooks"] = [*now]
         self._seen.clear()
@@ -165,7 +184,8 @@ def _is_index(name: str, buffer: Tensor) -> bool:
     """Return whether a buffer may hold a flag, or the places of rows."""
     if name == "num_batches_tracked" or buffer.is_meta:
         return False
-    return not (buffer.is_floating_point() or buffer.is_complex()) and 0 < buffer.numel() <= 4096
+    most = _FLOATS if buffer.is_floating_point() or buffer.is_complex() else _INTEGERS
+    return 0 < buffer.numel() <= most
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

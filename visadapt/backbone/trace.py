@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from visadapt.arguments import readable
 from visadapt.backbone.axes import channel_axis
 from visadapt.backbone.caches import NotedFakes, drop_caches, forget_fakes
 from visadapt.backbone.compact import Compact
@@ -127,19 +129,40 @@ def guess_input(model: nn.Module) -> Any:
 _FIRST = (*CONVS, nn.Linear, nn.Embedding)
 
 
-_NO_INPUT = (str, bytes, int, float, type(None))
+_NO_INPUT = (str, bytes, numbers.Number, type(None), type, nn.Module)
+
+
+def check_input(example: Any, what: str) -> None:
+    """Refuse what cannot be the input of a model.
+
+    Raises:
+        VisadaptError: it is neither a tensor, nor a tuple of a model's arguments, nor a mapping of its keywords.
+    """
+    hint = Mapping[str, Any] if isinstance(example, Mapping) else Any
+    if isinstance(example, _NO_INPUT) or not readable(example, hint):
+        raise VisadaptError(
+            f"{what} must be a tensor, a tuple of the model's arguments or a dict of its keywords, got "
+            f"{shown(example, 80)}"
+        )
+
+
+@contextmanager
+def input_errors(what: str) -> Iterator[None]:
+    """Raise what a model raises in this block, on an input that it cannot take, as a `VisadaptError` that names it."""
+    try:
+        yield
+    except (VisadaptError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise VisadaptError(
+            f"the model does not run on {what} ({type(error).__name__}: {first_line(error):.300})"
+        ) from error
 
 
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model with an example as `visadapt.sites` takes it: a tensor, a tuple, or a dict of keywords."""
-    keyed = isinstance(example, Mapping)
-    wrong = not all(isinstance(key, str) for key in example) if keyed else isinstance(example, _NO_INPUT)
-    if wrong:
-        raise VisadaptError(
-            "inputs must be a tensor, a tuple of the model's arguments or a dict of its keywords, got "
-            f"{shown(example, 80)}"
-        )
-    if keyed:
+    check_input(example, "inputs")
+    if isinstance(example, Mapping):
         return model(**example)
     if isinstance(example, tuple | list):
         return model(*example)
@@ -214,7 +237,9 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                     inputs = tree_map_only(Tensor, fake.from_tensor if fake else torch.clone, given)
                     return watch(copied, inputs), given
             except Exception as error:
-                failure = failure or error
+                if fake is None:
+                    # that of a run on fake tensors is not told, and would hold them
+                    failure = failure or error
             finally:
                 # with what a forward leaves in the copy
                 copied = inputs = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,7 @@ from visadapt.backbone.facts import Facts
 from visadapt.backbone.norms import is_norm
 from visadapt.backbone.operators import is_linear
 from visadapt.backbone.site import Site, Sites, Where
-from visadapt.backbone.trace import module_site, trace_flow, trace_sites
+from visadapt.backbone.trace import check_input, module_site, trace_flow, trace_sites
 from visadapt.errors import VisadaptError, nearest
 from visadapt.printable import shown
 
@@ -45,6 +45,8 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     if not isinstance(model, nn.Module):
         raise VisadaptError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     facts = Facts(model)
+    if example is not None:
+        check_input(example, "example")
     found = facts.sites(example)
     return found if where is None else select(facts, where, tuple(found.kinds()), example)
 
@@ -77,17 +79,38 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
     return Sites(sorted(chosen.values(), key=lambda s: order.get(s.full_name, len(order))))
 
 
+def check_where(where: Any) -> None:
+    """Refuse what `select` takes for no model.
+
+    Raises:
+        VisadaptError: it is neither a kind, stage, depth, glob, predicate or site, nor a list of these.
+    """
+    for term in _terms(where):
+        known = term is None or isinstance(term, str | range | slice | int | Site) or _is_predicate(term)
+        if isinstance(term, bool) or not known:
+            raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {shown(term, 60)}")
+
+
 def _terms(where: Any) -> list[Any]:
-    if where is None or isinstance(where, str | range | slice | int | Site) or callable(where):
+    if isinstance(where, str):
+        return [str.__str__(where)]
+    if where is None or isinstance(where, range | slice | int | Site) or _is_predicate(where):
         return [where]
-    if isinstance(where, Iterable) and not isinstance(where, Tensor):
-        terms = list(where)
+    if isinstance(where, Iterable) and not isinstance(where, Tensor | Mapping | nn.Module):
+        try:
+            terms = list(where)
+        except Exception:  # of a stranger's class
+            terms = []
         if terms:
             return terms
     raise VisadaptError(
         "where= must be a kind, a stage, a depth or range of depths, a glob, a predicate, or a list of these; "
         f"got {shown(where)}"
     )
+
+
+def _is_predicate(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type | nn.Module)
 
 
 def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example: Any) -> list[Site]:
@@ -109,11 +132,11 @@ def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example:
         return usual
     if isinstance(term, str):
         return _match_name(facts, found, term, kinds, example)
-    if callable(term):
+    if _is_predicate(term):
         matched = [site for site in found if term(site)]
         what = f"predicate {getattr(term, '__name__', term)!r}"
     elif isinstance(term, bool) or not isinstance(term, range | slice | int):
-        raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {term!r:.60}")
+        raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {shown(term, 60)}")
     else:
         depths = range(1 + max((site.depth for site in usual), default=-1))
         wanted = _depths(term, depths)

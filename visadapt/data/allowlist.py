@@ -7,10 +7,10 @@ A task file may come from anyone. Everything that is not listed here (``trust_re
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -140,7 +140,7 @@ def may_name(name: str) -> bool:
     if place not in _NAMES or not re.fullmatch(_NAMES[place], rest, re.ASCII | re.IGNORECASE) or len(name) > 200:
         return False
     # transformers takes a folder of that name in preference to the repository
-    return place != "hf" or (".." not in rest and not Path(rest).exists())
+    return place != "hf" or (".." not in rest and not os.path.exists(rest))
 
 
 def objections(name: str, build: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -52,5 +53,5 @@ def path(name: str) -> Path:
 
 def warn_of_namesake(name: str) -> None:
     """Warn if a data set has the name of a local file or folder, which is then not the one that is loaded."""
-    if Path(name).exists():
+    if os.path.exists(name):
         warnings.warn(f"loading the data set {name!r}, not the local file or folder './{name}'", stacklevel=3)

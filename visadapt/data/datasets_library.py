@@ -40,7 +40,7 @@ def is_stored(path: Path) -> bool:
     """Whether a path is a folder that ``save_to_disk`` wrote, or a file that the library reads."""
     if path.suffix.lower() in _BUILDERS:
         return os.path.isfile(path)
-    return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    return any(os.path.isfile(path / file) for file in ("dataset_dict.json", "state.json"))
 
 
 def holds_data_files(folder: Path) -> bool:

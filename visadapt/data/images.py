@@ -18,7 +18,8 @@ from visadapt.data.image_file import square_pixels, to_tensor
 from visadapt.data.image_layouts import files_below
 from visadapt.data.image_sources import find
 from visadapt.data.lazy_images import DAMAGED, SizesDifferError, held, read_all
-from visadapt.data.targets import check_form, held_out
+from visadapt.data.splits import indices_of
+from visadapt.data.targets import check_form, check_range, held_out
 from visadapt.errors import VisadaptError, nearest
 from visadapt.reading import check_file
 
@@ -53,8 +54,12 @@ class ImageSplit:
         return len(self.labels)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSplit:
-        """Return the samples at these indices, in this order."""
-        index = torch.as_tensor(indices)
+        """Return the samples at these indices, in this order.
+
+        Raises:
+            VisadaptError: they are not indices of samples.
+        """
+        index = indices_of(indices, len(self))
         return ImageSplit(self.images[index], self.labels[index])
 
 
@@ -86,13 +91,9 @@ class ImageSet:
     def __post_init__(self) -> None:
         check_fields(self)
         for split in filter(None, (self.train, self.test, self.validation)):
-            if (
-                split.labels.dtype == torch.int64
-                and len(split)
-                and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(self.classes)
-            ):
-                raise VisadaptError(f"{self.name}: labels must be from 0 to {len(self.classes) - 1}")
+            check_range(split.labels, self.classes, self.name)
 
+    @takes()
     def holdout(self, n: int, seed: int = 0) -> tuple[ImageSplit, ImageSplit]:
         """Split the training split into training and validation, with the same class proportions in both.
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from visadapt.arguments import check_fields, reading, takes
+from visadapt.checks import check_count
 from visadapt.data.image_file import read_image, to_tensor
+from visadapt.data.splits import indices_of
 from visadapt.errors import VisadaptError, option
 
 if TYPE_CHECKING:
@@ -51,6 +54,11 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     pixels: Pixels = to_tensor
     name: str = "images"
 
+    def __post_init__(self) -> None:
+        check_fields(self, "items")
+        if len(self.labels) != len(self.items):
+            raise VisadaptError(f"labels must have one entry per image, got {len(self.labels)} for {len(self.items)}")
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -58,15 +66,21 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         return self.pixels(read_image(self.items[index])), self.labels[index]
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageFiles:
-        """Return the images at these indices, in this order, unread."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """Return the images at these indices, in this order, unread.
+
+        Raises:
+            VisadaptError: they are not indices of images.
+        """
+        index = indices_of(indices, len(self))
         items = self.items[index] if isinstance(self.items, Tensor) else _Taken(self.items, index.tolist())
         return replace(self, items=items, labels=self.labels[index])
 
+    @takes()
     def read_as(self, pixels: Pixels) -> ImageFiles:
         """Return the same images, to be converted by another function."""
         return replace(self, pixels=pixels)
 
+    @takes()
     def batches(self, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
         """Return a loader that reads the images in worker processes, batch by batch.
 
@@ -75,6 +89,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
             shuffle: whether the order is random, anew in each pass.
             seed: of the order, and of random transforms.
         """
+        check_count(batch_size, "batch_size")
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(self, batch_size, shuffle=shuffle, num_workers=workers(), generator=generator)
 
@@ -169,7 +184,9 @@ def read_all(sources: Iterable[Any], pixels: Pixels) -> Tensor:
     Raises:
         VisadaptError: an image cannot be read, or there is none.
     """
-    images = [pixels(read_image(source)) for source in sources]
+    with reading("images"):
+        each = iter(sources)
+    images = [pixels(read_image(source)) for source in each]
     if not images:
         raise VisadaptError("images must have at least one image, got none")
     return torch.stack(images)

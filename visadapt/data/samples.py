@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visadapt.arguments import check_fields, takes
+from visadapt.arguments import check_fields, reading, takes
 from visadapt.checks import check_count
 from visadapt.data.transforms import normalize
-from visadapt.errors import VisadaptError
+from visadapt.errors import VisadaptError, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +51,21 @@ class Samples:
         first = next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs
         return len(first)
 
+    @takes()
     def take(self, index: Tensor | slice) -> tuple[Any, Tensor | None]:
-        """Return the inputs and labels at these indices."""
-        if isinstance(self.inputs, dict):
-            inputs: Any = {key: value[index] for key, value in self.inputs.items()}
-        else:
-            inputs = self.inputs[index]
-        return inputs, None if self.labels is None else self.labels[index]
+        """Return the inputs and labels at these indices.
+
+        Raises:
+            VisadaptError: they are not indices of samples.
+        """
+        try:
+            if isinstance(self.inputs, dict):
+                inputs: Any = {key: value[index] for key, value in self.inputs.items()}
+            else:
+                inputs = self.inputs[index]
+            return inputs, None if self.labels is None else self.labels[index]
+        except (IndexError, TypeError) as error:
+            raise VisadaptError(f"index must be indices of samples, from 0 to {len(self) - 1} ({error})") from error
 
 
 def ready(inputs: Any) -> Any:
@@ -95,12 +103,17 @@ def trimmed(inputs: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
     Returns:
         The same tensors, ``(N, L')`` with L' ≤ L.
 
+    Raises:
+        VisadaptError: ``inputs`` have no ``attention_mask``.
+
     Examples:
         >>> ids = torch.tensor([[5, 6, 0], [7, 0, 0]])
         >>> visadapt.training.trimmed({"input_ids": ids, "attention_mask": (ids > 0).long()})["input_ids"].shape
         torch.Size([2, 2])
     """
     check_count(multiple, "multiple")
+    if "attention_mask" not in inputs:
+        raise VisadaptError(f"inputs must have an attention_mask{nearest('attention_mask', inputs)}")
     mask = inputs["attention_mask"]
     used = mask.any(0).nonzero().flatten() if mask.device.type == "cpu" else mask.new_empty(0)
     if len(used) == 0:
@@ -135,9 +148,13 @@ def tokenised(tokenizer: Any, split: Any, max_length: int = 128) -> Samples:
         torch.Size([2, 5])
     """
     check_count(max_length, "max_length")
+    if not isinstance(getattr(split, "texts", None), Sequence):
+        raise VisadaptError(f"split must be a TextSplit, got a {type(split).__name__}")
     if not len(split):
         raise VisadaptError("texts to tokenise must not be empty")
-    if not hasattr(tokenizer, "pad_token"):
+    with reading("tokenizer"):
+        known = hasattr(tokenizer, "pad_token")
+    if not known:
         raise VisadaptError(f"tokenizer must be a tokenizer of transformers, got a {type(tokenizer).__name__}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visadapt.arguments import takes
 from visadapt.errors import VisadaptError, nearest
+from visadapt.printable import shown
 
 Set = TypeVar("Set", bound=Any)
 
@@ -72,6 +73,35 @@ def stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     left = torch.ones(total, dtype=torch.bool)
     left[chosen] = False
     return left.nonzero().flatten(), chosen.sort().values
+
+
+def indices_of(indices: Any, count: int) -> Tensor:
+    """Return indices of samples as a tensor.
+
+    Args:
+        indices: integers, in any order.
+        count: number of samples.
+
+    Returns:
+        int64, ``(n,)``.
+
+    Raises:
+        VisadaptError: they are not indices from 0 to ``count - 1``.
+    """
+    try:
+        index = torch.as_tensor(indices)
+        # an empty list has no integers to tell its type by
+        whole = not index.numel() or not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        right = index.ndim == 1 and whole
+        index = index.to(torch.int64)
+    except Exception:  # of a stranger's class, or what cannot be a tensor
+        right = False
+    if not right:
+        raise VisadaptError(f"indices must be a list or a tensor of integers, got {shown(indices, 80)}")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
+        got = f"{int(index.min())} to {int(index.max())}"
+        raise VisadaptError(f"indices must be from 0 to {count - 1}, got {got}")
+    return index
 
 
 def without_samples(classes: Sequence[str], labels: Tensor, what: str) -> tuple[str, ...]:

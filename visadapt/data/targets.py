@@ -168,6 +168,18 @@ def check_form(labels: Tensor, count: int) -> None:
         )
 
 
+def check_range(labels: Tensor, classes: Sequence[str], where: str) -> None:
+    """Refuse class indices that are out of range.
+
+    Raises:
+        VisadaptError: the message names the data set.
+    """
+    if labels.dtype == torch.int64 and labels.numel():
+        first, last = int(labels.min()), int(labels.max())
+        if not 0 <= first <= last < len(classes):
+            raise VisadaptError(f"{where}: labels must be from 0 to {len(classes) - 1}, got {first} to {last}")
+
+
 def held_out(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose ``n`` samples at random: with the class proportions of the whole if the labels are classes.
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visadapt.arguments import check_fields, takes
 from visadapt.data import bundled
 from visadapt.data.datasets_library import SPLITS, open_dataset
-from visadapt.data.splits import without_samples
+from visadapt.data.splits import indices_of, without_samples
 from visadapt.data.tables import Column, Format, is_table
-from visadapt.data.targets import Targets, check_form, doubtful, held_out
+from visadapt.data.targets import Targets, check_form, check_range, doubtful, held_out
 from visadapt.data.text_rows import Reader, Rows, Text, rows_of_datasets, rows_of_folder
 from visadapt.data.text_sources import BUNDLED, PRESETS, at_root, is_stored_set, options_of
 from visadapt.errors import VisadaptError, check_unused, nearest, option
@@ -52,8 +51,12 @@ class TextSplit:
         return len(self.texts)
 
     def subset(self, indices: Tensor | Sequence[int]) -> TextSplit:
-        """Return the samples at these indices, in this order."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """Return the samples at these indices, in this order.
+
+        Raises:
+            VisadaptError: they are not indices of samples.
+        """
+        index = indices_of(indices, len(self))
         return TextSplit([self.texts[i] for i in index.tolist()], self.labels[index])
 
 
@@ -84,6 +87,8 @@ class TextSet:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for split in (self.train, self.validation, self.test):
+            check_range(split.labels, self.classes, self.name)
 
 
 @takes()

@@ -83,7 +83,7 @@ def tokenizer_of(backbone: str, **options: Any) -> Any:
     transformers = require("transformers", "a tokenizer", "visadapt[text]")
     source = str(minilm_path()) if backbone == "bundled/minilm" else backbone.removeprefix("hf/")
     folder = Path(source)
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _FILES):
+    if os.path.isdir(folder) and not any(next(folder.glob(pattern), None) for pattern in _FILES):
         # transformers would make an empty one
         raise VisadaptError(
             f"{backbone!r} has no tokenizer: save one into the folder with tokenizer.save_pretrained({source!r})"

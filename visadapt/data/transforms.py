@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visadapt.arguments import takes
+from visadapt.arguments import readable, takes
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError, device_errors
+from visadapt.printable import shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -53,6 +54,9 @@ def normalize(
     _check(images)
     if images.dtype != torch.uint8:
         raise VisadaptError(f"images must be uint8, got {images.dtype}")
+    for name, each in (("mean", mean), ("std", std)):
+        if not readable(each, Sequence[float]) or len(each) != images.shape[1]:
+            raise VisadaptError(f"{name} must have one number per channel, {images.shape[1]}, got {shown(each, 80)}")
     with device_errors(device):
         x = images.to(device).float().div_(255)
     if size is not None and x.shape[-2:] != (size, size):

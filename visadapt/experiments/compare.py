@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from visadapt.checks import check_choice
+from visadapt.errors import VisadaptError
 from visadapt.experiments.base import Experiment
 from visadapt.experiments.choice import choose
 from visadapt.experiments.contenders import Contender
@@ -46,6 +48,12 @@ class Compare(Experiment):
     seeds: tuple[int, ...] = (0, 1, 2)
     split: str = "test"
     keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contenders:
+            raise VisadaptError("contenders must have at least one entry")
+        check_choice(self.split, ("test", "validation", "both"), "split")
 
     def runs(self, lookup: Lookup) -> list[TrainingRun]:
         return [

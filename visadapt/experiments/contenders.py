@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from visadapt.arguments import check_fields
+from visadapt.arguments import check_fields, takes
 from visadapt.backbone.site import Where
+from visadapt.backbone.where import check_where
 from visadapt.checks import check_choice, check_count, check_positive
 from visadapt.errors import VisadaptError
 from visadapt.experiments.problems import Problem
+from visadapt.experiments.result_check import check_name
 from visadapt.injection import inject
 from visadapt.methods import Method
 from visadapt.methods.policy import NORM_POLICIES, NormPolicy
@@ -63,6 +65,8 @@ class Contender:
 
     def __post_init__(self) -> None:
         check_fields(self, "where")
+        check_name(self.name, "name")
+        check_where(self.where)
         check_choice(self.norms, NORM_POLICIES, "norms")
         for rate in self.rates:
             check_positive(rate, "a rate of rates")
@@ -99,11 +103,13 @@ class Contender:
             described["options"] = [methods[name] for name in sorted(methods)]
         return described
 
+    @takes()
     def with_variant(self, method: Method) -> Contender:
         """Return a copy with one of its variants as the method; the former method becomes a variant."""
         others = (self.method, *self.variants)
         return dataclasses.replace(self, method=method, variants=tuple(m for m in others if m != method))
 
+    @takes()
     def put(self, problem: Problem, seed: int, model: nn.Module | None = None) -> nn.Module:
         """Inject this contender's task into a model, under the name of the problem.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class ImageProblem(Problem):
 
     def _read(self) -> ImageSet:
         path = Path(self.root or "", self.data)
-        if not path.exists():
+        if not os.path.exists(path):
             return load_squares(self.data, self.size, root=self.root if self.uses_root else None)
         if not zipfile.is_zipfile(path):
             return load_squares(path, self.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Problem(ABC):
     def name(self) -> str:
         """Name of the data set as a valid task name."""
         path = Path(self.data)
-        name = path.stem if path.is_file() else path.name if path.is_dir() else self.data
+        name = path.stem if os.path.isfile(path) else path.name if os.path.isdir(path) else self.data
         return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")
 
     @property
@@ -113,7 +114,7 @@ class Problem(ABC):
         del facts["root"]
         paths = {"network": Path(self.network.removeprefix("hf/")), "data": Path(self.root or "", self.data)}
         for name, path in paths.items():
-            if path.exists():
+            if os.path.exists(path):
                 facts[name] = f"{path.name} {digest(path)}"
         return {**facts, "metric": self.metric}
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visadapt.arguments import takes
+from visadapt.arguments import check_fields, takes
 from visadapt.bounded_json import parse_json
 from visadapt.errors import VisadaptError
-from visadapt.experiments.result_check import check_result
+from visadapt.experiments.result_check import check_facts, check_values
 from visadapt.files import make_folder, replacing
 from visadapt.reading import check_file, read_json, read_whole
 from visadapt.typed import from_json
@@ -87,6 +87,10 @@ class Result:
     machine: dict[str, str] = field(default_factory=dict, hash=False)
     setting: str | None = None
     regime: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_values(self)
 
     @property
     def fraction(self) -> float:
@@ -187,7 +191,10 @@ def write_csv(results: Iterable[Result], path: str | os.PathLike[str]) -> Path:
         >>> read_results(path) == results
         True
     """
-    rows = list(results)
+    try:
+        rows = list(results)
+    except Exception as error:  # of a stranger's class
+        raise VisadaptError(f"results must be results of experiments, got {type(results).__name__}") from error
     other = next((row for row in rows if not isinstance(row, Result)), None)
     if other is not None:
         raise VisadaptError(f"results must be results of experiments, got {type(other).__name__}")
@@ -272,7 +279,7 @@ def write(result: Result, folder: Path) -> Path:
 def _read_json(file: Path) -> Result:
     try:
         result = from_json(Result, read_json(file))
-        check_result(result)
+        check_facts(result)
     except (TypeError, ValueError) as error:
         raise VisadaptError(f"{file} is not a result of an experiment: {error}") from error
     return result
@@ -297,7 +304,7 @@ def _from_row(header: list[str], row: list[str], where: str) -> Result:
             raise ValueError(f"it must have {len(header)} cells, got {len(row)}")
         cells = zip(header, row, strict=True)
         result = from_json(Result, {name: _value(_FIELDS[name].type, text) for name, text in cells})
-        check_result(result)
+        check_facts(result)
     except (TypeError, ValueError) as error:
         raise VisadaptError(f"{where} is not a result of an experiment: {error}") from error
     return result

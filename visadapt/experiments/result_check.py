@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -38,8 +39,18 @@ _COORDINATED = {"decathlon": "total", "modality": "where"}
 """A fact with which all others of its experiment come, but for the number of seeds, which came later."""
 
 
-def check_result(result: Any) -> None:
-    """Refuse a result with a value that no experiment writes.
+def check_name(value: str, what: str) -> None:
+    """Refuse a name that could not be read back from a result.
+
+    Raises:
+        VisadaptError: it is empty, too long, or has control characters.
+    """
+    if not value or printable(value) != value or len(value) > LONGEST:
+        raise VisadaptError(f"{what} must be one line of printable text, got {printable(value)!r:.60}")
+
+
+def check_values(result: Any) -> None:
+    """Refuse a result with a number out of range, or a text of more than a printable line.
 
     Args:
         result: a `visadapt.experiments.Result` whose fields have their types.
@@ -47,7 +58,12 @@ def check_result(result: Any) -> None:
     Raises:
         VisadaptError: the field is named.
     """
-    for name, value in _texts(dataclasses.asdict(result), ""):
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    try:
+        json.dumps(fields)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise VisadaptError(f"facts and machine must be JSON values: {error}") from error
+    for name, value in _texts(fields, ""):
         if printable(value) != value or len(value) > LONGEST:
             raise VisadaptError(f"{name} must be one line of printable text, got {printable(value):.60}")
     for name in ("setting", "regime"):
@@ -59,6 +75,17 @@ def check_result(result: Any) -> None:
             raise VisadaptError(f"{name} must be a number that is at least {least}, got {value!r}")
     if not math.isfinite(result.score):
         raise VisadaptError(f"score must be a finite number, got {result.score!r}")
+
+
+def check_facts(result: Any) -> None:
+    """Refuse a result without the facts that its experiment writes, or with facts of other types.
+
+    Args:
+        result: a `visadapt.experiments.Result`.
+
+    Raises:
+        VisadaptError: the fact is named.
+    """
     expected = FACTS.get(result.experiment, {})
     optional = _OPTIONAL.get(result.experiment, set())
     if _COORDINATED.get(result.experiment) in result.facts or result.metric == result.experiment:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.full_precision import full_precision
-from visadapt.backbone.trace import call, guess_inputs
+from visadapt.backbone.trace import call, check_input, guess_inputs, input_errors
 from visadapt.backbone.twin import twin_of
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of, find_registry
@@ -116,7 +116,9 @@ def _largest(a: Tensor, b: Tensor | None = None) -> float:
 
 def _first_run(model: nn.Module, paths: list[str], probe: Any) -> tuple[_Outcome, Any]:
     if probe is not None:
-        return _run(model, paths, probe), probe
+        check_input(probe, "probe")
+        with input_errors("probe"):
+            return _run(model, paths, probe), probe
     failure: Exception | None = None
     for guess in _random_inputs(model):
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from visadapt.arguments import takes
+from visadapt.arguments import reading, takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import last_name, parent, unwrapped
 from visadapt.backbone.trace import call
@@ -95,6 +95,7 @@ class CachedPrefix:
             )
         return Resumable(self.prefix, features, inputs)
 
+    @takes()
     def check(self, model: nn.Module, task: str | None) -> None:
         """Check that the cache was made for this model and task.
 
@@ -321,6 +322,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(parent(name))
 
 
+@reading("inputs")
 def _count(inputs: Any) -> int:
     named = {f"inputs[{k!r}]": v for k, v in inputs.items()} if isinstance(inputs, Mapping) else {"inputs": inputs}
     other = next((name for name, column in named.items() if not isinstance(column, Tensor) or not column.ndim), "")

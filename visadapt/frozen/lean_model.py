@@ -11,6 +11,7 @@ from visadapt.backbone.batchnorm import find_pairs
 from visadapt.backbone.modules import LEAN, ModelT, own_modules, unwrapped
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.backbone.subclass import made_by
+from visadapt.backbone.trace import check_input
 from visadapt.checks import check_choice, is_among
 from visadapt.errors import VisadaptError
 from visadapt.frozen.compacting import ORIGINALS, compact, places, restore, storing_class
@@ -84,6 +85,8 @@ def lean(
     registry = registry_of(model)
     backbone = unwrapped(model)
     _check(keep, compute, weights, original)
+    if example is not None:
+        check_input(example, "example")
     with STRUCTURE:
         if registry.lean is None:
             registry.lean = _make_lean(backbone, registry, keep, example)

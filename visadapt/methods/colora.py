@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -76,12 +77,11 @@ class CoLoRA(Method):
     def parts(self, backbone: Facts, sites: Sequence[Site], task: Policy) -> Iterable[tuple[str, nn.Module]]:
         for site in sites:
             chain = _chain(backbone, site)
-            kinds = [_kind(operator_of(module, path)) for path, module in chain.items()]
+            operators = [operator_of(module, path) for path, module in chain.items()]
+            kinds = list(map(_kind, operators))
             paths = list(chain)
             if kinds == ["depthwise", "pointwise", "pointwise"]:
                 first, between, last = paths[1], None, paths[2]
-                if self.branch:
-                    yield paths[0], DepthwiseBranch(operator_of(chain[paths[0]], paths[0]))
             elif kinds == ["pointwise", "dense", "pointwise"]:
                 first, between, last = paths
             else:
@@ -89,6 +89,13 @@ class CoLoRA(Method):
                     "CoLoRA knows blocks of ConvNeXt (depthwise, pointwise, pointwise) and bottleneck blocks of ResNet "
                     f"(pointwise, k×k, pointwise); {site.full_name} has {', '.join(kinds) or 'no convolutions'}"
                 )
+            if any(one.outputs != other.inputs for one, other in pairwise(operators)):
+                raise VisadaptError(
+                    "CoLoRA knows blocks whose layers follow one another in the order of their definition; the widths "
+                    f"of {', '.join(paths)} do not"
+                )
+            if between is None and self.branch:
+                yield paths[0], DepthwiseBranch(operators[0])
             narrow = operator_of(chain[first], first)
             r = width(self.r, min(narrow.inputs, narrow.outputs))
             shared = int(self.share * r)

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.site import Site, Where
 from visadapt.errors import VisadaptError, nearest, option
 from visadapt.methods.policy import Policy
+from visadapt.printable import shown
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Method:
     norms: ClassVar[str] = "affine"
 
     @classmethod
+    @takes()
     def of(cls, options: Mapping[str, Any]) -> Method:
         """The method with these options, by name, as command lines and catalogues spell them.
 
@@ -46,7 +49,7 @@ class Method:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise VisadaptError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
+                raise VisadaptError(f"{cls.__name__} has no option {shown(name)}{nearest(name, known)}")
         return cls(**options)
 
     @property

@@ -12,11 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from visadapt.arguments import takes
+from visadapt.arguments import reading, takes
 from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.trace import input_errors
 from visadapt.checks import check_count, is_real
 from visadapt.errors import VisadaptError
 from visadapt.opening.preparing import listed, preprocess, same_inputs
+from visadapt.printable import shown
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.decider import decide
 from visadapt.runtime.logits import split
@@ -158,6 +160,7 @@ def _alike(model: nn.Module, names: list[str] | None, count: int, ready: bool) -
     return list(groups.values())
 
 
+@reading("inputs")
 def _length(raw: Any) -> int:
     first = next(iter(raw.values()), ()) if isinstance(raw, Mapping) else raw
     if isinstance(first, Tensor) and (first.ndim == 0 or first.dtype == torch.uint8):
@@ -165,6 +168,9 @@ def _length(raw: Any) -> int:
             "a tensor of inputs must be a float batch as the model takes it, got "
             f"{first.dtype} of shape {tuple(first.shape)}"
         )
+    if isinstance(raw, Mapping) and not all(isinstance(value, Tensor) for value in raw.values()):
+        got = ", ".join(f"{shown(key, 40)}: {type(value).__name__}" for key, value in raw.items())
+        raise VisadaptError(f"inputs must map the model's arguments to tensors, got {got}")
     if not len(first):
         raise VisadaptError("inputs must have at least one image or text, got none")
     return len(first)
@@ -183,10 +189,12 @@ def _predicted(
 ) -> list[Prediction]:
     """Predict one batch, whose inputs are all prepared alike."""
     known = _decided(model) if names is None else names
-    batch = _moved(raw if ready else preprocess(model, known[0])(raw), model)
+    prepared = raw if ready else preprocess(model, known[0])(raw)
+    with input_errors("inputs"):
+        batch = _moved(prepared, model)
     chosen = decide(model, batch) if names is None else names
     single = len(set(chosen)) == 1
-    with using(model, chosen[0] if single else chosen):
+    with using(model, chosen[0] if single else chosen), input_errors("inputs"):
         logits = logits_of(model, batch)
     registry = registry_of(model)
     parts = {chosen[0]: logits} if single else split(model, logits, chosen)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visadapt.arguments import takes
+from visadapt.arguments import reading, takes
 from visadapt.data.file_requests import image_processor
 from visadapt.data.inputs import ImageInputs, Inputs, TextInputs, described, from_description, inputs_of
 from visadapt.data.processors import processor_of
@@ -57,7 +57,8 @@ def listed(raw: Any) -> list[Any]:
     """The inputs as a list; one image, path or text is a list of one."""
     if isinstance(raw, str | os.PathLike) or not isinstance(raw, Iterable):
         return [raw]
-    return list(raw)
+    with reading("inputs"):
+        return list(raw)
 
 
 @takes()

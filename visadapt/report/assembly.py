@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.experiments.record import Result
+from visadapt.printable import printable
 from visadapt.report.ablation import ablation
 from visadapt.report.advice import advice, budgets, lead
 from visadapt.report.claims import with_untested
@@ -97,7 +98,7 @@ def build(results: Sequence[Result], title: str | None = None) -> Report:
     machines = group_by(measured, lambda r: ", ".join(f"{key} {value}" for key, value in sorted(r.machine.items())))
     made_with = tuple(f"{len(group):,} results: {machine}" for machine, group in machines.items() if machine)
     return Report(
-        title or _title(measured),
+        printable(title) if title else _title(measured),
         advice(results),
         sections,
         made_with,

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from visadapt.arguments import takes
 from visadapt.report.assembly import Report
 from visadapt.report.formatting import pluralize
 from visadapt.report.section import Claim, Section
@@ -59,6 +60,7 @@ CLASSES = {True: "holds", False: "fails", None: "open"}
 """Class of a claim's line by its verdict."""
 
 
+@takes()
 def page(report: Report) -> str:
     """Render a report as one HTML page, with figures and style included.
 

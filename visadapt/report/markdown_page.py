@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from visadapt.arguments import takes
 from visadapt.printable import markdown_text
 from visadapt.report.assembly import Report
 from visadapt.report.section import Claim, Section
 from visadapt.table import Table
 
 
+@takes()
 def markdown(report: Report, figures: str) -> str:
     """Render a report as Markdown.
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from visadapt.arguments import takes
 from visadapt.checks import check_choice
+from visadapt.errors import VisadaptError
 from visadapt.experiments.catalogue import is_adapter
 from visadapt.experiments.record import Result
 from visadapt.files import make_folder, replacing
 from visadapt.optional import require
+from visadapt.printable import printable
 from visadapt.report.formatting import mean_and_std
 from visadapt.report.statistics import group_by, mean_score, score_std
 from visadapt.report.style import Drawing, Look, plain_ticks
@@ -44,12 +46,14 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], title: str = "
         >>> visadapt.report.plot(results, "digits.svg").name
         'digits.svg'
     """
+    if not results:
+        raise VisadaptError("results must have at least one result, got none")
     target = Path(path)
     form = target.suffix.removeprefix(".")
     forms = require("matplotlib.figure", "a figure", "visadapt[plots]").Figure().canvas.get_supported_filetypes()
     check_choice(form, forms, "format of a figure")
     make_folder(target.parent)
-    image = size_scatter(results, title).render(Look(width=6), form)
+    image = size_scatter(results, printable(title)).render(Look(width=6), form)
     with replacing(target) as partial:
         partial.write_bytes(image)
     return target

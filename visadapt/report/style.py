@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from visadapt.arguments import check_fields
-from visadapt.checks import check_choice
+from visadapt.arguments import check_fields, takes
+from visadapt.checks import check_choice, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.optional import require
 
@@ -85,8 +85,10 @@ class Look:
         """Colour of grid lines."""
         return _FAINT[self.theme]
 
+    @takes()
     def colour(self, number: int) -> str:
         """Return the colour of a series; of more than six, some share colours and differ in their lines."""
+        check_non_negative(number, "number")
         return _COLOURS[self.theme][number % 6]
 
     def series(self, number: int) -> dict[str, Any]:

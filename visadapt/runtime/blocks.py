@@ -14,6 +14,8 @@ from multiprocessing.pool import ThreadPool
 from types import FrameType
 from typing import Any
 
+import torch
+
 from visadapt.errors import VisadaptError
 
 BLOCKS: ContextVar[dict[int, Block] | None] = ContextVar("visadapt_using", default=None)
@@ -36,6 +38,7 @@ class Block:
 
     Attributes:
         number: the order in which blocks were opened.
+        records: whether autograd recorded when it was opened.
         waiting: blocks of generators that did not run here when this one was opened.
         opener: the thread that opened it.
         threads: all threads at that time, for a block in which threads may be started.
@@ -57,6 +60,7 @@ class Block:
         self.captured = captured
         self.graph = graph
         self.number = next(_NUMBERS)
+        self.records = torch.is_grad_enabled()
         self.closed = False
         self.waiting: tuple[Block, ...] = ()
         self.opener: threading.Thread | None = None

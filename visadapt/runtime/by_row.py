@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.operators import CONV_FORWARDS, is_operator, operator_of
@@ -44,6 +45,18 @@ def named(registry: Registry, composition: Composition) -> Named:
     if registry.configs:
         tasks.config = mixed_config(registry, tasks, registry.facts.model.__dict__["config"])
     return tasks
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def facts_are_current(number: int) -> bool:
+    """Return, while a graph is traced, whether the last eager batch ran with the model as it is now.
+
+    Args:
+        number: of the model's registry.
+    """
+    with _disable_current_modes():
+        registry = _REGISTRIES.get(number)
+        return registry is None or registry.facts.are_current()
 
 
 def _widest(registry: Registry, composition: Composition) -> int:

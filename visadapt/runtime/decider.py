@@ -21,10 +21,11 @@ from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import differences, fingerprint
 from visadapt.backbone.modules import unwrapped
-from visadapt.backbone.trace import call
+from visadapt.backbone.trace import call, input_errors
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.reading import check_file
+from visadapt.runtime.forked import check_backward
 from visadapt.runtime.registry import facts_of, find_registry, registry_of
 from visadapt.runtime.twins import bare_twin
 from visadapt.tensor_file import read_described, write_described
@@ -106,7 +107,8 @@ def features(model: nn.Module, inputs: Any) -> Tensor:
     heard: list[Tensor] = []
     token = _HEARD.set(heard)
     try:
-        call(_listener(model, facts_of(model)), inputs)
+        with input_errors("inputs"):
+            call(_listener(model, facts_of(model)), inputs)
     finally:
         _HEARD.reset(token)
     found = heard[0]
@@ -158,6 +160,7 @@ def fit_decider(
         >>> decider.tasks
         ('dark', 'bright')
     """
+    check_backward("fit_decider")
     check_non_negative(weight_decay, "weight_decay")
     if weight_decay > torch.finfo(torch.float32).max:
         raise VisadaptError(f"weight_decay must be a number that float32 can hold, got {weight_decay!r}")

@@ -207,6 +207,12 @@ def _one_by_one(
             f"a mixed batch of this {type(model).__name__} runs one task at a time, and tasks cannot share a cache: "
             "call it without one (use_cache=False), or run one task at a time"
         )
+    if facts.kept:
+        raise VisadaptError(
+            f"a mixed batch of this {type(model).__name__} runs one task at a time, and each forward keeps a tensor "
+            f"for the next one ({facts.kept}), which would be of another task's samples: call it without it "
+            "(use_cache=False, if it is a cache), or run one task at a time"
+        )
     outs = []
     try:
         for number, name in enumerate(composition.names):

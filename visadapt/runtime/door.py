@@ -21,6 +21,7 @@ from visadapt.backbone.subclass import ModuleClass, cached, subclass
 from visadapt.backbone.tracing import is_recording, is_tracing, run_uncompiled_before_torch_2_14, runs_uncompiled
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import frames
+from visadapt.runtime.by_row import facts_are_current
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.divided import TRYING, run_batch, trying
 from visadapt.runtime.registry import Mixed, Registry
@@ -198,8 +199,14 @@ def check_compiled(model: nn.Module, registry: Registry, tasks: Any, args: Any, 
     """Check a batch of mixed tasks while ``torch.compile`` traces, when its rows cannot be examined.
 
     Raises:
-        VisadaptError: no batch of this model has been examined yet; the number of tasks is not the batch size.
+        VisadaptError: no batch of this model was examined since it was last changed; the number of tasks is not the
+            batch size.
     """
+    if not facts_are_current(registry._number):
+        raise VisadaptError(
+            "what steers the model's forward was changed since its last batch of mixed tasks: run one again before "
+            "torch.compile, which shows which rows belong to which sample now"
+        )
     first = _first_tensor((*args, *kwargs.values()))
     if tasks == AUTO or not registry.facts.batches.hosts:
         raise VisadaptError(

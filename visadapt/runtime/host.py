@@ -11,6 +11,7 @@ from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -32,6 +33,7 @@ from visadapt.runtime.choice import AUTO
 from visadapt.runtime.classes import frozen_class
 from visadapt.runtime.containers import container_members, listing_class, lists_children
 from visadapt.runtime.forwards import count_given, given_class
+from visadapt.runtime.lost_gradients import check_gradients
 from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import Parts, Registry
 from visadapt.runtime.roles import role, run
@@ -63,6 +65,8 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         if proxy is not None:
             return traced(self, plain, parts, proxy, args, kwargs)
         task = parts._registry.acting()
+        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+            check_gradients(parts, task)
         if isinstance(task, tuple) or task == AUTO:
             return run_mixed(self, plain, parts, task, args, kwargs)
         own = None if task is None else parts._of(task)

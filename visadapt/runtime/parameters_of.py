@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from visadapt.arguments import reading
 from visadapt.backbone.modules import CHILD
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.runtime.registry import Parts, check_hosts, prefix_of, registry_of
@@ -87,7 +88,8 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
     """
     registry = registry_of(model)
     several = isinstance(task, Sequence) and not isinstance(task, str)
-    wanted = {registry.task(name).name for name in (task if several else [task])}
+    with reading("task"):
+        wanted = {registry.task(name).name for name in (task if several else [task])}
     with STRUCTURE:
         for host in registry.hosts.values():
             cast("Parts", host._modules[CHILD])._let_flow(frozenset(wanted))

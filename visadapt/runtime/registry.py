@@ -195,6 +195,9 @@ class Registry(Choices):
         Raises:
             VisadaptError: there is none; the nearest is named.
         """
+        if isinstance(name, str):
+            # a subclass may compare as it likes
+            name = str.__str__(name)
         if not isinstance(name, str) or name not in self.tasks:
             hint = nearest(name, self.tasks) or "; the model has no tasks yet: visadapt.inject makes one"
             raise VisadaptError(f"no task {shown(name)}{hint}")
@@ -286,8 +289,8 @@ def check_task_name(name: Any) -> None:
         raise VisadaptError(
             f"a task's name must be made of letters, digits, '_' and '-', up to 200, got {shown(name, 80)}"
         )
-    if hasattr(nn.ModuleDict, name) or name in ("training", AUTO):
-        raise VisadaptError(f"a task cannot be named {name!r}: that name means something else")
+    if hasattr(nn.ModuleDict, str.__str__(name)) or str.__str__(name) in ("training", AUTO):
+        raise VisadaptError(f"a task cannot be named {shown(name)}: that name means something else")
 
 
 def prefix_of(path: str, name: str, part: nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.arguments import reading
 from visadapt.backbone.modules import ENTERED, ModelT, ancestors, unwrapped
 from visadapt.backbone.subclass import made_by, plain_class
 from visadapt.errors import VisadaptError
@@ -110,7 +111,8 @@ def _checked(model: nn.Module, registry: Registry, task: Any) -> Any:
             raise VisadaptError("'auto' needs a decider: visadapt.fit_decider makes one, load_decider reads one")
         names: Any = AUTO
     else:
-        own = [None if name is None else registry.task(name).name for name in task]
+        with reading("task"):
+            own = [None if name is None else registry.task(name).name for name in task]
         names = named(registry, composed(registry, own))
     _open_door(model)
     return names

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visadapt.arguments import takes
+from visadapt.arguments import readable, takes
 from visadapt.backbone.fingerprint import fingerprint
 from visadapt.backbone.modules import unwrapped
 from visadapt.checks import check_count, check_non_negative
 from visadapt.errors import VisadaptError
 from visadapt.opening.predicting import read_outputs
+from visadapt.printable import shown
 from visadapt.runtime.decider import read_decider
 from visadapt.runtime.modes import keep_modes
 from visadapt.serving.backbones import Backbone
@@ -156,6 +157,7 @@ class Server:
             self.ready = True
         return self
 
+    @takes()
     def stop(self, seconds: float | None = None) -> bool:
         """Refuse further requests, and answer those that wait.
 
@@ -164,7 +166,12 @@ class Server:
 
         Returns:
             Whether all were answered.
+
+        Raises:
+            VisadaptError: ``seconds`` is negative or not a number.
         """
+        if seconds is not None:
+            check_non_negative(seconds, "seconds")
         self._queue.close()
         done = self._worker.join(seconds) if self.ready else True
         for item in self._queue.clear():
@@ -220,13 +227,15 @@ class Server:
         return self.pool.entries()
 
     def _checked(self, task: str | Sequence[str], inputs: Sequence[Any], top: int | None) -> list[str]:
-        if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence) or not inputs:
+        if not readable(inputs, Sequence[Any]) or not inputs:
             raise _invalid("inputs must be a list with at least one input", "send a list of inputs")
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= self.limits.top):
-            raise _invalid(f"top must be an integer from 1 to {self.limits.top}, got {top!r:.50}", "send another top")
-        names = [task] if isinstance(task, str) else list(task)
-        if not names or not all(isinstance(name, str) for name in names):
+        if not readable(top, int | None) or (top is not None and not 1 <= top <= self.limits.top):
+            raise _invalid(f"top must be an integer from 1 to {self.limits.top}, got {shown(top, 50)}",
+                           "send another top")  # fmt: skip
+        if not readable(task, str | Sequence[str]) or not (isinstance(task, str) or task):
             raise _invalid("task must be a name or a list of names", "see GET /v1/tasks")
+        # plain strings: those of a subclass may compare as they like
+        names = [str.__str__(name) for name in ([task] if isinstance(task, str) else task)]
         count = max(len(names), len(inputs))
         if count > (most := min(self.limits.inputs, self.limits.queue)):
             message = f"a request must not have more than {most} inputs, got {count}"

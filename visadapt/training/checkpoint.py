@@ -37,7 +37,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         self.path, self.identity = Path(path), identity
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the checkpoint {self.path.name} to")
         self._saved = self._read() if os.path.exists(self.path) else None
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from visadapt.arguments import reading
 from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import Samples
 from visadapt.errors import VisadaptError, first_line
 
 
+@reading("data")
 def samples_of(data: Any, purpose: str) -> Samples | None:
     """Take data in memory as `Samples`; None if it has another form.
 

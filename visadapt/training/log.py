@@ -12,6 +12,7 @@ from visadapt.arguments import takes
 from visadapt.errors import VisadaptError
 from visadapt.files import replacing
 from visadapt.optional import require
+from visadapt.reading import check_file
 from visadapt.training.history import Fit
 
 Log = Callable[[Fit], None]
@@ -25,7 +26,7 @@ class JsonLines:
         path: the file; rewritten atomically after each epoch.
 
     Raises:
-        VisadaptError: the folder does not exist.
+        VisadaptError: the folder does not exist, or there is something else than a file at the path.
 
     Examples:
         >>> import json
@@ -42,8 +43,9 @@ class JsonLines:
     @takes()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise VisadaptError(f"no folder {str(self.path.parent)!r} to write the log {self.path.name} to")
+        check_file(self.path, "path", "a file for the log")
 
     def __call__(self, history: Fit) -> None:
         lines = [
@@ -68,16 +70,20 @@ class TensorBoard:
         folder: for TensorBoard's event files.
 
     Raises:
-        VisadaptError: TensorBoard is not installed.
+        VisadaptError: TensorBoard is not installed; the folder cannot be written to.
 
     Examples:
         >>> log = visadapt.training.TensorBoard("curves")  # fit(..., log=[log]); then: tensorboard --logdir curves
     """
 
+    @takes()
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         for name in ("tensorboard", "torch.utils.tensorboard"):  # the first for its name in the error
             module = require(name, "TensorBoard's log", "visadapt[tensorboard]")
-        self._writer: Any = module.SummaryWriter(str(folder))
+        try:
+            self._writer: Any = module.SummaryWriter(str(folder))
+        except OSError as error:
+            raise VisadaptError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
 
     def __call__(self, history: Fit) -> None:
         epoch, title = history.epochs[-1], history.task or "model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visadapt.arguments import check_fields
+from visadapt.arguments import check_fields, readable, takes
 from visadapt.checks import (
     check_choice,
     check_count,
@@ -136,7 +136,7 @@ class Recipe:
                 value = getattr(self, name)
                 if value is not None or name not in _OPTIONAL:
                     check(value, name)
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
+        if not readable(self.betas, Sequence[Any]) or len(self.betas) != 2 or not all(map(_is_fraction, self.betas)):
             raise VisadaptError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
         if not all(map(_is_fraction, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise VisadaptError(f"milestones must be increasing fractions in [0, 1), got {shown(self.milestones)}")
@@ -152,12 +152,15 @@ class Recipe:
         """Copy the recipe with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    @takes()
     def factor(self, step: int, steps: int) -> float:
         """The factor on the peak rate at ``step``, counted from 0, of ``steps`` in all; 0 after the last.
 
         No step has a rate of exactly zero: the first has 1 / (warm-up steps + 1) of the peak, which is reached at the
         step after the warm-up.
         """
+        check_non_negative(step, "step")
+        check_count(steps, "steps")
         warm = round(self.warmup * steps)
         if step < warm:
             return (step + 1) / (warm + 1)
@@ -168,6 +171,7 @@ class Recipe:
         done = min(1.0, (step - warm) / max(1, steps - warm))
         return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
+    @takes()
     def make_optimizer(self, target: Target, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """Make the optimiser and its schedule, to be advanced once per step.
 
@@ -175,6 +179,7 @@ class Recipe:
             target: the parameters with their roles.
             steps: of the whole training run.
         """
+        check_count(steps, "steps")
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in target.parameters.items():
             groups.setdefault((self._rate(name, target), self._decay(name, target)), []).append(parameter)

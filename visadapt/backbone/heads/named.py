@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from visadapt.arguments import readable
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer
 from visadapt.backbone.modules import joined, own_parameters, parent, within
 from visadapt.backbone.subclass import plain_class
@@ -29,8 +30,9 @@ def modules_at(modules: Mapping[str, nn.Module], given: Any, option: str) -> tup
             one that is never called; one module is inside another.
     """
     paths = (given,) if isinstance(given, str) else given
-    if not isinstance(paths, Sequence) or not paths or not all(isinstance(path, str) for path in paths):
+    if not readable(paths, Sequence[str]) or not paths:
         raise VisadaptError(f"{option} must be the path of a module or a list of paths, got {shown(given)}")
+    paths = [str.__str__(path) for path in paths]
     found: dict[str, None] = {}
     for path in paths:
         if path not in modules:

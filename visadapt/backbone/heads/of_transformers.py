@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from visadapt.backbone.heads.head import Final, Head, is_final, last_layer, width_of
-from visadapt.backbone.modules import CHILD, own_parameters, within
+from visadapt.backbone.modules import CHILD, last_name, own_parameters, within
 from visadapt.backbone.subclass import plain_class
+
+_SPANS = "it answers with the start and the end of a span, whatever the number of classes: leave num_classes out"
 
 
 def transformers_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> Head | None:
@@ -55,7 +57,8 @@ def transformers_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> Hea
         # …ForMultipleChoice has a head for a problem, …ModelWithProjection a pretrained one
         named = re.search("For[A-Z]|Heads", plain_class(model).__name__) is not None
         return Head(tuple(beside), (), named, f"no layer of {' and '.join(beside)} follows config.num_labels")
-    return Head((*beside, *lone), finals or (), fresh=True)
+    obstacle = _SPANS if any(last_name(final.path) == "qa_outputs" for final in finals or ()) else ""
+    return Head((*beside, *lone), finals or (), fresh=True, obstacle=obstacle)
 
 
 def _called(module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
