@@ -27,9 +27,9 @@ class VisadaptError(ValueError):
         visadapt.errors.VisadaptError: no task 'flower'; did you mean 'flowers'?
     """
 
-    def __init__(self, *args: object) -> None:
+    def __str__(self) -> str:
         # a message may quote the name of a file, which must not act on a terminal or a log
-        super().__init__(*("\n".join(map(printable, arg.split("\n"))) if isinstance(arg, str) else arg for arg in args))
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 def first_line(error: BaseException | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ import visadapt
 from tests.models import answer, stir
 from visadapt import Bottleneck, LoRA, VisadaptError, using
 from visadapt.backbone.tracing import READS_CONTEXT
+from visadapt.runtime.registry import registry_of
 
 
 class Turn(nn.Module):
@@ -210,6 +212,33 @@ def test_a_graph_is_not_made_with_the_facts_of_another_state(made) -> None:
         model.flag = False
         check(model)
         torch.testing.assert_close(compiled(x), answer(model, {"x": x}, tasks))
+
+
+@pytest.mark.skipif(not READS_CONTEXT, reason="before torch 2.14 modules with adapters run uncompiled")
+def test_a_graph_of_a_copy_is_made_with_the_facts_of_its_model_while_these_are_current(made) -> None:
+    model, tasks, x = made(Flagged(), LoRA(r=2)), list("aabab"), torch.randn(5, 12)
+    check(model)
+    with torch.no_grad():
+        current = copy.deepcopy(model)
+        model.flag = True
+        changed = copy.deepcopy(model)
+        with using(current, tasks):
+            found = torch.compile(current, backend="eager")(x)
+        torch.testing.assert_close(found, answer(current, {"x": x}, tasks))
+        with using(changed, tasks), pytest.raises(VisadaptError, match="was changed since its last batch"):
+            torch.compile(changed, backend="eager")(x)
+
+
+def test_an_export_changes_no_state() -> None:
+    # torch.export sets attributes anew, each by a copy of its own
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    for task in "ab":
+        visadapt.inject(model, Bottleneck(m=2), task=task)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), using(model, ["a", "b"]):
+        expected = model(x)
+        torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
+        assert registry_of(model).facts.are_current()
 
 
 def test_states_that_return_are_known(made, examined) -> None:

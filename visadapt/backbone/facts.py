@@ -48,7 +48,12 @@ class Facts:
         self.entries: dict[Entry, KnownBatches] = {}
         self.hooked: list[nn.Module] = []
         self._state: State | None = None
+        self._copied_current = False
         self._states: list[tuple[State, KnownBatches, dict[Entry, KnownBatches]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no state before its first batch, and is taken for what its model was
+        return {**self.__dict__, "_copied_current": self.are_current()}
 
     @property
     def name(self) -> str:
@@ -68,7 +73,9 @@ class Facts:
 
     def are_current(self) -> bool:
         """Return whether nothing that steers a forward was changed since the last batch of mixed tasks."""
-        if self._state is None or not self.hold():
+        if self._state is None:
+            return self._copied_current
+        if not self.hold():
             return False
         ignored = self._moving()
         return self._state.holds() or not State(self.modules, ignored).changes(self._state, ignored)

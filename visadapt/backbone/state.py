@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules import module as module_hooks
 
 from visadapt.backbone.added import HOOKS, added, count_replacing
@@ -68,7 +69,10 @@ class State:
     def __init__(self, modules: Mapping[str, nn.Module], ignored: frozenset[Label] = frozenset()) -> None:
         self._views: list[Iterable[Any]] = []
         self._counted: list[bool] = []
-        self._seen: set[int] = set()
+        # content of containers by identity and depth: many modules share one config
+        self._contents: dict[tuple[int, int], list[Any]] = {}
+        self._watched: set[int] = set()
+        self._open: set[int] = set()
         self._room = _MOST
         self.values: dict[Label, list[Any]] = {}
         training = modules[""].training
@@ -110,7 +114,8 @@ class State:
                 self.values[f"globals of {variables.get('__name__')}", name] = self._content(variables[name])
         now, self.hooked = added(modules)
         self.values["", "forwards and hooks"] = [*now]
-        self._seen.clear()
+        self._contents.clear()
+        self._watched.clear()
         # tensors made in inference mode count no changes
         self._buffers = [buffer for buffer in buffers if not buffer.is_inference()]
         self._all = all(self._counted)
@@ -149,8 +154,10 @@ class State:
 
     def _content(self, value: Any, depth: int = _DEPTH) -> list[Any]:
         """Return a value, or what a container holds; containers that may change are watched."""
-        if isinstance(value, (Tensor, nn.Module, type, *_PLAIN)) or not depth or id(value) in self._seen:
+        if isinstance(value, (Tensor, nn.Module, type, *_PLAIN)) or not depth or id(value) in self._open:
             return [value]
+        if (id(value), depth) in self._contents:
+            return self._contents[id(value), depth]
         if isinstance(value, dict):
             inner = [each for item in value.items() for each in item]
         elif isinstance(value, list | tuple | set | frozenset | deque):
@@ -159,14 +166,17 @@ class State:
             inner = [each for item in vars(value).items() for each in item]
         else:
             return [value]
-        self._seen.add(id(value))
         self._room -= len(inner)
         if self._room < 0:
             return [value]
-        if not isinstance(value, tuple | frozenset):
+        if not isinstance(value, tuple | frozenset) and id(value) not in self._watched:
+            self._watched.add(id(value))
             held = value if isinstance(value, list | set | dict | deque) else vars(value)
             self._watch(held.values() if isinstance(held, dict) else held)
-        return [type(value), *chain.from_iterable(self._content(each, depth - 1) for each in inner)]
+        self._open.add(id(value))
+        content = [type(value), *chain.from_iterable(self._content(each, depth - 1) for each in inner)]
+        self._open.remove(id(value))
+        return self._contents.setdefault((id(value), depth), content if len(content) <= _MOST else [value])
 
     def __reduce__(self) -> Any:
         # a copy of the model finds its own
@@ -182,7 +192,7 @@ def _is_options(value: Any) -> bool:
 
 def _is_index(name: str, buffer: Tensor) -> bool:
     """Return whether a buffer may hold a flag, or the places of rows."""
-    if name == "num_batches_tracked" or buffer.is_meta:
+    if name in ("num_batches_tracked", "running_mean", "running_var") or buffer.is_meta:
         return False
     most = _FLOATS if buffer.is_floating_point() or buffer.is_complex() else _INTEGERS
     return 0 < buffer.numel() <= most
@@ -195,9 +205,10 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+        # while a graph is made, tensors may have no values
+        return alike and (is_fake(one) or is_fake(other) or (not one.is_meta and bool(torch.equal(one, other))))
     if type(one) is not type(other):
         return False
-    if isinstance(one, Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-        return alike and not one.is_meta and bool(torch.equal(one, other))
     return isinstance(one, (tuple, list, *_PLAIN)) and bool(one == other)
