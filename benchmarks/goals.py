@@ -69,9 +69,9 @@ _SMALL = (
     "from Python."
 )
 _OUTSIDE = (
-    "The bare backbone spends time outside of operators as well, above all to release the memory of large tensors: its "
-    "own share and that of one task are listed with the other figures. A mixed batch adds the search for its tasks' "
-    "tensors, the check that no task changed since the last batch, and the release of stacked weights."
+    "The bare backbone spends time outside of operators as well: its own share and that of one task are listed with "
+    "the other figures. A mixed batch adds the search for its tasks' tensors, the check that no task changed since the "
+    "last batch, and the release of stacked weights."
 )
 _SIDE = (
     "A later epoch is the side network alone, forward and backward, and that has more than this goal of the first "
@@ -102,8 +102,7 @@ _QUEUE = (
     "A request that comes during a forward waits for its end, and then for its own. A simulated server that does "
     "nothing but these forwards, at the same random arrivals, misses the goal too, with whatever limit of the batch "
     "size suits it best (see the limit): half of the throughput of full batches is a higher load for small ones, "
-    "which take more time per request. What else adds to it runs beside the forwards, such as tokenizers and the load "
-    "generator."
+    "which take more time per request."
 )
 
 GOALS = (
