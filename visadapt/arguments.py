@@ -181,7 +181,9 @@ def reading(what: str) -> Iterator[None]:
 def readable(value: Any, hint: Any) -> bool:
     """Whether `matches`, and a sequence can be read: one of a stranger's class may raise."""
     try:
-        return matches(value, hint) and (not isinstance(value, AbstractSequence) or len([*value]) >= 0)
+        if isinstance(value, AbstractSequence):
+            list(value)
+        return matches(value, hint)
     except Exception:  # of a stranger's class
         return False
 

@@ -101,7 +101,7 @@ def holding(folder: Path) -> Iterator[int | None]:
         A ``dir_fd`` for the functions of `os`; None where the system has no such thing.
 
     Raises:
-        OSError: there is no such folder.
+        OSError: the folder does not exist.
     """
     if os.open not in os.supports_dir_fd:
         yield None

@@ -198,7 +198,7 @@ def remove(model: ModelT, task: str) -> ModelT:
         The same model.
 
     Raises:
-        VisadaptError: there is no such task.
+        VisadaptError: the model has no such task.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)

@@ -65,7 +65,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
         The path.
 
     Raises:
-        VisadaptError: there is no such task, the notes are not JSON, or the folder cannot be written to; modules
+        VisadaptError: the model has no such task, the notes are not JSON, or the folder cannot be written to; modules
             were replaced or unfrozen after the inject and trained, which the file would leave out.
 
     Examples:
@@ -224,7 +224,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     """Read the description and the tensors of a task file.
 
     Raises:
-        VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
+        VisadaptError: the file does not exist, it is not a task file, or it was changed after it was written.
     """
     check_file(path, "path", "a task file")
     # of a name that is too long, pathlib would raise
@@ -247,7 +247,7 @@ def contents(path: str | os.PathLike[str]) -> Table:
     """Describe what a task file holds, as a table; the backbone is not needed.
 
     Raises:
-        VisadaptError: there is no such file, it is not a task file, or it was changed after it was written.
+        VisadaptError: the file does not exist, it is not a task file, or it was changed after it was written.
     """
     content = read(path)
     description, tensors = content.description, content.tensors

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from visadapt.backbone.batch import ITEMS, Axis, Key, children, is_cache, is_opaque, leaves, mapped, take
 from visadapt.backbone.cuts import possible_cuts, size_of
 from visadapt.backbone.entry import WHOLE, Entry
-from visadapt.backbone.modules import own_modules, unwrapped
+from visadapt.backbone.modules import ancestors, own_modules, unwrapped
 from visadapt.backbone.read_first import reads_first
 from visadapt.backbone.reordering import Watch, chose_rows
 from visadapt.backbone.rows import FREE, UNKNOWN, Fact, Lying, Print, RowFacts, both_hosts, fact_of, merged, order_of
@@ -285,8 +285,7 @@ def _compared(twin: nn.Module, pair: Any, cut: dict[Key, Axis], entry: Entry, or
     if recorder.stored:
         with reads_first(modules, recorder.stored, each_call=True) as keeping:
             run(again)
-        keepers = {path for path, _ in keeping}
-        recorder.writers |= {path for path in modules if any(f"{each}.".startswith(f"{path}.") for each in keepers)}
+        recorder.writers |= {path for keeper, _ in keeping for path in (keeper, *ancestors(keeper)[1:])}
     hosts = {}
     for path in few.keys() | more.keys():
         one, other = few.get(path, []), more.get(path, [])

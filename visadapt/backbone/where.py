@@ -72,26 +72,28 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
     """
     found = facts.sites(example)
     chosen: dict[str, Site] = {}
-    for term in _terms(where):
+    for term in terms_of(where):
         for site in _match(facts, found, term, kinds, example):
             chosen[site.full_name] = site
     order = {site.full_name: i for i, site in enumerate(found)}
     return Sites(sorted(chosen.values(), key=lambda s: order.get(s.full_name, len(order))))
 
 
-def check_where(where: Any) -> None:
-    """Refuse what `select` takes for no model.
+def terms_of(where: Any) -> list[Any]:
+    """Return what a ``where`` unites, as `select` takes it for any model.
 
     Raises:
         VisadaptError: it is neither a kind, stage, depth, glob, predicate or site, nor a list of these.
     """
-    for term in _terms(where):
+    terms = _listed(where)
+    for term in terms:
         known = term is None or isinstance(term, str | range | slice | int | Site) or _is_predicate(term)
         if isinstance(term, bool) or not known:
             raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {shown(term, 60)}")
+    return terms
 
 
-def _terms(where: Any) -> list[Any]:
+def _listed(where: Any) -> list[Any]:
     if isinstance(where, str):
         return [str.__str__(where)]
     if where is None or isinstance(where, range | slice | int | Site) or _is_predicate(where):
@@ -135,8 +137,6 @@ def _match(facts: Facts, found: Sites, term: Any, kinds: Sequence[str], example:
     if _is_predicate(term):
         matched = [site for site in found if term(site)]
         what = f"predicate {getattr(term, '__name__', term)!r}"
-    elif isinstance(term, bool) or not isinstance(term, range | slice | int):
-        raise VisadaptError(f"where= must hold kinds, stages, depths, globs or predicates, got {shown(term, 60)}")
     else:
         depths = range(1 + max((site.depth for site in usual), default=-1))
         wanted = _depths(term, depths)

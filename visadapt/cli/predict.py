@@ -194,7 +194,7 @@ def _checked(found: list[Any], file: Path, paired: bool) -> list[str]:
 def _lines(place: str, encoding: str) -> list[str]:
     if place != "-" and not os.path.isfile(place):
         check_file(place, "an input", "a text file")
-        raise VisadaptError(f"cannot read {place} as a text file: there is no such file")
+        raise VisadaptError(f"cannot read {place} as a text file: the file does not exist")
     suffix = Path(place).suffix.lower()
     if suffix in IMAGES or suffix in OTHERWISE:
         what = "an image" if suffix in IMAGES else "not a text file"

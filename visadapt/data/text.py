@@ -144,8 +144,8 @@ def load_text(
         The data set; labels are in numeric order if all are numbers, in alphabetical order otherwise.
 
     Raises:
-        VisadaptError: there is no such data set, file or column, a line has too few columns or no label, a split has a
-            label that is not one of the classes, or an option has no effect on this data set.
+        VisadaptError: the data set, file or column does not exist, a line has too few columns or no label, a split has
+            a label that is not one of the classes, or an option has no effect on this data set.
 
     Examples:
         >>> import os

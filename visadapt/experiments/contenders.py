@@ -11,7 +11,7 @@ from torch import nn
 
 from visadapt.arguments import check_fields, takes
 from visadapt.backbone.site import Where
-from visadapt.backbone.where import check_where
+from visadapt.backbone.where import terms_of
 from visadapt.checks import check_choice, check_count, check_positive
 from visadapt.errors import VisadaptError
 from visadapt.experiments.problems import Problem
@@ -66,7 +66,7 @@ class Contender:
     def __post_init__(self) -> None:
         check_fields(self, "where")
         check_name(self.name, "name")
-        check_where(self.where)
+        terms_of(self.where)
         check_choice(self.norms, NORM_POLICIES, "norms")
         for rate in self.rates:
             check_positive(rate, "a rate of rates")

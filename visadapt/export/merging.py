@@ -125,7 +125,7 @@ def merge_error(model: nn.Module, merged: nn.Module, task: str, probe: Any = Non
         Both as floats, in the units of the model's outputs.
 
     Raises:
-        VisadaptError: there is no such task, or the model does not run on a guessed input.
+        VisadaptError: the model has no such task, or it does not run on a guessed input.
 
     Examples:
         >>> model = visadapt.inject(backbone, visadapt.LoRA(r=4), task="flowers", num_classes=3).eval()

@@ -58,7 +58,7 @@ class CacheFile:
             raise VisadaptError(f"file must be a file of features or new, got {self.path} without {self.key.name}")
 
     def _recorded(self) -> dict[str, Any]:
-        """The content of the key; empty if there is no key, or one of another format."""
+        """The content of the key; empty if the key is missing or of another format."""
         try:
             found = read_json(self.key)
         except (ValueError, RecursionError):  # a VisadaptError is a ValueError

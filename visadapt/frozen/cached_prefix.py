@@ -155,9 +155,9 @@ def cache_prefix(
         The cache.
 
     Raises:
-        VisadaptError: there is no prefix to keep; the features would exceed the limit; the disk is full; the model's
-            output with the cache differs from its output without (it draws random numbers, its prefix is more than one
-            tensor, or its output for one sample depends on the others in the batch).
+        VisadaptError: the model has no prefix to keep; the features would exceed the limit; the disk is full; the
+            model's output with the cache differs from its output without (it draws random numbers, its prefix is more
+            than one tensor, or its output for one sample depends on the others in the batch).
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, where="layer4", norms="frozen")

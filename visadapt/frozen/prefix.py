@@ -118,8 +118,8 @@ class Prefix:
         if cut is None:
             first = next((c.path for c in flow.calls if c.path in hosts), "its first host")
             raise VisadaptError(
-                f"task {task!r} trains at {first or 'the root'} already, and no single tensor lies below it: there "
-                "is no prefix to keep (where= puts adapters into late stages, norms='frozen' keeps early norms out)"
+                f"task {task!r} trains at {first or 'the root'} already, and no single tensor lies below it, so "
+                "it has no prefix to keep (where= puts adapters into late stages, norms='frozen' keeps early norms out)"
             )
         self.path = cut.path
         below = {c.path for c in flow.calls[: flow.calls.index(cut)]}

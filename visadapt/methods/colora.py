@@ -41,7 +41,7 @@ class CoLoRA(Method):
     them. The channels of its output differ from those of its input, so W3ᵀ alone would map the block's output to the
     wrong channels. For features that change slowly over positions, W̄2, the sum of its taps, maps between them: ΔW1 =
     s1·(W3·W̄2)ᵀ·B·A + B1·A1/σ1 and ΔW3 = s3·B·A·(W̄2·W1)ᵀ + B3·A3/σ3. W2 has an independent change of rank r_i, and
-    there is no depthwise convolution. Blocks of two k×k convolutions have no pointwise pair and are refused.
+    no depthwise convolution is added. Blocks of two k×k convolutions have no pointwise pair and are refused.
 
     Without the branch (``branch=False``), and on ResNets, it merges exactly; the filter depends on its input.
 

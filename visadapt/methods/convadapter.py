@@ -47,8 +47,8 @@ class ConvAdapter(Method):
             which the network does not start as it was.
 
     Raises:
-        VisadaptError: an option is out of range; a site is not a convolution, or is one of token sequences; at a site
-            of ``residual-parallel`` there is no block of several modules.
+        VisadaptError: an option is out of range; a site is not a convolution, or is one of token sequences; a site of
+            ``residual-parallel`` is not a block of several modules.
 
     Examples:
         >>> images = torch.randn(2, 3, 32, 32)

@@ -155,7 +155,7 @@ def own_weights(
         Path and part of each module.
 
     Raises:
-        VisadaptError: there is no such parameter, or one is of a dtype that cannot be trained.
+        VisadaptError: a parameter does not exist, or is of a dtype that cannot be trained.
     """
     values: dict[nn.Parameter, nn.Parameter] = {}
     elsewhere = (*backbone.head_modules, *task.owned)

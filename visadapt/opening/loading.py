@@ -50,7 +50,7 @@ def open(
         The backbone in eval mode. The task of the first file is active; ``visadapt.tasks(model)`` has all of them.
 
     Raises:
-        VisadaptError: there is no such file or repository; a file is not a task file, belongs to another backbone,
+        VisadaptError: a file or repository does not exist; a file is not a task file, belongs to another backbone,
             does not record its backbone, or asks for something that no file may choose.
 
     Examples:

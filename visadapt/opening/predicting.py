@@ -92,8 +92,8 @@ def predict(
         ``"single_label_classification"`` (the default), ``"multi_label_classification"`` or ``"regression"``.
 
     Raises:
-        VisadaptError: there is no such task; an input cannot be read; the list of tasks has another length than the
-            inputs; a logit is NaN or infinite.
+        VisadaptError: the model has no such task; an input cannot be read; the list of tasks has another length than
+            the inputs; a logit is NaN or infinite.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3, labels=["iris", "lily", "rose"])

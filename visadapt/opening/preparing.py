@@ -78,7 +78,7 @@ def preprocess(
         The callable: images of Pillow, paths or texts → a batch that the model takes, on the CPU.
 
     Raises:
-        VisadaptError: there is no such task, or it is not known how its inputs are prepared.
+        VisadaptError: the model has no such task, or it is not known how its inputs are prepared.
 
     Examples:
         >>> from PIL import Image

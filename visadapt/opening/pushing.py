@@ -53,8 +53,8 @@ def push_to_hub(
         The repository at the new commit, ``"hub:user/repo@<commit>"``, as `visadapt.open` takes it.
 
     Raises:
-        VisadaptError: there is no such task, a name is not that of a repository, a license or a branch, or the upload
-            fails.
+        VisadaptError: the model has no such task, a name is not that of a repository, a license or a branch, or the
+            upload fails.
 
     Examples:
         >>> # needs an account: visadapt.push_to_hub(model, "flowers", "user/flowers", metrics={"accuracy": 0.93})

@@ -92,7 +92,7 @@ def composed(registry: Registry, tasks: Sequence[str | None]) -> Composition:
     """The composition of a batch; profiles that changed are found again.
 
     Raises:
-        VisadaptError: there is no such task.
+        VisadaptError: the model has no such task.
     """
     held = {}
     for name in dict.fromkeys(tasks):

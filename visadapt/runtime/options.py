@@ -22,7 +22,7 @@ def set_alpha(model: ModelT, task: str, alpha: float) -> ModelT:
         The same model. The task's file will remember.
 
     Raises:
-        VisadaptError: there is no such task, it has no ``DAN``, or ``alpha`` is out of range.
+        VisadaptError: the model has no such task, it has no ``DAN``, or ``alpha`` is out of range.
 
     Examples:
         >>> model = visadapt.inject(backbone, visadapt.DAN(), task="flowers", num_classes=3)

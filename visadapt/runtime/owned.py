@@ -61,7 +61,7 @@ def check_owned(task: Task, tensors: Mapping[str, Tensor], modules: Mapping[str,
         modules: the backbone's modules by path.
 
     Raises:
-        VisadaptError: there is no such module, it is not a layer that gives logits, or the file's tensor for such a
+        VisadaptError: the module does not exist, it is not a layer that gives logits, or the file's tensor for such a
             layer is not as wide as the number of classes makes it.
     """
     if task.head_at is not None and not task.head_at.modules:

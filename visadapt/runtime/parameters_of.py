@@ -25,7 +25,7 @@ def named_parameters(model: nn.Module, task: str) -> Iterator[tuple[str, nn.Para
         Pairs of name and parameter, in the order of the task's file.
 
     Raises:
-        VisadaptError: there is no such task, or a module that holds its parts was replaced.
+        VisadaptError: the model has no such task, or a module that holds its parts was replaced.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
@@ -55,7 +55,7 @@ def parameters(model: nn.Module, task: str | None = None) -> list[nn.Parameter]:
         The parameters, each once.
 
     Raises:
-        VisadaptError: there is no such task, or none is active.
+        VisadaptError: the model has no such task, or none is active.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
@@ -77,7 +77,7 @@ def trainable(model: nn.Module, task: str | Sequence[str]) -> nn.Module:
         The same model.
 
     Raises:
-        VisadaptError: there is no such task.
+        VisadaptError: the model has no such task.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)

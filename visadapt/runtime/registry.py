@@ -271,7 +271,7 @@ def check_hosts(model: nn.Module, name: str) -> None:
     """Refuse a model in which a module with parts of a task was replaced: they would never act again.
 
     Raises:
-        VisadaptError: there is no such task, or a module was replaced.
+        VisadaptError: the model has no such task, or a module was replaced.
     """
     registry = registry_of(model)
     there = set(own_modules(unwrapped(model)).values())

@@ -38,7 +38,7 @@ def activate(model: ModelT, task: str | Sequence[str | None] | None) -> ModelT:
         The same model.
 
     Raises:
-        VisadaptError: there is no such task; the nearest is named.
+        VisadaptError: the model has no such task; the nearest is named.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)
@@ -77,8 +77,8 @@ def using(model: ModelT, task: str | Sequence[str | None] | None) -> Iterator[Mo
         The same model.
 
     Raises:
-        VisadaptError: there is no such task (the nearest is named), or, in the forward, the batch has another length
-            than the list, or cannot be divided into samples.
+        VisadaptError: the model has no such task (the nearest is named), or, in the forward, the batch has another
+            length than the list, or cannot be divided into samples.
 
     Examples:
         >>> model = visadapt.inject(backbone, m=4, task="flowers", num_classes=3)

@@ -69,7 +69,7 @@ class FilePool:
             keep: tasks of the same batch, which are not removed to make room.
 
         Raises:
-            ServingError: there is no such task, or its file cannot be used with this backbone.
+            ServingError: the task does not exist, or its file cannot be used with this backbone.
         """
         try:
             for _ in range(100):

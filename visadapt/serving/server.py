@@ -230,8 +230,8 @@ class Server:
         if not readable(inputs, Sequence[Any]) or not inputs:
             raise _invalid("inputs must be a list with at least one input", "send a list of inputs")
         if not readable(top, int | None) or (top is not None and not 1 <= top <= self.limits.top):
-            raise _invalid(f"top must be an integer from 1 to {self.limits.top}, got {shown(top, 50)}",
-                           "send another top")  # fmt: skip
+            wrong = f"top must be an integer from 1 to {self.limits.top}, got {shown(top, 50)}"
+            raise _invalid(wrong, "send another top")
         if not readable(task, str | Sequence[str]) or not (isinstance(task, str) or task):
             raise _invalid("task must be a name or a list of names", "see GET /v1/tasks")
         # plain strings: those of a subclass may compare as they like

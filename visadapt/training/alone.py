@@ -12,7 +12,6 @@ from torch import nn
 
 from visadapt.backbone.modules import unwrapped
 from visadapt.errors import VisadaptError
-from visadapt.runtime.forked import check_backward
 from visadapt.runtime.registry import find_registry
 from visadapt.runtime.twins import task_twin
 
@@ -23,11 +22,10 @@ _RUNNING = threading.RLock()
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse a call while another thread is within one, as both would draw from one generator, or without gradients."""
+    """Refuse a call while another thread is within one: both would draw from torch's one random generator."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_backward(function.__name__)
         if not _RUNNING.acquire(blocking=False):
             raise VisadaptError(
                 f"another thread of this process is in {function.__name__}(), and both would draw random numbers from "

@@ -20,6 +20,7 @@ from visadapt.data.lazy_images import ImageFiles
 from visadapt.data.samples import ready
 from visadapt.errors import VisadaptError
 from visadapt.frozen.cached_prefix import CachedPrefix
+from visadapt.runtime.forked import check_backward
 from visadapt.runtime.modes import keep_modes
 from visadapt.training.alone import beside_serving, one_at_a_time, reserved
 from visadapt.training.augmenting import Augment, Changes, training_batches
@@ -126,6 +127,7 @@ def fit(
         >>> result.steps, result.score is None
         (2, False)
     """
+    check_backward("fit")
     recipe = Recipe() if recipe is None else recipe
     _check(recipe, validation, checkpoint, accumulate, checkpoint_every)
     augmentation = recipe.augmentation

@@ -47,7 +47,7 @@ class Objective:
         label_smoothing: of the cross entropy.
 
     Raises:
-        VisadaptError: there is no such loss.
+        VisadaptError: no loss has this name.
     """
 
     loss: Loss | None = None

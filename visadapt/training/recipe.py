@@ -161,6 +161,9 @@ class Recipe:
         """
         check_non_negative(step, "step")
         check_count(steps, "steps")
+        return self._factor(step, steps)
+
+    def _factor(self, step: int, steps: int) -> float:
         warm = round(self.warmup * steps)
         if step < warm:
             return (step + 1) / (warm + 1)
@@ -190,7 +193,7 @@ class Recipe:
             optimizer = torch.optim.SGD(members, lr=self.lr, momentum=self.momentum, fused=True)
         else:
             optimizer = torch.optim.AdamW(members, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
+        return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, steps))
 
     def _rate(self, name: str, target: Target) -> float:
         rate = self.head_lr if name in target.head else self.norm_lr if name in target.norms else None
