@@ -485,6 +485,25 @@ def test_a_mixed_batch_is_computed_again_as_it_was(image, reentrant, monkeypatch
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_task_removed_before_backward_is_not_computed_again(image, reentrant) -> None:
+    model = build()
+    forward = model.layer2.forward
+    model.layer2.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+    losses = []
+    for tasks in ("a", "b", ["a", "b"], "a"):
+        with visadapt.using(model, tasks):
+            losses.append(model(image).square().sum())
+    visadapt.remove(model, "a")
+    visadapt.inject(model, Bottleneck(m=2, init_std=0.1), task="a", norms="affine", num_classes=3)
+    losses[1].backward()
+    for loss in (losses[0], losses[2], losses[3]):
+        with pytest.raises(VisadaptError, match="'a' was removed while it was in use"):
+            loss.backward()
+    with visadapt.using(model, "a"):
+        model(image).sum().backward()
+
+
 def test_it_is_refused_where_it_cannot_be_known(image) -> None:
     """Threads number their nodes alike: two that train different tasks cannot be told apart in backward."""
     model = build()

@@ -24,7 +24,7 @@ import torch
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
 from visadapt.runtime.in_use import TasksInUse
-from visadapt.runtime.node_log import Log, Logs, now
+from visadapt.runtime.node_log import Log, Logs, now, removed
 from visadapt.runtime.reservation import Reservation
 
 AUTO = "auto"
@@ -120,8 +120,8 @@ class Choices(TasksInUse):
         if torch.compiler.is_dynamo_compiling():
             tasks = self._traced()
             if isinstance(tasks, str) and tasks != AUTO and tasks not in self.tasks:
-                raise _removed(tasks)
-        elif not (block := self._meant()).captured:
+                raise removed(tasks)
+        elif not (block := self._acting(noted=False)).captured:
             self.check(block)
 
     def check(self, block: Block) -> None:
@@ -132,7 +132,7 @@ class Choices(TasksInUse):
         """
         for name, task in block.taken:
             if task is None or self.tasks.get(name) is not task:
-                raise _removed(name)
+                raise removed(name)
 
     def in_use(self) -> Any:
         """The active task of this thread, checked.
@@ -166,6 +166,7 @@ class Choices(TasksInUse):
 
     def withdraw(self, task: str) -> None:
         """Choose the bare backbone instead of a task that was removed."""
+        self._logs.forget(task)
         introduced: Block | None = getattr(self._local, "introduced", None)
         if introduced is not None and introduced.tasks == task:
             self._local.introduced = None
@@ -393,7 +394,3 @@ class Choices(TasksInUse):
 
 _NOT_COPIED = {"_number", "_held", "_streams", "_open", "_relying", "_local", "_logs", "listener", "lock"}
 _NOT_COPIED |= {"reservation"}
-
-
-def _removed(name: str) -> VisadaptError:
-    return VisadaptError(f"task {name!r} was removed while it was in use")

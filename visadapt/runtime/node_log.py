@@ -14,6 +14,10 @@ import torch
 from visadapt.errors import VisadaptError
 
 
+class Removed(str):
+    """The name of a task that was removed, in place of the tasks that were active with it."""
+
+
 class Log:
     """The active tasks of one thread, by the sequence numbers of the autograd nodes made since.
 
@@ -32,6 +36,7 @@ class Log:
         self.tasks = [tasks]
         self.seen = 0
         self.bounded = True
+        self._lock = threading.Lock()
         self.thread = weakref.ref(threading.current_thread())
 
     def add(self, tasks: Any) -> None:
@@ -39,13 +44,21 @@ class Log:
         last = self.tasks[-1]
         if last is tasks or (type(last) is type(tasks) and last == tasks and vars_of(last) == vars_of(tasks)):
             return
-        if self.starts[-1] >= self.seen:
-            self.tasks[-1] = tasks
-            return
-        self.starts.append(self.seen)
-        self.tasks.append(tasks)
-        if len(self.starts) > self.LONGEST:
-            del self.starts[: self.LONGEST // 2], self.tasks[: self.LONGEST // 2]
+        with self._lock:
+            if self.starts[-1] >= self.seen:
+                self.tasks[-1] = tasks
+                return
+            self.starts.append(self.seen)
+            self.tasks.append(tasks)
+            if len(self.starts) > self.LONGEST:
+                del self.starts[: self.LONGEST // 2], self.tasks[: self.LONGEST // 2]
+
+    def forget(self, task: str) -> None:
+        """Note that a task was removed: what it computed cannot be computed again, whatever gets its name."""
+        with self._lock:
+            for place, tasks in enumerate(self.tasks):
+                if tasks == task or (isinstance(tasks, tuple) and task in tasks):
+                    self.tasks[place] = Removed(task)
 
     def at(self, number: int) -> tuple[Any, ...] | None:
         """The active tasks when the node of that number was made: empty if forgotten, None if none was made here."""
@@ -83,6 +96,11 @@ class Logs:
                 self.all = [*(log for log in self.all if not log.is_void()), log]
         return log
 
+    def forget(self, task: str) -> None:
+        """Forget a task that was removed."""
+        for log in self.all:
+            log.forget(task)
+
     def repeated(self, graph: int) -> Any:
         """The tasks of the forward that is repeated in a backward pass.
 
@@ -90,7 +108,7 @@ class Logs:
             graph: number of the backward pass.
 
         Raises:
-            VisadaptError: threads with different active tasks have nodes of the same number.
+            VisadaptError: a task was removed since; threads with different active tasks have nodes of the same number.
         """
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
@@ -109,8 +127,15 @@ class Logs:
                     "thread, or evaluate under torch.no_grad()"
                 )
             (tasks,) = found[0]
+            if isinstance(tasks, Removed):
+                raise removed(tasks)
         self._local.repeated = ((graph, number), tasks)
         return tasks
+
+
+def removed(name: str) -> VisadaptError:
+    """The error for a task that was removed since it was chosen."""
+    return VisadaptError(f"task {str(name)!r} was removed while it was in use")
 
 
 def vars_of(tasks: Any) -> Any:
