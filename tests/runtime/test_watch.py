@@ -169,6 +169,31 @@ class ByData(Layer):
         self.state[0] += 1
 
 
+class Untraced(Layer):
+    """Moves by ways that torch does not count: in another memory, and behind autograd's back."""
+
+    def move(self, x):
+        self.state.data = 0.9 * self.state + 0.1 * x.detach().mean((0, 2, 3))
+        self.state.data.mul_(0.9)
+
+
+class Behind(Layer):
+    def move(self, x):
+        self.state.data.mul_(0.9)
+
+
+class Momentum(Layer):
+    """Follows another weight in its forward, as MoCo's encoder of keys does."""
+
+    def __init__(self):
+        super().__init__()
+        self.follower = nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
+
+    def forward(self, x):
+        self.follower.data = 0.9 * self.follower.data + 0.1 * self.state
+        return self.drop(x) * self.follower.view(1, 3, 1, 1)
+
+
 class Always(Layer):
     def forward(self, x):
         with torch.no_grad():
@@ -228,7 +253,7 @@ class Net(nn.Module):
         return self.fc(self.net(self.layer(x)).flatten(1))
 
 
-LAYERS = [InPlace, Assigned, ByData, Always, Late, Sized, Parent]
+LAYERS = [InPlace, Assigned, ByData, Untraced, Behind, Momentum, Always, Late, Sized, Parent]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -254,6 +279,25 @@ def test_home_made_layers_stand_still(layer, norms) -> None:
     visadapt.eject(model)
     assert {name: type(m) for name, m in model.named_modules()} == {n: type(m) for n, m in plain.named_modules()}
     assert torch.equal(answer(model, {"x": x}), answer(copy.deepcopy(plain), {"x": x}))
+
+
+def test_a_parameter_that_the_forward_changes_in_place_is_refused() -> None:
+    """Its old values are gone: nothing could put it back."""
+    torch.manual_seed(0)
+    model, x = Net(nn.Identity).eval(), torch.randn(4, 3, 8, 8)
+    visadapt.inject(model, m=2, example=x, where="net.0")
+
+    def momentum(module, args):
+        with torch.no_grad():
+            module.weight.mul_(0.9)
+
+    handle = model.fc.register_forward_pre_hook(momentum)
+    with pytest.raises(VisadaptError, match=r"the forward wrote to the parameter fc\.weight, which is frozen"):
+        model(x)
+    handle.remove()
+    with torch.no_grad():
+        model.fc.weight.mul_(0.9)
+    model(x)
 
 
 def test_drop_out_is_not_state() -> None:

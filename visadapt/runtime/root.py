@@ -48,10 +48,11 @@ def _leave(model: nn.Module, args: Any, out: Any) -> None:
         block = registry.finish(sys._getframe(1))
         if block is None:
             return
-        if not is_tracing():
-            registry.watch.after()
+        error = None if is_tracing() else registry.watch.after()
         if out is not None:
             registry.check(block)
+            if error is not None:
+                raise error
 
 
 def _held(replica: nn.Module, registry: Registry) -> Registry:

@@ -13,6 +13,10 @@ from visadapt.backbone.modules import ancestors, own_modules
 from visadapt.backbone.subclass import founded, made_by
 from visadapt.errors import VisadaptError
 from visadapt.runtime.classes import frozen_class, still_class
+from visadapt.runtime.written import Written
+
+COMPARED = 2
+"""How many forwards in train mode compare the values of buffers: ``.data.mul_(…)`` leaves no other trace."""
 
 
 @dataclass
@@ -23,26 +27,30 @@ class Kept:
         module: the module that has it.
         name: of the buffer.
         tensor: the buffer itself.
-        version: torch's count of its changes in place.
+        state: torch's count of its changes in place, and its address.
         values: a copy.
     """
 
     module: nn.Module
     name: str
     tensor: Tensor | None = None
-    version: int | None = None
+    state: tuple[int, int] | None = None
     values: Tensor | None = None
 
-    def holds(self) -> bool:
-        """Whether the buffer is as it was kept."""
+    def holds(self, exact: bool = False) -> bool:
+        """Whether the buffer is as it was kept.
+
+        Args:
+            exact: compare its values as well.
+        """
         now = self.module._buffers.get(self.name)
-        return now is self.tensor and _version(now) == self.version
+        return now is self.tensor and _state(now) == self.state and not (exact and _differ(now, self.values))
 
     @torch.no_grad()
     def keep(self) -> None:
         """Keep the buffer as it is now."""
         self.tensor = self.module._buffers.get(self.name)
-        self.version = _version(self.tensor)
+        self.state = _state(self.tensor)
         self.values = None if self.tensor is None else self.tensor.detach().clone()
 
     def put_back(self) -> None:
@@ -50,14 +58,31 @@ class Kept:
 
         One that was changed in place is replaced: an autograd graph may need the changed one.
         """
-        same = _version(self.tensor) == self.version or self.values is None
+        same = _state(self.tensor) == self.state and not _differ(self.tensor, self.values)
         self.module._buffers[self.name] = self.tensor if same else self.values
         self.keep()
 
 
-def _version(tensor: Tensor | None) -> int | None:
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
     # tensors made in inference mode count no changes
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    if tensor is None or tensor.is_inference():
+        return None
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:
+        # a tensor without memory of its own, of torch.func or on a fake device
+        return tensor._version, 0
+
+
+def _differ(tensor: Tensor | None, values: Tensor | None) -> bool:
+    if tensor is None or values is None or tensor.is_meta or tensor.shape != values.shape:
+        return False
+    try:
+        floats = tensor.is_floating_point()
+        return not (torch.equal(tensor, values) or (floats and torch.allclose(tensor, values, 0.0, 0.0, equal_nan=True)))
+    except (RuntimeError, NotImplementedError):
+        # values that cannot be compared, such as codes of quantised tensors
+        return False
 
 
 def _never_trains(module: nn.Module) -> bool:
@@ -76,6 +101,9 @@ class Watch:
 
     def _start(self, buffers: list[Kept]) -> None:
         self.buffers = buffers
+        self.written = Written()
+        self._compared = 0
+        self._exact = False
         # the modules that have to stay, those that never train and hosts, and the modules around these, by path
         self._kept: dict[str, nn.Module] | None = None
         self._around: dict[str, nn.Module] = {}
@@ -118,6 +146,8 @@ class Watch:
             ]
             self.buffers = [*self.buffers, *buffers]
             self._kept, self._around = kept, around
+            self._compared = 0
+            self.written.look_at(modules)
             self._children, self._names, self._modules = [[row[i] for row in found] for i in range(3)]  # type: ignore[assignment]
 
     def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> None:
@@ -136,18 +166,26 @@ class Watch:
         # in C, as a model may have hundreds of these
         if unknown or list(map(dict.get, self._children, self._names)) != self._modules:
             self._check_replaced(model, hosts)
+        if not nested:
+            self.written.before()
         if self.buffers:
             here = threading.current_thread()
             with self._lock:
                 self._running[here] = self._running.get(here, 0) + 1 if nested else 1
                 alone = not nested and len(self._running) == 1
+                self._exact = alone and model.training and self._compared < COMPARED
+                self._compared += self._exact
                 for kept in self.buffers if alone else ():
-                    if not kept.holds():
+                    if not kept.holds(self._exact):
                         # moved to a device, loaded or changed by the user since
                         kept.keep()
 
-    def after(self) -> None:
-        """Restore the buffers that a forward changed, and keep their modules in eval mode."""
+    def after(self) -> VisadaptError | None:
+        """Restore the buffers that a forward changed, and keep their modules in eval mode.
+
+        Returns:
+            The error for a parameter that the forward changed.
+        """
         if self.buffers:
             here = threading.current_thread()
             with self._lock:
@@ -155,10 +193,11 @@ class Watch:
                 if depth > 0:
                     self._running[here] = depth
                 for kept in self.buffers:
-                    if not kept.holds():
+                    if not kept.holds(self._exact):
                         kept.put_back()
                         if not _never_trains(kept.module):
                             kept.module.__class__ = founded(type(kept.module), still_class)
+        return self.written.after()
 
     def _check_replaced(self, model: nn.Module, hosts: dict[str, nn.Module]) -> None:
         modules = own_modules(model)
