@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from visadapt.arguments import readable
 from visadapt.backbone.facts import Facts
@@ -184,7 +186,17 @@ def _inject(
             sites = Sites(site for site in sites if not within(site.host, also))
         plan = new_plan(facts, spec, [(chosen, sites)])
     warn_if_larger(plan)
-    return commit(facts, plan)
+    registry = commit(facts, plan)
+    if example is not None:
+        registry.example = tree_map(_without_values, example)
+    return registry
+
+
+def _without_values(leaf: Any) -> Any:
+    """Return an input's shape and dtype, as a tensor that takes no memory."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
 
 
 def remove(model: ModelT, task: str) -> ModelT:

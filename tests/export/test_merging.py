@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 
@@ -37,6 +38,7 @@ from visadapt import (
     using,
 )
 from visadapt.backbone.modules import CHILD
+from visadapt.runtime.registry import registry_of
 
 LINEAR = Bottleneck(m=3, activation=None)
 CONVS = ["tiny/resnet", "torchvision/resnet18", "torchvision/resnext50_32x4d", "timm/resnet26t", "tiny/vgg_bn"]
@@ -648,6 +650,35 @@ def test_a_weight_that_is_computed_anew_takes_nothing(tiny, image, norm, method)
         visadapt.merge(tiny, probe=False)
 
 
+def test_own_weights_take_no_part_where_a_weight_came_to_be_computed(tiny) -> None:
+    visadapt.inject(tiny, Full(), task="task", norms="frozen")
+    with using(tiny, None):
+        nn.utils.spectral_norm(tiny.layer1[0].conv1)
+    with pytest.raises(VisadaptError, match=r"full at layer1\.0\.conv1 cannot be merged: the weight of its host is no"):
+        visadapt.merge(tiny, "task", probe=False)
+
+
+def test_a_forward_that_runs_the_injected_model_is_refused(tiny, image) -> None:
+    """``copy.deepcopy`` leaves the functions that a closure holds, so that the merged model would run this one."""
+    forward = tiny.layer1.forward
+    tiny.layer1.forward = lambda x: forward(x) * 2
+    prepared(tiny, LoRA(r=2))
+    for probe in (image, False):
+        with pytest.raises(VisadaptError, match="layer1 has a forward of its own, a function that runs this model"):
+            visadapt.merge(tiny, "task", probe=probe)
+    del tiny.layer1.forward
+    tiny.layer1.forward = functools.partial(type(tiny.layer1).forward, tiny.layer1)
+    expected = answer(tiny, {"x": image}, "task")
+    assert error(visadapt.merge(tiny, "task", probe=image)(image), expected) <= 1e-4
+
+
+def test_hooks_that_replace_what_they_see_are_run_on_the_probe(tiny, image) -> None:
+    tiny.layer2[0].conv1.register_forward_hook(lambda module, args, out: out.clamp(-0.5, 0.5))
+    prepared(tiny, Parallel(), where="layer2.0.conv1")
+    expected = answer(tiny, {"x": image}, "task")
+    assert error(answer(visadapt.merge(tiny, "task"), {"x": image}), expected) <= 1e-4
+
+
 def test_the_error_on_the_probe_is_logged(tiny, image, caplog) -> None:
     prepared(tiny, LINEAR, num_classes=None)
     with caplog.at_level(logging.INFO, logger="visadapt.export.merging"):
@@ -767,3 +798,26 @@ def test_colora_merges_without_its_branch() -> None:
 def test_every_method_has_a_case_here() -> None:
     covered = {type(m) for m in MERGEABLE.values()} | {type(row[1]) for row in REFUSED.values()}
     assert covered | {CoLoRA} == {type(case.method) for case in CASES.values()}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_probe_a_weight_that_the_model_reads_itself_is_refused(known) -> None:
+    """Which is seen in a run on the shapes that inject was given; where there are none, it cannot be seen."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(6, 4)
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x, y):
+            return self.fc(nn.functional.linear(torch.relu(self.encode(x + y)), self.encode.weight.t()))
+
+    pair = torch.randn(2, 6), torch.randn(2, 6)
+    model = visadapt.inject(Tied().eval(), LoRA(r=2), where="encode", example=pair)
+    stir(model, "default")
+    if not known:
+        # as if it had been loaded
+        registry_of(model).example = None
+    with pytest.raises(VisadaptError, match="the model computes with" if known else "it cannot be seen whether other"):
+        visadapt.merge(model, probe=False)

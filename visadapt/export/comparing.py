@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.full_precision import full_precision
 from visadapt.backbone.trace import call, check_input, guess_inputs, input_errors
-from visadapt.backbone.twin import twin_of
 from visadapt.errors import VisadaptError
 from visadapt.runtime.registry import facts_of, find_registry
 from visadapt.runtime.selection import bare, using
-from visadapt.runtime.twins import task_twin
+from visadapt.runtime.twins import bare_twin, task_twin
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def _twin(merged: nn.Module) -> nn.Module:
         # its own tasks are a part of it
         return merged
     try:
-        return twin_of(merged)
+        # with all hooks, as the task's copy has them: they may replace what they are shown
+        return bare_twin(merged)
     except Exception:
         # a module that holds a lock, a file or a part of a graph may raise anything
         return merged

@@ -60,7 +60,7 @@ def absorb(
     for path in sorted(parts, key=order):
         rules.around(path, parts[path], sites)
     if not measured:
-        rules.check_readers(source, example)
+        rules.check_readers(source, registry.example if example is None else example)
     rules.weights.settle(measured)
 
 
@@ -152,7 +152,14 @@ class _Rules:
         paths = {module: path for path, module in self.plain.named_modules()}
         everywhere = {joined(paths.get(module, ""), name) for module, name in self._everywhere}
         written = {name: what for name, what in self.weights.written() if name not in everywhere}
-        for name, reader in foreign_reader(source, set(written), example).items():
+        try:
+            readers = foreign_reader(source, set(written), example)
+        except VisadaptError as error:
+            raise VisadaptError(
+                f"it cannot be seen whether other modules compute with what the {next(iter(written.values()))} changes: "
+                f"{error}, or as probe="
+            ) from error
+        for name, reader in readers.items():
             raise VisadaptError(
                 f"the {written[name]} cannot be merged: {reader or 'the model'} computes with {name} itself"
             )
@@ -182,6 +189,12 @@ class _Rules:
     def _assign(self, path: str, part: nn.Module, what: str) -> None:
         host = self.plain.get_submodule(path)
         owned = {name: own for name, own in host._parameters.items() if own is not None}
+        gone = [name for name in getattr(part, "names", ()) if name not in owned]
+        if gone:
+            raise VisadaptError(
+                f"the {what} cannot be merged: the {gone[0]} of its host is no parameter any more, but computed anew in "
+                "every forward (weight norm, pruning, …)"
+            )
         present = {name: self.weights.present(host, name) for name in owned}
         for name, value in part(present).items():
             if value is not present[name]:

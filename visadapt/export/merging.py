@@ -14,6 +14,7 @@ from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.export.comparing import differences
 from visadapt.export.folding import fold as fold_norms
+from visadapt.export.given_forwards import check_copied
 from visadapt.export.merge_rules import absorb
 from visadapt.export.weights import tolerance
 from visadapt.runtime.registry import Registry, check_filled, find_registry, registry_of
@@ -49,7 +50,8 @@ def merge(
             Otherwise ``model`` stays as it is and a copy is merged.
         fold: afterwards fold every eval-mode BatchNorm into the conv before it (see `visadapt.fold`).
         probe: an input to compare on, as `visadapt.sites` takes an example; guessed if None; False for no
-            comparison. Then the weights themselves must show that the merge is exact.
+            comparison. Then the weights themselves must show that the merge is exact, and a run on a guessed input
+            that nothing else computes with them.
 
     Returns:
         The plain model, in eval mode.
@@ -75,6 +77,7 @@ def merge(
         )
     source = unwrapped(model)
     plain = plain_copy(source)
+    check_copied(source, plain)
     example = None if probe is False else probe
     absorb(plain, source, registry, name, example, measured=probe is not False)
     for key, parameter in plain.named_parameters():

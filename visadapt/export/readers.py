@@ -10,14 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from visadapt.backbone.modules import joined, own_modules, parent
 from visadapt.backbone.trace import call, rehearse
-from visadapt.errors import VisadaptError
 
 
 def foreign_reader(model: nn.Module, names: set[str], example: Any = None) -> dict[str, str]:
     """Find the weights that another module than their own computes with.
 
     Torch's MultiheadAttention does so with its output projection, without calling it. Others are found by a run on
-    fake tensors, where the model runs on the example or on a guessed input.
+    fake tensors.
 
     Args:
         model: the backbone.
@@ -26,17 +25,18 @@ def foreign_reader(model: nn.Module, names: set[str], example: Any = None) -> di
 
     Returns:
         Parameter → path of the module that reads it.
+
+    Raises:
+        VisadaptError: the model does not run on the input.
     """
     found = {}
     for path, module in own_modules(model).items():
         if isinstance(module, nn.MultiheadAttention):
             inside = {joined(path, f"out_proj.{name}") for name in ("weight", "bias")}
             found.update(dict.fromkeys(inside & names, path))
-    try:
-        seen = rehearse(model, example, lambda copied, given: _Readers(copied, names).watch(given))[0]
-    except VisadaptError:
+    if not names:
         return found
-    return {**found, **seen}
+    return {**found, **rehearse(model, example, lambda copied, given: _Readers(copied, names).watch(given))[0]}
 
 
 class _Readers(TorchFunctionMode):

@@ -159,6 +159,7 @@ class Registry(Choices):
         watch: checks the backbone's tensors before and after each forward.
         noted: the hooks that run in mixed batches.
         unfilled: the tasks that may have tensors without values.
+        example: an input that ``inject`` was given, by its shapes, for a run on fake tensors.
         traced: sites that no family knows, by full name, as they were traced.
         source: how the backbone was loaded; None if it was given as a module.
         profiles: of tasks, as far as mixed batches needed them.
@@ -182,6 +183,7 @@ class Registry(Choices):
         self.digests: Digests = {}
         self.lean: Any = None
         self.source: Source | None = None
+        self.example: Any = None
         self.profiles: list[Any] = []
         self.doors: dict[str, nn.Module] | None = None
         self.last_number = 0

@@ -79,7 +79,9 @@ def _differ(tensor: Tensor | None, values: Tensor | None) -> bool:
         return False
     try:
         floats = tensor.is_floating_point()
-        return not (torch.equal(tensor, values) or (floats and torch.allclose(tensor, values, 0.0, 0.0, equal_nan=True)))
+        return not (
+            torch.equal(tensor, values) or (floats and torch.allclose(tensor, values, 0.0, 0.0, equal_nan=True))
+        )
     except (RuntimeError, NotImplementedError):
         # values that cannot be compared, such as codes of quantised tensors
         return False
