@@ -48,8 +48,8 @@ def work(model: VisionModel, names: Sequence[str], out: Path) -> None:
     for name in names:
         begun = time.perf_counter()
         try:
-            driven = driven or Driven(model.build())
-            row = drive(driven, name, (COMMON | MORE)[name])
+            driven = driven or Driven(model.build(), model.classes)
+            row = drive(driven, (COMMON | MORE)[name], name == names[-1])
         except Exception as error:  # the command counts it
             row = {"start": "crash", "details": f"build: {type(error).__name__}: {error}"[:250]}
         append(out, model, name, {**row, "seconds": f"{time.perf_counter() - begun:.1f}"})
@@ -93,7 +93,7 @@ def counts(rows: Sequence[dict[str, str]]) -> Table:
     return Table(("method", *columns), [(k, *(f"{t[c]:,}" for c in columns)) for k, t in tallies.items()])
 
 
-def one(model: VisionModel, names: Sequence[str], chosen: argparse.Namespace) -> None:
+def work_alone(model: VisionModel, names: Sequence[str], chosen: argparse.Namespace) -> None:
     """Drive one architecture in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.architectures", "--work", "--only", model.name, "--out", chosen.out]
     try:
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write(chosen.out, results)
     todo = [(m, [n for n in chosen.names if (m.name, n) not in results]) for m in chosen.models]
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        list(pool.map(lambda each: one(*each, chosen), [each for each in todo if each[1]]))
+        list(pool.map(lambda each: work_alone(*each, chosen), [each for each in todo if each[1]]))
     results = read(chosen.out)
     write(chosen.out, results)
     rows = list(results.values())

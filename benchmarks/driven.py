@@ -20,7 +20,7 @@ from visadapt.backbone.facts import Facts
 from visadapt.backbone.fingerprint import backbone_tensors
 from visadapt.methods.method import Method
 
-CHECKS = ("start", "gradients", "eval", "train", "file", "merge", "eject")
+CHECKS = ("start", "gradients", "eval", "train", "file", "merge", "frozen", "eject")
 
 COMMON: dict[str, Method] = {
     "Bottleneck": visadapt.Bottleneck(m=3),
@@ -47,7 +47,10 @@ MORE: dict[str, Method] = {
     "TSA": visadapt.TSA(),
 }
 
-MERGED = ("Parallel", "Series", "LoRA", "SSF", "Full", "TopLayers", "Biases", "Linear", "Norms", "DAN", "DoRA")
+MERGED = (
+    visadapt.Parallel, visadapt.Series, visadapt.LoRA, visadapt.SSF, visadapt.Full, visadapt.TopLayers, visadapt.Biases,
+    visadapt.Linear, visadapt.Norms, visadapt.DAN, visadapt.DoRA,
+)  # fmt: skip
 """Methods that are linear, or own weights: they can be merged."""
 
 NEAR = {"TSA": 0.05}
@@ -55,23 +58,25 @@ NEAR = {"TSA": 0.05}
 
 
 class Driven:
-    """A backbone that methods are put on in turn.
+    """A backbone that methods are put on in turn, beside a task of another method that stays.
 
     Args:
         build: which.
+        classes: width of its head.
     """
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, classes: int) -> None:
         self.build = build
         self.model = calm(self.build.make()).eval().requires_grad_(False)
         self.fresh = copy.deepcopy(self.model)
         self.given = self.build.batch(len(TASKS))
         facts = Facts(self.model)
-        self.head = {"num_classes": 4} if facts.head is not None else {}
-        self.norms = bool(facts.norms)
+        self.head, self.norms = facts.head is not None, bool(facts.norms)
         self.state, self.before = self._state(), self._answer(None)
         if not all(tensor.isfinite().all() for sample in self.before for tensor in sample):
             raise ValueError("the backbone's own output is not finite")
+        self._put(visadapt.Bottleneck(m=2, activation="relu"), "c", {"num_classes": classes} if self.head else {})
+        stir(self.model, "c", 3)
 
     def _state(self) -> dict[str, Tensor]:
         buffers = {key: tensor for key, tensor in self.model.named_buffers() if "visadapt" not in key.split(".")}
@@ -84,72 +89,84 @@ class Driven:
             out = run(model, self.given, task) if visadapt.tasks(model) else model(*self.given[0])
         return self.build.samples(out, len(TASKS))
 
-    def put(self, method: Method, name: str, task: str, seed: int | None) -> None:
-        """Inject a task; with a seed, give it a head and move what it trains."""
-        norms = "affine" if self.norms and name not in ("Linear", "Biases", "Ladder") else "frozen"
-        options: dict[str, Any] = self.head
-        if self.head and seed is None:
-            options = {"head": "copy" if name == "Linear" else "frozen"}
-        visadapt.inject(self.model, method, task=task, norms=norms, example=self.given[0], **options)
-        if seed is not None:
-            stir(self.model, task, seed)
+    def _off(self, found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+        return max(differ(one, other) for one, other in zip(found, expected, strict=True))
 
-    def start(self, method: Method, name: str) -> str:
+    def _put(self, method: Method, task: str, options: dict[str, Any]) -> None:
+        own = not self.norms or isinstance(method, visadapt.Linear | visadapt.Biases | visadapt.Ladder)
+        norms = "frozen" if own else "affine"
+        visadapt.inject(self.model, method, task=task, norms=norms, example=self.given[0], **options)
+
+    def start(self, method: Method) -> str:
         """Compare the output right after injection with the backbone's."""
-        try:
-            self.put(method, name, "probe", None)
-            apart = max(map(differ, self._answer("probe"), self.before))
-        finally:
-            if "probe" in visadapt.tasks(self.model):
-                visadapt.remove(self.model, "probe")
-        return "" if apart <= NEAR.get(name, 0.0) else f"the output is off by {apart:.1e}"
+        options = {"head": "copy"} if self.head else {}
+        self._put(method, "a", options)
+        self._put(method, "b", options)
+        off = self._off(self._answer("a"), self.before)
+        for seed, task in enumerate("ab"):
+            stir(self.model, task, seed)
+        return f"the output is off by {off:.1e}" if off > NEAR.get(type(method).__name__, 0.0) else ""
 
     def gradients(self) -> str:
         """Look for trained parameters without a gradient."""
-        visadapt.activate(self.model, "a")
         self.model.train(self.build.trains)
         samples = self.build.samples(run(self.model, self.given, "a"), len(TASKS))
         Weighted()(samples, list(range(len(TASKS)))).backward()
         named = dict(visadapt.named_parameters(self.model, "a"))
         bad = [key for key, p in named.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-        for p in named.values():
-            p.grad = None
-        self.model.eval()
         return f"{len(bad)} of {len(named)} have none: {', '.join(bad[:3])}" if bad else ""
 
     def mixed(self, training: bool) -> str:
         """Compare a mixed batch with each task alone."""
-        apart = compare(self.build, self.model, training)
-        self.model.eval()
-        return "" if apart <= TOLERANCE else f"a mixed batch is off by {apart:.1e}"
+        off = compare(self.build, self.model, training)
+        return f"a mixed batch is off by {off:.1e}" if off > TOLERANCE else ""
 
     def file(self) -> str:
         """Save a task, and load it into another copy."""
         with tempfile.TemporaryDirectory() as folder:
             visadapt.load(self.fresh, visadapt.save(self.model, "a", Path(folder) / "a.visadapt"))
         try:
-            apart = max(map(differ, self._answer("a", self.fresh), self._answer("a")))
+            off = self._off(self._answer("a", self.fresh), self._answer("a"))
         finally:
             visadapt.eject(self.fresh)
-        return f"the output of the loaded task is off by {apart:.1e}" if apart else ""
+        return f"the output of the loaded task is off by {off:.1e}" if off else ""
 
     def merge(self) -> str:
         """Compare a merged copy with its task."""
         merged = visadapt.merge(self.model, "a", probe=self.given[0])
-        apart = max(map(differ, self._answer(None, merged), self._answer("a")))
-        return f"the merged model is off by {apart:.1e}" if apart > 1e-4 else ""
+        off = self._off(self._answer(None, merged), self._answer("a"))
+        return f"the merged model is off by {off:.1e}" if off > 1e-4 else ""
+
+    def frozen(self) -> str:
+        """Compare the backbone, when the tasks are removed, with what it was."""
+        for task in set("ab") & set(visadapt.tasks(self.model)):
+            visadapt.remove(self.model, task)
+        return self._compared()
 
     def eject(self) -> str:
         """Compare what is left after eject with the backbone as it came."""
-        visadapt.eject(self.model.eval())
+        visadapt.eject(self.model)
+        return self._compared()
+
+    def _compared(self) -> str:
         state = self._state()
-        moved = [key for key in self.state | state if not torch.equal(state.get(key, key), self.state.get(key, key))]
-        apart = max(map(differ, self._answer(None), self.before))
-        return f"off by {apart:.1e}, other tensors: {moved[:3]}" if apart or moved else ""
+        moved = set(self.state) ^ set(state)
+        moved |= {key for key in set(self.state) & set(state) if not torch.equal(state[key], self.state[key])}
+        off = self._off(self._answer(None), self.before)
+        return f"off by {off:.1e}, other tensors: {sorted(moved)[:3]}" if off or moved else ""
 
 
-def drive(driven: Driven, name: str, method: Method) -> dict[str, str]:
-    """Check every promise of one method on one backbone."""
+def drive(driven: Driven, method: Method, last: bool = True) -> dict[str, str]:
+    """Check every promise of one method on one backbone.
+
+    Args:
+        driven: the backbone.
+        method: which.
+        last: whether the backbone is ejected afterwards. It also is if anything is wrong.
+
+    Returns:
+        The result of each check, and details of those that are not right.
+    """
     results, details = dict.fromkeys(CHECKS, ""), []
 
     def judge(check: str, look: Callable[[], str]) -> bool:
@@ -160,22 +177,19 @@ def drive(driven: Driven, name: str, method: Method) -> dict[str, str]:
             results[check], said = "refused", str(error)
         except Exception as error:  # the command counts them
             results[check], said = "crash", f"{type(error).__name__}: {error}"
+        driven.model.eval()
         details.extend([f"{check}: {' '.join(said.split())[:250]}"] if said else [])
         return results[check] in ("right", "wrong")
 
-    def put() -> str:
-        driven.put(method, name, "a", 1)
-        driven.put(method, name, "b", 2)
-        driven.put(visadapt.Bottleneck(m=2, activation="relu"), "Bottleneck", "c", 3)
-        return driven.gradients()
-
-    if judge("start", lambda: driven.start(method, name)) and judge("gradients", put):
+    if judge("start", lambda: driven.start(method)):
+        judge("gradients", driven.gradients)
         judge("eval", lambda: driven.mixed(False))
         if driven.build.trains:
             judge("train", lambda: driven.mixed(True))
         judge("file", driven.file)
-        if name in MERGED:
+        if isinstance(method, MERGED):
             judge("merge", driven.merge)
-    if visadapt.tasks(driven.model):
+    judge("frozen", driven.frozen)
+    if last or {"wrong", "crash"} & set(results.values()):
         judge("eject", driven.eject)
     return {**results, "details": " | ".join(details)}

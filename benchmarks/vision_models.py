@@ -47,7 +47,7 @@ def _images(n: int, side: int) -> tuple[Any, ...]:
 
 IMAGES = Kind(_images)
 VIDEOS = Kind(lambda n, side: (torch.randn(n, 3, 8, side, side),))
-PAIRS = Kind(lambda n, side: (*_images(n, side), *_images(n, side)))
+PAIRS = Kind(lambda n, side: (*_images(n, side), *_images(n, side), 2))
 DETECTION = Kind(lambda n, side: ([torch.rand(3, side, side) for _ in range(n)],), "items", trains=False)
 
 
@@ -67,6 +67,11 @@ class VisionModel:
     def name(self) -> str:
         """Library, family and name."""
         return f"{self.architecture.library}/{self.architecture.family}/{self.architecture.name}"
+
+    @property
+    def classes(self) -> int:
+        """Width of its head."""
+        return int(self.architecture.options.get("num_classes", 10 if self.architecture.library == "timm" else 1000))
 
     def build(self) -> Build:
         """Make it smaller where that can be."""
@@ -106,7 +111,7 @@ def _more() -> Iterator[VisionModel]:
 
     bare = {"weights_backbone": None}
     yield one("googlenet with auxiliary heads", "googlenet", 64, IMAGES, aux_logits=True, init_weights=False)
-    yield one("inception with auxiliary heads", "inception_v3", 96, IMAGES, aux_logits=True, init_weights=False)
+    yield one("inception with auxiliary heads", "inception_v3", 299, IMAGES, aux_logits=True, init_weights=False)
     yield one("fcn", "fcn_resnet50", 64, IMAGES, num_classes=4, aux_loss=True, **bare)
     yield one("deeplabv3", "deeplabv3_mobilenet_v3_large", 64, IMAGES, num_classes=4, aux_loss=True, **bare)
     yield one("lraspp", "lraspp_mobilenet_v3_large", 64, IMAGES, num_classes=4, **bare)
@@ -120,7 +125,7 @@ def _more() -> Iterator[VisionModel]:
     yield one("ssdlite", "ssdlite320_mobilenet_v3_large", 320, DETECTION, num_classes=4, **bare)
     for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
         yield one(name, name, 32, VIDEOS, num_classes=4)
-    yield one("s3d", "s3d", 64, Kind(lambda n, side: (torch.randn(n, 3, 16, side, side),)), num_classes=4)
+    yield one("s3d", "s3d", 224, Kind(lambda n, side: (torch.randn(n, 3, 16, side, side),)), num_classes=4)
     yield one("swin3d", "swin3d_t", 32, VIDEOS, num_classes=4)
     yield one("raft", "raft_small", 128, PAIRS)
 
