@@ -39,7 +39,7 @@ def computes_in_bf16(device: torch.device | str) -> bool:
     """
     if torch.device(device).type != "cpu":
         return True
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
