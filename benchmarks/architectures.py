@@ -35,7 +35,7 @@ from visadapt.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "architectures.csv"
 
-COLUMNS = ("library", "family", "architecture", "method", *CHECKS, "seconds", "details")
+COLUMNS = ("library", "family", "architecture", "method", "where", *CHECKS, "seconds", "details")
 
 KINDS = ("right", "refused", "wrong", "crash", "too slow")
 

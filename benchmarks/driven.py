@@ -71,6 +71,7 @@ class Driven:
         self.fresh = copy.deepcopy(self.model)
         self.given = self.build.batch(len(TASKS))
         facts = Facts(self.model)
+        self.where = ""
         self.head, self.norms = facts.head is not None, bool(facts.norms)
         self.state, self.before = self._state(), self._answer(None)
         if not all(tensor.isfinite().all() for sample in self.before for tensor in sample):
@@ -98,10 +99,23 @@ class Driven:
         visadapt.inject(self.model, method, task=task, norms=norms, example=self.given[0], **options)
 
     def start(self, method: Method) -> str:
-        """Compare the output right after injection with the backbone's."""
-        options = {"head": "copy"} if self.head else {}
-        self._put(method, "a", options)
-        self._put(method, "b", options)
+        """Compare the output right after injection with the backbone's.
+
+        The method is put at its default sites; where there is none, at all linears, or all convolutions.
+        """
+        options: dict[str, Any] = {"head": "copy"} if self.head else {}
+        self.where, first = "", None
+        for where in (None, "linear", "conv") if method.kinds else (None,):
+            try:
+                self._put(method, "a", {**options, "where": where})
+            except VisadaptError as error:
+                first = first or error
+                continue
+            self.where = where or ""
+            self._put(method, "b", {**options, "where": where})
+            break
+        else:
+            raise first or AssertionError
         off = self._off(self._answer("a"), self.before)
         for seed, task in enumerate("ab"):
             stir(self.model, task, seed)
@@ -192,4 +206,4 @@ def drive(driven: Driven, method: Method, last: bool = True) -> dict[str, str]:
     judge("frozen", driven.frozen)
     if last or {"wrong", "crash"} & set(results.values()):
         judge("eject", driven.eject)
-    return {**results, "details": " | ".join(details)}
+    return {**results, "where": driven.where, "details": " | ".join(details)}
