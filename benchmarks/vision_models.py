@@ -106,6 +106,15 @@ def _runs(architecture: Architecture) -> bool:
 
 
 def _more() -> Iterator[VisionModel]:
+    # other blocks than those of the smallest of their family
+    for family, name, size in (
+        ("byoanet", "lambda_resnet26t", 256),
+        ("byoanet", "botnet26t_256", 256),
+        ("coat", "coat_lite_tiny", 224),
+        ("maxxvit", "coatnet_nano_rw_224", 224),
+    ):
+        yield VisionModel(Architecture("timm", family, name, size))
+
     def one(family: str, name: str, size: int, kind: Kind, **options: Any) -> VisionModel:
         return VisionModel(Architecture("torchvision", family, name, size, options), kind)
 
