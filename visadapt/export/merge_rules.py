@@ -156,8 +156,8 @@ class _Rules:
             readers = foreign_reader(source, set(written), example)
         except VisadaptError as error:
             raise VisadaptError(
-                f"it cannot be seen whether other modules compute with what the {next(iter(written.values()))} changes: "
-                f"{error}, or as probe="
+                f"it cannot be seen whether other modules compute with what the {next(iter(written.values()))} "
+                f"changes: {error}, or as probe="
             ) from error
         for name, reader in readers.items():
             raise VisadaptError(
@@ -192,8 +192,8 @@ class _Rules:
         gone = [name for name in getattr(part, "names", ()) if name not in owned]
         if gone:
             raise VisadaptError(
-                f"the {what} cannot be merged: the {gone[0]} of its host is no parameter any more, but computed anew in "
-                "every forward (weight norm, pruning, …)"
+                f"the {what} cannot be merged: the {gone[0]} of its host is no parameter any more, but computed anew "
+                "in every forward (weight norm, pruning, …)"
             )
         present = {name: self.weights.present(host, name) for name in owned}
         for name, value in part(present).items():

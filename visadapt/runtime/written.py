@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import joined
