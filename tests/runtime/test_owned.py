@@ -221,6 +221,13 @@ def test_save_sees_what_is_trained_beside_the_task(net, x, tmp_path) -> None:
     visadapt.save(net, "own", tmp_path / "b")
 
 
+def test_save_names_a_parameter_of_the_model_itself(net, x, tmp_path) -> None:
+    visadapt.inject(net, BOTTLENECK, where="body")
+    net.register_parameter("temperature", nn.Parameter(torch.ones(1)))
+    with pytest.raises(VisadaptError, match="and trained: temperature, a parameter of the model itself"):
+        visadapt.save(net, "default", tmp_path / "a")
+
+
 def test_save_sees_replaced_heads_and_new_modules(x, tmp_path) -> None:
     model = torchvision.models.resnet18(num_classes=4)
     visadapt.inject(model, m=2, task="a")

@@ -128,6 +128,13 @@ def check_nothing_else_trained(model: nn.Module, registry: Registry, task: str) 
     ]
     if trained:
         closed = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+        loose = [name for name in trained if "." not in name]
+        if loose:
+            raise VisadaptError(
+                f"put in or unfrozen after inject, and trained: {loose[0]}, a parameter of the model itself, which the "
+                f"file of task {task!r} would leave out. Put it into a module of its own before inject, and let the "
+                "task own that by train_also=, or call requires_grad_(False) on it if it now belongs to the backbone"
+            )
         paths = list(dict.fromkeys(_outermost(name, closed) for name in trained))
         shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
         raise VisadaptError(
