@@ -654,7 +654,9 @@ def test_own_weights_take_no_part_where_a_weight_came_to_be_computed(tiny) -> No
     visadapt.inject(tiny, Full(), task="task", norms="frozen")
     with using(tiny, None):
         nn.utils.spectral_norm(tiny.layer1[0].conv1)
-    with pytest.raises(VisadaptError, match=r"full at layer1\.0\.conv1 cannot be merged: the weight of its host is no"):
+    with pytest.raises(
+        VisadaptError, match=r"full at layer1\.0\.conv1 cannot be merged: the weight of its host is not"
+    ):
         visadapt.merge(tiny, "task", probe=False)
 
 

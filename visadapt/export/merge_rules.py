@@ -192,7 +192,7 @@ class _Rules:
         gone = [name for name in getattr(part, "names", ()) if name not in owned]
         if gone:
             raise VisadaptError(
-                f"the {what} cannot be merged: the {gone[0]} of its host is no parameter any more, but computed anew "
+                f"the {what} cannot be merged: the {gone[0]} of its host is not a parameter now, but computed anew "
                 "in every forward (weight norm, pruning, …)"
             )
         present = {name: self.weights.present(host, name) for name in owned}
