@@ -33,6 +33,7 @@ from visadapt import (
     using,
 )
 from visadapt.backbone import tracing
+from visadapt.runtime import door, host
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 TASKS = ("a", "b", "c", "d")
@@ -191,6 +192,9 @@ def test_the_number_of_a_task_is_never_given_again() -> None:
 def test_a_model_runs_uncompiled_where_a_graph_cannot_read_the_tasks(monkeypatch) -> None:
     """As in all versions of torch before 2.14."""
     monkeypatch.setattr(tracing, "READS_CONTEXT", False)
+    for module in (door, host):
+        uncompiled = torch.compiler.disable(tracing.run_uncompiled_before_torch_2_14)
+        monkeypatch.setattr(module, "run_uncompiled_before_torch_2_14", uncompiled)
     model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +24,9 @@ from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.reordering import is_marked, mark
 from visadapt.backbone.twin import examining, twin_of
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _SHAPING = {"view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "repeat", "arange", "zeros", "ones", "full"}
 _SHAPING |= {"empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "empty_strided", "as_strided"}
@@ -101,6 +103,8 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
     """
     if any(is_cache(leaf) or not isinstance(cut.get(key, 0), int) for key, leaf in leaves(given)):
         return None
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, which takes most of a second
+
     environment = ShapeEnv(duck_shape=False)
     fake = NotedFakes(shape_env=environment)
     try:
@@ -115,6 +119,8 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
 def _found(
     model: nn.Module, given: Any, cut: Mapping[Key, Axis], entry: Entry, environment: ShapeEnv, fake: FakeTensorMode
 ) -> SizeRules:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     batch: set[Any] = set()
     symbols: dict[Key, tuple[Any, ...]] = {}
     others: dict[Key, Any] = {}

@@ -195,7 +195,8 @@ def _layers(facts: Facts, term: str, example: Any) -> list[Site]:
         is_a = {"conv": isinstance(module, _ConvNd), "linear": linear, "norm": norm}
         return any(is_a.values()) if term == "op" else is_a[term]
 
-    inside = tuple(f"{path}." for path in facts.head_modules)
+    head = facts.look_for_head(example)
+    inside = tuple(f"{path}." for path in (() if head is None else head.modules))
     modules = {n: m for n, m in facts.modules.items() if n and wanted(m) and not f"{n}.".startswith(inside)}
     calls = trace_flow(facts.model, example)[0].calls_of() if modules else {}
     called = [name for name in modules if name in calls]
