@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import SymInt, Tensor, nn
@@ -46,6 +47,11 @@ _NUMBERS = "_visadapt_numbers_of_samples"
 
 _LONGEST = 10.0
 """Seconds of computing after which the search for conditions ends."""
+
+
+def _symbolic_shapes() -> Any:
+    # imports sympy, which takes most of a second, in programs without mixed batches as well
+    return import_module("torch.fx.experimental.symbolic_shapes")
 
 
 class _UnruledError(Exception):
@@ -103,9 +109,7 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
     """
     if any(is_cache(leaf) or not isinstance(cut.get(key, 0), int) for key, leaf in leaves(given)):
         return None
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, which takes most of a second
-
-    environment = ShapeEnv(duck_shape=False)
+    environment: ShapeEnv = _symbolic_shapes().ShapeEnv(duck_shape=False)
     fake = NotedFakes(shape_env=environment)
     try:
         return _found(model, given, cut, entry, environment, fake)
@@ -119,8 +123,7 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
 def _found(
     model: nn.Module, given: Any, cut: Mapping[Key, Axis], entry: Entry, environment: ShapeEnv, fake: FakeTensorMode
 ) -> SizeRules:
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
+    dynamic = _symbolic_shapes().DimDynamic
     batch: set[Any] = set()
     symbols: dict[Key, tuple[Any, ...]] = {}
     others: dict[Key, Any] = {}
@@ -129,8 +132,8 @@ def _found(
         if not isinstance(leaf, Tensor):
             others[key] = _plain(leaf)
             return leaf
-        free = [DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in leaf.shape]
-        context = StatelessSymbolicContext(dynamic_sizes=free)  # type: ignore[var-annotated]
+        free = [dynamic.DYNAMIC if size > 1 else dynamic.STATIC for size in leaf.shape]
+        context = _symbolic_shapes().StatelessSymbolicContext(dynamic_sizes=free)
         made = fake.from_tensor(leaf.detach(), symbolic_context=context)
         mark(made)
         symbols[key] = tuple(size.node.expr if isinstance(size, SymInt) else int(size) for size in made.shape)

@@ -48,7 +48,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     if example is not None:
         check_input(example, "example")
     found = facts.sites(example)
-    return found if where is None else select(facts, where, tuple(found.kinds()), example)
+    return found if where is None else _select(facts, found, where, tuple(found.kinds()), example)
 
 
 def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
@@ -70,7 +70,10 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
     Raises:
         VisadaptError: something in ``where`` matches nothing; the nearest is named.
     """
-    found = facts.sites(example)
+    return _select(facts, facts.sites(example), where, kinds, example)
+
+
+def _select(facts: Facts, found: Sites, where: Where | None, kinds: Sequence[str], example: Any) -> Sites:
     chosen: dict[str, Site] = {}
     for term in terms_of(where):
         for site in _match(facts, found, term, kinds, example):
