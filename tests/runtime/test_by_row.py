@@ -109,7 +109,7 @@ def test_all_compositions_run_one_graph(name, method, options) -> None:
     with torch.no_grad():
         with using(model, [None, *TASKS]):
             output(model, inputs)  # shows which rows belong to which sample
-        for _ in range(6):
+        for _ in range(12):
             tasks = draw.choices([*TASKS, None], k=5)
             with using(model, tasks):
                 expected = output(model, inputs)
