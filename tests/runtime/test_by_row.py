@@ -10,7 +10,9 @@ import threading
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.resnet import Bottleneck as ResNetBottleneck
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
@@ -46,7 +48,14 @@ def _dynamo():
     torch._dynamo.reset()
 
 
-# two blocks or one layer: compiling takes as long as there are blocks, and the second shows what the third would
+# one block or layer: compiling takes as long as there are blocks, and one has hosts of all kinds
+def resnet(block=BasicBlock, **options):
+    torch.manual_seed(0)
+    model = ResNet(block, (1, 1, 1, 1), num_classes=10, channels=(16, 16, 16, 16), **options)
+    model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    return enliven(model).eval()
+
+
 def vit():
     torch.manual_seed(0)
     net = timm.create_model(
@@ -56,8 +65,8 @@ def vit():
 
 
 BACKBONES = {
-    "resnet": short,
-    "resnext": lambda: short(block=ResNetBottleneck, cardinality=4, base_width=32),
+    "resnet": resnet,
+    "resnext": lambda: resnet(ResNetBottleneck, cardinality=4, base_width=32),
     "vit": vit,
     "bert": lambda: short(text=True),
 }

@@ -43,4 +43,4 @@ def run_uncompiled_before_torch_2_14(forward: Callable[..., Any], module: nn.Mod
 
 if not READS_CONTEXT:
     # elsewhere it is never called, and this decorator imports dynamo, which takes longer than all of this library
-    run_uncompiled_before_torch_2_14 = torch.compiler.disable(run_uncompiled_before_torch_2_14)
+    run_uncompiled_before_torch_2_14 = torch.compiler.disable(run_uncompiled_before_torch_2_14)  # type: ignore[no-untyped-call]
