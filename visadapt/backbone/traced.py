@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -65,10 +66,11 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     if left_out and not sites:
         raise VisadaptError(left_out[0].reason)
     called = flow.calls_of()
+    used = called.keys() | flow.read
     for block, depth in depths.items():
-        own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
-        inside = Block(block, depth, own, traced=True)
-        sites += conv3x3(inside) + projections(inside)
+        own = {p: m for p, m in modules.items() if p in used and block_of(p, depths) == block}
+        inside = Block(block, depth, {p: m for p, m in own.items() if p in called}, traced=True)
+        sites += conv3x3(inside) + projections(replace(inside, modules=own), used - called.keys())
     found_sites = Sites(sorted(sites, key=lambda site: site.depth))
     found_sites.left_out = tuple(left_out)
     return found_sites

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.norms import is_norm
-from visadapt.backbone.operators import is_linear
-from visadapt.backbone.site import Site, Sites, Where
-from visadapt.backbone.trace import check_input, module_site, trace_flow, trace_sites
+from visadapt.backbone.operators import is_linear, is_operator, operator_of
+from visadapt.backbone.site import WEIGHT, Site, Sites, Where
+from visadapt.backbone.trace import check_input, module_site, trace_flow
 from visadapt.errors import VisadaptError, nearest
 from visadapt.printable import shown
 
@@ -206,3 +207,36 @@ def _traced(facts: Facts, glob: str, example: Any) -> list[Site]:
 
     names = [name for name in facts.modules if name and fnmatchcase(name, glob)]
     return trace_sites(facts.model, names, example) if names else []
+
+
+def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> list[Site]:
+    """Sites at modules of the user's choice, where one forward shows their channels to be.
+
+    They are of kind ``module``, or ``weight`` where other code computes with a module's weight without calling it.
+
+    Args:
+        model: the backbone.
+        names: paths of modules.
+        example: an input; guessed if None.
+
+    Raises:
+        VisadaptError: the model does not run; a module is never called, or the channel axis of its output is not
+            established or is neither axis 1 nor the last.
+    """
+    flow, _ = trace_flow(model, example)
+    calls = flow.calls_of()
+    found = []
+    for depth, name in enumerate(names):
+        module = model.get_submodule(name)
+        if name in flow.read and name not in calls and is_operator(module):
+            found.append(weight_site(name, module, depth))
+        else:
+            found.append(module_site(name, module, depth, calls.get(name, ())))
+    return found
+
+
+def weight_site(name: str, module: nn.Module, depth: int) -> Site:
+    """The site at the weight of a convolution or linear that is never called: other code computes with the weight."""
+    operator = operator_of(module, name)
+    size = parameter_count(module)
+    return Site(name, WEIGHT, operator.outputs, operator.layout, depth, block=name, adapts=size, traced=True)
