@@ -169,7 +169,10 @@ class Facts:
         Raises:
             VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
         """
-        return find_sites(self.model, self.modules, self.known_head, example)
+        found, head = find_sites(self.model, self.modules, self.known_head, example)
+        # one forward shows both, and on the caller's example rather than on a guess
+        self._traced_head = self._traced_head or head
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,17 +27,20 @@ _ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|glu|channel_mix", re.IGNORECASE)
 
 
-def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
+def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> tuple[Sites, Head]:
     """``block``, ``attention`` and ``mlp``: the ends of branches; ``conv3x3``: the 3×3 convs of their blocks.
 
     ``query``, ``value`` and ``qkv``: the projections of attention in them.
+
+    Returns:
+        The sites, and the head as the same forward shows it.
 
     Raises:
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
     flow, _ = trace_flow(model, example)
-    head = head_of_flow(flow, modules) if head is None else head
-    found = ends(flow, modules, head.modules)
+    seen = head_of_flow(flow, modules)
+    found = ends(flow, modules, (seen if head is None else head).modules)
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}
     sites: list[Site] = []
@@ -73,7 +76,7 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
         sites += conv3x3(inside) + projections(replace(inside, modules=own), used - called.keys())
     found_sites = Sites(sorted(sites, key=lambda site: site.depth))
     found_sites.left_out = tuple(left_out)
-    return found_sites
+    return found_sites, seen
 
 
 def block_of(path: str, blocks: Iterable[str]) -> str | None:

@@ -49,7 +49,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     if example is not None:
         check_input(example, "example")
     found = facts.sites(example)
-    return found if where is None else select(facts, where, tuple(found.kinds()), example)
+    return found if where is None else _select(facts, found, where, tuple(found.kinds()), example)
 
 
 def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
@@ -71,7 +71,10 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
     Raises:
         VisadaptError: something in ``where`` matches nothing; the nearest is named.
     """
-    found = facts.sites(example)
+    return _select(facts, facts.sites(example), where, kinds, example)
+
+
+def _select(facts: Facts, found: Sites, where: Where | None, kinds: Sequence[str], example: Any) -> Sites:
     chosen: dict[str, Site] = {}
     for term in terms_of(where):
         for site in _match(facts, found, term, kinds, example):
@@ -196,7 +199,8 @@ def _layers(facts: Facts, term: str, example: Any) -> list[Site]:
         is_a = {"conv": isinstance(module, _ConvNd), "linear": linear, "norm": norm}
         return any(is_a.values()) if term == "op" else is_a[term]
 
-    inside = tuple(f"{path}." for path in facts.head_modules)
+    head = facts.look_for_head(example)
+    inside = tuple(f"{path}." for path in (() if head is None else head.modules))
     modules = {n: m for n, m in facts.modules.items() if n and wanted(m) and not f"{n}.".startswith(inside)}
     calls = trace_flow(facts.model, example)[0].calls_of() if modules else {}
     called = [name for name in modules if name in calls]
