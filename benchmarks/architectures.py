@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.driven import CHECKS, COMMON, MORE, Driven, drive
 from benchmarks.vision_models import MODELS, VisionModel
-from visadapt.errors import nearest
+from visadapt.errors import VisadaptError, nearest
 from visadapt.files import replacing
 from visadapt.table import Table
 
@@ -51,7 +51,8 @@ def work(model: VisionModel, names: Sequence[str], out: Path) -> None:
             driven = driven or Driven(model.build(), model.classes)
             row = drive(driven, (COMMON | MORE)[name], name == names[-1])
         except Exception as error:  # the command counts it
-            row = {"start": "crash", "details": f"build: {type(error).__name__}: {error}"[:250]}
+            said = f"a first task: {type(error).__name__}: {error}"[:250]
+            row = {"start": "refused" if isinstance(error, VisadaptError) else "crash", "details": said}
         append(out, model, name, {**row, "seconds": f"{time.perf_counter() - begun:.1f}"})
         # what is wrong may not spoil the next method
         driven = driven if not {"wrong", "crash"} & set(row.values()) else None

@@ -22,9 +22,7 @@ def test_right_refused_and_wrong():
     assert "AdaptFormer" in row["details"] or "mlp" in row["details"]
     with torch.no_grad():
         next(driven.model.parameters()).add_(1.0)
-    row = drive(driven, visadapt.Bottleneck(m=2), last=False)
-    assert (row["start"], row["frozen"], row["eject"]) == ("wrong", "wrong", "wrong")
-    assert row["eval"] == "right"
+    assert "other tensors" in driven.frozen()
 
 
 def test_a_crash_is_counted():

@@ -84,8 +84,20 @@ def examine(
         why = why or found
     raise VisadaptError(
         f"{samples} tasks were named for a batch that {entry.shown(unwrapped(model))} does not treat as {samples} "
-        f"samples independent of each other ({why}): name one task per sample, or run one task at a time"
+        f"samples independent of each other ({why})"
+        f"{_samples_seen(model, given, samples, entry)}: name one task per sample, or run one task at a time"
     )
+
+
+def _samples_seen(model: nn.Module, given: Any, named: int, entry: Entry) -> str:
+    """Return the end of a message: how many samples a model sees, if that is the first axis of its first tensor."""
+    size = size_of(given)
+    cuts = possible_cuts(given, size) if isinstance(size, int) and size > 1 and size != named else ()
+    try:
+        fits = any(isinstance(_attempted(model, given, cut, size, entry), RowFacts) for cut in cuts)
+    except RelatedError:
+        fits = False
+    return f"; it treats it as {size} samples" if fits else ""
 
 
 @torch.inference_mode(False)
