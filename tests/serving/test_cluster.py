@@ -38,7 +38,8 @@ def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path, monkeypa
     root = str(Path(__file__).parents[2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+        # no processor beside those of the replicas
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", **PATIENT}})  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -92,7 +92,8 @@ class Guard:
             # the server leaves out the body of the answer
             scope = {**scope, "method": "GET"}
         start, status = time.perf_counter(), 0
-        scope.setdefault("state", {})["log"] = noted = {}
+        noted: dict[str, Any] = {}
+        scope.setdefault("state", {})["log"] = noted
         body = Body()
 
         async def sends(message: Message) -> None:

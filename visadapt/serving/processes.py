@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from socket import socket
+from typing import Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -31,9 +32,11 @@ class Processes(Multiprocess):
     """
 
     def __init__(self, config: uvicorn.Config, sock: socket, folder: str, say: Callable[[str], None]) -> None:
-        # before version 0.52, uvicorn is also told what a process runs
-        asks = "target" in inspect.signature(Multiprocess.__init__).parameters
-        super().__init__(config, *([uvicorn.Server(config).run] if asks else []), sockets=[sock])  # type: ignore[arg-type]
+        options: dict[str, Any] = {"sockets": [sock]}
+        if "target" in inspect.signature(Multiprocess.__init__).parameters:
+            # before version 0.52, uvicorn is also told what a process runs
+            options["target"] = uvicorn.Server(config).run
+        super().__init__(config, **options)
         self._folder, self._say, self._failed = folder, say, False
 
     def run(self) -> None:
