@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,13 @@ pytest.importorskip("httpx")
 pytest.importorskip("typer")
 import httpx
 from typer.testing import CliRunner
+from uvicorn.supervisors import Multiprocess
 
 from tests.serving.conftest import CLASSES, png
+from visadapt import VisadaptError
 from visadapt.cli.app import app
 from visadapt.serving import Server
+from visadapt.serving.processes import STARTUP_FAILED, Processes
 
 TOKEN = "a-token-of-more-than-16"
 IMAGE = [("image", ("a.png", png()))]
@@ -135,6 +139,16 @@ def test_several_processes_share_a_port_and_one_that_dies_is_replaced(folder: Pa
         assert process.wait(60) in (0, -signal.SIGTERM)
         # what comes after the port is closed is refused, not kept without an answer
         assert late <= {None, "ConnectError"}
+
+
+def test_a_process_that_does_not_start_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes.__new__(Processes)  # without handlers of signals
+    ended: Any = SimpleNamespace(process=SimpleNamespace(exitcode=STARTUP_FAILED))
+    processes.processes, processes.should_exit, processes._failed = [ended], threading.Event(), False
+    monkeypatch.setattr(Multiprocess, "run", lambda self: self.keep_subprocess_alive())
+    with pytest.raises(VisadaptError, match="did not start"):
+        processes.run()
+    assert processes.should_exit.is_set()
 
 
 @pytest.mark.parametrize(
