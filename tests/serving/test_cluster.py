@@ -38,7 +38,8 @@ def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path, monkeypa
     root = str(Path(__file__).parents[2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+        # no processor beside those of the replicas
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", **PATIENT}})  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -77,3 +78,21 @@ def test_a_cluster_answers_and_keeps_tasks_where_they_are(folder: Path, monkeypa
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def test_a_cluster_of_this_machine_has_room_for_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from visadapt.serving.cluster import _connect
+
+    found: list[dict[str, object]] = []
+
+    def init(**options: object) -> None:
+        found.append(options)
+        if options.get("address") == "auto":
+            raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    _connect(1000)  # more than there are processors
+    assert found[-1]["num_cpus"] == 1000

@@ -250,9 +250,33 @@ def test_a_client_that_leaves_is_not_a_failure_of_the_server(server: Server, cap
     assert [record.name for record in caplog.records] == [log.name]
 
 
+def outcomes(server: Server) -> dict[str, float]:
+    """The number of requests for predictions by outcome."""
+    text = server.metrics.text().decode()
+    found = re.findall(r'^visadapt_requests_total{outcome="(\w+)"} ([\d.]+)$', text, re.MULTILINE)
+    return {outcome: float(count) for outcome, count in found}
+
+
+def test_every_request_is_counted_whoever_refuses_it(server: Server) -> None:
+    before = outcomes(server)
+    predict(server, {"task": "maps", "inputs": IMAGE})
+    predict(server, {"task": "flower", "inputs": IMAGE})
+    predict(server, {"task": "maps", "inputs": IMAGE}, token=TOKEN)  # the client has another
+    predict(server, {"task": "maps", "inputs": IMAGE}, base="http://evil.example")
+    ask(server, "POST", "/v1/predict", content=b"x" * (LIMITS.body + 1))  # refused by its length
+    ask(server, "GET", "/v1/predict")
+    ask(server, "GET", "/v1/tasks/none")
+    after = outcomes(server)
+    added = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+    names = ("ok", "unknown_task", "unauthorized", "wrong_host", "too_large", "method_not_allowed")
+    assert added == dict.fromkeys(names, 1.0)
+
+
 def test_unknown_routes_and_methods(server: Server) -> None:
     assert error_of(ask(server, "GET", "/v1"), 404)["name"] == "not_found"
-    assert error_of(ask(server, "GET", "/v1/predict"), 405)["name"] == "method_not_allowed"
+    response = ask(server, "GET", "/v1/predict")
+    assert error_of(response, 405)["name"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
     assert error_of(ask(server, "GET", "/web/page.html"), 404)
 
 

@@ -138,11 +138,18 @@ def test_the_real_page_runs_under_its_policy_and_shows_the_tasks(images: Site, b
 
 def test_a_pasted_text_is_classified(bert: Path, tmp_path: Path, browser: list[str]) -> None:
     write_text_task(tmp_path, bert, "films")
+    write_text_task(tmp_path, bert, "twins", 1, pairs=True)
     (tmp_path / "rotten.visadapt").write_bytes(b"no task")
     with Site(Server(tmp_path, backbone=f"hf/{bert}"), PASTE) as site:
         found = told(browser, f"{site.url}/probe")
-    assert sorted(found["labels"]) == ["bad", "good"]
-    assert (found["tasks"], found["broken"], found["error"]) == (["films"], ["rotten"], "")
+        assert sorted(found["labels"]) == ["bad", "good"]
+        assert (found["tasks"], found["broken"], found["error"]) == (["films", "twins"], ["rotten"], "")
+        # a task of pairs takes two
+        site.steps = (
+            '[...document.querySelectorAll("#tasks button")][1].click(); $("second").value = "another";' + PASTE
+        )
+        found = told(browser, f"{site.url}/probe")
+        assert (sorted(found["labels"]), found["error"]) == (["bad", "good"], "")
 
 
 HOSTILE = {

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,13 @@ pytest.importorskip("httpx")
 pytest.importorskip("typer")
 import httpx
 from typer.testing import CliRunner
+from uvicorn.supervisors import Multiprocess
 
-from tests.serving.conftest import png
+from tests.serving.conftest import CLASSES, png
+from visadapt import VisadaptError
 from visadapt.cli.app import app
 from visadapt.serving import Server
+from visadapt.serving.processes import STARTUP_FAILED, Processes
 
 TOKEN = "a-token-of-more-than-16"
 IMAGE = [("image", ("a.png", png()))]
@@ -91,6 +95,15 @@ def again(client: httpx.Client) -> Any:
     return answer.json().get("digest")
 
 
+def refusal(client: httpx.Client) -> str | None:
+    """The name of the error of a new connection; None if it is answered."""
+    try:
+        httpx.get(f"{client.base_url}/healthz", timeout=60)
+    except httpx.TransportError as error:
+        return type(error).__name__
+    return None
+
+
 @pytest.mark.slow
 def test_several_processes_share_a_port_and_one_that_dies_is_replaced(folder: Path, tmp_path: Path) -> None:
     token = tmp_path / "token"
@@ -113,8 +126,29 @@ def test_several_processes_share_a_port_and_one_that_dies_is_replaced(folder: Pa
         while (answer := again(client)) is None and time.monotonic() < until:
             time.sleep(0.2)
         assert answer == first
+        # those that died are said and counted, and what they had in memory is not
+        assert process.stderr is not None
+        for pid in workers:
+            assert process.stderr.readline() == f"process {pid} died (-9) and is replaced\n"
+        time.sleep(0.5)
+        found = dict(re.findall(r"^visadapt_(\w+) ([\d.]+)$", client.get("/metrics").text, re.MULTILINE))
+        assert float(found["worker_restarts_total"]) in (1, 2)  # the second may still start
+        assert float(found["tasks_loaded"]) <= 2 * len(CLASSES)
         process.send_signal(signal.SIGTERM)
+        late = {refusal(client) for _ in iter(process.poll, None) if not time.sleep(0.02)}
         assert process.wait(60) in (0, -signal.SIGTERM)
+        # what comes after the port is closed is refused, not kept without an answer
+        assert late <= {None, "ConnectError"}
+
+
+def test_a_process_that_does_not_start_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes.__new__(Processes)  # without handlers of signals
+    ended: Any = SimpleNamespace(process=SimpleNamespace(exitcode=STARTUP_FAILED))
+    processes.processes, processes.should_exit, processes._failed = [ended], threading.Event(), False
+    monkeypatch.setattr(Multiprocess, "run", lambda self: self.keep_subprocess_alive())
+    with pytest.raises(VisadaptError, match="did not start"):
+        processes.run()
+    assert processes.should_exit.is_set()
 
 
 @pytest.mark.parametrize(

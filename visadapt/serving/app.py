@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from visadapt.serving.guard import App, Guard, headers_of
+from visadapt.serving.guard import PREDICT, App, Guard, headers_of
 from visadapt.serving.parsing import ErrorResponse, PredictRequest, PredictResponse, parse
 from visadapt.serving.refusal import ServingError
 from visadapt.serving.server import Answer
@@ -85,12 +85,13 @@ def build_app(
         redoc_url=None,
         lifespan=lambda _: _lifespan(service, warm_first, failed),
     )
-    _add_errors(app, service)
+    _add_errors(app)
     _add_api(app, service)
     _add_state(app, service)
     for path, name in (("/", "page.html"), ("/docs", "docs.html")):
         _add_page(app, path, name)
-    return Guard(app, token, hosts, service.limits)
+    requests = service.metrics.requests
+    return Guard(app, token, hosts, service.limits, count=lambda outcome: requests.labels(outcome).inc())
 
 
 @asynccontextmanager
@@ -114,13 +115,12 @@ async def _lifespan(
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/predict", response_model=PredictResponse, responses=_ERRORS, openapi_extra=_BODY)
+    @app.post(PREDICT, response_model=PredictResponse, responses=_ERRORS, openapi_extra=_BODY)
     async def predict(request: Request) -> JSONResponse:
         """Predict the labels of images or texts."""
         parsed = await parse(request, service.limits)
         request.state.log.update(task=_short(parsed.task), inputs=len(parsed.inputs))
         answers = await service.predict(parsed.task, parsed.inputs, top=parsed.top)
-        service.metrics.requests.labels("ok").inc()
         return JSONResponse(
             {
                 "predictions": [_predicted(answer) for answer in answers],
@@ -160,12 +160,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(await service.metrics_text(), media_type=service.metrics.content_type)
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
-    def answered(request: Request, error: ServingError) -> JSONResponse:
+def _add_errors(app: FastAPI) -> None:
+    def answered(request: Request, error: ServingError, **headers: str) -> JSONResponse:
         request.state.log["error"] = error.name
-        if request.url.path == "/v1/predict":
-            service.metrics.requests.labels(error.name).inc()
-        return JSONResponse(error.json(), error.status, headers=headers_of(error))
+        return JSONResponse(error.json(), error.status, headers={**headers_of(error), **headers})
 
     @app.exception_handler(ServingError)
     async def refused(request: Request, error: ServingError) -> JSONResponse:
@@ -175,7 +173,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
         name = "method_not_allowed" if error.status_code == 405 else "not_found"
         message = f"{request.method} {request.url.path[:100]} is not part of this API"
-        return answered(request, ServingError(name, message, "see /docs"))
+        # which methods there are
+        return answered(request, ServingError(name, message, "see /docs"), **(error.headers or {}))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:

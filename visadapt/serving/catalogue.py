@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visadapt.data.inputs import Inputs
+from visadapt.data.inputs import Inputs, TextInputs
 from visadapt.errors import VisadaptError, nearest
 from visadapt.methods import METHODS
 from visadapt.opening.predicting import PROBLEMS, problem_noted
+from visadapt.printable import printable
 from visadapt.reading import check_file
 from visadapt.runtime.registry import check_task_name
 from visadapt.serving.refusal import ServingError
@@ -61,6 +62,13 @@ class Entry:
     stamp: Stamp | None = None
     problem: str = PROBLEMS[0]
 
+    @property
+    def kind(self) -> str:
+        """What an input is: ``image``, ``text`` or ``pair of texts``."""
+        if isinstance(self.inputs, TextInputs):
+            return "pair of texts" if self.inputs.pairs else "text"
+        return "image"
+
     def json(self) -> dict[str, Any]:
         """Describe the task as JSON values."""
         return {
@@ -68,7 +76,7 @@ class Entry:
             "labels": self.labels,
             "classes": self.classes,
             "problem_type": self.problem,
-            "input": self.inputs.form[0].removesuffix("s"),
+            "input": self.kind,
             "method": self.method,
             "norms": self.norms,
             "values": self.values,
@@ -192,8 +200,8 @@ class Catalogue:
         if not found:
             raise self.unknown(name)
         if len(found) > 1:
-            folders = " and ".join(str(path.parent) for path in found)
-            raise ServingError("broken_task", f"there is a file {found[0].name} in {folders}", "remove one of them")
+            places = f"{len(found)} of the places that are served"
+            raise ServingError("broken_task", f"there is a file {found[0].name} in {places}", "remove all but one")
         return found[0]
 
     def _places(self, name: str) -> list[Path]:
@@ -225,7 +233,7 @@ class Catalogue:
                 raise FileNotFoundError(path) from error
             # a process that has too many files open, or no memory, says nothing about the file
             lasting = not isinstance(error.__cause__, OSError | MemoryError)
-            return ServingError("broken_task", str(error), "replace the file"), lasting
+            return ServingError("broken_task", without_folder(error, path), "replace the file"), lasting
 
 
 def _stems(folder: Path) -> list[str]:
@@ -233,6 +241,11 @@ def _stems(folder: Path) -> list[str]:
         return [path.stem for path in folder.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
     except OSError:  # the folder was removed
         return []
+
+
+def without_folder(error: Exception, path: Path) -> str:
+    """The message of an error about a file, without the folder, which is not for clients."""
+    return str(error).replace(str(path), path.name).replace(printable(path), path.name)
 
 
 def _method(entry: dict[str, Any]) -> str:

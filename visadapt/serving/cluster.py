@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -37,9 +38,12 @@ class Replica:
         """Describe all tasks; return them and the digest of the backbone."""
         return described(self.server), self.server.model_digest
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """Describe one task."""
-        return {**self.server.pool.entry(name).json(), "loaded": name in self.server.pool.loaded()}
+    def entry(self, name: str) -> dict[str, Any] | ServingError:
+        """Describe one task; an error is returned, see `predict`."""
+        try:
+            return {**self.server.pool.entry(name).json(), "loaded": name in self.server.pool.loaded()}
+        except ServingError as error:
+            return error
 
     def metrics_text(self) -> bytes:
         """Return what this replica counts."""
@@ -102,12 +106,11 @@ class ClusterService:
         return tasks
 
     async def task(self, name: str) -> dict[str, Any]:
-        """Describe one task."""
-        for task in await self.tasks():
-            if task["name"] == name and "error" not in task:
-                return task
-        found = await self._handle.predict.remote([name], [b""], 1)
-        raise found if isinstance(found, ServingError) else ServingError("not_found", "no such task", "see /v1/tasks")
+        """Describe one task, as one of the replicas sees it."""
+        found: dict[str, Any] | ServingError = await self._handle.entry.remote(name)
+        if isinstance(found, ServingError):
+            raise found
+        return found
 
     async def predict(self, task: str | Sequence[str], inputs: Sequence[Any], *, top: int | None) -> list[Answer]:
         """Predict the labels of some inputs: each task's on a replica that has it."""
@@ -181,10 +184,25 @@ def application(options: Options, **deployment: Any) -> Any:
         deployment.setdefault("num_replicas", options.workers)
     deployment.setdefault("max_ongoing_requests", options.limits.get("queue", Limits().queue))
     replicas = serve.deployment(name="replicas", **deployment)(Sticky)
-    front = serve.deployment(name="http", max_ongoing_requests=deployment["max_ongoing_requests"])(
-        serve.ingress()(Ingress)
-    )
+    # it waits for the replicas: no processor is kept for it, which they may need
+    front = serve.deployment(
+        name="http",
+        max_ongoing_requests=deployment["max_ongoing_requests"],
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(Ingress))
     return front.bind(replicas.bind(options))
+
+
+def _connect(workers: int) -> None:
+    """Connect to the cluster that Ray finds, or start one on this machine that has room for all replicas."""
+    ray = require("ray", "serving on a cluster", "visadapt[ray]")
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address="auto", namespace="serve")
+    except ConnectionError:
+        # processes may share a processor, as those of the local engine do: Ray would wait for one for each, for ever
+        ray.init(num_cpus=max(os.cpu_count() or 1, workers), namespace="serve")
 
 
 def run(options: Options, say: Callable[[str], None]) -> None:
@@ -201,6 +219,7 @@ def run(options: Options, say: Callable[[str], None]) -> None:
     options.token()
     if options.port == 0:
         raise VisadaptError("port must be given with --engine ray, got 0")
+    _connect(options.workers)
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(application(dataclasses.replace(options)), name=NAME, route_prefix="/")
     say(f"listening at http://{options.host}:{options.port}")

@@ -33,7 +33,7 @@ class Forward:
 
     Args:
         pool: the tasks and their model.
-        metrics: counts batches.
+        metrics: counts batches; None to count nothing.
         device: of the model.
         limits: upper bounds of images.
         exact: whether every sample runs alone, so that its answer does not depend on what else is in the batch.
@@ -43,7 +43,7 @@ class Forward:
     def __init__(
         self,
         pool: Pool,
-        metrics: Metrics,
+        metrics: Metrics | None,
         device: torch.device,
         limits: Limits,
         exact: bool = False,
@@ -52,8 +52,12 @@ class Forward:
         self.pool, self.exact, self.decider = pool, exact, decider
         self._metrics, self._device, self._limits = metrics, device, limits
 
+    def uncounted(self) -> Forward:
+        """The same, without metrics."""
+        return Forward(self.pool, None, self._device, self._limits, self.exact, self.decider)
+
     def known(self, task: str) -> str:
-        """Return the task whose inputs are those of a request: for ``"auto"``, the first that the decider knows.
+        """Return the task whose inputs are a request's: for ``"auto"``, the first of the decider's that there is.
 
         Raises:
             ServingError: the decider is asked for, and there is none.
@@ -63,13 +67,20 @@ class Forward:
         if self.decider is None:
             raise ServingError("invalid_request", "task 'auto' needs a decider, and this server has none",
                                "name a task, or start the server with a decider")  # fmt: skip
-        return self.decider.tasks[0]
+        return next(filter(self._there, self.decider.tasks), self.decider.tasks[0])
+
+    def _there(self, name: str) -> bool:
+        try:
+            return bool(self.pool.entry(name))
+        except ServingError:
+            return False
 
     def answer(self, items: Sequence[Item]) -> None:
         """Give every item its answer or its error."""
         waiting = [item for item in items if item.future.set_running_or_notify_cancel()]
-        for item in waiting:
-            self._metrics.wait.observe(time.monotonic() - item.since)
+        if self._metrics is not None:
+            for item in waiting:
+                self._metrics.wait.observe(time.monotonic() - item.since)
         undecided = [item for item in waiting if item.task == AUTO]
         for group in [[item] for item in undecided] if self.exact else filter(None, [undecided]):
             self._decide(group)
@@ -130,8 +141,9 @@ class Forward:
             message = f"task {item.task!r} gives NaN or infinite logits for this input"
             item.fail(ServingError("failed", message, "check the input, or train the task again"))
             return
-        # first, so that whoever has the answer finds it counted
-        self._metrics.latency.labels(item.task).observe(time.monotonic() - item.since)
+        if self._metrics is not None:
+            # first, so that whoever has the answer finds it counted
+            self._metrics.latency.labels(item.task).observe(time.monotonic() - item.since)
         item.future.set_result((item.entry, logits))
 
     def _logits(self, batch: Sequence[Item]) -> list[Tensor]:
@@ -139,8 +151,9 @@ class Forward:
         inputs = _moved(entries[0].inputs.collate([item.prepared for item in batch]), self._device)
         names = [entry.name for entry in entries]
         single = len(set(names)) == 1
-        self._metrics.batch.observe(len(batch))
-        self._metrics.tasks.observe(len(set(names)))
+        if self._metrics is not None:
+            self._metrics.batch.observe(len(batch))
+            self._metrics.tasks.observe(len(set(names)))
         with torch.no_grad(), using(self.pool.model, names[0] if single else names):
             logits = logits_of(self.pool.model, inputs)
         if single:
@@ -152,8 +165,8 @@ class Forward:
         """Let the decider choose the task of each item, by the bare backbone's features of its input."""
         assert self.decider is not None  # or else `known` refused the request
         try:
-            # prepared as the first task's inputs are; the chosen task's own way follows
-            entry = self.pool.entry(self.decider.tasks[0])
+            # prepared as a task's inputs are that there is; the chosen task's own way follows
+            entry = self.pool.entry(self.known(AUTO))
             for item in items:
                 self._prepare(item, entry)
             batch = entry.inputs.collate([item.prepared for item in items])
@@ -187,6 +200,7 @@ def warm_up(forward: Forward, count: int, max_batch: int) -> int:
     Returns:
         The number of tasks that answered.
     """
+    forward = forward.uncounted()  # these samples are not requests
     forms: dict[Any, list[Entry]] = {}
     for _, state in forward.pool.entries():
         if isinstance(state, Entry):

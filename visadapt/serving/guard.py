@@ -24,6 +24,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz"})
 """Paths without anything of the tasks, which need no token."""
 
+PREDICT = "/v1/predict"
+"""The path of the requests that are counted."""
+
 HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -61,12 +64,20 @@ class Guard:
         limits: upper bounds of bodies.
         patience: seconds that a client may take for each part of its body, and for all of it beyond what it takes at
             `SLOWEST`.
+        count: called with the outcome of each request for predictions, before it is answered: ``"ok"``, or the name of
+            the error.
     """
 
     def __init__(
-        self, app: App, token: str | None, hosts: Iterable[str] | None, limits: Limits, patience: float = 30.0
+        self,
+        app: App,
+        token: str | None,
+        hosts: Iterable[str] | None,
+        limits: Limits,
+        patience: float = 30.0,
+        count: Callable[[str], None] | None = None,
     ) -> None:
-        self._app = app
+        self._app, self._count = app, count
         self._token = None if token is None else token.encode()
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._limits, self._patience = limits, patience
@@ -81,13 +92,16 @@ class Guard:
             # the server leaves out the body of the answer
             scope = {**scope, "method": "GET"}
         start, status = time.perf_counter(), 0
-        scope.setdefault("state", {})["log"] = noted = {}
+        noted: dict[str, Any] = {}
+        scope.setdefault("state", {})["log"] = noted
         body = Body()
 
         async def sends(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self._count is not None and scope["path"] == PREDICT:
+                    self._count(noted.get("error", "ok"))
                 own = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *((n, v) for n, v in HEADERS.items() if n not in own)]
             await send(message)
@@ -96,8 +110,8 @@ class Guard:
             try:
                 self._check(scope)
             except ServingError as error:
-                await _answer(error, sends)
                 noted["error"] = error.name
+                await _answer(error, sends)
                 return
             await self._app(scope, self._bounded(receive, body), sends)
         finally:

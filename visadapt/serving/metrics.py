@@ -40,7 +40,9 @@ class Metrics:
         self.waiting: Any = client.Gauge("visadapt_waiting", "Samples that wait.", multiprocess_mode="livesum", **own)
         self.loads: Any = client.Counter("visadapt_loads", "Tasks loaded from their files.", **own)
         self.evictions: Any = client.Counter("visadapt_evictions", "Tasks removed to make room for others.", **own)
-        self.restarts: Any = client.Counter("visadapt_worker_restarts", "Workers replaced after a crash.", **own)
+        self.restarts: Any = client.Counter(
+            "visadapt_worker_restarts", "Threads and processes replaced after a crash.", **own
+        )
         self._text = client.generate_latest
         self.content_type: str = client.CONTENT_TYPE_LATEST
 

@@ -14,7 +14,7 @@ from torch import nn
 from visadapt.errors import VisadaptError
 from visadapt.injection import remove
 from visadapt.runtime.registry import find_registry, registry_of
-from visadapt.serving.catalogue import Catalogue, Entry
+from visadapt.serving.catalogue import Catalogue, Entry, without_folder
 from visadapt.serving.metrics import Metrics
 from visadapt.serving.refusal import ServingError
 from visadapt.task_file import load
@@ -96,7 +96,8 @@ class FilePool:
         except VisadaptError as error:
             if not entry.path.is_file():
                 raise self._catalogue.unknown(entry.name) from error
-            raise ServingError("broken_task", str(error), "replace the file") from error
+            message = without_folder(error, entry.path)
+            raise ServingError("broken_task", message, "replace the file") from error
         # files of earlier versions have no digest of their own: then that of the entry, if it is still the present one
         digest = registry_of(self.model).task(entry.name).digest
         if digest is None:

@@ -30,7 +30,7 @@ def prepare(entry: Entry, sample: Sample, limits: Limits) -> Any:
         ServingError: the task takes inputs of another kind, the image cannot be decoded, or it is too large.
     """
     inputs, value = entry.inputs, sample.value
-    takes = _kind(entry)
+    takes = entry.kind
     given = "image" if sample.kind == "image" else "text" if isinstance(value, str) else "pair of texts"
     # a line with a tab is a pair, as on the command line
     if given != takes and not (takes == "pair of texts" and given == "text" and "\t" in value):
@@ -54,12 +54,6 @@ _EXAMPLES = {
     "text": '{"text": "…"}',
     "pair of texts": '{"text": ["…", "…"]}',
 }
-
-
-def _kind(entry: Entry) -> str:
-    if isinstance(entry.inputs, TextInputs):
-        return "pair of texts" if entry.inputs.pairs else "text"
-    return "image"
 
 
 def example(entry: Entry, seed: int, length: int = 4) -> Sample:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from visadapt.checks import check_count
 from visadapt.errors import VisadaptError
@@ -27,7 +26,9 @@ from visadapt.serving.app import build_app
 from visadapt.serving.connections import HEAD_BYTES, BoundedProtocol
 from visadapt.serving.guard import App
 from visadapt.serving.guard import log as requests
+from visadapt.serving.heap import trim_heap
 from visadapt.serving.limits import Limits
+from visadapt.serving.processes import REPLACES, Processes
 from visadapt.serving.server import Server
 from visadapt.serving.service import LocalService
 
@@ -143,6 +144,7 @@ def run(options: Options, say: Callable[[str], None]) -> None:
 
 def _run_processes(options: Options, say: Callable[[str], None]) -> None:
     options.make_server()  # an error is said once, not by every process
+    trim_heap()
     with tempfile.TemporaryDirectory(prefix="visadapt-metrics-") as folder:
         environment = {_OPTIONS: json.dumps(dataclasses.asdict(options)), "PROMETHEUS_MULTIPROC_DIR": folder}
         kept = {name: os.environ.get(name) for name in environment}
@@ -154,7 +156,7 @@ def _run_processes(options: Options, say: Callable[[str], None]) -> None:
             )  # fmt: skip
             sock = _bound(options)
             say(f"listening at {_address(options.host, sock.getsockname()[1])}")
-            Multiprocess(config, sockets=[sock]).run()
+            Processes(config, sock, folder, say).run()
         finally:
             for name, value in kept.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
@@ -173,6 +175,7 @@ def _application(options: Options, failed: Callable[[BaseException], None] | Non
         requests.handlers, requests.propagate = [handler], False
         requests.setLevel(logging.INFO)
     service = LocalService(options.make_server(), drain=options.drain)
+    service.metrics.restarts.inc(int(os.environ.get(REPLACES, "0")))
     warm_first = options.workers > 1
     return build_app(service, token=options.token(), hosts=options.hosts(), warm_first=warm_first, failed=failed)
 
