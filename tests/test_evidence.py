@@ -64,7 +64,7 @@ def test_every_contender_can_be_injected(network, names):
     model = resolve(network, pretrained=False) if network in RANDOM else resolve(network)
     for number, name in enumerate(names):
         each = contender(name)
-        inject(model, each.method, task=f"task{number}", num_classes=2, norms=each.norms)
+        inject(model, each.method, task=f"task{number}", num_classes=2, norms=each.norms, where=each.where)
     assert len(tasks(model)) == len(names)
 
 

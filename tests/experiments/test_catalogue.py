@@ -2,6 +2,7 @@
 
 import pytest
 
+import visadapt
 from tests.experiments.conftest import small
 from visadapt import VisadaptError
 from visadapt.experiments import contender
@@ -48,6 +49,27 @@ def test_an_alias_gives_the_contender_of_the_canonical_name(alias, name) -> None
     assert contender(alias).name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "canonical", "where", "norms"),
+    [
+        ("lora r=2", "lora r=2", None, "affine"),
+        ("lora where=conv r=2", "lora r=2 where=conv", "conv", "affine"),
+        ("norms=full lora where=block,conv3x3", "lora where=block,conv3x3 norms=full", ["block", "conv3x3"], "full"),
+        ("bottleneck where=3 m=8", "bottleneck m=8 where=3", 3, "affine"),
+    ],
+)
+def test_a_name_says_where_and_which_norms(name, canonical, where, norms) -> None:
+    built = contender(name)
+    assert (built.name, built.where, built.norms) == (canonical, where, norms)
+    assert contender(canonical) == built
+
+
+def test_a_contender_that_names_its_sites_stands_there() -> None:
+    model = contender("lora r=2 where=conv").put(small(), 0)
+    everywhere = visadapt.summary(model)["digits"].sites
+    assert everywhere > visadapt.summary(contender("lora r=2").put(small(), 0))["digits"].sites
+
+
 # default widths are too large for such narrow layers, and warn
 @pytest.mark.filterwarnings("ignore:.*choose a smaller m:UserWarning")
 @pytest.mark.parametrize("name", sorted(set(_METHODS) - {"adaptformer", "colora"}))
@@ -63,6 +85,7 @@ def test_every_method_for_convolutions_can_be_injected(name) -> None:
         ("botleneck m=8", "no contender 'botleneck'; did you mean 'bottleneck'"),
         ("bottleneck n=8", "Bottleneck has no option 'n'"),
         ("bottleneck m=0", "m must be a positive integer"),
+        ("lora norms=ful", "no norms 'ful'; did you mean 'full'"),
         ("", "no contender ''"),
     ],
 )

@@ -40,6 +40,9 @@ _METHODS: dict[str, type[Method]] = {
 FULL = _NAMES[Full]
 """Name of the contender that trains all weights."""
 
+_INJECTED = ("where", "norms")
+"""What a name may say to `visadapt.inject` beside the method's own options, in the order of canonical names."""
+
 _BASELINES = tuple(_NAMES[cls] for cls in (Linear, Norms, Biases, TopLayers, Full))
 
 # Learning rates around the best ones of docs/cifar10-sweep.md and docs/tweets-sweep.md. Pretrained weights need low
@@ -62,7 +65,8 @@ def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
     Args:
         name: a method and its options: ``bottleneck m=8``, ``lora r=4``, ``parallel``, ``linear probe``,
             ``norms only``, ``biases``, ``top layers n=2``, ``full fine-tuning``. Case, the order of the options and
-            aliases such as ``full`` do not matter: the contender has the canonical name.
+            aliases such as ``full`` do not matter: the contender has the canonical name. ``where=`` and ``norms=`` go
+            to `visadapt.inject`: ``lora r=10 where=conv``, ``bottleneck m=8 where=layer3,layer4 norms=full``.
         epochs: epochs of training, except for a linear probe, which trains for 30 epochs on cached features.
         head_first: whether a new head starts as the linear probe.
 
@@ -80,6 +84,7 @@ def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
     """
     words = name.split()
     options = _options(word for word in words if "=" in word)
+    injected = {name: options.pop(name) for name in _INJECTED if name in options}
     method = _method(" ".join(word for word in words if "=" not in word), options)
     rates: tuple[float, ...]
     if isinstance(method, Linear):
@@ -94,9 +99,20 @@ def contender(name: str, epochs: int = 3, head_first: bool = True) -> Contender:
         recipe = Recipe(epochs=epochs, norm_lr=3e-3)
     # these methods train what their name says and nothing else: the top layers alone, a norm's bias but not its gain
     norms = "frozen" if isinstance(method, Linear | TopLayers | Biases) else method.norms
-    given = (f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options)
-    canonical = " ".join((_NAMES[type(method)], *given))
-    return Contender(canonical, method, recipe.replace(lr=rates[1], head_first=head_first), norms, rates=rates)
+    given = [f"{field.name}={options[field.name]}" for field in dataclasses.fields(method) if field.name in options]
+    canonical = " ".join((_NAMES[type(method)], *given, *(f"{name}={value}" for name, value in injected.items())))
+    return Contender(
+        canonical,
+        method,
+        recipe.replace(lr=rates[1], head_first=head_first),
+        injected.get("norms", norms),
+        _terms(injected.get("where")),
+        rates,
+    )
+
+
+def _terms(where: Any) -> Any:
+    return where.split(",") if isinstance(where, str) and "," in where else where
 
 
 def _options(words: Iterable[str]) -> dict[str, Any]:
