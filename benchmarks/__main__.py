@@ -14,6 +14,7 @@ python -m venv .adapters && .adapters/bin/pip install -e ".[bench-adapters]"
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import RESULTS, read, repeats_of, seconds_of, table, updated, write
-from benchmarks.jobs import FEW, JOBS, Job, device_name, missing_peers, run
+from benchmarks.jobs import FEW, JOBS, Job, device_name, missing_peers, processor, run
 from visadapt.errors import nearest
 
 LEAST = 5.0
@@ -120,9 +121,14 @@ def parse() -> argparse.Namespace:
 
 
 def target(out: Path | None, device: str) -> Path:
-    """Return the CSV file of a device; in another folder than the published one, it begins with what is published."""
+    """Return the CSV file of a device; in another folder than the published one, it begins with what is published.
+
+    The figures of two processors are never in one file.
+    """
     version = torch.__version__.partition("+")[0]
-    name = f"performance-{device_name(device).replace(' ', '-').lower()}-float32-torch{version}.csv"
+    kind = device_name(device) if device.startswith("cuda") else f"cpu {processor()}"
+    words = re.findall(r"\w+", re.sub(r"\(.*?\)", "", kind.lower()))
+    name = f"performance-{'-'.join(words)}-float32-torch{version}.csv"
     if out is None:
         return RESULTS / name
     if not out.is_dir():

@@ -30,6 +30,7 @@ from benchmarks.measure import (
     profile,
     ratio,
 )
+from visadapt.experiments.machine import computes_in_bf16
 
 M = 64
 
@@ -88,12 +89,15 @@ def measure(batch: int, length: int, layers: int, repeats: int, device: str) -> 
         yield exact(
             f"operations: {name} / full fine-tuning, BERT", setting, counted[name] / counted["full fine-tuning"]
         )
-    times = interleaved(steps, repeats, device)
+    if not computes_in_bf16(device):
+        names = [name for name in names if not name.endswith(", bfloat16")]
+    times = interleaved({name: steps[name] for name in names}, repeats, device)
     yield from profile("bottleneck, BERT", setting, steps["bottleneck"])
     for name in names[1:]:
         yield ratio(f"step: {name} / full fine-tuning, BERT", setting, times, name, "full fine-tuning")
-    figure = "step: bottleneck / full fine-tuning, both bfloat16, BERT"
-    yield ratio(figure, setting, times, "bottleneck, bfloat16", "full fine-tuning, bfloat16")
+    if "bottleneck, bfloat16" in names:
+        figure = "step: bottleneck / full fine-tuning, both bfloat16, BERT"
+        yield ratio(figure, setting, times, "bottleneck, bfloat16", "full fine-tuning, bfloat16")
     if "adapter-hub" in names:
         for name in ("bottleneck", "bottleneck, own norms"):
             trained = f"{steps[name].trained:,} / {steps['adapter-hub'].trained:,} trained"

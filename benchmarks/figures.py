@@ -1,4 +1,4 @@
-"""Figures: their CSV files, one per device, and their table and chart beside the goals."""
+"""Figures: their CSV files, one per processor or GPU, and their table and chart beside the goals."""
 
 from __future__ import annotations
 

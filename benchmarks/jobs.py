@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.figures import TOOK
+from visadapt.experiments.machine import computes_in_bf16
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,7 +91,11 @@ def device_name(device: str) -> str:
 
 def facts(device: str) -> dict[str, str]:
     """Return what figures depend on: device, versions, threads and the machine."""
-    parts = [_processor(), f"{os.cpu_count()} cores"]
+    parts = [
+        processor(),
+        f"{os.cpu_count()} cores",
+        *([] if computes_in_bf16(device) else ["no instructions for bfloat16"]),
+    ]
     if device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(device).total_memory
         parts += [f"{memory / 1e9:.0f} GB on the GPU", f"CUDA {torch.version.cuda}"]
@@ -103,7 +108,8 @@ def facts(device: str) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

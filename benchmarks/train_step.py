@@ -32,6 +32,7 @@ from benchmarks.measure import (
     ratio,
     resnet50,
 )
+from visadapt.experiments.machine import computes_in_bf16
 
 CLASSES, M = 10, 32
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -89,6 +90,9 @@ CONTENDERS: dict[str, Make] = {
 
 AUTOCAST = ("full fine-tuning, bfloat16", "peft LoRA, bfloat16")
 
+IN_BF16 = tuple(name for name in CONTENDERS if name.endswith((", bfloat16", ", bfloat16 of int8")))
+"""Timed only where the device has instructions for it."""
+
 PRECISIONS = {name: (name, f"{name}, bfloat16") for name in ("full fine-tuning", "bottleneck", "ladder", "peft LoRA")}
 """What may be chosen from where each takes its best format and precision."""
 
@@ -130,6 +134,7 @@ def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
         yield exact(f"operations: {name} / full fine-tuning", setting, counted[name] / counted["full fine-tuning"])
     peaks = {name: in_new_process(peak, name, size, batch, device) for name in names[:2]}
     yield exact("peak memory: bottleneck / full fine-tuning", setting, peaks["bottleneck"] / peaks["full fine-tuning"])
+    names = [name for name in names if name not in IN_BF16 or computes_in_bf16(device)]
     steps = {f"{name}, {kind}": step(name, kind, size, batch, device)[0] for name in names for kind in FORMATS}
     times = interleaved(steps, repeats, device)
     for kind in FORMATS:
@@ -140,9 +145,14 @@ def measure(size: int, batch: int, repeats: int, device: str) -> Iterator[Row]:
     for name in names[1:]:
         figure = f"step: {name} / full fine-tuning, each in its best format"
         yield ratio(figure, setting, times, quickest[name], quickest["full fine-tuning"])
-    for name in ("bottleneck", "bottleneck, bfloat16", "ladder, bfloat16"):
-        yield from profile(name, f"{setting}, {quickest[name]}", steps[quickest[name]])
-    finest = {name: best(times, [quickest[each] for each in PRECISIONS[name]]) for name in names if name in PRECISIONS}
+    for name in names:
+        if name in ("bottleneck", "bottleneck, bfloat16", "ladder, bfloat16"):
+            yield from profile(name, f"{setting}, {quickest[name]}", steps[quickest[name]])
+    finest = {
+        name: best(times, [quickest[each] for each in of_each if each in names])
+        for name, of_each in PRECISIONS.items()
+        if name in names
+    }
     for name in finest:
         if name != "full fine-tuning":
             figure = f"step: {name} / full fine-tuning, each in its best format and precision"

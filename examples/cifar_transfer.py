@@ -5,9 +5,10 @@ python examples/cifar_transfer.py --quick    # under a minute
 python examples/cifar_transfer.py --sweep    # how the learning rates below were found
 """
 
-from common import computes_in_bf16, contenders, main, parser
+from common import contenders, main, parser
 
 from visadapt.experiments import Contender, ImageProblem
+from visadapt.experiments.machine import computes_in_bf16
 from visadapt.methods import Full, Parallel
 from visadapt.training import Recipe
 

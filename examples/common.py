@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from visadapt.checks import check_width
 from visadapt.experiments import Compare, Contender, Problem, Result, run_experiment
 from visadapt.experiments.catalogue import is_adapter
@@ -59,14 +57,6 @@ def _width(text: str) -> int | float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return width
-
-
-def computes_in_bf16(device: str) -> bool:
-    """Whether a device has instructions for bfloat16: on a CPU without them it is slower than float32."""
-    if torch.device(device).type != "cpu":
-        return True
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def contenders(widths: Sequence[int | float], recipes: dict[str, Recipe]) -> list[Contender]:

@@ -164,7 +164,8 @@ def test_a_budget_takes_few_repeats_of_everything_first(tmp_path, monkeypatch, c
     assert [repeats for _, repeats, *_ in calls] == [2, 2, 2, 11, 5, 3, 33, 15, 9, 110, 50, 30]
     assert max(limit for *_, limit in calls) <= 1000
     (out,) = tmp_path.iterdir()
-    assert out.name.startswith("performance-cpu-float32-torch")
+    assert out.name.startswith("performance-cpu-")
+    assert "-float32-torch" in out.name
     # what is left of a later budget goes on from there; too small a one begins nothing
     calls.clear()
     call(monkeypatch, *arguments, "1000")

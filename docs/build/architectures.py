@@ -1,6 +1,7 @@
 """Write docs/architectures.md: the effect of ``visadapt.inject(model, m=32)`` on one architecture per family.
 
     python docs/build/architectures.py [--results FILE] [--jobs N] [--limit SECONDS] [NAME ...]
+    python docs/build/architectures.py --promises        # only the counts of python -m benchmarks.architectures
 
 Architectures are checked in worker processes, each with a time limit. Results are appended to the results file at once;
 architectures that are in it already are not checked again.
@@ -26,6 +27,8 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import architectures as promises  # noqa: E402
+from benchmarks.pages import filled  # noqa: E402
 from tests.backbone.architectures import ALL, Architecture, Report, check  # noqa: E402
 
 TABLE = ROOT / "docs" / "architectures.md"
@@ -38,11 +41,16 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--jobs", type=int, default=2, help="number of worker processes, one thread each")
     parser.add_argument("--limit", type=float, default=300, help="time limit per architecture, in seconds")
+    parser.add_argument("--promises", action="store_true", help="write only the section of every promise")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*", help="architectures to check again (default: all without a result)")
     options = parser.parse_args()
     if options.work:
         work()
+        return
+    if options.promises:
+        page = filled(options.table.read_text(encoding="utf-8"), {"every promise": section()})
+        options.table.write_text(page, encoding="utf-8")
         return
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = read(options.results)
@@ -162,6 +170,7 @@ def table(reports: list[Report]) -> str:
         "|---|---|---|",
     ]
     libraries = list(dict.fromkeys(report.library for report in reports))
+    tail = ["", "## Every promise", "", "<!-- every promise -->", "", section(), "", "<!-- /every promise -->"]
     for library in libraries:
         of_library = [report for report in reports if report.library == library]
         passed = sum(report.passed for report in of_library)
@@ -175,7 +184,19 @@ def table(reports: list[Report]) -> str:
     if failures:
         lines += ["", "## Failures", ""]
         lines += [f"- {report.library}/{report.name}: {report.error or 'a check fails'}" for report in failures]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *tail]) + "\n"
+
+
+def section() -> str:
+    """Make the section of what `benchmarks.architectures` found, from its published results."""
+    rows = list(promises.read(promises.RESULTS).values())
+    reasons = {f"{row['library']} {row['family']}, {row['method']}: {row['details']}" for row in rows if row["details"]}
+    said = (
+        "Results of every promise of the core, by method (`python -m benchmarks.architectures`): the start, gradients,",
+        "mixed batches of three tasks in eval and train mode, the file, merging, the frozen backbone, and eject.",
+    )
+    listed = "\n".join(f"- {' '.join(reason.split())}" for reason in sorted(reasons))
+    return "\n".join(said) + f"\n\n{promises.counts(rows).markdown()}\n\nWhat is not right:\n\n{listed or '- nothing'}"
 
 
 def row(report: Report) -> str:

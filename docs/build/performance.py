@@ -38,7 +38,8 @@ def section(path: Path) -> str:
     """Make the section for one file of results."""
     rows = read(path)
     first = rows[0]
-    title = f"## {first['device']}, {first['threads']} threads, float32, torch {first['torch']}"
+    kind = first["machine"].partition(",")[0] if first["device"] == "cpu" else first["device"]
+    title = f"## {kind}, {first['threads']} threads, float32, torch {first['torch']}"
     measured_on = ", ".join(filter(None, (first["machine"], first["python"] and f"Python {first['python']}")))
     parts = [title, *([f"Measured on {measured_on}."] if measured_on else [])]
     parts += [
