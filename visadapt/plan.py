@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
 from visadapt.backbone.modules import within
-from visadapt.backbone.site import Sites
+from visadapt.backbone.site import WEIGHT, Sites
 from visadapt.backbone.structure import STRUCTURE
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import is_undrawn
@@ -23,6 +23,7 @@ from visadapt.runtime.copies import build_head, own_copy, own_module
 from visadapt.runtime.drawn import bits_of
 from visadapt.runtime.forwards import check_loaded, detach_copy
 from visadapt.runtime.registry import Placement, Registry, Task, find_registry
+from visadapt.runtime.roles import role
 from visadapt.runtime.root import capture_calls
 
 
@@ -125,8 +126,20 @@ def _place(facts: Facts, plan: Plan, method: Method, sites: Sites, built: Adapte
     for path, part in () if built else method.parts(facts, sites, plan.task):
         device = device_of(facts.modules[path], facts.model)
         plan.parts.append((path, method.part, part.to(device=device, dtype=dtype)))
+    _check_weights(plan, method, sites)
     plan.task.placements.append(Placement(method, tuple(site.full_name for site in sites)))
     plan.sites = Sites((*plan.sites, *sites))
+
+
+def _check_weights(plan: Plan, method: Method, sites: Sites) -> None:
+    """Refuse a method that would act on the output of a module that is never called."""
+    hosts = {site.host for site in sites if site.kind == WEIGHT}
+    for path, name, part in plan.parts:
+        if path in hosts and name == method.part and role(part) != "weights":
+            raise VisadaptError(
+                f"{path} is never called: other code computes with its weight; choose a method that changes the weight "
+                "itself, such as LoRA or DoRA"
+            )
 
 
 def _check_outside_owned(task: Task, sites: Sites) -> None:

@@ -37,7 +37,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer, channels first": timm.layers.LayerNorm2d,
     "batch with PReLU": with_prelu,
     "EvoNorm B0": timm.layers.EvoNorm2dB0,
-    "EvoNorm S0": timm.layers.EvoNorm2dS0,
+    "EvoNorm S0": lambda width: timm.layers.EvoNorm2dS0(width, groups=4),
     "filter response": timm.layers.filter_response_norm.FilterResponseNormTlu2d,
     "identity": lambda width: nn.Identity(),
 }
@@ -47,9 +47,17 @@ MERGING = ("batch", "sync", "frozen")
 
 
 def network(name: str) -> nn.Module:
+    """torchvision's ResNet with one narrow block per stage."""
     torch.manual_seed(0)
     block = torchvision.models.resnet.BasicBlock
-    model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=5, norm_layer=NORMS[name])
+    with torch.device("meta"):
+        model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=5, norm_layer=NORMS[name])
+    model.inplanes = WIDTHS[0]
+    model.conv1 = nn.Conv2d(3, WIDTHS[0], 7, stride=2, padding=3, bias=False)
+    model.bn1 = NORMS[name](WIDTHS[0])
+    for stage, width in enumerate(WIDTHS):
+        setattr(model, f"layer{stage + 1}", model._make_layer(block, width, 1, stride=1 + bool(stage)))
+    model.fc = nn.Linear(WIDTHS[-1], 5)
     return enliven(model).eval()
 
 

@@ -248,6 +248,18 @@ def test_what_cannot_be_traced_is_said(where, example, message) -> None:
     assert anatomy(model) == before
 
 
+def test_layers_outside_the_head_are_known_by_the_example() -> None:
+    """No guess runs; a head looked for with another input than the sites' is not found."""
+
+    class Sevens(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.view(-1, 5, 7))
+
+    model = Sevens(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 3))
+    sites = visadapt.sites(model, "linear", example=torch.zeros(2, 5, 7))
+    assert [site.host for site in sites] == ["0", "2"]
+
+
 def test_tracing_computes_nothing_and_keeps_the_modes() -> None:
     model = ZOO["tiny/resnet"].make()
     model.train()

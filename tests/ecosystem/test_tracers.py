@@ -236,3 +236,13 @@ def test_a_graph_is_refused_and_a_module_around_it_is_not():
         assert not torch.equal(found["layer2"], before["layer2"])
         found = visadapt.eject(model)(x)
     assert all(torch.equal(before[key], found[key]) for key in found)
+
+
+def test_a_module_around_a_graph_is_pickled() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(torch.fx.symbolic_trace(layers), nn.Linear(8, 4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    visadapt.inject(model, visadapt.SSF(), task="t", where="op", num_classes=3, example=x)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), model(x))
+    assert visadapt.active(again) == "t"

@@ -10,7 +10,9 @@ import threading
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.resnet import Bottleneck as ResNetBottleneck
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import visadapt
@@ -33,6 +35,7 @@ from visadapt import (
     using,
 )
 from visadapt.backbone import tracing
+from visadapt.runtime import door, host
 
 SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 TASKS = ("a", "b", "c", "d")
@@ -45,7 +48,14 @@ def _dynamo():
     torch._dynamo.reset()
 
 
-# two blocks or one layer: compiling takes as long as there are blocks, and the second shows what the third would
+# one block or layer: compiling takes as long as there are blocks, and one has hosts of all kinds
+def resnet(block=BasicBlock, **options):
+    torch.manual_seed(0)
+    model = ResNet(block, (1, 1, 1, 1), num_classes=10, channels=(16, 16, 16, 16), **options)
+    model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    return enliven(model).eval()
+
+
 def vit():
     torch.manual_seed(0)
     net = timm.create_model(
@@ -55,8 +65,8 @@ def vit():
 
 
 BACKBONES = {
-    "resnet": short,
-    "resnext": lambda: short(block=ResNetBottleneck, cardinality=4, base_width=32),
+    "resnet": resnet,
+    "resnext": lambda: resnet(ResNetBottleneck, cardinality=4, base_width=32),
     "vit": vit,
     "bert": lambda: short(text=True),
 }
@@ -191,6 +201,9 @@ def test_the_number_of_a_task_is_never_given_again() -> None:
 def test_a_model_runs_uncompiled_where_a_graph_cannot_read_the_tasks(monkeypatch) -> None:
     """As in all versions of torch before 2.14."""
     monkeypatch.setattr(tracing, "READS_CONTEXT", False)
+    for module in (door, host):
+        uncompiled = torch.compiler.disable(tracing.run_uncompiled_before_torch_2_14)
+        monkeypatch.setattr(module, "run_uncompiled_before_torch_2_14", uncompiled)
     model, inputs = injected("resnet", Bottleneck(m=2)), inputs_of("resnet", 3)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)

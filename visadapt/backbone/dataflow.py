@@ -87,7 +87,16 @@ class Join:
 
 
 class Flow(TorchFunctionMode):
-    """Records one forward of a model whose modules were hooked by `watch`."""
+    """Records one forward of a model whose modules were hooked by `watch`.
+
+    Attributes:
+        values: the tensors that depend on the input, in the order of appearance.
+        calls: of modules, in the order in which they began.
+        joins: the sums and concatenations.
+        axes: what is known of the axes of tensors.
+        outputs: the values among the model's output.
+        read: paths of modules whose parameters other code computed with.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +105,8 @@ class Flow(TorchFunctionMode):
         self.joins: list[Join] = []
         self.axes = AxisTracker()
         self.outputs: tuple[Value, ...] = ()
+        self.read: set[str] = set()
+        self._owners: dict[int, set[str]] = {}
         self._stack: list[Call] = []
         self._now: dict[int, Value] = {}
         # keep tensors alive, so that ids stay unique
@@ -104,6 +115,9 @@ class Flow(TorchFunctionMode):
     def watch(self, modules: dict[str, nn.Module]) -> None:
         """Hook the modules permanently; use it only on a temporary copy."""
         for path, module in modules.items():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), set()).add(path)
             module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
             module.register_forward_hook(self._leave)
 
@@ -146,6 +160,7 @@ class Flow(TorchFunctionMode):
         before = {id(t): self._now[id(t)] for t in inputs if id(t) in self._now}
         parts = self._parts(name, args)
         out = func(*args, **kwargs)
+        self._note_reads(inputs, out)
         if not known:
             return out
         inplace = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or kwargs.get("inplace")
@@ -158,6 +173,13 @@ class Flow(TorchFunctionMode):
         if parts and value is not None:
             self.joins.append(Join(tuple(self._stack), parts, value, name in _ADDS))
         return out
+
+    def _note_reads(self, inputs: list[Tensor], out: Any) -> None:
+        """Note the modules whose parameters an operator takes while none of the modules that own them runs."""
+        owners = [self._owners[id(tensor)] for tensor in inputs if id(tensor) in self._owners]
+        if owners and _tensors(out):  # not a look at a shape
+            running = {call.path for call in self._stack}
+            self.read |= set().union(*(own for own in owners if running.isdisjoint(own)))
 
     def _parts(self, name: str, args: Any) -> tuple[Value, ...]:
         if name in _ADDS and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):

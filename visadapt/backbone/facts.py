@@ -22,6 +22,9 @@ from visadapt.errors import VisadaptError
 
 _LOCK = threading.Lock()
 
+_FOUND = ("known_head", "norms")
+"""Facts that are found in the modules, and only then kept."""
+
 _STATES = 4
 """How many states of a model are kept with their row facts."""
 
@@ -34,7 +37,6 @@ class Facts:
 
     Attributes:
         model: the backbone.
-        modules: its modules by path, without those of tasks.
         batches: which rows belong to which sample, for each kind of batch seen so far.
         entries: the same for batches that entered through other methods than its forward.
         hooked: the modules that had hooks when the last mixed batch began.
@@ -42,7 +44,6 @@ class Facts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = own_modules(model)
         self._traced_head: Head | None = None
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
@@ -52,8 +53,16 @@ class Facts:
         self._states: list[tuple[State, KnownBatches, dict[Entry, KnownBatches]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has no state before its first batch, and is taken for what its model was
-        return {**self.__dict__, "_copied_current": self.are_current()}
+        # a copy has no state before its first batch, and is taken for what its model was. It looks for its modules
+        # itself: a graph of torch.fx among them cannot be pickled by what is inside of it
+        kept = {**self.__dict__, "_copied_current": self.are_current()}
+        gone = ("modules",) if self.hold() else ("modules", *_FOUND)
+        return {name: value for name, value in kept.items() if name not in gone}
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The backbone's modules by path, without those of tasks, as they were when last looked for."""
+        return own_modules(self.model)
 
     @property
     def name(self) -> str:
@@ -90,7 +99,7 @@ class Facts:
         """Look up the row facts of the model in its present state, or begin new ones."""
         if not self.hold():
             self.modules, self._traced_head = own_modules(self.model), None
-            for name in ("known_head", "norms"):
+            for name in _FOUND:
                 self.__dict__.pop(name, None)
         if self._state is None:
             # the first batch, of a copy too
@@ -160,7 +169,10 @@ class Facts:
         Raises:
             VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
         """
-        return find_sites(self.model, self.modules, self.known_head, example)
+        found, head = find_sites(self.model, self.modules, self.known_head, example)
+        # one forward shows both, and on the caller's example rather than on a guess
+        self._traced_head = self._traced_head or head
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

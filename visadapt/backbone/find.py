@@ -24,11 +24,13 @@ from visadapt.errors import VisadaptError
 FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
 
 # a trace takes about a second, and sites are needed at every inject, load, save and merge
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites, Head | None]] = WeakKeyDictionary()
 
 
-def find_sites(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
-    """Return all sites of a backbone, sorted by depth.
+def find_sites(
+    model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None
+) -> tuple[Sites, Head | None]:
+    """Return all sites of a backbone, sorted by depth, and the head as the trace shows it if there was one.
 
     Args:
         model: the backbone.
@@ -42,17 +44,17 @@ def find_sites(model: nn.Module, modules: dict[str, nn.Module], head: Head | Non
     looks = hash(tuple((path, plain_class(module), _shapes(module)) for path, module in modules.items()))
     known = _KNOWN.get(model)
     if example is None and known is not None and known[0] == looks:
-        return known[1]
+        return known[1:]
     found = structural(model, modules)
-    sites = _sorted(found)
+    sites, seen = _sorted(found), None
     if not found or not covers(found, modules, head):
         try:
-            sites = traced.find(model, modules, head, example)
+            sites, seen = traced.find(model, modules, head, example)
         except VisadaptError:
             if not found or example is not None:
                 raise
-    _KNOWN[model] = (looks, sites)
-    return sites
+    _KNOWN[model] = (looks, sites, seen)
+    return sites, seen
 
 
 def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:

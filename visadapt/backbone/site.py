@@ -13,6 +13,10 @@ LAYOUTS = ("NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC")
 position axes, including none: ``(N, C)``."""
 
 
+WEIGHT = "weight"
+"""The kind of a site whose host is not called: other code computes with its weight, which alone can be adapted."""
+
+
 def is_channels_first(layout: str) -> bool:
     """Whether a layout has the channels on axis 1."""
     return layout.startswith("NC")
@@ -43,8 +47,9 @@ class Site:
 
     Attributes:
         host: path of the module whose output (or input, or weight) is adapted.
-        kind: ``block`` (end of a residual branch, before the add), ``conv3x3``, ``attention``, ``mlp``, … or
-            ``module`` for a place that only a glob of the user's names.
+        kind: ``block`` (end of a residual branch, before the add), ``conv3x3``, ``attention``, ``mlp``, …,
+            ``weight`` (of a module that is never called, since other code computes with its weight) or ``module`` for a
+            place that only a glob of the user's names.
         channels: width of the host's output.
         layout: of the host's output: one of ``LAYOUTS``.
         depth: number of the block it belongs to, counted from the input, from 0.

@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,9 @@ from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.reordering import is_marked, mark
 from visadapt.backbone.twin import examining, twin_of
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _SHAPING = {"view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "repeat", "arange", "zeros", "ones", "full"}
 _SHAPING |= {"empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "empty_strided", "as_strided"}
@@ -44,6 +47,11 @@ _NUMBERS = "_visadapt_numbers_of_samples"
 
 _LONGEST = 10.0
 """Seconds of computing after which the search for conditions ends."""
+
+
+def _symbolic_shapes() -> Any:
+    # imports sympy, which takes most of a second, in programs without mixed batches as well
+    return import_module("torch.fx.experimental.symbolic_shapes")
 
 
 class _UnruledError(Exception):
@@ -101,7 +109,7 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
     """
     if any(is_cache(leaf) or not isinstance(cut.get(key, 0), int) for key, leaf in leaves(given)):
         return None
-    environment = ShapeEnv(duck_shape=False)
+    environment: ShapeEnv = _symbolic_shapes().ShapeEnv(duck_shape=False)
     fake = NotedFakes(shape_env=environment)
     try:
         return _found(model, given, cut, entry, environment, fake)
@@ -115,6 +123,7 @@ def find_rules(model: nn.Module, given: tuple[Any, Any], cut: Mapping[Key, Axis]
 def _found(
     model: nn.Module, given: Any, cut: Mapping[Key, Axis], entry: Entry, environment: ShapeEnv, fake: FakeTensorMode
 ) -> SizeRules:
+    dynamic = _symbolic_shapes().DimDynamic
     batch: set[Any] = set()
     symbols: dict[Key, tuple[Any, ...]] = {}
     others: dict[Key, Any] = {}
@@ -123,8 +132,8 @@ def _found(
         if not isinstance(leaf, Tensor):
             others[key] = _plain(leaf)
             return leaf
-        free = [DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in leaf.shape]
-        context = StatelessSymbolicContext(dynamic_sizes=free)  # type: ignore[var-annotated]
+        free = [dynamic.DYNAMIC if size > 1 else dynamic.STATIC for size in leaf.shape]
+        context = _symbolic_shapes().StatelessSymbolicContext(dynamic_sizes=free)
         made = fake.from_tensor(leaf.detach(), symbolic_context=context)
         mark(made)
         symbols[key] = tuple(size.node.expr if isinstance(size, SymInt) else int(size) for size in made.shape)

@@ -294,24 +294,6 @@ def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:
     return rehearse(model, example, lambda copied, given: record(copied, own_modules(copied), call, given).forget())
 
 
-def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> list[Site]:
-    """Sites of kind ``module`` at modules of the user's choice, where one forward shows their channels to be.
-
-    Args:
-        model: the backbone.
-        names: paths of modules.
-        example: an input; guessed if None.
-
-    Raises:
-        VisadaptError: the model does not run; a module is never called, or the channel axis of its output is not
-            established or is neither axis 1 nor the last.
-    """
-    calls = trace_flow(model, example)[0].calls_of()
-    return [
-        module_site(name, model.get_submodule(name), depth, calls.get(name, ())) for depth, name in enumerate(names)
-    ]
-
-
 _LAST = ("NLC", "NHWC", "NDHWC")
 """Layouts whose channels are the last axis."""
 
@@ -326,7 +308,8 @@ def module_site(name: str, module: nn.Module, depth: int, calls: Sequence[Call])
         calls: its calls in one forward.
 
     Raises:
-        VisadaptError: as `trace_sites`.
+        VisadaptError: it is never called, or the channel axis of its output is not established or is neither axis 1
+            nor the last.
     """
     if not calls:
         raise VisadaptError(f"{name} is never called as a module when the model runs, so no adapter can stand there")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,17 +27,20 @@ _ATTENTION = re.compile(r"attn|attention|mha|msa|xca|crpe", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|glu|channel_mix", re.IGNORECASE)
 
 
-def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> Sites:
+def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, example: Any = None) -> tuple[Sites, Head]:
     """``block``, ``attention`` and ``mlp``: the ends of branches; ``conv3x3``: the 3×3 convs of their blocks.
 
     ``query``, ``value`` and ``qkv``: the projections of attention in them.
+
+    Returns:
+        The sites, and the head as the same forward shows it.
 
     Raises:
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
     flow, _ = trace_flow(model, example)
-    head = head_of_flow(flow, modules) if head is None else head
-    found = ends(flow, modules, head.modules)
+    seen = head_of_flow(flow, modules)
+    found = ends(flow, modules, (seen if head is None else head).modules)
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}
     sites: list[Site] = []
@@ -65,13 +69,14 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     if left_out and not sites:
         raise VisadaptError(left_out[0].reason)
     called = flow.calls_of()
+    used = called.keys() | flow.read
     for block, depth in depths.items():
-        own = {p: m for p, m in modules.items() if p in called and block_of(p, depths) == block}
-        inside = Block(block, depth, own, traced=True)
-        sites += conv3x3(inside) + projections(inside)
+        own = {p: m for p, m in modules.items() if p in used and block_of(p, depths) == block}
+        inside = Block(block, depth, {p: m for p, m in own.items() if p in called}, traced=True)
+        sites += conv3x3(inside) + projections(replace(inside, modules=own), used - called.keys())
     found_sites = Sites(sorted(sites, key=lambda site: site.depth))
     found_sites.left_out = tuple(left_out)
-    return found_sites
+    return found_sites, seen
 
 
 def block_of(path: str, blocks: Iterable[str]) -> str | None:

@@ -36,7 +36,11 @@ def runs_uncompiled() -> bool:
     return not READS_CONTEXT and torch.compiler.is_dynamo_compiling()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_uncompiled_before_torch_2_14(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run a forward without the compiler, which with ``fullgraph=True`` names this function in its error."""
     return forward(module, *args, **kwargs)
+
+
+if not READS_CONTEXT:
+    # elsewhere it is never called, and this decorator imports dynamo, which takes longer than all of this library
+    run_uncompiled_before_torch_2_14 = torch.compiler.disable(run_uncompiled_before_torch_2_14)  # type: ignore[no-untyped-call]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from visadapt.backbone.facts import Facts
+from visadapt.backbone.modules import parameter_count
 from visadapt.backbone.norms import is_norm
-from visadapt.backbone.operators import is_linear
-from visadapt.backbone.site import Site, Sites, Where
-from visadapt.backbone.trace import check_input, module_site, trace_flow, trace_sites
+from visadapt.backbone.operators import is_linear, is_operator, operator_of
+from visadapt.backbone.site import WEIGHT, Site, Sites, Where
+from visadapt.backbone.trace import check_input, module_site, trace_flow
 from visadapt.errors import VisadaptError, nearest
 from visadapt.printable import shown
 
@@ -48,7 +49,7 @@ def sites(model: nn.Module, where: Where | None = None, *, example: Any = None) 
     if example is not None:
         check_input(example, "example")
     found = facts.sites(example)
-    return found if where is None else select(facts, where, tuple(found.kinds()), example)
+    return found if where is None else _select(facts, found, where, tuple(found.kinds()), example)
 
 
 def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any = None) -> Sites:
@@ -70,7 +71,10 @@ def select(facts: Facts, where: Where | None, kinds: Sequence[str], example: Any
     Raises:
         VisadaptError: something in ``where`` matches nothing; the nearest is named.
     """
-    found = facts.sites(example)
+    return _select(facts, facts.sites(example), where, kinds, example)
+
+
+def _select(facts: Facts, found: Sites, where: Where | None, kinds: Sequence[str], example: Any) -> Sites:
     chosen: dict[str, Site] = {}
     for term in terms_of(where):
         for site in _match(facts, found, term, kinds, example):
@@ -195,7 +199,8 @@ def _layers(facts: Facts, term: str, example: Any) -> list[Site]:
         is_a = {"conv": isinstance(module, _ConvNd), "linear": linear, "norm": norm}
         return any(is_a.values()) if term == "op" else is_a[term]
 
-    inside = tuple(f"{path}." for path in facts.head_modules)
+    head = facts.look_for_head(example)
+    inside = tuple(f"{path}." for path in (() if head is None else head.modules))
     modules = {n: m for n, m in facts.modules.items() if n and wanted(m) and not f"{n}.".startswith(inside)}
     calls = trace_flow(facts.model, example)[0].calls_of() if modules else {}
     called = [name for name in modules if name in calls]
@@ -206,3 +211,36 @@ def _traced(facts: Facts, glob: str, example: Any) -> list[Site]:
 
     names = [name for name in facts.modules if name and fnmatchcase(name, glob)]
     return trace_sites(facts.model, names, example) if names else []
+
+
+def trace_sites(model: nn.Module, names: Sequence[str], example: Any = None) -> list[Site]:
+    """Sites at modules of the user's choice, where one forward shows their channels to be.
+
+    They are of kind ``module``, or ``weight`` where other code computes with a module's weight without calling it.
+
+    Args:
+        model: the backbone.
+        names: paths of modules.
+        example: an input; guessed if None.
+
+    Raises:
+        VisadaptError: the model does not run; a module is never called, or the channel axis of its output is not
+            established or is neither axis 1 nor the last.
+    """
+    flow, _ = trace_flow(model, example)
+    calls = flow.calls_of()
+    found = []
+    for depth, name in enumerate(names):
+        module = model.get_submodule(name)
+        if name in flow.read and name not in calls and is_operator(module):
+            found.append(weight_site(name, module, depth))
+        else:
+            found.append(module_site(name, module, depth, calls.get(name, ())))
+    return found
+
+
+def weight_site(name: str, module: nn.Module, depth: int) -> Site:
+    """The site at the weight of a convolution or linear that is never called: other code computes with the weight."""
+    operator = operator_of(module, name)
+    size = parameter_count(module)
+    return Site(name, WEIGHT, operator.outputs, operator.layout, depth, block=name, adapts=size, traced=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.operators import Operator, check_weight, operator_of, rows_of
-from visadapt.backbone.site import Site
+from visadapt.backbone.site import WEIGHT, Site
 from visadapt.checks import check_positive, check_width
 from visadapt.errors import VisadaptError
 from visadapt.methods.layers import truncated_normal_
@@ -43,7 +43,7 @@ class DoRA(Method):
         True
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv")
+    kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv", WEIGHT)
 
     r: int | float = 8
     alpha: float | None = None

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visadapt.backbone.operators import Operator, as_kernel, convolve, operator_of, plain_operator
-from visadapt.backbone.site import Site
+from visadapt.backbone.operators import Operator, as_kernel, check_weight, convolve, operator_of, plain_operator
+from visadapt.backbone.site import WEIGHT, Site
 from visadapt.checks import check_positive, check_probability, check_width
+from visadapt.errors import VisadaptError
 from visadapt.methods.layers import in_dtype_of, truncated_normal_
 from visadapt.methods.method import Method, width
 from visadapt.methods.stacking import Own, in_groups, pointwise
@@ -24,7 +25,8 @@ class LoRA(Method):
     Beside a linear A is r×C_in and B is C_out×r. Beside a convolution A is a k×k convolution C_in → r of the host's
     geometry and B a 1×1 r → C_out: r·(C_in·k² + C_out) parameters. A grouped convolution's weight is, as a matrix,
     C_out × (C_in/groups)·k², and so is B·A: the groups share A, and r·(C_in/groups·k² + C_out) parameters are enough.
-    B starts at zero and A drawn: the network starts as it was, bit for bit. It merges always.
+    B starts at zero and A drawn: the network starts as it was, bit for bit. It merges always. Where other code computes
+    with the weight of a linear without calling it, as in BEiT, that code reads W̃.
 
     By default at the 3×3 convolutions, and at the query and value projections of attention (or at the one linear that
     computes query, key and value).
@@ -45,7 +47,7 @@ class LoRA(Method):
         True
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv")
+    kinds: ClassVar[tuple[str, ...]] = ("conv3x3", "query", "value", "qkv", WEIGHT)
 
     r: int | float = 8
     alpha: float | None = None
@@ -58,7 +60,15 @@ class LoRA(Method):
         check_probability(self.dropout)
 
     def build(self, site: Site, host: nn.Module) -> nn.Module:
-        return LoRAAdapter(self, operator_of(host, site.full_name), width(self.r, site.channels))
+        operator, r = operator_of(host, site.full_name), width(self.r, site.channels)
+        if site.kind != WEIGHT:
+            return LoRAAdapter(self, operator, r)
+        check_weight(host, site.full_name)
+        if self.dropout:
+            raise VisadaptError(
+                f"dropout must be 0 at {site.full_name}, which is never called: no input of it can be dropped"
+            )
+        return LoRAWeight(self, operator, r)
 
 
 class LoRAAdapter(nn.Module):
@@ -114,3 +124,26 @@ class LoRAAdapter(nn.Module):
         if operator.transposed:
             return {"weight": delta.t()}
         return {"weight": delta.view(operator.outputs, *self.a.shape[1:])}
+
+
+class LoRAWeight(nn.Module):
+    """The module of `LoRA` at a weight that other code computes with, without calling the host."""
+
+    role: ClassVar[str] = "weights"
+    names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, method: LoRA, operator: Operator, r: int) -> None:
+        super().__init__()
+        self.scale = 1.0 if method.alpha is None else method.alpha / r
+        self.transposed = operator.transposed
+        inputs = operator.inputs // operator.groups
+        self.a = nn.Parameter(torch.empty(r, inputs, *operator.kernel))
+        self.b = nn.Parameter(torch.zeros(operator.outputs, r))
+        truncated_normal_(self.a, self.a[0].numel() ** -0.5)
+
+    def forward(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "weight" not in parameters:
+            return {}
+        weight = parameters["weight"]
+        delta = self.scale * (self.b @ self.a.flatten(1))
+        return {"weight": weight + (delta.t() if self.transposed else delta.view_as(weight)).to(weight.dtype)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from visadapt.backbone.families.block import Block
 from visadapt.backbone.modules import last_name
 from visadapt.backbone.operators import CONVS, operator_of
-from visadapt.backbone.site import Site
+from visadapt.backbone.site import WEIGHT, Site
 
 _KINDS = {
     "query": ("query", "q_lin", "q_proj", "to_q", "q"),
@@ -18,8 +20,13 @@ _KINDS = {
 _NAMES = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
-def projections(block: Block) -> list[Site]:
-    """Return the linears (or convolutions) of a block that make query, value, or these and the key at once."""
+def projections(block: Block, read: Collection[str] = ()) -> list[Site]:
+    """Return the linears (or convolutions) of a block that make query, value, or these and the key at once.
+
+    Args:
+        block: the block.
+        read: paths of modules whose weights other code computes with, without calling them.
+    """
     found = []
     for path, module in block.modules.items():
         kind = _NAMES.get(last_name(path))
@@ -34,5 +41,5 @@ def projections(block: Block) -> list[Site]:
             channels, layout = int(weight.shape[0 if isinstance(module, nn.Linear) else 1]), "NLC"
         else:
             continue
-        found.append(block.site(path, kind, channels, layout, module, (path,)))
+        found.append(block.site(path, WEIGHT if path in read else kind, channels, layout, module, (path,)))
     return found

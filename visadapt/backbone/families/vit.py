@@ -23,9 +23,9 @@ def find(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
         for kind, (end, adapted, last) in ends.items():
             linear = (block.inner(last),) if last else ()
             found.append(block.site(block.inner(end), kind, width, "NLC", module.get_submodule(adapted), linear))
-        # with separate query and value biases, BEiT and EVA use the projection's weight without calling it
-        if getattr(module._modules.get("attn"), "q_bias", None) is None:
-            found += projections(block)
+        # with separate query and value biases, BEiT and EVA may use the projection's weight without calling it
+        separate = getattr(module._modules.get("attn"), "q_bias", None) is not None
+        found += projections(block, {block.inner("attn.qkv")} if separate else ())
     return found
 
 
