@@ -34,6 +34,14 @@ def test_each_row_has_the_tensor_of_its_group(number: tuple[int, ...], shape: tu
     assert torch.equal(found, torch.stack([tensors[n] for n in number]))
 
 
+@pytest.mark.parametrize("number", [(0, 1, 2), (2, 0, 1, 0), (0, 0)])
+def test_a_tensor_is_divided_at_once_into_the_rows_of_each_group(number: tuple[int, ...]) -> None:
+    rows, x = rows_for(number, 2, torch.device("cpu")), torch.randn(2 * len(number), 3)
+    each = rows.divided(x)
+    assert all(torch.equal(own, rows.take(x, group)) for group, own in enumerate(each))
+    assert torch.equal(rows.join(each), x)
+
+
 def test_gathering_takes_as_many_operators_for_many_rows_as_for_few() -> None:
     def count(rows: int) -> int:
         calls = 0

@@ -5,6 +5,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import visadapt
+from visadapt.runtime import hf_config
 
 
 @pytest.fixture
@@ -40,6 +41,19 @@ def test_each_task_has_its_own_loss(model, tokens):
     with visadapt.using(model, None):
         assert model.config.num_labels == model.num_labels == 3
         assert model.config.problem_type is None
+
+
+def test_a_forward_of_a_mixed_batch_looks_for_its_config_once(model, tokens, monkeypatch):
+    count, plain = [], hf_config.mixed_config
+    monkeypatch.setattr(hf_config, "mixed_config", lambda *args: count.append(args) or plain(*args))
+    with visadapt.using(model, ["five", "score", "five", None]):
+        model(input_ids=tokens)
+        count.clear()
+        model(input_ids=tokens)
+        assert len(count) == 1
+        # between forwards, what was changed since is seen
+        model.config.num_labels = 7
+        assert model.config.num_labels == 7
 
 
 def test_eject_and_remove_leave_the_config_as_it_was(model):

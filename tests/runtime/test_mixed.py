@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import profile
 
 import visadapt
 from tests.models import ZOO, Member, answer, enliven, output, stir
@@ -409,6 +410,24 @@ def test_rows_are_made_once_for_a_pattern_and_serve_training_after_inference_mod
     for n in range(300):
         stacking.rows_for((0, 1) * (n + 1), 1, torch.device("cpu"))
     assert len(stacking._KEPT) <= 256
+
+
+def test_the_rows_of_all_heads_are_taken_at_once(tiny, image) -> None:
+    for i in range(6):
+        visadapt.inject(tiny, Linear(), task=f"t{i}", num_classes=3 + i)
+        stir(tiny, f"t{i}")
+
+    def operators(names: list[str]) -> Counter[str]:
+        x = image[:1].repeat(len(names), 1, 1, 1)
+        with torch.no_grad(), using(tiny.eval(), names):
+            tiny(x)
+            with profile() as profiler:
+                tiny(x)
+        return Counter(event.name for event in profiler.events())
+
+    two, six = operators(["t0", "t1"] * 3), operators([f"t{i}" for i in (*range(6), *range(6))])
+    assert six["aten::linear"] == two["aten::linear"] + 4 == 6
+    assert six["aten::index_select"] == two["aten::index_select"]
 
 
 def test_parameters_changed_between_two_batches_are_seen(tiny, image) -> None:

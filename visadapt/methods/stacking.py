@@ -7,6 +7,7 @@ its options, and it gets tensors by name, with one entry per row (`Own`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
@@ -62,6 +63,12 @@ class Rows:
         if start is not None:
             return tensor.narrow(0, start, self.sizes[group])
         return tensor.index_select(0, self._index(group, self._rows[group]))
+
+    def divided(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each group, taken by one operator for all groups; they may be views of one tensor."""
+        lying = tensor if self._order is None else tensor.index_select(0, self._index("order", self._order))
+        starts = [0, *accumulate(self.sizes)]
+        return [lying.narrow(0, start, size) for start, size in zip(starts, self.sizes, strict=False)]
 
     def put(self, tensor: Tensor, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor with other rows for some groups, in its memory format."""

@@ -59,6 +59,7 @@ class Composition:
         ]
         self.profiles = list(dict.fromkeys(held[name].profile for name in self.names if name is not None))
         self.only = self.profiles[0] if len(self.profiles) == 1 else None
+        self._parts: dict[str, list[nn.ModuleDict | None]] = {}
         self.training = bool(registry.facts.model.__dict__["training"])
 
     def of(self, samples: Sequence[int]) -> Composition:
@@ -71,8 +72,11 @@ class Composition:
 
     def parts(self, path: str) -> list[nn.ModuleDict | None]:
         """Each distinct task's parts at a host; None for the bare backbone and for tasks without parts there."""
-        held = self._held
-        return [None if name is None else held[name].parts.get(path) for name in self.names]
+        found = self._parts.get(path)
+        if found is None:
+            held = self._held
+            found = self._parts[path] = [None if name is None else held[name].parts.get(path) for name in self.names]
+        return found
 
     def norms(self, path: str) -> list[Any] | None:
         """The class, mode and eps of the tasks' own norms at a host; None where tasks change it otherwise."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from visadapt.backbone.subclass import cached, subclass
 from visadapt.errors import VisadaptError
-from visadapt.runtime.registry import Named, Registry, Task, registry_of
+from visadapt.runtime.registry import Mixed, Named, Registry, Task, registry_of
 
 
 def is_labelled(model: nn.Module) -> bool:
@@ -48,15 +48,22 @@ def _config(self: nn.Module) -> Any:
     if torch.compiler.is_dynamo_compiling() and isinstance(task, Named) and task.config is not None:
         # looked up before, so that a graph does not depend on the tasks' names
         return task.config
-    return mixed_config(registry, task, own)
+    if not isinstance(task, Mixed):
+        return mixed_config(registry, task, own)
+    # within a forward, which asks several times
+    if task.config is None:
+        task.config = mixed_config(registry, task, own)
+    return task.config
 
 
 def mixed_config(registry: Registry, tasks: tuple[str | None, ...], own: Any) -> Any:
     """The config of a batch whose logits are as wide as the widest of its tasks' heads."""
     distinct = tuple(dict.fromkeys(tasks))
     configs = [own if task is None else registry.configs.get(task, own) for task in distinct]
-    widths = {config.num_labels for config in configs}
-    problem = _problem({_kind(config) for config in configs}, widths)
+    # each read once: transformers answers an attribute of a config by several calls
+    told = [(config.num_labels, config.problem_type) for config in configs]
+    widths = {width for width, _ in told}
+    problem = _problem({_kind(*each) for each in told}, widths)
     # a kind of loss inferred from the first labels does not hold for other tasks
     key = (max(widths), problem, distinct if problem is None else ())
     if key not in registry.configs:
@@ -78,12 +85,9 @@ UNDECIDED = "undecided"
 """Instead of a kind of loss: the tasks of a batch have several."""
 
 
-def _kind(config: Any) -> str | None:
+def _kind(width: int, problem: str | None) -> str | None:
     """The kind of loss of a config; None if that follows from the first labels."""
-    if config.problem_type is None and config.num_labels == 1:
-        return "regression"
-    kind: str | None = config.problem_type
-    return kind
+    return "regression" if problem is None and width == 1 else problem
 
 
 def _problem(kinds: set[str | None], widths: set[int]) -> str | None:

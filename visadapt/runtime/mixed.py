@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visadapt.backbone.batch import Key, mapped, with_first
 from visadapt.backbone.entry import Entry
 from visadapt.backbone.modules import REGISTRY
-from visadapt.backbone.rows import Fact
+from visadapt.backbone.rows import Fact, Lying
 from visadapt.backbone.shared_pass import spread
 from visadapt.backbone.tracing import is_tracing
 from visadapt.errors import VisadaptError
@@ -99,6 +99,10 @@ class Here:
         """Run ``function(parts, args, kwargs)`` for each group on its own rows and join the results."""
         outs = []
         groups, division = self.groups()
+        rows = self._rows(division, args, kwargs)
+        if rows is not None:
+            each = zip(groups, rows.divided(args[0]), strict=True)
+            return division.join([function(parts, (own,), kwargs) for parts, own in each], self.outputs)
         for group, parts in enumerate(groups):
             own_args, own_kwargs = division.share((args, kwargs), self.inputs, group)
             if self._leaf:
@@ -114,6 +118,15 @@ class Here:
             with self._registry.within(tasks):
                 outs.append(function(parts, own_args, own_kwargs))
         return division.join(outs, self.outputs)
+
+    def _rows(self, division: Division, args: Any, kwargs: Any) -> Rows | None:
+        """Whose rows are whose, where one tensor is all that has to be divided; None elsewhere."""
+        fact = self.inputs.get((0, 0))
+        alone = self._leaf and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        # with autograd, a write to one group's input must not count as one to the others'
+        if not alone or torch.is_grad_enabled() or not isinstance(fact, Lying) or fact.axis != 0:
+            return None
+        return division.rows(args[0].shape[0], args[0].device, fact)
 
     def before(self, args: Any) -> Any:
         """The host's arguments, changed by each task's parts on its own rows.
@@ -188,7 +201,10 @@ class Here:
         return rows.put(out, values) if values else out
 
     def _held(self, cluster: Cluster) -> list[nn.ModuleDict]:
-        by_name = dict(zip(self.composition.names, self.composition.parts(self.path), strict=True))
+        names, parts = self.composition.names, self.composition.parts(self.path)
+        if cluster.names == names:
+            return cast("list[nn.ModuleDict]", parts)
+        by_name = dict(zip(names, parts, strict=True))
         return [cast("nn.ModuleDict", by_name[name]) for name in cluster.names]
 
     def _cluster(

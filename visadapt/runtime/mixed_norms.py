@@ -125,7 +125,9 @@ def _layer_norm(host: nn.Module, own: Callable[[str], Tensor | None], x: Tensor)
     wide = x
     if weight is not None and x.dtype != weight.dtype and not is_autocast(x.device.type):
         wide = x.to(weight.dtype)
-    y = F.layer_norm(wide, shape, eps=cast("float", host.eps))
+    # the kernel without an affine part takes twice as long as that with one
+    one = (wide.new_ones(shape), wide.new_zeros(shape))
+    y = F.layer_norm(wide, shape, *one, eps=cast("float", host.eps))
     if weight is None:
         return y.to(x.dtype)
     weight = weight.view(view)
