@@ -159,7 +159,7 @@ def test_files_of_full_fine_tuning_are_not_kept(tmp_path, monkeypatch):
     kept = make_lab(tmp_path / "kept")
     kept.run([compare()])
     (file,) = (tmp_path / "kept" / "tasks").iterdir()
-    monkeypatch.setattr(lab, "LARGE", file.stat().st_size - 1)
+    monkeypatch.setattr(lab, "LARGE", file.stat().st_size // 2)
     make_lab(tmp_path / "deleted").run([compare()])
     assert list((tmp_path / "deleted" / "tasks").iterdir()) == []
 

@@ -184,7 +184,8 @@ def test_a_batch_of_mixed_tasks_is_traced_by_export_only(ran):
         if ran:
             torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
     with torch.no_grad(), visadapt.using(model, ["a", "a"]):
-        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+        # a trace has a convolution where a product is quicker: on some processors these round differently
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
     visadapt.fit_decider(model, {task: [images()] for task in "ab"})
     with visadapt.using(model, "auto"), pytest.raises(visadapt.VisadaptError, match="cannot trace a batch of mixed"):
         torch.jit.trace(model, x)

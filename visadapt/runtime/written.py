@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 
 from visadapt.backbone.modules import joined
@@ -36,9 +37,12 @@ class Written:
 
     def before(self) -> None:
         """Note the parameters as they are before a forward."""
+        self._local.seen = None
+        if torch.jit.is_tracing():
+            # it would record what is noted as a part of the model
+            return
         # in C, as a model may have hundreds of these
         held = list(map(dict.get, self._dicts, self._names))
-        self._local.seen = None
         try:
             versions, addresses = list(map(_VERSION, held)), list(map(Tensor.data_ptr, held))  # type: ignore[arg-type]
         except (AttributeError, TypeError, RuntimeError):
