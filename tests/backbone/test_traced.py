@@ -80,6 +80,31 @@ class Sequence(Last):
         return tokens.transpose(1, 2).reshape(x.shape)
 
 
+class Positions(nn.Module):
+    """Two tables of relative positions, one per axis, as HaloNet and BoTNet have them."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.rows, self.columns = (nn.Parameter(torch.randn(side, width)) for _ in range(2))
+
+    def forward(self, query: Tensor) -> Tensor:
+        table = self.rows[:, None] + self.columns
+        return 0.1 * (query.unflatten(1, table.shape[:2]).flatten(1, 2) @ table.flatten(0, 1).t()).relu()
+
+
+class Attending(Plain):
+    """Scores of attention are a sum as well, of which one part is computed by a module with two matrices."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.heads, self.positions = nn.Conv2d(width, 3 * width, 1), Positions(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.heads(x).flatten(2).transpose(1, 2).chunk(3, -1)
+        scores = (query @ key.transpose(1, 2) + self.positions(query)).softmax(-1)
+        return x + self.second((scores @ value).transpose(1, 2).reshape(x.shape))
+
+
 class Joined(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.norm(self.second(F.relu(self.first(x))))], 1)[:, : x.shape[1]] * 1.0
@@ -110,6 +135,7 @@ class Net(nn.Module):
         (Last, "block", "blocks.0.second", "NHWC"),
         (Sequence, "block", "blocks.0.second", "NLC"),
         (Straight, "block", "blocks.0", "NCHW"),
+        (Attending, "block", "blocks.0.second", "NCHW"),
     ],
 )
 def test_the_end_of_a_branch_is_found(block, kind, host, layout) -> None:

@@ -30,6 +30,8 @@ from visadapt.backbone.modules import (
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
+
 _SCALES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 
 # operators that move or drop positions: an adapter treats all positions alike, so it can come before them
@@ -193,7 +195,7 @@ class _Reader:
             return self._end(join.stack, left, right, whole)
         if right.comes_from(left):
             return self._end(join.stack, right, left, whole)
-        if left.depth == right.depth:
+        if left.depth == right.depth or self._is_scores(left) or self._is_scores(right):
             return None
         # with a projection in the shortcut the branch is the longer path from the common ancestor, within a block
         branch, shortcut = (left, right) if left.depth > right.depth else (right, left)
@@ -201,6 +203,14 @@ class _Reader:
         start = self.flow.values[shared.bit_length() - 1]
         stack = tuple(c for c in join.stack[-2:] if c.path and any(start is v or start.comes_from(v) for v in c.inputs))
         return self._end(stack, branch, start, whole)
+
+    def _is_scores(self, value: Value) -> bool:
+        """Whether a value is a product of two others without channels, as scores of attention are.
+
+        What HaloNet and BoTNet add to these, a function of the query, is not a branch.
+        """
+        *_, (source, _) = self._back(value)
+        return source.op in _PRODUCTS and len(source.parents) > 1 and channel_axis(value.axes) is None
 
     def _end(self, stack: tuple[Call, ...], branch: Value, start: Value, whole: bool = True) -> End | None:
         """The end of ``branch`` in the innermost call that contains all of it, from ``start`` on."""

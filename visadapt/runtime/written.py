@@ -38,8 +38,8 @@ class Written:
     def before(self) -> None:
         """Note the parameters as they are before a forward."""
         self._local.seen = None
-        if torch.jit.is_tracing():
-            # it would record what is noted as a part of the model
+        if torch._C._get_tracing_state() is not None:
+            # torch.jit.trace would record what is noted as a part of the model
             return
         # in C, as a model may have hundreds of these
         held = list(map(dict.get, self._dicts, self._names))

@@ -72,7 +72,7 @@ class Processes(Multiprocess):
         require("prometheus_client.multiprocess", "serving", "visadapt[serve]").mark_process_dead(pid, self._folder)
 
     def terminate_all(self) -> None:
-        """End all processes, and the port with them: nobody would answer connections that this process keeps open."""
+        """End all processes, and the port with them: connections that this process keeps open would not be answered."""
         super().terminate_all()
         for sock in self.sockets:
             sock.close()
