@@ -165,7 +165,8 @@ def test_offloaded_weights_are_refused_and_may_be_offloaded_afterwards(member, i
     expected = {task: answer(model, inputs, task) for task in (None, "a", "b")}
     cpu_offload(model, execution_device=torch.device("cpu"))
     for task in expected:
-        assert torch.equal(answer(model, inputs, task), expected[task])
+        # weights at other addresses: on some processors, products then round differently
+        torch.testing.assert_close(answer(model, inputs, task), expected[task], rtol=1e-6, atol=1e-6)
     with pytest.raises(VisadaptError, match=r"are offloaded.*Inject first"):
         visadapt.inject(model, m=4, task="c")
     other = cpu_offload(member.make(), execution_device=torch.device("cpu"))

@@ -31,7 +31,12 @@ class Written:
 
     def look_at(self, modules: dict[str, nn.Module]) -> None:
         """Compare the parameters of these modules, by path, from now on."""
-        self._slots = [(path, module, name) for path, module in modules.items() for name in module._parameters]
+        self._slots = [
+            (path, module, name)
+            for path, module in modules.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self._dicts = [module._parameters for _, module, _ in self._slots]
         self._names = [name for _, _, name in self._slots]
 
@@ -45,11 +50,11 @@ class Written:
         held = list(map(dict.get, self._dicts, self._names))
         try:
             versions, addresses = list(map(_VERSION, held)), list(map(Tensor.data_ptr, held))  # type: ignore[arg-type]
+            if addresses != self._known[0]:
+                self._known = addresses, [tensor.detach() for tensor in held if tensor is not None]
         except (AttributeError, TypeError, RuntimeError):
-            # missing ones, and those without counts or memory: of inference mode, of torch.func, on fake tensors
+            # removed ones, and those without counts or memory: of inference mode, of torch.func, on fake tensors
             return
-        if addresses != self._known[0]:
-            self._known = addresses, [tensor.detach() for tensor in held if tensor is not None]
         self._local.seen = held, versions, addresses, self._known[1]
 
     def after(self) -> VisadaptError | None:
