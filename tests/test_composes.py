@@ -164,7 +164,8 @@ def test_export_holds_the_active_task(model, inputs, adapted) -> None:
         visadapt.activate(model, task)
         arguments = ((inputs["x"],), None) if "x" in inputs else ((), inputs)
         program = torch.export.export(model, *arguments, strict=False)
-        assert torch.equal(output(program.module(), inputs), expected)
+        # an exported graph has a convolution where a product is quicker: on some processors these round differently
+        torch.testing.assert_close(output(program.module(), inputs), expected)
 
 
 LOW = [torch.bfloat16, torch.float16]
