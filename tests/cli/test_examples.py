@@ -109,7 +109,7 @@ def test_example_runs_as_written(
     # everything is made, on a free port of this machine, and then nothing is waited for
     monkeypatch.setattr(running, "_bound", lambda options: socket.create_server(("127.0.0.1", 0)))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
-    monkeypatch.setattr(running.Multiprocess, "run", lambda self: self.sockets[0].close())
+    monkeypatch.setattr(running.Processes, "run", lambda self: self.sockets[0].close())
     words = shlex.split(example)[1:]
     source = None
     if "<" in words:

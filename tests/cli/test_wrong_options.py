@@ -158,7 +158,7 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
     )
     monkeypatch.setattr(running, "_bound", lambda options: socket.create_server(("127.0.0.1", 0)))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
-    monkeypatch.setattr(running.Multiprocess, "run", lambda self: self.sockets[0].close())
+    monkeypatch.setattr(running.Processes, "run", lambda self: self.sockets[0].close())
     wrong = []
     for number, (option, value) in enumerate(options(command)):
         if (command, option, value) in MEANT or (not every and value not in FEW):
