@@ -7,7 +7,7 @@ and calls it as its own forward, so that a task's parts act around it, whether i
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from functools import partial, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,6 +17,9 @@ from torch import nn
 from visadapt.backbone.modules import FORWARDS, joined, own_modules
 from visadapt.backbone.subclass import ModuleClass, cached, is_made_by, made_by, subclass
 from visadapt.errors import VisadaptError
+
+DEPTH = 6
+"""How far functions are followed into what they hold."""
 
 
 @cached
@@ -74,7 +77,7 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
             continue
         bound = {key: value for key, value in inner.__dict__.items() if isinstance(value, MethodType | partial)}
         inner.__dict__.update(copy.deepcopy(bound, {id(source): inner, id(inner): inner}))
-        if _holds(inner.__dict__["forward"], set(originals.values())):
+        if holds(inner.__dict__["forward"], set(originals.values())):
             raise VisadaptError(
                 f"{joined(path, name) or type(source).__name__} has a forward of its own, a function "
                 "that no copy of the module can have: a task cannot train a copy of it (norms='frozen' and "
@@ -82,20 +85,23 @@ def detach_copy(part: nn.Module, original: nn.Module, path: str) -> None:
             )
 
 
-def _holds(function: Any, modules: Collection[nn.Module]) -> bool:
-    """Whether a function is bound to one of these modules or closes over one."""
-
-    def any_of(values: Iterable[Any]) -> bool:
-        return any((isinstance(v, nn.Module) and v in modules) or _holds(v, modules) for v in values)
-
-    if isinstance(function, MethodType):
-        return any_of((function.__self__, function.__func__))
-    if isinstance(function, partial):
-        return any_of((function.func, *function.args, *function.keywords.values()))
-    if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
-        return any_of((*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
-    return False
+def holds(value: Any, modules: Collection[nn.Module], depth: int = DEPTH) -> bool:
+    """Whether a function is bound to one of these modules, closes over one or has one among its arguments' defaults."""
+    held: tuple[Any, ...] = ()
+    if isinstance(value, nn.Module):
+        return value in modules
+    if isinstance(value, MethodType):
+        held = value.__self__, value.__func__
+    elif isinstance(value, partial):
+        held = value.func, *value.args, *value.keywords.values()
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
+        held = *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+    elif isinstance(value, Mapping):
+        held = tuple(value.values())
+    elif isinstance(value, list | tuple):
+        held = tuple(value)
+    return depth > 0 and any(holds(each, modules, depth - 1) for each in held)
 
 
 def _is_full(cell: Any) -> bool:
