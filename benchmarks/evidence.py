@@ -51,7 +51,7 @@ from visadapt.training.recipe import COMPILE_MODES
 FULL = "full fine-tuning"
 
 BARS = {
-    "image": (FULL, "linear probe", "bottleneck m=8", "lora r=9 where=conv", "convadapter"),
+    "image": (FULL, "linear probe", "lora r=9 where=conv", "bottleneck m=8", "convadapter"),
     "text": (FULL, "linear probe", "bottleneck m=32", "lora r=8", "bottleneck m=8"),
 }
 """What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning; the first three first."""
