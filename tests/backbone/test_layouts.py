@@ -102,16 +102,20 @@ def test_identity_at_any_size_then_mixed_batches_and_files(name: str, method: st
     for seed, task in enumerate(("a", "b")):
         stir(model, task, seed + 1)
     x, tasks = member.example(5), ["b", None, "a", "b", "a"]
+    saved, expected = v.save(model, "a", tmp_path / "a.visadapt"), answer(model, x, "a")
+    # in float64: norms over the few positions of a small network enlarge the rounding of float32 kernels
+    model.double()
+    exact = x.double()
     with torch.no_grad(), v.using(model, tasks):
-        mixed = model(x)
-    alone = {task: answer(model, x, task) for task in (None, "a", "b")}
+        mixed = model(exact)
+    alone = {task: answer(model, exact, task) for task in (None, "a", "b")}
     for i, task in enumerate(tasks):
-        torch.testing.assert_close(mixed[i], alone[task][i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[i], alone[task][i], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(alone["a"], alone["b"], atol=1e-3)
 
     fresh = member.make()
-    v.load(fresh, v.save(model, "a", tmp_path / "a.visadapt"))
-    assert torch.equal(answer(fresh, x, "a"), alone["a"])
+    v.load(fresh, saved)
+    assert torch.equal(answer(fresh, x, "a"), expected)
 
 
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name, method in CASES if merges(name, method)])
