@@ -33,6 +33,17 @@ image_sources._bundled = part
 """
 """The program that runs the commands takes 200 images per split of the bundled sets: seconds instead of minutes."""
 
+ASKED = """
+import json
+from pathlib import Path
+from fastapi.testclient import TestClient
+with TestClient(app) as client:
+    for task in ("cifar10", "cifar1O"):
+        said = client.post(f"/photos/{task}", content=Path("photo.png").read_bytes())
+        print(json.dumps([said.status_code, said.json()]))
+"""
+"""What asks the application of the page."""
+
 
 @pytest.mark.slow
 def test_the_three_commands(tmp_path: Path) -> None:
@@ -64,14 +75,20 @@ def test_the_three_commands(tmp_path: Path) -> None:
         answer = json.loads(said.stdout)
         assert answer["task"] == ["cifar10"]
         assert len(answer["predictions"][0]) == 3
-        (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+        program, application = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
         said = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True
         )
         lines = said.stdout.decode().splitlines()
         assert [line.split()[0] for line in lines] == ["cifar10", "mnist"]
         best = answer["predictions"][0][0]
         assert lines[0] == f"cifar10 {best['label']} {best['score']:.2f}"
+        said = subprocess.run(
+            [sys.executable, "-c", application + ASKED], cwd=tmp_path, env=environment, check=True, capture_output=True
+        )
+        one, unknown = map(json.loads, said.stdout.decode().splitlines())
+        assert one == [200, {"label": best["label"], "score": pytest.approx(best["score"], abs=1e-4)}]
+        assert unknown == [404, {"detail": "no task 'cifar1O'; did you mean 'cifar10'?"}]
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) in (0, -signal.SIGTERM)
     finally:
