@@ -86,6 +86,14 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+NARROWER = 4
+"""How many times narrower than published the members of timm are; those of torchvision have real widths."""
+
+CHANNELS = tuple(width // NARROWER for width in (64, 128, 256, 512))
+
+GROUPED = tuple(2 * width for width in CHANNELS)
+"""Twice as wide, or the first stage's 32 groups would be of one channel each, which makes a depthwise convolution."""
+
 STAGES = (2, 1, 1, 1)
 """Blocks of each stage of all but one of the ResNet-50s: with and without a projection in the shortcut."""
 
@@ -139,13 +147,13 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _timm_vgg(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import timm
         from timm.layers import ClassifierHead
-        from timm.models.vgg import ConvMlp
+        from timm.models.vgg import VGG, ConvMlp, cfgs
 
+        layers = [width if width == "M" else width // NARROWER for width in cfgs[name]]
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, num_classes=10)
-        model.pre_logits = ConvMlp(512, 64, 7, drop_rate=0.0)
+            model = VGG(layers, num_classes=10, norm_layer=nn.BatchNorm2d)
+        model.pre_logits = ConvMlp(model.features[-3].num_features, 64, 7, drop_rate=0.0)
         model.head = ClassifierHead(64, 10)
         model.features.to_empty(device="cpu")
         return model
@@ -193,13 +201,23 @@ MEMBERS = (
     Member("torchvision/vgg11", _torchvision_vgg("vgg11"), _resnet(8, 8), slow=True),
     Member("torchvision/vgg16", _torchvision_vgg("vgg16"), _resnet(13, 13), slow=True),
     Member("torchvision/vgg16_bn", _torchvision_vgg("vgg16_bn"), _resnet(13, 13), "features.1", slow=True),
-    Member("timm/resnet18", _timm("resnet18"), _resnet(8, 16), "layer2.0.bn1", slow=True),
-    Member("timm/resnet26t", _timm("resnet26t"), _resnet(8, 8), "layer2.0.bn1", slow=True),
-    Member("timm/resnet50", _timm("resnet50", layers=STAGES), _resnet(5, 5), "layer2.0.bn1", slow=True),
-    Member("timm/resnext50_32x4d", _timm("resnext50_32x4d", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/seresnet50", _timm("seresnet50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/resnetblur50", _timm("resnetblur50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/vgg11_bn", _timm_vgg("vgg11_bn"), _resnet(8, 8), "features.1", slow=True),
+    Member("timm/resnet18", _timm("resnet18", channels=CHANNELS), _resnet(8, 16), "layer2.0.bn1", slow=True),
+    Member("timm/resnet26t", _timm("resnet26t", channels=CHANNELS), _resnet(8, 8), "layer2.0.bn1", slow=True),
+    Member(
+        "timm/resnet50", _timm("resnet50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "layer2.0.bn1", slow=True
+    ),
+    Member(
+        "timm/resnext50_32x4d",
+        _timm("resnext50_32x4d", layers=STAGES, channels=GROUPED),
+        _resnet(5, 5),
+        "bn1",
+        slow=True,
+    ),
+    Member("timm/seresnet50", _timm("seresnet50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "bn1", slow=True),
+    Member(
+        "timm/resnetblur50", _timm("resnetblur50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "bn1", slow=True
+    ),
+    Member("timm/vgg11_bn", _timm_vgg("vgg11"), _resnet(8, 8), "features.1", slow=True),
     Member("transformers/bert", _transformers("Bert"), TOKENS, "bert.embeddings.LayerNorm", True, width=3),
     Member(
         "transformers/roberta",
