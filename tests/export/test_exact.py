@@ -81,16 +81,17 @@ class Padded(nn.Module):
 PADDINGS = [(1, 3), ("same", 3), (2, 3), (0, 3), (1, 1), (2, 5), ((1, 0), (3, 1))]
 
 
+MODES = ("zeros", "reflect", "replicate", "circular")
+
+PADDED = [
+    *((mode, *padding, True) for mode in MODES for padding in PADDINGS),
+    # without a norm, every mode and every padding once
+    *((MODES[number % len(MODES)], *padding, False) for number, padding in enumerate(PADDINGS)),
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*more than the .* of what it adapts")
-@pytest.mark.parametrize(
-    ("padding", "kernel", "norm"),
-    [
-        *((p, k, True) for p, k in PADDINGS),
-        (*PADDINGS[0], False),
-        *(pytest.param(p, k, False, marks=pytest.mark.slow) for p, k in PADDINGS[1:]),
-    ],
-)
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("mode", "padding", "kernel", "norm"), PADDED)
 def test_paddings(mode, padding, kernel, norm):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 12, 11, dtype=torch.float64)
