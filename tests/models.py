@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -86,27 +87,50 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+NARROWER = 4
+"""How many times narrower than published most members are; torchvision's ResNet-50 and VGG-16-BN have real widths."""
+
+CHANNELS = tuple(width // NARROWER for width in (64, 128, 256, 512))
+
+GROUPED = tuple(2 * width for width in CHANNELS)
+"""Twice as wide, or the first stage's 32 groups would be of one channel each, which makes a depthwise convolution."""
+
+VGGS = {"vgg11": "A", "vgg16": "D", "vgg16_bn": "D"}
+"""Torchvision's names of their configurations."""
+
 STAGES = (2, 1, 1, 1)
 """Blocks of each stage of all but one of the ResNet-50s: with and without a projection in the shortcut."""
 
 
-def _short_resnet50(**options: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        from torchvision.models.resnet import Bottleneck, ResNet
+def _narrow_resnet(block: str, blocks: tuple[int, ...], narrower: int, **options: Any) -> Callable[[], nn.Module]:
+    """Torchvision's own class, in which the widths of the stages are written down."""
 
-        return ResNet(Bottleneck, list(STAGES), num_classes=10, **options)
+    def build() -> nn.Module:
+        from torchvision.models import resnet
+
+        make_layer = resnet.ResNet._make_layer
+
+        def narrow(model: Any, block: Any, planes: int, *arguments: Any, **more: Any) -> nn.Sequential:
+            return make_layer(model, block, planes // narrower, *arguments, **more)
+
+        kind: Any = getattr(resnet, block)
+        with patch.object(resnet.ResNet, "_make_layer", narrow):
+            model = resnet.ResNet(kind, list(blocks), num_classes=10, **options)
+        model.fc = nn.Linear(512 // narrower * kind.expansion, 10)
+        return model
 
     return build
 
 
-def _torchvision_vgg(name: str) -> Callable[[], nn.Module]:
+def _torchvision_vgg(name: str, narrower: int = 1) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import torchvision
+        from torchvision.models.vgg import VGG, cfgs, make_layers
 
+        layers: Any = [width if isinstance(width, str) else width // narrower for width in cfgs[VGGS[name]]]
         with torch.device("meta"):
-            model = torchvision.models.get_model(name, weights=None, num_classes=10)
+            model = VGG(make_layers(layers, batch_norm=name.endswith("_bn")), num_classes=10, init_weights=False)
         # the 120 million parameters of its two hidden linears would cost minutes and show nothing more
-        model.classifier[0] = nn.Linear(25088, 64)
+        model.classifier[0] = nn.Linear(25088 // narrower, 64)
         model.classifier[3] = nn.Linear(64, 64)
         model.classifier[6] = nn.Linear(64, 10)
         model.features.to_empty(device="cpu")
@@ -139,13 +163,13 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _timm_vgg(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import timm
         from timm.layers import ClassifierHead
-        from timm.models.vgg import ConvMlp
+        from timm.models.vgg import VGG, ConvMlp, cfgs
 
+        layers = [width if width == "M" else width // NARROWER for width in cfgs[name]]
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, num_classes=10)
-        model.pre_logits = ConvMlp(512, 64, 7, drop_rate=0.0)
+            model = VGG(layers, num_classes=10, norm_layer=nn.BatchNorm2d)
+        model.pre_logits = ConvMlp(model.features[-3].num_features, 64, 7, drop_rate=0.0)
         model.head = ClassifierHead(64, 10)
         model.features.to_empty(device="cpu")
         return model
@@ -184,22 +208,44 @@ MEMBERS = (
     # narrow ones, for what needs a real architecture but no real size
     Member("tiny/resnet", _timm("resnet18", channels=(8, 16, 24, 32)), _resnet(8, 16), "layer2.0.bn1"),
     Member("tiny/vgg_bn", _tiny_vgg, _resnet(8, 8), "features.1"),
-    Member("torchvision/resnet18", _torchvision("resnet18"), _resnet(8, 16), "layer2.0.bn1"),
-    Member("torchvision/resnet50", _torchvision("resnet50"), _resnet(16, 16), "layer2.0.bn1", slow=True),
-    Member("torchvision/wide_resnet50_2", _short_resnet50(width_per_group=128), _resnet(5, 5), "bn1", slow=True),
     Member(
-        "torchvision/resnext50_32x4d", _short_resnet50(groups=32, width_per_group=4), _resnet(5, 5), "bn1", slow=True
+        "torchvision/resnet18", _narrow_resnet("BasicBlock", (2, 2, 2, 2), NARROWER), _resnet(8, 16), "layer2.0.bn1"
     ),
-    Member("torchvision/vgg11", _torchvision_vgg("vgg11"), _resnet(8, 8), slow=True),
-    Member("torchvision/vgg16", _torchvision_vgg("vgg16"), _resnet(13, 13), slow=True),
+    Member("torchvision/resnet50", _torchvision("resnet50"), _resnet(16, 16), "layer2.0.bn1", slow=True),
+    Member(
+        "torchvision/wide_resnet50_2",
+        _narrow_resnet("Bottleneck", STAGES, NARROWER, width_per_group=128),
+        _resnet(5, 5),
+        "bn1",
+        slow=True,
+    ),
+    Member(
+        "torchvision/resnext50_32x4d",
+        _narrow_resnet("Bottleneck", STAGES, NARROWER // 2, groups=32, width_per_group=4),
+        _resnet(5, 5),
+        "bn1",
+        slow=True,
+    ),
+    Member("torchvision/vgg11", _torchvision_vgg("vgg11", NARROWER), _resnet(8, 8), slow=True),
+    Member("torchvision/vgg16", _torchvision_vgg("vgg16", NARROWER), _resnet(13, 13), slow=True),
     Member("torchvision/vgg16_bn", _torchvision_vgg("vgg16_bn"), _resnet(13, 13), "features.1", slow=True),
-    Member("timm/resnet18", _timm("resnet18"), _resnet(8, 16), "layer2.0.bn1", slow=True),
-    Member("timm/resnet26t", _timm("resnet26t"), _resnet(8, 8), "layer2.0.bn1", slow=True),
-    Member("timm/resnet50", _timm("resnet50", layers=STAGES), _resnet(5, 5), "layer2.0.bn1", slow=True),
-    Member("timm/resnext50_32x4d", _timm("resnext50_32x4d", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/seresnet50", _timm("seresnet50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/resnetblur50", _timm("resnetblur50", layers=STAGES), _resnet(5, 5), "bn1", slow=True),
-    Member("timm/vgg11_bn", _timm_vgg("vgg11_bn"), _resnet(8, 8), "features.1", slow=True),
+    Member("timm/resnet18", _timm("resnet18", channels=CHANNELS), _resnet(8, 16), "layer2.0.bn1", slow=True),
+    Member("timm/resnet26t", _timm("resnet26t", channels=CHANNELS), _resnet(8, 8), "layer2.0.bn1", slow=True),
+    Member(
+        "timm/resnet50", _timm("resnet50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "layer2.0.bn1", slow=True
+    ),
+    Member(
+        "timm/resnext50_32x4d",
+        _timm("resnext50_32x4d", layers=STAGES, channels=GROUPED),
+        _resnet(5, 5),
+        "bn1",
+        slow=True,
+    ),
+    Member("timm/seresnet50", _timm("seresnet50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "bn1", slow=True),
+    Member(
+        "timm/resnetblur50", _timm("resnetblur50", layers=STAGES, channels=CHANNELS), _resnet(5, 5), "bn1", slow=True
+    ),
+    Member("timm/vgg11_bn", _timm_vgg("vgg11"), _resnet(8, 8), "features.1", slow=True),
     Member("transformers/bert", _transformers("Bert"), TOKENS, "bert.embeddings.LayerNorm", True, width=3),
     Member(
         "transformers/roberta",

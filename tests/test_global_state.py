@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import nn
 
 import visadapt
 from tests.models import every_module, short
-from tests.test_structure import FILES
+from tests.test_structure import FILES, tree
 from tests.test_wrong_calls import CALLS, Context
 from visadapt.backbone.trace import quiet
 from visadapt.export.program import export
@@ -92,10 +93,10 @@ NAMED = {
 """Calls, and the only files that may make them: each is looked at when it is added, and restores what it changes."""
 
 
-NODES = {
-    file.removeprefix("visadapt."): list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    for file, path in FILES.items()
-}
+@cache
+def nodes() -> dict[str, list[ast.AST]]:
+    """Return what each file of the package consists of; the tests of other files need not wait for it."""
+    return {file.removeprefix("visadapt."): list(ast.walk(tree(file))) for file in FILES}
 
 
 def round_trip(call: ast.Call) -> bool:
@@ -106,15 +107,18 @@ def round_trip(call: ast.Call) -> bool:
 def users(name: str) -> set[str]:
     """Files that call a function by its name or by its dotted name."""
     methods = name not in ("eval", "exec")  # a module has a method of that name
-    return {file for file, spelled in CALLED if spelled == name or (methods and spelled.endswith(f".{name}"))}
+    return {file for file, spelled in called() if spelled == name or (methods and spelled.endswith(f".{name}"))}
 
 
-CALLED = {
-    (file, ast.unparse(node.func))
-    for file, nodes in NODES.items()
-    for node in nodes
-    if isinstance(node, ast.Call) and not round_trip(node)
-}
+@cache
+def called() -> set[tuple[str, str]]:
+    """Return each file with the functions that it calls."""
+    return {
+        (file, ast.unparse(node.func))
+        for file, content in nodes().items()
+        for node in content
+        if isinstance(node, ast.Call) and not round_trip(node)
+    }
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -124,8 +128,8 @@ def test_who_may_call_it(name: str) -> None:
 
 def test_nothing_of_torch_or_of_the_environment_is_assigned() -> None:
     found = {}
-    for file, nodes in NODES.items():
-        for node in nodes:
+    for file, content in nodes().items():
+        for node in content:
             targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
             for target in map(ast.unparse, targets):
                 if target.startswith(("torch.", "os.environ", "sys.", "warnings.", "pil.", "signal.")):

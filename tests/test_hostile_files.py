@@ -111,7 +111,8 @@ def traps(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     server = HTTPServer(("127.0.0.1", 0), Server)
     found.port = server.server_port
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # the default of half a second would be waited for at the end of every test
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def connect(_: socket.socket, address: Any, **__: Any) -> None:
         found.reached.append(address)

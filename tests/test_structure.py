@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parents[1] / "visadapt"
 
@@ -41,9 +40,15 @@ FILES = {
 }
 
 
+@cache
+def tree(name: str) -> ast.Module:
+    """Return what a file of the package says."""
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
 def imports(name: str) -> Iterator[str]:
     """Files of the package that a file imports anywhere in it: at the top, in a function, or for types only."""
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in FILES)
         elif isinstance(node, ast.ImportFrom):
@@ -54,7 +59,10 @@ def imports(name: str) -> Iterator[str]:
                     yield target if target in FILES else str(node.module)
 
 
-GRAPH = {name: sorted(set(imports(name)) - {name}) for name in FILES}
+@cache
+def graph() -> dict[str, list[str]]:
+    """Return the files that each file imports."""
+    return {name: sorted(set(imports(name)) - {name}) for name in FILES}
 
 
 def room(name: str) -> str:
@@ -62,7 +70,7 @@ def room(name: str) -> str:
     return name.removeprefix("visadapt").removeprefix(".").partition(".")[0]
 
 
-def circles(graph: dict[str, list[str]]) -> list[list[str]]:
+def circles(edges: dict[str, list[str]]) -> list[list[str]]:
     """The strongly connected components of more than one file (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -72,7 +80,7 @@ def circles(graph: dict[str, list[str]]) -> list[list[str]]:
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
         stack.append(name)
-        for target in graph[name]:
+        for target in edges[name]:
             if target not in index:
                 visit(target)
                 low[name] = min(low[name], low[target])
@@ -84,7 +92,7 @@ def circles(graph: dict[str, list[str]]) -> list[list[str]]:
             if len(component) > 1:
                 found.append(sorted(component))
 
-    for name in graph:
+    for name in edges:
         if name not in index:
             visit(name)
     return found
@@ -95,39 +103,42 @@ def test_every_room_has_a_rank():
 
 
 def test_no_import_circle():
-    assert circles(GRAPH) == []
+    assert circles(graph()) == []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_point_down(name):
-    upward = [t for t in GRAPH[name] if room(t) != room(name) and RANK[room(t)] >= RANK[room(name)]]
+def test_imports_point_down():
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in graph().items()
+        for target in targets
+        if room(target) != room(name) and RANK[room(target)] >= RANK[room(name)]
+    ]
     assert upward == []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_stand_at_the_top(name):
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+def test_imports_stand_at_the_top():
     # a library that may be missing goes through visadapt.optional.require
-    inner = [
-        node.lineno
-        for function in ast.walk(tree)
+    inner = {
+        f"{name}:{node.lineno}"
+        for name in FILES
+        for function in ast.walk(tree(name))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    assert inner == []
+    }
+    assert inner == set()
 
 
 def names(package: str) -> set[str]:
     """What a package's ``__init__`` gives out."""
-    tree = ast.parse(FILES[package].read_text(encoding="utf-8"))
-    return {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    body = tree(package).body
+    return {a.asname or a.name for node in body if isinstance(node, ast.ImportFrom) for a in node.names}
 
 
-@pytest.mark.parametrize("package", [name for name, path in FILES.items() if path.name == "__init__.py"])
-def test_no_module_has_the_name_of_something_that_its_package_gives_out(package):
-    modules = {name.rpartition(".")[2] for name in FILES if name.rpartition(".")[0] == package}
-    assert not modules & names(package)
+def test_no_module_has_the_name_of_something_that_its_package_gives_out():
+    packages = [name for name, path in FILES.items() if path.name == "__init__.py"]
+    modules = {(name.rpartition(".")[0], name.rpartition(".")[2]) for name in FILES}
+    assert {(package, name) for package in packages for name in names(package)} & modules == set()
 
 
 def test_no_module_of_the_core_has_the_name_of_a_public_function():
@@ -136,6 +147,6 @@ def test_no_module_of_the_core_has_the_name_of_a_public_function():
     assert not modules & names("visadapt")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_files_are_short(name):
-    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) < 400
+def test_files_are_short():
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: length for name, length in lines.items() if length >= 400} == {}

@@ -6,6 +6,7 @@ from torch import nn
 
 import visadapt
 from visadapt.backbone import facts as module
+from visadapt.backbone import traced
 from visadapt.backbone.facts import Facts
 from visadapt.runtime.registry import facts_of
 
@@ -58,3 +59,51 @@ def test_facts():
     assert facts.dtype == torch.float32
     assert Facts(timm.create_model("resnet18", num_classes=10).double()).dtype == torch.float64
     assert facts.sites() == visadapt.sites(facts.model)
+
+
+class Blocks(nn.Module):
+    """Residual blocks of no family, between layers that take an input of 5 numbers and a second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x, scale):
+        x = self.stem(x) * scale[:, None]
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x)
+
+
+def test_one_trace_serves_all_tasks_with_examples_alike(monkeypatch):
+    runs = []
+    trace = traced.trace_flow
+    monkeypatch.setattr(traced, "trace_flow", lambda *args: runs.append(args) or trace(*args))
+    model = Blocks()
+    for number, rows in enumerate((2, 2, 3)):
+        example = {"x": torch.randn(rows, 5), "scale": torch.randn(rows)}
+        visadapt.inject(model, m=2, task=f"t{number}", example=example, num_classes=4)
+    assert len(runs) == 2
+    model.blocks[1] = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+    visadapt.sites(model, example=example)
+    assert len(runs) == 3
+
+
+def test_an_input_is_not_guessed_again_for_each_batch(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = Blocks().eval(), (torch.randn(4, 5), torch.rand(4))
+    for task in "ab":
+        visadapt.inject(model, m=2, task=task, example=inputs)
+    calls = counted(monkeypatch, ("traced_head",))
+    facts = facts_of(model)
+    facts._traced_head = None
+    with torch.no_grad(), visadapt.using(model, ["a", "b", "a", "b"]):
+        model(*inputs)
+        tried = calls["traced_head"]
+        for _ in range(3):
+            model(*inputs)
+    assert calls["traced_head"] == tried
+    # what could not be guessed may be guessed now
+    monkeypatch.setattr(Blocks, "forward", lambda self, x: self.fc(self.blocks[1](self.stem(x))))
+    assert facts.look_for_head().modules == ("fc",)

@@ -510,3 +510,22 @@ def test_heads_in_lists_that_are_never_called(refined) -> None:
     assert {path for path in visadapt.tasks(model)["t"].owned if path.startswith("class_embed.")} == {
         f"class_embed.{layer}" for layer in range(3 if refined else 2)
     }
+
+
+def test_a_class_is_built_once_per_config(monkeypatch) -> None:
+    built = []
+    init = transformers.BertForSequenceClassification.__init__
+    monkeypatch.setattr(
+        transformers.BertForSequenceClassification,
+        "__init__",
+        lambda self, config: built.append(config.num_labels) or init(self, config),
+    )
+    sizes = {"vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = transformers.BertConfig(**sizes, hidden_size=8, num_labels=3)
+    for _ in range(3):
+        assert Facts(transformers.BertForSequenceClassification(config)).head.modules == ("classifier",)
+    assert built == [3, 4, 5, 3, 3]
+    model = transformers.BertForSequenceClassification(config)
+    model.config.num_labels = 6
+    assert Facts(model).head.modules == ("classifier",)
+    assert built[-2:] == [7, 8]

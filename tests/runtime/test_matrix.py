@@ -103,15 +103,23 @@ def shared(name: str) -> nn.Module:
 
 
 @cache
+def facts_about(name: str) -> Facts:
+    """The head and the norms of a build, before anything is put in it."""
+    return Facts(shared(name))
+
+
+@cache
 def place(name: str, method: Method) -> dict[str, Any]:
     """Where a method stands in a build, and with which policies: the first of these that it can have.
+
+    The sites are looked for once and then passed as they were found: finding them is a trace of the backbone.
 
     Raises:
         VisadaptError: it can stand nowhere in this build.
     """
     model = shared(name)
     args, kwargs = next(build for build in BUILDS if build.name == name).batch(2)
-    facts = Facts(model)
+    facts = facts_about(name)
     norms = "frozen" if isinstance(method, Linear | Biases | Ladder) or not facts.norms else "affine"
     heads = ({"num_classes": 4}, {"num_classes": None}) if facts.head is not None else ({},)
     refusals = []
@@ -119,6 +127,8 @@ def place(name: str, method: Method) -> dict[str, Any]:
         for head in heads:
             options = {"where": where, "norms": norms, "example": args or kwargs, **head}
             try:
+                if where is not None:
+                    options["where"] = list(visadapt.sites(model, where, example=options["example"]))
                 visadapt.inject(model, method, task="probe", **options)
             except VisadaptError as error:
                 refusals.append(str(error))

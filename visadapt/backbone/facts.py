@@ -45,6 +45,8 @@ class Facts:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._traced_head: Head | None = None
+        # of the model when no input could be guessed on which it runs
+        self._unguessed: State | None = None
         self.batches = KnownBatches()
         self.entries: dict[Entry, KnownBatches] = {}
         self.hooked: list[nn.Module] = []
@@ -124,14 +126,19 @@ class Facts:
     def trace_head(self, example: Any = None) -> Head | None:
         """The head as one forward on fake tensors shows it, kept after the first success; None if none succeeded.
 
+        Each batch of mixed tasks asks for it, so where the model runs on no input that can be guessed, none is tried
+        again until something changes.
+
         Args:
             example: an input; guessed if None.
         """
-        if self._traced_head is None:
+        tried = example is None and self._unguessed is not None and self._unguessed.holds()
+        if self._traced_head is None and not tried:
             try:
                 self._traced_head = traced_head(self.model, self.modules, example)
             except VisadaptError:
-                return None
+                if example is None:
+                    self._unguessed = State(self.modules)
         return self._traced_head
 
     def look_for_head(self, example: Any = None) -> Head | None:

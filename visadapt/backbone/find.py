@@ -11,7 +11,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from visadapt.backbone import traced
 from visadapt.backbone.families import convnext, densenet, mbconv, resnet, transformer, vgg, vit
@@ -24,7 +25,7 @@ from visadapt.errors import VisadaptError
 FAMILIES = (resnet, vgg, transformer, vit, convnext, mbconv, densenet)
 
 # a trace takes about a second, and sites are needed at every inject, load, save and merge
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Sites, Head | None]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, Any, Sites, Head | None]] = WeakKeyDictionary()
 
 
 def find_sites(
@@ -42,9 +43,9 @@ def find_sites(
         VisadaptError: no family knows the backbone and it does not run on the example, or on a guessed input.
     """
     looks = hash(tuple((path, plain_class(module), _shapes(module)) for path, module in modules.items()))
-    known = _KNOWN.get(model)
-    if example is None and known is not None and known[0] == looks:
-        return known[1:]
+    known, kind = _KNOWN.get(model), _kind(example)
+    if known is not None and known[0] == looks and (example is None or known[1] == kind):
+        return known[2:]
     found = structural(model, modules)
     sites, seen = _sorted(found), None
     if not found or not covers(found, modules, head):
@@ -53,8 +54,21 @@ def find_sites(
         except VisadaptError:
             if not found or example is not None:
                 raise
-    _KNOWN[model] = (looks, sites, seen)
+    _KNOWN[model] = (looks, kind, sites, seen)
     return sites, seen
+
+
+def _kind(example: Any) -> Any:
+    """Return what a trace uses of an example: its structure, the shapes and dtypes of its tensors, plain values."""
+    leaves, structure = tree_flatten(example)
+    return structure, list(map(_kind_of_leaf, leaves))
+
+
+def _kind_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    # anything else may have changed inside, so it is like nothing else
+    return leaf if isinstance(leaf, bool | int | float | str | None) else object()
 
 
 def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from visadapt.backbone.batch import Axis, Key
 
@@ -135,10 +136,26 @@ class Print:
             wide = wide[:, :: wide.shape[1] // most | 1]
         wide = torch.view_as_real(wide).flatten(1) if wide.is_complex() else wide
         wide = torch.nan_to_num(wide.double(), nan=3.0, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
-        angles = torch.arange(1, wide.shape[1] + 1, dtype=torch.double, device=wide.device)[:, None]
-        weights = torch.sin(angles * angles.new_tensor([[12.9898, 78.233]]))
+        size = wide.shape[1]
+        weights = _shared_weights(wide.device)[:size] if size <= _SHARED else _weights(size, wide.device)
         exact = not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
         return Print(shape, (wide @ weights).cpu(), 5e-5 if exact else 5e-2)
+
+
+_SHARED = 16384
+"""Length of the rows up to which all tensors are projected with the same numbers, computed once per device."""
+
+
+def _weights(size: int, device: torch.device) -> Tensor:
+    angles = torch.arange(1, size + 1, dtype=torch.double, device=device)[:, None]
+    return torch.sin(angles * angles.new_tensor([[12.9898, 78.233]]))
+
+
+@cache
+def _shared_weights(device: torch.device) -> Tensor:
+    # not a fake tensor, nor one of inference mode, which later forwards could not use
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _weights(_SHARED, device)
 
 
 @cache

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ def _following_num_labels(model: nn.Module, modules: Mapping[str, nn.Module]) ->
     if not isinstance(count, int) or count < 1:
         return ()
     try:
-        more, most = (_widths(plain_class(model), config, count + extra) for extra in (1, 2))
+        more, most = _two_widths(plain_class(model), config, count)
     except Exception:
         # another's constructor: it may take more arguments, read files, or look at values
         return None
@@ -125,6 +126,24 @@ def _following_num_labels(model: nn.Module, modules: Mapping[str, nn.Module]) ->
             return None
         finals.append(Final(last, times, width - times * (count + 1), std))
     return tuple(finals)
+
+
+_BUILT: WeakKeyDictionary[type[nn.Module], tuple[str, tuple[dict[str, int], dict[str, int]]]] = WeakKeyDictionary()
+"""What was last found of each class, and for which config: every inject and load into a new model asks for it."""
+
+
+def _two_widths(cls: type[nn.Module], config: Any, count: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The widths for one label more than the config has, and for two more."""
+    try:
+        text = str(config.to_json_string(use_diff=False))
+    except Exception:  # another's config may hold what JSON cannot say; then nothing is kept
+        text = ""
+    known = _BUILT.get(cls)
+    if known is not None and text and known[0] == text:
+        return known[1]
+    found = _widths(cls, config, count + 1), _widths(cls, config, count + 2)
+    _BUILT[cls] = text, found
+    return found
 
 
 def _widths(cls: type[nn.Module], config: Any, num_labels: int) -> dict[str, int]:
