@@ -14,6 +14,7 @@ from visadapt.checks import check_choice
 from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import Device, Root
 from visadapt.cli.output import say, show
+from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.errors import VisadaptError
 from visadapt.experiments import Experiment, ImageProblem, Problem, TextProblem, contender, run_experiment
 from visadapt.experiments.catalogue import FULL, is_adapter
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
 }
 
 
+@with_table()
 def experiment(
     name: Annotated[str, typer.Argument(help=f"Experiment: {', '.join(EXPERIMENTS)}.")],
     problem: Annotated[
@@ -44,6 +46,7 @@ def experiment(
         typer.Option(metavar="BACKBONE:DATA", help="Backbone and data, such as bundled/resnet50:cifar10; repeatable."),
     ],
     results: Annotated[Path, typer.Option(help="Folder of results; runs that are already there are not repeated.")],
+    table: TableOptions,
     who: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,6 +90,13 @@ def experiment(
         bool, typer.Option("--fast", help="Train in bf16 autocast: faster where the hardware computes in bf16.")
     ] = False,
     length: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per text; default: 64.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric that chooses and is reported, such as macro_f1 where classes are imbalanced; default: "
+            "accuracy, for several labels per sample micro_f1, for real values pearson."
+        ),
+    ] = None,
     root: Root = None,
     engine: Annotated[str, typer.Option(help="Where runs execute: local, or ray.")] = "local",
     processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 1,
@@ -106,12 +116,13 @@ def experiment(
     comparing = EXPERIMENTS[name] is experiments.Compare
     shifted = mirror or (comparing if augment is None else augment)
     given = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
+    given["scored_by"] = metric
     changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
-    problems = tuple(_problem(text, root, given, changed) for text in problem)
+    problems = tuple(_problem(text, root, given, changed, table) for text in problem)
     if not any(isinstance(each, ImageProblem) for each in problems):
-        refuse_unused("all problems are of texts", "size", "augment", "mirror")
+        refuse_unused("all problems are of texts", "size", "augment", "mirror", "image")
     if not any(isinstance(each, TextProblem) for each in problems):
-        refuse_unused("all problems are of images", "length")
+        refuse_unused("all problems are of images", "length", "text")
     if not any(each.uses_root for each in problems):
         refuse_unused("the data of every problem is found without it", "root")
     numbers = tuple(range(seeds))
@@ -151,14 +162,19 @@ def _sizes(problem: Problem) -> str:
     )
 
 
-def _problem(text: str, root: Path | None, given: dict[str, int | None], changed: dict[str, str | None]) -> Problem:
+def _problem(
+    text: str, root: Path | None, given: dict[str, Any], changed: dict[str, str | None], table: TableOptions
+) -> Problem:
     backbone, colon, data = text.rpartition(":")
     if not colon or not backbone or not data:
         raise VisadaptError(f"--problem must be BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
     plain = experiments.problem(backbone, data, root=None if root is None else str(root))
     # of several problems, images have a size and texts a length
     taken = {field.name for field in dataclasses.fields(plain)}
+    other = "text" if isinstance(plain, ImageProblem) else "image"
+    columns = {key: tuple(each) if isinstance(each, list) else each for key, each in table.given.items()}
     options = {**{key: value for key, value in given.items() if value is not None}, **changed}
+    options["table"] = tuple((key, value) for key, value in columns.items() if key != other)
     return dataclasses.replace(plain, **{key: value for key, value in options.items() if key in taken})  # type: ignore[arg-type]
 
 
