@@ -12,7 +12,8 @@ from tests.report import fake_results
 from visadapt import VisadaptError
 from visadapt.experiments import Compare, Contender, Result, contender, run_experiment
 from visadapt.experiments.choice import MAX_EXTENSIONS, choose, next_rate
-from visadapt.experiments.fair import COMPARED, LENGTHS, comparisons, costs, fair_contender
+from visadapt.experiments.duration import finished, forecast, readable
+from visadapt.experiments.fair import COMPARED, LENGTHS, comparisons, costs, fair_contender, lengths_of
 from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
 from visadapt.report import build, sweep_table
@@ -45,8 +46,14 @@ def test_the_grid_extends_itself_while_its_best_is_at_an_edge() -> None:
 
 def test_an_edge_that_is_no_better_than_its_neighbour_is_not_extended() -> None:
     candidates, chosen = choose(BASE, scored(lambda each: 0.5))
-    assert tried(candidates) == [(1e-3, 3), (3e-3, 3), (1e-2, 3), (1e-3, 9)]
-    assert (chosen.recipe.lr, chosen.recipe.epochs) == (1e-3, 3)
+    assert tried(candidates) == [(1e-3, 3), (3e-3, 3), (1e-2, 3), (3e-3, 9), (3e-3, 20)]
+    assert (chosen.recipe.lr, chosen.recipe.epochs) == (3e-3, 3)
+
+
+def test_training_that_shows_late_is_found_although_no_rate_shows_early() -> None:
+    # every rate still has the probe's score at first, as on few samples
+    _, chosen = choose(BASE, scored(lambda each: 0.9 if each.recipe.epochs == 20 else 0.5))
+    assert (chosen.recipe.lr, chosen.recipe.epochs) == (3e-3, 20)
 
 
 def test_more_epochs_are_tried_while_they_help() -> None:
@@ -90,8 +97,7 @@ def test_lengths_must_increase() -> None:
 
 def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
     problems = (small(), problem("bundled/minilm", "tweets"))
-    plans = comparisons(problems, (), (0, 1), (), fast=True)
-    assert [plan.problems for plan in plans] == [(problems[0],), (problems[1],)]
+    plans = [plan for each in problems for plan in comparisons([each], (), (0, 1), LENGTHS[each.modality], fast=True)]
     for plan in plans:
         assert [each.name for each in plan.contenders] == list(COMPARED)
         assert len({each.recipe.batch_size for each in plan.contenders}) == 1
@@ -178,3 +184,27 @@ def test_a_fifth_of_few_images_is_held_out() -> None:
     splits = small(validation=None, train=None).splits
     assert len(splits.validation.labels) == 1437 // 5
     assert len(splits.train.labels) == 1437 - 1437 // 5
+
+
+def test_few_samples_are_trained_for_more_epochs() -> None:
+    assert lengths_of(small(train=1280)) == LENGTHS["image"]
+    few = small(train=64)
+    assert lengths_of(few) == (50, 90, 200)
+    plans = comparisons((few, small(train=1280), small(train=65)), COMPARED[1:], (0,), (), fast=False)
+    assert [[each.train for each in plan.problems] for plan in plans] == [[64], [1280], [65]]
+    assert plans[2].contenders[0].lengths == (35, 63, 140)
+    (given,) = comparisons((few, small(train=1280)), COMPARED[1:], (0,), (2,), fast=False)
+    assert given.contenders[0].lengths == (2,)
+
+
+def test_the_expected_duration_is_that_of_what_is_trained(tmp_path) -> None:
+    (plan,) = comparisons((small(),), COMPARED[2:], (0, 1), (1, 2), fast=False)
+    least, most = forecast([plan], "cpu")
+    assert 0 < least < most
+    assert not finished([plan], tmp_path)
+    probe = dataclasses.replace(fair_contender("linear probe", "image"), rates=())
+    probes = dataclasses.replace(plan, contenders=(probe,))
+    assert forecast([probes], "cpu") == (0, 0)
+    run_experiment(probes, tmp_path, say=lambda line: None)
+    assert finished([probes], tmp_path)
+    assert [readable(s) for s in (0, 40, 100, 1500, 12600)] == ["1 s", "40 s", "1.7 min", "25 min", "3.5 h"]

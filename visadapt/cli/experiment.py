@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from visadapt import experiments
@@ -16,17 +17,22 @@ from visadapt.cli.options import Device, Root
 from visadapt.cli.output import say, show
 from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.errors import VisadaptError
-from visadapt.experiments import Experiment, ImageProblem, Problem, TextProblem, contender, run_experiment
+from visadapt.experiments import Compare, Experiment, ImageProblem, Problem, TextProblem, contender, run_experiment
 from visadapt.experiments.catalogue import FULL, is_adapter
+from visadapt.experiments.duration import finished, forecast, readable
 from visadapt.experiments.executors import get_engine
-from visadapt.experiments.fair import comparisons, costs
+from visadapt.experiments.fair import LENGTHS, comparisons, costs
+from visadapt.report.advice import budgets, lead
 from visadapt.report.paired import paired_tables
 from visadapt.training.engine import check_device
+
+IMBALANCED = 0.6
+"""Share of the test samples of one class from which accuracy says little of the others."""
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
     for cls in (
-        experiments.Compare,
+        Compare,
         experiments.Tradeoff,
         experiments.Ablation,
         experiments.InitScale,
@@ -62,7 +68,8 @@ def experiment(
         typer.Option(
             min=1,
             help="Epochs of every training run except linear probes. compare chooses among several on validation data: "
-            "repeatable; default: 3, 9 and 20, of images 5, 9 and 20. Default of the others: 3.",
+            "repeatable; default: 3, 9 and 20, of images 5, 9 and 20, and multiples of them where the first would be fewer "
+            "than 100 steps. Default of the others: 3.",
         ),
     ] = None,
     samples: Annotated[
@@ -107,13 +114,13 @@ def experiment(
     compare gives every contender the same care. With the first seed and on validation data of each problem it chooses
     the learning rate (from a grid that is extended while its best is at an edge), the number of epochs, and whether a
     bottleneck has an activation; every run keeps the state after its best epoch on validation data, the linear probe
-    that the head starts as among them. At the end it prints the differences from full fine-tuning, paired by problem
-    and seed, with 95 % intervals.
+    that the head starts as among them. It says beforehand how long that takes, and at the end prints the differences
+    from full fine-tuning, paired by problem and seed, with 95 % intervals, and which method to take.
     """
     check_choice(name, EXPERIMENTS, "experiment")
     if mirror and augment is False:
         raise VisadaptError("--mirror is a part of --augment, and --no-augment was given: leave one of them out")
-    comparing = EXPERIMENTS[name] is experiments.Compare
+    comparing = EXPERIMENTS[name] is Compare
     shifted = mirror or (comparing if augment is None else augment)
     given = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
     given["scored_by"] = metric
@@ -127,12 +134,16 @@ def experiment(
         refuse_unused("the data of every problem is found without it", "root")
     numbers = tuple(range(seeds))
     plans: Sequence[Experiment]
+    fair: list[Compare] = []
     lines: list[str] = []
     if comparing:
         plans = fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
         if not any(each.lengths for plan in fair for each in plan.contenders):
             refuse_unused("a linear probe has epochs and a precision of its own", "epochs", "fast")
-        lines = [line for plan in fair for line in costs(plan)]
+        for plan in fair:
+            for each in plan.problems:
+                lines += _data(each, () if epochs else plan.contenders[-1].lengths)
+            lines += costs(plan)
     elif fast or len(epochs or ()) > 1:
         raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
     else:
@@ -140,8 +151,11 @@ def experiment(
     get_engine(engine)
     if engine == "local":
         check_device(device or "cpu")
-    for line in (*map(_sizes, problems if comparing else ()), *lines):
+    for line in lines:
         say(line)
+    if comparing and engine == "local" and not finished(plans, results):
+        least, most = map(readable, forecast(fair, device or "cpu"))
+        say(f"a few steps of each were timed: all will take {least} to {most} here; an interrupted run resumes")
     made = [
         result
         for plan in plans
@@ -149,17 +163,38 @@ def experiment(
     ]
     say(f"{len(made)} results in {results}")
     if comparing:
-        for table in paired_tables(made):
-            show(table)
+        for each in paired_tables(made):
+            show(each)
+        for line in lead(made):
+            say(line)
+        if (decision := budgets(made)) is not None:
+            show(decision)
 
 
-def _sizes(problem: Problem) -> str:
-    data = problem.splits
-    train, validation = (0 if part is None else len(part) for part in (data.train, data.validation))
-    return (
-        f"{problem.backbone} {problem.name}: {train:,} training, {validation:,} validation and {len(data.test):,} test "
-        f"samples of {len(data.classes)} classes"
-    )
+def _data(problem: Problem, lengths: Sequence[int]) -> list[str]:
+    """What a problem consists of, what was decided for it, and how far its test set can tell methods apart."""
+    data, where = problem.splits, f"{problem.backbone} {problem.name}"
+    labels, count = data.test.labels, len(data.test)
+    kind = f"samples of {len(data.classes)} classes" if data.classes else "samples with real values"
+    lines = [
+        *data.remarks,
+        f"{where}: {len(data.train):,} training, {len(data.validation):,} validation and {count:,} test {kind}, scored "
+        f"by {problem.metric}",
+    ]
+    if problem.metric == "accuracy":
+        most = float(torch.bincount(labels).max()) / count
+        lines.append(
+            f"{where}: the most frequent class is {100 * most:.0f} % of the test samples; one sample is "
+            f"{100 / count:.2g} points"
+        )
+        if most >= IMBALANCED and len(data.classes) > 1:
+            lines.append(f"{where}: classes are imbalanced; --metric macro_f1 gives each class the same weight")
+    if isinstance(problem, ImageProblem) and problem.augment is not None:
+        mirrored = "and half of them mirrored" if "mirror" in problem.augment else "none is mirrored (see --mirror)"
+        lines.append(f"{where}: training images of {problem.size} px are moved at random, {mirrored}")
+    if lengths and lengths[0] > LENGTHS[problem.modality][0]:
+        lines.append(f"{where}: more epochs than usual, as few samples are few steps per epoch")
+    return lines
 
 
 def _problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from visadapt.experiments.catalogue import FULL, contender, is_adapter
@@ -14,6 +15,10 @@ from visadapt.methods import Bottleneck, Linear
 
 LENGTHS = {"image": (5, 9, 20), "text": (3, 9, 20)}
 """Numbers of epochs to choose from, by modality."""
+
+LEAST_STEPS = 100
+"""Steps that the shortest training run should have: of fewer, every rate leaves the head the linear probe that it
+started as, and full fine-tuning would be compared untrained."""
 
 BATCH_SIZES = {"image": 32, "text": 16}
 
@@ -57,24 +62,35 @@ def fair_contender(
     return dataclasses.replace(settled, lengths=epochs, variants=variants).with_recipe(fast=fast)
 
 
+def lengths_of(problem: Problem) -> tuple[int, ...]:
+    """Return the numbers of epochs to choose from: those in `LENGTHS`, or a multiple of them where samples are few.
+
+    Args:
+        problem: the problem; its data is loaded.
+    """
+    lengths = LENGTHS[problem.modality]
+    steps = lengths[0] * math.ceil(len(problem.splits.train) / BATCH_SIZES[problem.modality])
+    return tuple(math.ceil(LEAST_STEPS / steps) * length for length in lengths)
+
+
 def comparisons(
     problems: Sequence[Problem], names: Sequence[str], seeds: tuple[int, ...], lengths: tuple[int, ...], fast: bool
 ) -> list[Compare]:
-    """Build the fair comparisons of contenders on problems, one per modality.
+    """Build the fair comparisons of contenders on problems, one per modality and numbers of epochs.
 
     Args:
         problems: problems to compare on.
         names: names of contenders; none for those in `COMPARED`.
         seeds: one final training run each.
-        lengths: numbers of epochs to choose from; none for those in `LENGTHS`.
+        lengths: numbers of epochs to choose from; none for those of `lengths_of`, for which the data is loaded.
         fast: compute in bf16 autocast.
     """
-    by_modality: dict[str, list[Problem]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], list[Problem]] = {}
     for problem in problems:
-        by_modality.setdefault(problem.modality, []).append(problem)
+        alike.setdefault((problem.modality, lengths or lengths_of(problem)), []).append(problem)
     plans = []
-    for modality, group in by_modality.items():
-        contenders = tuple(fair_contender(name, modality, lengths, fast) for name in names or COMPARED)
+    for (modality, epochs), group in alike.items():
+        contenders = tuple(fair_contender(name, modality, epochs, fast) for name in names or COMPARED)
         # files of adapters are small: the best trial is also the final run of its seed
         kept = tuple(each.name for each in contenders if is_adapter(each.name))
         plans.append(Compare(tuple(group), contenders, seeds, "both", kept))

@@ -56,6 +56,7 @@ class Result:
             different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
         regime: name of the sizes, epochs and precision of a collection of experiments; results of two regimes are never
             in one report. None if they have none.
+        samples: number of samples that it was measured on; None if unknown.
 
     Examples:
         >>> from visadapt.experiments import Result
@@ -87,6 +88,7 @@ class Result:
     machine: dict[str, str] = field(default_factory=dict, hash=False)
     setting: str | None = None
     regime: str | None = None
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -120,6 +122,7 @@ _REQUIRED = [
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "int": int,
+    "int | None": lambda text: int(text) if text else None,
     "float": float,
     "str": lambda text: _read_cell(text),
     "str | None": lambda text: _read_cell(text) or None,

@@ -133,6 +133,7 @@ class TrainingRun(Run):
             machine=machine(workspace.device),
             setting=self.setting,
             regime=workspace.regime,
+            samples=len(getattr(self.problem.splits, self.split)),
             **task_costs,
         )
 

@@ -91,6 +91,35 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return center - margin, center + margin
 
 
+def widened(span: tuple[float, float], margin: float) -> tuple[float, float]:
+    """Widen an interval by the margin of an independent error."""
+    center, half = sum(span) / 2, math.hypot((span[1] - span[0]) / 2, margin)
+    return center - half, center + half
+
+
+def sampling_margin(results: Sequence[Result], others: Sequence[Result]) -> float:
+    """Return by how many points the mean of paired differences may be off since test sets are samples, at least.
+
+    All seeds share the test set of their problem, so that the spread over seeds does not show it: on 12 samples each of
+    three seeds may differ by the same one sample. Two accuracies that differ by d on n samples have at least d·n
+    samples of which just one is right; with no others the variance of d is (d − d²)/n (McNemar 1947).
+
+    Args:
+        results: as `paired_differences` takes them.
+        others: as there.
+
+    Returns:
+        1.96 standard deviations; 0 for other metrics than accuracy, and where the number of samples is not known.
+    """
+    variance, problems = 0.0, group_by(results, lambda r: (r.network, r.problem))
+    for runs in problems.values():
+        differences = paired_differences(runs, others)
+        if differences and runs[0].metric == "accuracy" and runs[0].samples is not None:
+            share = abs(mean(differences)) / 100
+            variance += (share - share**2) / runs[0].samples
+    return 196 * math.sqrt(variance) / max(1, len(problems))
+
+
 def at_least(values: Sequence[float], threshold: float = 0.0) -> bool | None:
     """Whether a mean is at least a threshold, by its 95 % confidence interval; None if that cannot be decided.
 
