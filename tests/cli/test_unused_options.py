@@ -61,7 +61,7 @@ UNUSED: tuple[tuple[str, str], ...] = (
     (f"{SERVE} --engine ray", "--log-requests"),
     *((PUSH, option) for option in ("--metric accuracy=1", "--license mit")),
     *((OF_TEXTS, option) for option in ("--size 32", "--augment", "--mirror", "--image file")),
-    *((OF_IMAGES, option) for option in ("--length 8", "--text a")),
+    *((OF_IMAGES, option) for option in ("--length 8", "--text a", "--build pretrained=false")),
     *((command, option) for command in (OF_IMAGES, OF_TEXTS) for option in (
         "--label y", "--regression --metric pearson", "--multi-label ; --metric mean_ap", "--no-header",
         "--delimiter ;", "--encoding latin-1",

@@ -12,10 +12,20 @@ from tests.report import fake_results
 from visadapt import VisadaptError
 from visadapt.experiments import Compare, Contender, Result, contender, run_experiment
 from visadapt.experiments.choice import MAX_EXTENSIONS, choose, next_rate
-from visadapt.experiments.duration import finished, forecast, readable
-from visadapt.experiments.fair import COMPARED, LENGTHS, comparisons, costs, fair_contender, lengths_of
+from visadapt.experiments.duration import by_problem, finished, forecast, readable
+from visadapt.experiments.fair import (
+    COMPARED,
+    LENGTHS,
+    comparisons,
+    costs,
+    fair_contender,
+    lengths_of,
+    matched,
+    trained_fraction,
+)
 from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
+from visadapt.methods import Bottleneck
 from visadapt.report import build, sweep_table
 from visadapt.report.paired import paired_tables
 
@@ -109,7 +119,7 @@ def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
             assert each.extend
             assert each.recipe.head_first
             assert 16 <= each.recipe.batch_size <= 32
-    full = next(line for line in costs(plans[1]) if line.startswith("full"))
+    full = next(line for line in costs(plans[1].contenders, 2) if line.startswith("full"))
     assert full == (
         "full fine-tuning: per problem 4 to 9 training runs to choose by, then 2; epochs 3, 9, 20; batches of 16; bf16 "
         "autocast"
@@ -208,3 +218,19 @@ def test_the_expected_duration_is_that_of_what_is_trained(tmp_path) -> None:
     run_experiment(probes, tmp_path, say=lambda line: None)
     assert finished([probes], tmp_path)
     assert [readable(s) for s in (0, 40, 100, 1500, 12600)] == ["1 s", "40 s", "1.7 min", "25 min", "3.5 h"]
+
+
+def test_a_bottleneck_trains_the_same_fraction_of_every_backbone() -> None:
+    wide = small(options=(("pretrained", False), ("channels", (16, 32, 48, 64))))
+    plan = matched((small(), wide), "bottleneck m=4 activation=relu", (0,), (1, 2), fast=False)
+    names = [[each.name for each in group] for group in plan.contenders]
+    assert [group[:2] for group in names] == [["full fine-tuning", "linear probe"]] * 2
+    assert names[0][2] == "bottleneck m=4 activation=relu"
+    shares = [trained_fraction(each, group[2]) for each, group in by_problem(plan)]
+    nearest = abs(shares[1] - shares[0])
+    wider = dataclasses.replace(plan.contenders[1][2], method=Bottleneck(plan.contenders[1][2].method.m + 1))
+    assert nearest < abs(trained_fraction(wide, wider) - shares[0])
+    assert {each.lengths for _, group in by_problem(plan) for each in group if each.name != "linear probe"} == {(1, 2)}
+    for wrong in ("lora r=8", "bottleneck m=0.5"):
+        with pytest.raises(VisadaptError, match="must be a bottleneck such as 'bottleneck m=8', got"):
+            matched((small(),), wrong, (0,), (), fast=False)

@@ -425,7 +425,7 @@ def test_one_dataclass_on_every_backbone() -> None:
         if name != "colora" or network == "minilm"
     ]  # fmt: skip
     section = crossmodal(results)
-    assert section.finding == "The same Bottleneck(m) adapts 2 backbones with 1.3 to 1.3 % of their parameters."
+    assert section.finding == "The same Bottleneck(m) adapts 2 backbones with 1.3 % of their parameters."
     assert "The weights of minilm are random" in section.reading
     same, others = section.tables
     probe, own, full = "70.5 ± 0.7", "81.5 ± 0.7", "80.5 ± 0.7"

@@ -13,16 +13,26 @@ import typer
 from visadapt import experiments
 from visadapt.checks import check_choice
 from visadapt.cli.given import refuse_unused
-from visadapt.cli.options import Device, Root
+from visadapt.cli.options import Build, Device, Root, pairs
 from visadapt.cli.output import say, show
 from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.errors import VisadaptError
-from visadapt.experiments import Compare, Experiment, ImageProblem, Problem, TextProblem, contender, run_experiment
+from visadapt.experiments import (
+    Compare,
+    Crossmodal,
+    Experiment,
+    ImageProblem,
+    Problem,
+    TextProblem,
+    contender,
+    run_experiment,
+)
 from visadapt.experiments.catalogue import FULL, is_adapter
-from visadapt.experiments.duration import finished, forecast, readable
+from visadapt.experiments.duration import by_problem, finished, forecast, readable
 from visadapt.experiments.executors import get_engine
-from visadapt.experiments.fair import LENGTHS, comparisons, costs
+from visadapt.experiments.fair import LENGTHS, comparisons, costs, matched
 from visadapt.report.advice import budgets, lead
+from visadapt.report.crossmodal import crossmodal
 from visadapt.report.paired import paired_tables
 from visadapt.training.engine import check_device
 
@@ -33,6 +43,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
     for cls in (
         Compare,
+        Crossmodal,
         experiments.Tradeoff,
         experiments.Ablation,
         experiments.InitScale,
@@ -58,8 +69,8 @@ def experiment(
         typer.Option(
             "--contender",
             help="What to compare, such as 'bottleneck m=8' or 'full fine-tuning'; repeatable. Default: 'bottleneck "
-            "m=8', of compare also 'linear probe' and 'full fine-tuning'. init_scale and transfer take one; tradeoff "
-            "has its own.",
+            "m=8', of compare also 'linear probe' and 'full fine-tuning'. init_scale and transfer take one; crossmodal "
+            "takes one bottleneck, the width of which is that of the first problem; tradeoff has its own.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds, counted from 0.")] = 3,
@@ -67,9 +78,9 @@ def experiment(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Epochs of every training run except linear probes. compare chooses among several on validation data: "
-            "repeatable; default: 3, 9 and 20, of images 5, 9 and 20, and multiples of them where the first would be fewer "
-            "than 100 steps. Default of the others: 3.",
+            help="Epochs of every training run except linear probes. compare and crossmodal choose among several on "
+            "validation data: repeatable; default: 3, 9 and 20, of images 5, 9 and 20, and multiples of them where the "
+            "first would be fewer than 100 steps. Default of the others: 3.",
         ),
     ] = None,
     samples: Annotated[
@@ -87,7 +98,9 @@ def experiment(
     size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels; default: 64.")] = None,
     augment: Annotated[
         bool | None,
-        typer.Option(help="Move training images at random by up to an eighth of their side; default: in compare only."),
+        typer.Option(
+            help="Move training images at random by up to an eighth of their side; default: in compare and crossmodal."
+        ),
     ] = None,
     mirror: Annotated[
         bool,
@@ -105,6 +118,7 @@ def experiment(
         ),
     ] = None,
     root: Root = None,
+    build: Build = None,
     engine: Annotated[str, typer.Option(help="Where runs execute: local, or ray.")] = "local",
     processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 1,
     device: Device = "cpu",
@@ -120,32 +134,38 @@ def experiment(
     check_choice(name, EXPERIMENTS, "experiment")
     if mirror and augment is False:
         raise VisadaptError("--mirror is a part of --augment, and --no-augment was given: leave one of them out")
-    comparing = EXPERIMENTS[name] is Compare
+    comparing = EXPERIMENTS[name] in (Compare, Crossmodal)
     shifted = mirror or (comparing if augment is None else augment)
-    given = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
-    given["scored_by"] = metric
+    given: dict[str, Any] = {"train": samples, "validation": validation, "test": test, "size": size, "length": length}
+    given |= {"scored_by": metric, "options": tuple(pairs(build, "--build").items()) or None}
     changed = {"augment": None if not shifted else "shift and mirror" if mirror else "shift"}
     problems = tuple(_problem(text, root, given, changed, table) for text in problem)
     if not any(isinstance(each, ImageProblem) for each in problems):
         refuse_unused("all problems are of texts", "size", "augment", "mirror", "image")
     if not any(isinstance(each, TextProblem) for each in problems):
         refuse_unused("all problems are of images", "length", "text")
+    if all(each.network.startswith("bundled/") for each in problems):
+        refuse_unused("bundled backbones have their own weights", "build")
     if not any(each.uses_root for each in problems):
         refuse_unused("the data of every problem is found without it", "root")
     numbers = tuple(range(seeds))
     plans: Sequence[Experiment]
-    fair: list[Compare] = []
+    fair: list[Compare | Crossmodal] = []
     lines: list[str] = []
     if comparing:
-        plans = fair = comparisons(problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
-        if not any(each.lengths for plan in fair for each in plan.contenders):
+        fair = _fair(name, problems, who or [], numbers, tuple(sorted(set(epochs or ()))), fast)
+        plans = fair
+        groups = [group for plan in fair for group in by_problem(plan)]
+        if not any(each.lengths for _, contenders in groups for each in contenders):
             refuse_unused("a linear probe has epochs and a precision of its own", "epochs", "fast")
-        for plan in fair:
-            for each in plan.problems:
-                lines += _data(each, () if epochs else plan.contenders[-1].lengths)
-            lines += costs(plan)
+        for each, contenders in groups:
+            lines += _data(each, () if epochs else max(contender.lengths for contender in contenders))
+        for contenders in dict.fromkeys(contenders for _, contenders in groups):
+            lines += costs(contenders, seeds)
     elif fast or len(epochs or ()) > 1:
-        raise VisadaptError(f"{'--fast' if fast else 'several --epochs'} can be given to compare only, not to {name}")
+        raise VisadaptError(
+            f"{'--fast' if fast else 'several --epochs'} can be given to compare and crossmodal only, not to {name}"
+        )
     else:
         plans = [_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0])]
     get_engine(engine)
@@ -162,13 +182,32 @@ def experiment(
         for result in run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
     ]
     say(f"{len(made)} results in {results}")
-    if comparing:
-        for each in paired_tables(made):
+    for each in paired_tables(made):
+        show(each)
+    for line in lead(made):
+        say(line)
+    if (decision := budgets(made)) is not None:
+        show(decision)
+    if (section := crossmodal(made)) is not None:
+        say(section.finding)
+        for each in section.tables:
             show(each)
-        for line in lead(made):
-            say(line)
-        if (decision := budgets(made)) is not None:
-            show(decision)
+    say(f"next: visadapt report {results} --out report")
+
+
+def _fair(
+    name: str,
+    problems: Sequence[Problem],
+    names: list[str],
+    seeds: tuple[int, ...],
+    epochs: tuple[int, ...],
+    fast: bool,
+) -> list[Compare | Crossmodal]:
+    if name == Compare.name:
+        return [*comparisons(problems, names, seeds, epochs, fast)]
+    if len(names) > 1:
+        raise VisadaptError(f"--contender of {name} must be one bottleneck, got {', '.join(map(repr, names))}")
+    return [matched(problems, *(names or ["bottleneck m=8"]), seeds, epochs, fast)]
 
 
 def _data(problem: Problem, lengths: Sequence[int]) -> list[str]:
@@ -203,6 +242,8 @@ def _problem(
     backbone, colon, data = text.rpartition(":")
     if not colon or not backbone or not data:
         raise VisadaptError(f"--problem must be BACKBONE:DATA, such as bundled/resnet50:cifar10, got {text!r}")
+    if backbone.startswith("bundled/"):
+        given = {**given, "options": None}  # its weights are the point of it
     plain = experiments.problem(backbone, data, root=None if root is None else str(root))
     # of several problems, images have a size and texts a length
     taken = {field.name for field in dataclasses.fields(plain)}

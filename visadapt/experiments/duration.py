@@ -13,6 +13,7 @@ from visadapt.experiments.base import Experiment
 from visadapt.experiments.choice import MAX_EXTENSIONS
 from visadapt.experiments.compare import Compare
 from visadapt.experiments.contenders import Contender
+from visadapt.experiments.crossmodal import Crossmodal
 from visadapt.experiments.problems import Problem
 from visadapt.experiments.record import Record
 from visadapt.experiments.stream import Plan
@@ -49,7 +50,7 @@ def seconds_per_step(problem: Problem, contender: Contender, device: str) -> flo
     return seconds
 
 
-def forecast(plans: Iterable[Compare], device: str) -> tuple[float, float]:
+def forecast(plans: Iterable[Compare | Crossmodal], device: str) -> tuple[float, float]:
     """Return the least and the most seconds that fair comparisons will take in one process.
 
     The steps of a contender are timed on the first problem of each backbone. A linear probe takes a few seconds, and is
@@ -62,8 +63,8 @@ def forecast(plans: Iterable[Compare], device: str) -> tuple[float, float]:
     least = most = 0.0
     for plan in plans:
         known: dict[tuple[str, str], float] = {}
-        for problem in plan.problems:
-            for each in (each for each in plan.contenders if not isinstance(each.method, Linear)):
+        for problem, contenders in by_problem(plan):
+            for each in (each for each in contenders if not isinstance(each.method, Linear)):
                 key = problem.network, each.name
                 if key not in known:
                     known[key] = seconds_per_step(problem, each, device)
@@ -71,6 +72,13 @@ def forecast(plans: Iterable[Compare], device: str) -> tuple[float, float]:
                 least += known[key] * sum(_steps(problem, each, epochs) for epochs in low)
                 most += known[key] * sum(_steps(problem, each, epochs) for epochs in high)
     return least, most
+
+
+def by_problem(plan: Compare | Crossmodal) -> list[tuple[Problem, tuple[Contender, ...]]]:
+    """Return each problem of a comparison with its contenders."""
+    if isinstance(plan, Crossmodal):
+        return list(zip(plan.problems, plan.contenders, strict=True))
+    return [(problem, plan.contenders) for problem in plan.problems]
 
 
 def finished(plans: Iterable[Experiment], folder: Path) -> bool:
