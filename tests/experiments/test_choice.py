@@ -27,7 +27,7 @@ from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
 from visadapt.methods import Bottleneck
 from visadapt.report import build, sweep_table
-from visadapt.report.paired import paired_tables
+from visadapt.report.paired import paired_tables, untrained
 
 
 def scored(score: Callable[[Contender], float]) -> Callable[[Contender], Result]:
@@ -140,6 +140,13 @@ def test_no_task_ends_below_its_own_probe_on_validation_data(tmp_path) -> None:
     scores = {(r.contender, r.split): r.score for r in results}
     assert scores["bottleneck m=4 activation=relu", "validation"] == scores["linear probe", "validation"] > 0.3
     assert {r.regime for r in results} == {"tiny"}
+    assert {(r.contender, r.is_probe) for r in results} == {("linear probe", False), (wild.name, True)}
+    assert untrained(results) == [wild.name]
+    assert (
+        str(paired_tables(results)[0])
+        .splitlines()[0]
+        .endswith(f"no epoch of {wild.name} was better on validation data than the linear probe at its start")
+    )
 
 
 def test_a_fair_comparison_is_chosen_run_and_reported(tmp_path) -> None:
@@ -147,6 +154,9 @@ def test_a_fair_comparison_is_chosen_run_and_reported(tmp_path) -> None:
     (plan,) = comparisons((small(augment="shift"),), names, (0, 1), (1, 2), fast=False)
     results = run_experiment(plan, tmp_path, say=lambda line: None)
     assert len([r for r in results if r.split == "test"]) == 6
+    # of the first seed of an adapter the file of a trial is loaded, of the others the task is in memory
+    assert {r.contender for r in results if isinstance(r.facts.get("kept"), int)} == set(names[1:])
+    assert not any("kept" not in r.facts for r in results if r.contender != names[0])
     (table,) = paired_tables(results)
     assert [row[0] for row in table.rows] == list(names)
     assert [row[-1] for row in table.rows][-1] == "the reference"

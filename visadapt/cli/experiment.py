@@ -31,9 +31,11 @@ from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.duration import by_problem, finished, forecast, readable
 from visadapt.experiments.executors import get_engine
 from visadapt.experiments.fair import LENGTHS, comparisons, costs, matched
+from visadapt.experiments.machine import computes_in_bf16
 from visadapt.report.advice import budgets, lead
 from visadapt.report.crossmodal import crossmodal
-from visadapt.report.paired import paired_tables
+from visadapt.report.paired import paired_tables, untrained
+from visadapt.report.statistics import group_by
 from visadapt.training.engine import check_device
 
 IMBALANCED = 0.6
@@ -176,6 +178,8 @@ def experiment(
     if comparing and engine == "local" and not finished(plans, results):
         least, most = map(readable, forecast(fair, device or "cpu"))
         say(f"a few steps of each were timed: all will take {least} to {most} here; an interrupted run resumes")
+        if not fast and computes_in_bf16(device or "cpu"):
+            say("this device computes in bf16: --fast takes less time, for every contender but the linear probe")
     made = [
         result
         for plan in plans
@@ -184,9 +188,15 @@ def experiment(
     say(f"{len(made)} results in {results}")
     for each in paired_tables(made):
         show(each)
-    for line in lead(made):
+    decided = []
+    for network, group in group_by(made, lambda r: r.network).items():
+        if FULL in untrained(group):
+            say(f"On {network}, nothing is decided: full fine-tuning gained nothing, with these epochs and samples.")
+        else:
+            decided += group
+    for line in lead(decided):
         say(line)
-    if (decision := budgets(made)) is not None:
+    if (decision := budgets(decided)) is not None:
         show(decision)
     if (section := crossmodal(made)) is not None:
         say(section.finding)

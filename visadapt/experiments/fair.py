@@ -165,6 +165,6 @@ def costs(contenders: Sequence[Contender], seeds: int) -> list[str]:
         epochs = ", ".join(map(str, lengths))
         lines.append(
             f"{each.name}: per problem {least} to {most} training runs to choose by, then {seeds}; "
-            f"epochs {epochs}; batches of {each.recipe.batch_size}{'; bf16 autocast' if each.recipe.fast else ''}"
+            f"epochs {epochs}; batches of {each.recipe.batch_size}; {'bf16 autocast' if each.recipe.fast else 'fp32'}"
         )
     return lines

@@ -23,6 +23,9 @@ from visadapt.files import make_folder, replacing
 from visadapt.reading import check_file, read_json, read_whole
 from visadapt.typed import from_json
 
+KEPT = "kept"
+"""Fact of a contender that is validated: the number of the epoch whose state was kept, 0 for the linear probe."""
+
 STOPPED = "stopped"
 """Name of the fact with the reason why a training run ended in numbers that are not finite."""
 
@@ -103,6 +106,11 @@ class Result:
     def diverged(self) -> bool:
         """Whether training ended in numbers that are not finite; the score is then that of the untrained task."""
         return STOPPED in self.facts
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether no epoch was better on validation data than the linear probe that the head started as."""
+        return self.facts.get(KEPT) == 0
 
     @property
     def standing(self) -> float:

@@ -26,6 +26,12 @@ def paired_tables(results: Sequence[Result]) -> list[Table]:
     return [_table(network, group) for network, group in group_by(tests, lambda r: r.network).items()]
 
 
+def untrained(results: Sequence[Result]) -> list[str]:
+    """Return the contenders of which every test result is the linear probe that their heads started as."""
+    tests = group_by([r for r in results if r.split == "test"], lambda r: r.contender)
+    return [name for name, runs in tests.items() if all(r.is_probe for r in runs)]
+
+
 def _table(network: str, results: Sequence[Result]) -> Table:
     compared = {comparison.name: comparison for comparison in against_full(results)}
     problems = group_by(results, lambda r: r.problem)
@@ -50,4 +56,6 @@ def _table(network: str, results: Sequence[Result]) -> Table:
     on = f"on {next(iter(problems))}" if len(problems) == 1 else f"over {pluralize(len(problems), 'problem')}"
     seeds = pluralize(len({r.seed for r in results}), "seed")
     title = f"{network} {on}: test {join_words(metrics)} in %, mean over {seeds}"
+    if probes := untrained(results):
+        title += f"; no epoch of {join_words(probes)} was better on validation data than the linear probe at its start"
     return Table(headings, rows, title)
