@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from visadapt import experiments
 from visadapt.checks import check_choice
+from visadapt.cli.comparison import conclude, described
 from visadapt.cli.given import refuse_unused
 from visadapt.cli.options import Build, Device, Root, pairs
-from visadapt.cli.output import say, show
+from visadapt.cli.output import say
 from visadapt.cli.table_options import TableOptions, with_table
 from visadapt.errors import VisadaptError
 from visadapt.experiments import (
@@ -30,16 +30,9 @@ from visadapt.experiments import (
 from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.duration import by_problem, finished, forecast, readable
 from visadapt.experiments.executors import get_engine
-from visadapt.experiments.fair import LENGTHS, comparisons, costs, matched
+from visadapt.experiments.fair import comparisons, costs, matched
 from visadapt.experiments.machine import computes_in_bf16
-from visadapt.report.advice import budgets, lead
-from visadapt.report.crossmodal import crossmodal
-from visadapt.report.paired import paired_tables, untrained
-from visadapt.report.statistics import group_by
 from visadapt.training.engine import check_device
-
-IMBALANCED = 0.6
-"""Share of the test samples of one class from which accuracy says little of the others."""
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
@@ -161,7 +154,7 @@ def experiment(
         if not any(each.lengths for _, contenders in groups for each in contenders):
             refuse_unused("a linear probe has epochs and a precision of its own", "epochs", "fast")
         for each, contenders in groups:
-            lines += _data(each, () if epochs else max(contender.lengths for contender in contenders))
+            lines += described(each, () if epochs else max(contender.lengths for contender in contenders))
         for contenders in dict.fromkeys(contenders for _, contenders in groups):
             lines += costs(contenders, seeds)
     elif fast or len(epochs or ()) > 1:
@@ -186,22 +179,7 @@ def experiment(
         for result in run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
     ]
     say(f"{len(made)} results in {results}")
-    for each in paired_tables(made):
-        show(each)
-    decided = []
-    for network, group in group_by(made, lambda r: r.network).items():
-        if FULL in untrained(group):
-            say(f"On {network}, nothing is decided: full fine-tuning gained nothing, with these epochs and samples.")
-        else:
-            decided += group
-    for line in lead(decided):
-        say(line)
-    if (decision := budgets(decided)) is not None:
-        show(decision)
-    if (section := crossmodal(made)) is not None:
-        say(section.finding)
-        for each in section.tables:
-            show(each)
+    conclude(made)
     say(f"next: visadapt report {results} --out report")
 
 
@@ -218,32 +196,6 @@ def _fair(
     if len(names) > 1:
         raise VisadaptError(f"--contender of {name} must be one bottleneck, got {', '.join(map(repr, names))}")
     return [matched(problems, *(names or ["bottleneck m=8"]), seeds, epochs, fast)]
-
-
-def _data(problem: Problem, lengths: Sequence[int]) -> list[str]:
-    """What a problem consists of, what was decided for it, and how far its test set can tell methods apart."""
-    data, where = problem.splits, f"{problem.backbone} {problem.name}"
-    labels, count = data.test.labels, len(data.test)
-    kind = f"samples of {len(data.classes)} classes" if data.classes else "samples with real values"
-    lines = [
-        *data.remarks,
-        f"{where}: {len(data.train):,} training, {len(data.validation):,} validation and {count:,} test {kind}, scored "
-        f"by {problem.metric}",
-    ]
-    if problem.metric == "accuracy":
-        most = float(torch.bincount(labels).max()) / count
-        lines.append(
-            f"{where}: the most frequent class is {100 * most:.0f} % of the test samples; one sample is "
-            f"{100 / count:.2g} points"
-        )
-        if most >= IMBALANCED and len(data.classes) > 1:
-            lines.append(f"{where}: classes are imbalanced; --metric macro_f1 gives each class the same weight")
-    if isinstance(problem, ImageProblem) and problem.augment is not None:
-        mirrored = "and half of them mirrored" if "mirror" in problem.augment else "none is mirrored (see --mirror)"
-        lines.append(f"{where}: training images of {problem.size} px are moved at random, {mirrored}")
-    if lengths and lengths[0] > LENGTHS[problem.modality][0]:
-        lines.append(f"{where}: more epochs than usual, as few samples are few steps per epoch")
-    return lines
 
 
 def _problem(
