@@ -78,7 +78,7 @@ def test_files_are_identified_by_their_contents(tmp_path: Path) -> None:
 KINDS = {
     "accuracy": ((), ("red", "blue")),
     "pearson": ((("regression", True),), ("0.25", "1.5")),
-    "micro_f1": ((("multi_label", "|"),), ("red|round", "blue")),
+    "mean_ap": ((("multi_label", "|"),), ("red|round", "blue")),
 }
 """Usual metrics: what says that labels are of such a kind, and two of them."""
 

@@ -109,7 +109,7 @@ def experiment(
         str | None,
         typer.Option(
             help="Metric that chooses and is reported, such as macro_f1 where classes are imbalanced; default: "
-            "accuracy, for several labels per sample micro_f1, for real values pearson."
+            "accuracy, for several labels per sample mean_ap, for real values pearson."
         ),
     ] = None,
     root: Root = None,

@@ -83,7 +83,13 @@ class Problem(ABC):
 
     @property
     def usual_metric(self) -> str:
-        """Name of the metric unless one is given."""
+        """Name of the metric unless one is given.
+
+        For several labels per sample, average precision: F1 counts positive logits, and of rare labels the regularised
+        head that every contender starts from has none, so that all would be compared at 0.
+        """
+        if self.targets.separator is not None:
+            return "mean_ap"
         return METRIC_OF[self.targets.problem_type]
 
     @property
