@@ -107,6 +107,19 @@ def test_tables_are_read_by_their_options_and_scored_by_what_their_labels_are(tm
         _ = dataclasses.replace(images, scored_by=other).splits
 
 
+def test_images_that_a_table_names_are_identified_by_their_contents(tmp_path: Path) -> None:
+    facts = []
+    for folder, shade in (("one", 3), ("same", 3), ("other", 4)):
+        (tmp_path / folder).mkdir()
+        for n in range(8):
+            Image.new("L", (16, 16), shade * n).save(tmp_path / folder / f"{n}.png")
+        rows = [f"{n}.png,{'red' if n % 2 else 'blue'}" for n in range(8)]
+        (tmp_path / folder / "t.csv").write_text("\n".join(["file,label", *rows]))
+        facts.append(small(str(tmp_path / folder / "t.csv"), train=None, validation=2, test=None).described())
+    assert facts[0] == facts[1]
+    assert facts[0] != facts[2]
+
+
 def test_a_metric_must_exist_and_there_must_be_something_to_learn(tmp_path: Path) -> None:
     assert small(scored_by="macro_f1").described() == {**small().described(), "metric": "macro_f1"}
     with pytest.raises(VisadaptError, match="no metric 'loss'"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +79,9 @@ class ImageProblem(Problem):
         if self.augment is None:
             # results from before there was augmentation keep their keys
             del facts["augment"]
+        if is_table(Path(self.data)):
+            # the table's contents are only the names of its images
+            facts["images"] = _digest(self)
         return facts
 
     def augmentation(self) -> Augment | None:
@@ -120,6 +124,15 @@ class ImageProblem(Problem):
 
     def prepare(self, batch: Tensor) -> Tensor:
         return ImageInputs(self.size)(batch).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=32)
+def _digest(problem: ImageProblem) -> str:
+    splits = problem.splits
+    sha = hashlib.sha256()
+    for samples in (splits.train, splits.validation, splits.test):
+        sha.update(samples.inputs.numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def _samples(split: ImageSplit) -> Samples:
