@@ -12,12 +12,10 @@ from visadapt.report.claims import MAX_LOSS
 from visadapt.report.formatting import join_words, pluralize, signed
 from visadapt.report.statistics import (
     group_by,
-    interval,
     paired_differences,
+    paired_interval,
     percent_trained,
-    sampling_margin,
     shared_problems,
-    widened,
 )
 from visadapt.table import Table
 
@@ -83,7 +81,7 @@ def against_full(results: Sequence[Result]) -> list[Comparison]:
         differences = paired_differences(runs, contenders.get(FULL, []))
         if name == FULL or {(r.network, r.problem) for r in runs} != shared or len(differences) < 2:
             continue
-        low, high = widened(interval(differences), sampling_margin(runs, contenders.get(FULL, [])))
+        low, high = paired_interval(runs, contenders.get(FULL, []))
         percent = max(map(percent_trained, runs))
         validation = validated(trials.get(name, []), shared)
         comparisons.append(

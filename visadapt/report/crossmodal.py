@@ -9,14 +9,7 @@ from visadapt.experiments.catalogue import FULL
 from visadapt.experiments.record import Result
 from visadapt.report.formatting import join_words, mean_and_std, pluralize, signed
 from visadapt.report.section import Section
-from visadapt.report.statistics import (
-    group_by,
-    interval,
-    paired_differences,
-    percent_trained,
-    sampling_margin,
-    widened,
-)
+from visadapt.report.statistics import group_by, paired_differences, paired_interval, percent_trained
 from visadapt.table import Table
 
 PROBE = "linear probe"
@@ -67,7 +60,7 @@ def _row(case: tuple[str, str], runs: Sequence[Result], group: Sequence[Result])
     differences = paired_differences(runs, full)
     span = "–"
     if len(differences) > 1:
-        span = " to ".join(map(signed, widened(interval(differences), sampling_margin(runs, full))))
+        span = " to ".join(map(signed, paired_interval(runs, full)))
     network, problem = case
     return (
         network,

@@ -91,9 +91,16 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return center - margin, center + margin
 
 
-def widened(span: tuple[float, float], margin: float) -> tuple[float, float]:
-    """Widen an interval by the margin of an independent error."""
-    center, half = sum(span) / 2, math.hypot((span[1] - span[0]) / 2, margin)
+def paired_interval(results: Sequence[Result], others: Sequence[Result]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of `paired_differences`, by `interval` and `sampling_margin`.
+
+    Args:
+        results: as `paired_differences` takes them, at least two pairs.
+        others: as there.
+    """
+    differences = paired_differences(results, others)
+    low, high = interval(differences)
+    center, half = mean(differences), math.hypot((high - low) / 2, sampling_margin(results, others))
     return center - half, center + half
 
 
