@@ -143,6 +143,13 @@ def experiment(
         refuse_unused("bundled backbones have their own weights", "build")
     if not any(each.uses_root for each in problems):
         refuse_unused("the data of every problem is found without it", "root")
+    _check_distinct([f"{each.backbone} {each.name}" for each in problems], "--problem")
+    _check_distinct([contender(each).name for each in who or ()], "--contender")
+    if results.is_file():
+        raise VisadaptError(f"--results must be a folder, got the file {results}")
+    get_engine(engine)
+    if engine == "local":
+        check_device(device or "cpu")
     numbers = tuple(range(seeds))
     plans: Sequence[Experiment]
     fair: list[Compare | Crossmodal] = []
@@ -163,9 +170,6 @@ def experiment(
         )
     else:
         plans = [_planned(EXPERIMENTS[name], problems, who or [], numbers, (epochs or [3])[0])]
-    get_engine(engine)
-    if engine == "local":
-        check_device(device or "cpu")
     for line in lines:
         say(line)
     if comparing and engine == "local" and not finished(plans, results):
@@ -195,7 +199,14 @@ def _fair(
         return [*comparisons(problems, names, seeds, epochs, fast)]
     if len(names) > 1:
         raise VisadaptError(f"--contender of {name} must be one bottleneck, got {', '.join(map(repr, names))}")
-    return [matched(problems, *(names or ["bottleneck m=8"]), seeds, epochs, fast)]
+    return [matched(problems, names[0] if names else "bottleneck m=8", seeds, epochs, fast)]
+
+
+def _check_distinct(names: Sequence[str], given: str) -> None:
+    """Refuse what results could not tell apart: its scores would be averaged, and count as several pairs."""
+    again = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if again is not None:
+        raise VisadaptError(f"{given} must be different each time, got {again!r} twice: results are known by this name")
 
 
 def _problem(

@@ -143,8 +143,10 @@ def trained_fraction(problem: Problem, who: Contender) -> float:
 
 def width_of(problem: Problem, bottleneck: Contender, fraction: float) -> int:
     """Return the width with which a bottleneck trains about a fraction of a problem's backbone, at least 1."""
+    method = bottleneck.method
+    assert isinstance(method, Bottleneck)
     one, two = (
-        trained_fraction(problem, dataclasses.replace(bottleneck, method=dataclasses.replace(bottleneck.method, m=m)))
+        trained_fraction(problem, dataclasses.replace(bottleneck, method=dataclasses.replace(method, m=m)))
         for m in (1, 2)
     )
     return max(1, round(1 + (fraction - one) / (two - one)))
