@@ -534,6 +534,26 @@ WRONG = {
         1,
         "no engine 'rai'",
     ),
+    "the same problem twice": (
+        "experiment compare --problem bundled/minilm:tweets --problem bundled/minilm:tweets --results {tmp}/r",
+        1,
+        "--problem must be different each time, got 'minilm tweets' twice: results are known by this name",
+    ),
+    "a contender by two names": (
+        "experiment compare --problem a/b:c --contender lora --contender LoRA --results {tmp}/r",
+        1,
+        "--contender must be different each time, got 'lora' twice",
+    ),
+    "a file for results": (
+        "experiment compare --problem bundled/minilm:tweets --results {place}/tweets.tsv",
+        1,
+        "--results must be a folder, got the file {place}/tweets.tsv",
+    ),
+    "contender of crossmodal": (
+        "experiment crossmodal --problem bundled/minilm:tweets --contender lora --results {tmp}/r",
+        1,
+        "--contender of crossmodal must be a bottleneck such as 'bottleneck m=8', got 'lora'",
+    ),
     "contender of an experiment that has its own": (
         "experiment tradeoff --problem bundled/minilm:tweets --contender full --results {tmp}/r",
         1,

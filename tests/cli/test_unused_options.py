@@ -60,8 +60,12 @@ UNUSED: tuple[tuple[str, str], ...] = (
     *((f"{SERVE} --exact", option) for option in ("--max-batch 2", "--max-wait-ms 1")),
     (f"{SERVE} --engine ray", "--log-requests"),
     *((PUSH, option) for option in ("--metric accuracy=1", "--license mit")),
-    *((OF_TEXTS, option) for option in ("--size 32", "--augment", "--mirror")),
-    (OF_IMAGES, "--length 8"),
+    *((OF_TEXTS, option) for option in ("--size 32", "--augment", "--mirror", "--image file")),
+    *((OF_IMAGES, option) for option in ("--length 8", "--text a", "--build pretrained=false")),
+    *((command, option) for command in (OF_IMAGES, OF_TEXTS) for option in (
+        "--label y", "--regression --metric pearson", "--multi-label ; --metric mean_ap", "--no-header",
+        "--delimiter ;", "--encoding latin-1",
+    )),
     (f"{OF_IMAGES} --no-augment", "--mirror"),
     (OF_IMAGES.replace("compare", "tradeoff"), "--fast"),
     *((PROBE, option) for option in ("--epochs 2", "--fast")),
@@ -84,7 +88,7 @@ ALWAYS = {
     "merge": "--out --fold --backbone --build",
     "export": "--out --merge --backbone --build",
     "push": "--card --private --revision --backbone --build",
-    "experiment": "--problem --results --seeds --train --validation --test --engine --processes --device",
+    "experiment": "--problem --results --seeds --train --validation --test --metric --engine --processes --device",
     "report": "--out --title",
 }
 """Options that take effect in every call; head-first says what was done."""

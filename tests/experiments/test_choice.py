@@ -12,11 +12,22 @@ from tests.report import fake_results
 from visadapt import VisadaptError
 from visadapt.experiments import Compare, Contender, Result, contender, run_experiment
 from visadapt.experiments.choice import MAX_EXTENSIONS, choose, next_rate
-from visadapt.experiments.fair import COMPARED, LENGTHS, comparisons, costs, fair_contender
+from visadapt.experiments.duration import by_problem, finished, forecast, readable
+from visadapt.experiments.fair import (
+    COMPARED,
+    LENGTHS,
+    comparisons,
+    costs,
+    fair_contender,
+    lengths_of,
+    matched,
+    trained_fraction,
+)
 from visadapt.experiments.problem_names import problem
 from visadapt.experiments.run import TrainingRun
+from visadapt.methods import Bottleneck
 from visadapt.report import build, sweep_table
-from visadapt.report.paired import paired_tables
+from visadapt.report.paired import paired_tables, untrained
 
 
 def scored(score: Callable[[Contender], float]) -> Callable[[Contender], Result]:
@@ -45,8 +56,14 @@ def test_the_grid_extends_itself_while_its_best_is_at_an_edge() -> None:
 
 def test_an_edge_that_is_no_better_than_its_neighbour_is_not_extended() -> None:
     candidates, chosen = choose(BASE, scored(lambda each: 0.5))
-    assert tried(candidates) == [(1e-3, 3), (3e-3, 3), (1e-2, 3), (1e-3, 9)]
-    assert (chosen.recipe.lr, chosen.recipe.epochs) == (1e-3, 3)
+    assert tried(candidates) == [(1e-3, 3), (3e-3, 3), (1e-2, 3), (3e-3, 9), (3e-3, 20)]
+    assert (chosen.recipe.lr, chosen.recipe.epochs) == (3e-3, 3)
+
+
+def test_training_that_shows_late_is_found_although_no_rate_shows_early() -> None:
+    # every rate still has the probe's score at first, as on few samples
+    _, chosen = choose(BASE, scored(lambda each: 0.9 if each.recipe.epochs == 20 else 0.5))
+    assert (chosen.recipe.lr, chosen.recipe.epochs) == (3e-3, 20)
 
 
 def test_more_epochs_are_tried_while_they_help() -> None:
@@ -90,8 +107,7 @@ def test_lengths_must_increase() -> None:
 
 def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
     problems = (small(), problem("bundled/minilm", "tweets"))
-    plans = comparisons(problems, (), (0, 1), (), fast=True)
-    assert [plan.problems for plan in plans] == [(problems[0],), (problems[1],)]
+    plans = [plan for each in problems for plan in comparisons([each], (), (0, 1), LENGTHS[each.modality], fast=True)]
     for plan in plans:
         assert [each.name for each in plan.contenders] == list(COMPARED)
         assert len({each.recipe.batch_size for each in plan.contenders}) == 1
@@ -103,7 +119,7 @@ def test_what_is_not_chosen_is_the_same_for_all_of_a_comparison() -> None:
             assert each.extend
             assert each.recipe.head_first
             assert 16 <= each.recipe.batch_size <= 32
-    full = next(line for line in costs(plans[1]) if line.startswith("full"))
+    full = next(line for line in costs(plans[1].contenders, 2) if line.startswith("full"))
     assert full == (
         "full fine-tuning: per problem 4 to 9 training runs to choose by, then 2; epochs 3, 9, 20; batches of 16; bf16 "
         "autocast"
@@ -124,6 +140,13 @@ def test_no_task_ends_below_its_own_probe_on_validation_data(tmp_path) -> None:
     scores = {(r.contender, r.split): r.score for r in results}
     assert scores["bottleneck m=4 activation=relu", "validation"] == scores["linear probe", "validation"] > 0.3
     assert {r.regime for r in results} == {"tiny"}
+    assert {(r.contender, r.is_probe) for r in results} == {("linear probe", False), (wild.name, True)}
+    assert untrained(results) == [wild.name]
+    assert (
+        str(paired_tables(results)[0])
+        .splitlines()[0]
+        .endswith(f"no epoch of {wild.name} was better on validation data than the linear probe at its start")
+    )
 
 
 def test_a_fair_comparison_is_chosen_run_and_reported(tmp_path) -> None:
@@ -131,6 +154,9 @@ def test_a_fair_comparison_is_chosen_run_and_reported(tmp_path) -> None:
     (plan,) = comparisons((small(augment="shift"),), names, (0, 1), (1, 2), fast=False)
     results = run_experiment(plan, tmp_path, say=lambda line: None)
     assert len([r for r in results if r.split == "test"]) == 6
+    # of the first seed of an adapter the file of a trial is loaded, of the others the task is in memory
+    assert {r.contender for r in results if isinstance(r.facts.get("kept"), int)} == set(names[1:])
+    assert not any("kept" not in r.facts for r in results if r.contender != names[0])
     (table,) = paired_tables(results)
     assert [row[0] for row in table.rows] == list(names)
     assert [row[-1] for row in table.rows][-1] == "the reference"
@@ -178,3 +204,43 @@ def test_a_fifth_of_few_images_is_held_out() -> None:
     splits = small(validation=None, train=None).splits
     assert len(splits.validation.labels) == 1437 // 5
     assert len(splits.train.labels) == 1437 - 1437 // 5
+
+
+def test_few_samples_are_trained_for_more_epochs() -> None:
+    assert lengths_of(small(train=1280)) == LENGTHS["image"]
+    few = small(train=64)
+    assert lengths_of(few) == (50, 90, 200)
+    plans = comparisons((few, small(train=1280), small(train=65)), COMPARED[1:], (0,), (), fast=False)
+    assert [[each.train for each in plan.problems] for plan in plans] == [[64], [1280], [65]]
+    assert plans[2].contenders[0].lengths == (35, 63, 140)
+    (given,) = comparisons((few, small(train=1280)), COMPARED[1:], (0,), (2,), fast=False)
+    assert given.contenders[0].lengths == (2,)
+
+
+def test_the_expected_duration_is_that_of_what_is_trained(tmp_path) -> None:
+    (plan,) = comparisons((small(),), COMPARED[2:], (0, 1), (1, 2), fast=False)
+    least, most = forecast([plan], "cpu")
+    assert 0 < least < most
+    assert not finished([plan], tmp_path)
+    probe = dataclasses.replace(fair_contender("linear probe", "image"), rates=())
+    probes = dataclasses.replace(plan, contenders=(probe,))
+    assert forecast([probes], "cpu") == (0, 0)
+    run_experiment(probes, tmp_path, say=lambda line: None)
+    assert finished([probes], tmp_path)
+    assert [readable(s) for s in (0, 40, 100, 1500, 12600)] == ["1 s", "40 s", "1.7 min", "25 min", "3.5 h"]
+
+
+def test_a_bottleneck_trains_the_same_fraction_of_every_backbone() -> None:
+    wide = small(options=(("pretrained", False), ("channels", (16, 32, 48, 64))))
+    plan = matched((small(), wide), "bottleneck m=4 activation=relu", (0,), (1, 2), fast=False)
+    names = [[each.name for each in group] for group in plan.contenders]
+    assert [group[:2] for group in names] == [["full fine-tuning", "linear probe"]] * 2
+    assert names[0][2] == "bottleneck m=4 activation=relu"
+    shares = [trained_fraction(each, group[2]) for each, group in by_problem(plan)]
+    nearest = abs(shares[1] - shares[0])
+    wider = dataclasses.replace(plan.contenders[1][2], method=Bottleneck(plan.contenders[1][2].method.m + 1))
+    assert nearest < abs(trained_fraction(wide, wider) - shares[0])
+    assert {each.lengths for _, group in by_problem(plan) for each in group if each.name != "linear probe"} == {(1, 2)}
+    for wrong in ("lora r=8", "bottleneck m=0.5"):
+        with pytest.raises(VisadaptError, match="must be a bottleneck such as 'bottleneck m=8', got"):
+            matched((small(),), wrong, (0,), (), fast=False)

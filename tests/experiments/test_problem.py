@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 from pathlib import Path
@@ -13,11 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import visadapt
-from tests.experiments.conftest import small
+from tests.cli.test_cli import tiny_bert
+from tests.experiments.conftest import make_contender, small
 from tests.experiments.test_compare import folder_of_digits
 from visadapt import VisadaptError
 from visadapt.experiments import ImageProblem, TextProblem, problem
 from visadapt.experiments.problems import Problem
+from visadapt.experiments.train import Workspace, measure
+from visadapt.methods import Linear
 
 
 def test_the_backbone_decides_between_images_and_texts() -> None:
@@ -69,6 +73,63 @@ def test_files_are_identified_by_their_contents(tmp_path: Path) -> None:
     assert here != other
     assert str(tmp_path) not in str(here)
     assert small("same", root=str(tmp_path / "one")).described() == here
+
+
+KINDS = {
+    "accuracy": ((), ("red", "blue")),
+    "pearson": ((("regression", True),), ("0.25", "1.5")),
+    "mean_ap": ((("multi_label", "|"),), ("red|round", "blue")),
+}
+"""Usual metrics: what says that labels are of such a kind, and two of them."""
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_tables_are_read_by_their_options_and_scored_by_what_their_labels_are(tmp_path: Path, metric: str) -> None:
+    table, labels = KINDS[metric]
+    for n in range(20):
+        Image.new("L", (16, 12), 12 * n).save(tmp_path / f"{n}.png")
+    lines = ["words;photo;mark", *(f"text {n};{n}.png;{labels[n % 2]}" for n in range(20))]
+    (tmp_path / "marks.csv").write_text("\n".join(lines))
+    columns = (("delimiter", ";"), ("label", "mark"), *table)
+    sizes = {"train": None, "validation": 4, "test": None}
+    images = small(str(tmp_path / "marks.csv"), table=(("image", "photo"), *columns), **sizes)
+    tiny_bert(tmp_path / "bert")
+    texts = TextProblem(f"hf/{tmp_path / 'bert'}", str(tmp_path / "marks.csv"), table=(("text", ("words",)), *columns))
+    probe = make_contender(Linear(), "linear probe")
+    for each in (images, texts):
+        assert each.metric == metric
+        assert "table" in each.described()
+        assert any("held out for test" in remark for remark in each.splits.remarks)
+        assert 0 <= abs(measure(probe.put(each, 0), each.name, each, "test", Workspace(tmp_path))) <= 1
+    assert small().described().keys().isdisjoint(("table", "scored_by")), "older results keep their keys"
+    other = "pearson" if metric != "pearson" else "accuracy"
+    with pytest.raises(VisadaptError, match=f"labels must be .* for {other}, got"):
+        _ = dataclasses.replace(images, scored_by=other).splits
+
+
+def test_images_that_a_table_names_are_identified_by_their_contents(tmp_path: Path) -> None:
+    facts = []
+    for folder, shade in (("one", 3), ("same", 3), ("other", 4)):
+        (tmp_path / folder).mkdir()
+        for n in range(8):
+            Image.new("L", (16, 16), shade * n).save(tmp_path / folder / f"{n}.png")
+        rows = [f"{n}.png,{'red' if n % 2 else 'blue'}" for n in range(8)]
+        (tmp_path / folder / "t.csv").write_text("\n".join(["file,label", *rows]))
+        facts.append(small(str(tmp_path / folder / "t.csv"), train=None, validation=2, test=None).described())
+    assert facts[0] == facts[1]
+    assert facts[0] != facts[2]
+
+
+def test_a_metric_must_exist_and_there_must_be_something_to_learn(tmp_path: Path) -> None:
+    assert small(scored_by="macro_f1").described() == {**small().described(), "metric": "macro_f1"}
+    with pytest.raises(VisadaptError, match="no metric 'loss'"):
+        small(scored_by="loss")
+    assert TextProblem("bundled/minilm", "mine/cola").metric == "accuracy", "a file of that name may hold anything"
+    for n in range(8):
+        Image.new("L", (16, 16), n).save(tmp_path / f"{n}.png")
+    (tmp_path / "one.csv").write_text("file,label\n" + "".join(f"{n}.png,red\n" for n in range(8)))
+    with pytest.raises(VisadaptError, match="must have at least two different labels to train on, got only 'red'"):
+        _ = small(str(tmp_path / "one.csv"), train=None, validation=2, test=None).splits
 
 
 def test_a_zip_file_equals_the_folder_in_it(tmp_path: Path) -> None:

@@ -73,16 +73,17 @@ def test_a_table_holds_no_formula_of_a_spreadsheet_and_reads_back_unchanged(tmp_
         assert not any(cell[:1] in tuple("=+-@") for row in csv.reader(file) for cell in row if cell)
 
 
-def test_older_results_have_no_setting_and_no_regime(tmp_path: Path) -> None:
-    known = result(setting="s0", regime="cpu")
-    later = ("setting", "regime")
+def test_older_results_have_no_setting_regime_and_number_of_samples(tmp_path: Path) -> None:
+    known = result(setting="s0", regime="cpu", samples=12)
+    later = ("setting", "regime", "samples")
     fields = {name: value for name, value in dataclasses.asdict(known).items() if name not in later}
     (tmp_path / "old.json").write_text(json.dumps(fields))
     assert read_results(tmp_path / "old.json") == [result()]
     table = write_csv([known], tmp_path / "old.csv").read_text().splitlines()
-    assert table[0].endswith(",setting,regime")
-    assert table[1].endswith(",s0,cpu")
-    (tmp_path / "old.csv").write_text("\n".join(line.rsplit(",", 2)[0] for line in table))
+    assert table[0].endswith(",setting,regime,samples")
+    assert table[1].endswith(",s0,cpu,12")
+    assert read_results(tmp_path / "old.csv") == [known]
+    (tmp_path / "old.csv").write_text("\n".join(line.rsplit(",", 3)[0] for line in table))
     assert read_results(tmp_path / "old.csv") == [result()]
 
 

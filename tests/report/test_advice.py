@@ -71,6 +71,21 @@ def test_the_smallest_that_is_as_good_is_taken(contenders, taken, verdict) -> No
     assert [row[:2] for row in table.rows] == [("resnet50", taken)]
 
 
+def test_one_sample_of_a_small_test_set_is_no_difference() -> None:
+    # all three seeds of a problem have the same sample wrong: the spread over seeds alone would be zero
+    def measured(samples: int) -> list[Result]:
+        one = [r for r in (*FULL, *runs("lora r=8", -100 / 12, 10)) if r.problem == "a"]
+        return [dataclasses.replace(r, samples=samples) for r in one]
+
+    verdicts = {n: against_full(measured(n))[0] for n in (12, 1200)}
+    assert verdicts[12].verdict == "no difference could be seen"
+    # 1.96 · √((1/12 − 1/144) / 12)
+    assert verdicts[12].high == pytest.approx(-100 / 12 + 15.64, abs=0.01)
+    assert verdicts[1200].verdict == "below"
+    correlation = [dataclasses.replace(r, metric="pearson") for r in measured(12)]
+    assert against_full(correlation)[0].verdict == "below", "nothing is known of how other metrics vary"
+
+
 def test_methods_are_compared_on_the_problems_that_they_share() -> None:
     partial = [r for r in runs("lora r=8", 5, 10) if r.problem != "c"]
     (comparison,) = against_full([*FULL, *partial, *runs("series", 1, 90)])

@@ -276,6 +276,19 @@ def test_transfer() -> None:
     )
 
 
+def test_a_pair_of_domains_that_differs_by_one_sample_is_not_better() -> None:
+    def ends(samples: int) -> str:
+        results = [
+            at("transfer", "b", score, problem="mnist", seed=seed, samples=samples, facts={"source": source})
+            for source, score in ((None, 80), ("cifar10", 80 + 100 / 30))
+            for seed in range(3)
+        ]
+        return transfer(results).claims[0].measured
+
+    assert ends(30).endswith("by their own intervals 0 better and 0 worse")
+    assert ends(3000).endswith("by their own intervals 1 better and 0 worse")
+
+
 @pytest.mark.parametrize(("kind", "upper", "holds"), [("text", 89.5, True), ("text", 85, False), ("image", 85, True)])
 def test_where_in_depth(kind: str, upper: float, holds: bool) -> None:
     places = {("first 2", 2): 80, ("last 2", 2): upper, ("all", 4): 90}
@@ -425,7 +438,7 @@ def test_one_dataclass_on_every_backbone() -> None:
         if name != "colora" or network == "minilm"
     ]  # fmt: skip
     section = crossmodal(results)
-    assert section.finding == "The same Bottleneck(m) adapts 2 backbones with 1.3 to 1.3 % of their parameters."
+    assert section.finding == "The same Bottleneck(m) adapts 2 backbones with 1.3 % of their parameters."
     assert "The weights of minilm are random" in section.reading
     same, others = section.tables
     probe, own, full = "70.5 ± 0.7", "81.5 ± 0.7", "80.5 ± 0.7"

@@ -27,7 +27,6 @@ from visadapt.cli.options import (
 )
 from visadapt.cli.output import show
 from visadapt.cli.table_options import TableOptions, with_table
-from visadapt.cli.train import METRIC_OF
 from visadapt.data.inputs import ImageInputs, TextInputs
 from visadapt.data.lazy_images import DAMAGED, HELD
 from visadapt.errors import VisadaptError
@@ -36,7 +35,7 @@ from visadapt.runtime.measured import seed_of
 from visadapt.runtime.registry import tasks
 from visadapt.table import Table
 from visadapt.training import evaluate as measure
-from visadapt.training.metrics import METRICS
+from visadapt.training.metrics import METRIC_OF, METRICS
 
 SPLITS = ("train", "validation", "test")
 

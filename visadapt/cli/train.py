@@ -49,14 +49,7 @@ from visadapt.opening.backbones import open_backbone
 from visadapt.runtime.registry import check_task_name
 from visadapt.training import RECIPES, JsonLines, Recipe, fit
 from visadapt.training import evaluate as measure
-from visadapt.training.metrics import METRICS, check_metric
-
-METRIC_OF = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "micro_f1",
-    "regression": "pearson",
-}
-"""The metric that selects the best epoch, by what the labels are."""
+from visadapt.training.metrics import METRIC_OF, METRICS, check_metric
 
 
 @with_table()

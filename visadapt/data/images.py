@@ -73,6 +73,7 @@ class ImageSet:
         train: training split; `holdout` takes a validation split from it.
         test: test split.
         validation: validation split, if the data set has one of its own.
+        remarks: what the library decided, for the user to know.
 
     Examples:
         >>> from visadapt.data import load_images
@@ -87,6 +88,7 @@ class ImageSet:
     train: ImageSplit
     test: ImageSplit
     validation: ImageSplit | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -165,7 +167,7 @@ def load_images(
     found = found.completed(seed, validation=False)
     pixels = to_tensor if size is None else partial(square_pixels, size=size)
     splits = {name: ImageSplit(*held(files.read_as(pixels), damaged)) for name, files in found.splits.items()}
-    return ImageSet(found.name, found.classes, **splits)
+    return ImageSet(found.name, found.classes, **splits, remarks=found.remarks)
 
 
 @takes()

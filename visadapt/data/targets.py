@@ -43,6 +43,13 @@ class Targets:
         if self.regression and self.separator is not None:
             raise VisadaptError(f"give {option('regression')} or {option('multi_label')}, not both")
 
+    @property
+    def problem_type(self) -> str:
+        """What they are, as transformers names it."""
+        if self.regression:
+            return "regression"
+        return "single_label_classification" if self.separator is None else "multi_label_classification"
+
     def names(self, cells: Iterable[str]) -> tuple[str, ...]:
         """Return the class names in cells: in numeric order if all are numbers, alphabetically otherwise."""
         return () if self.regression else tuple(ordered(name for cell in cells for name in self.split(cell)))

@@ -18,8 +18,9 @@ def choose(contender: Contender, result_of: ResultOf) -> tuple[list[Contender], 
     """Choose the learning rate at the smallest number of epochs, then the number of epochs, then the variant.
 
     The rates are extended beyond the first or the last while that one is better than its neighbour (see `next_rate`);
-    larger numbers of epochs are tried in turn while each is better than the one before. Among equals the lower rate,
-    the fewer epochs and the contender's own method are taken.
+    larger numbers of epochs are tried in turn while each is at least as good as the best before. Among equal rates the
+    middle one is taken, as the lowest would be the one that trains least; among other equals the fewer epochs and the
+    contender's own method.
 
     Args:
         contender: the contender to choose for.
@@ -40,7 +41,8 @@ def choose(contender: Contender, result_of: ResultOf) -> tuple[list[Contender], 
             return wanted, None
         rates = sorted(tried)
         by_rate = dict(zip(tried, scores, strict=True))
-        best = max(rates, key=lambda rate: (by_rate[rate], -rate))
+        equals = [rate for rate in rates if by_rate[rate] == max(scores)]
+        best = equals[(len(equals) - 1) // 2]
         further = _beyond(rates, best, by_rate) if contender.extend else None
         if further is None or len(tried) >= len(contender.rates) + MAX_EXTENSIONS:
             break
@@ -53,9 +55,11 @@ def choose(contender: Contender, result_of: ResultOf) -> tuple[list[Contender], 
         scores = _standings([longer], result_of)
         if scores is None:
             return wanted, None
-        if scores[0] <= standing:
+        if scores[0] < standing:
             break
-        chosen, standing = longer, scores[0]
+        # on few validation samples nothing may change before the last number of epochs
+        if scores[0] > standing:
+            chosen, standing = longer, scores[0]
     variants = [chosen.with_variant(method) for method in contender.variants]
     scores = _standings(variants, result_of)
     if scores is None:

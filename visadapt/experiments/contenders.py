@@ -132,8 +132,8 @@ class Contender:
                 model,
                 self.method,
                 task=problem.name,
-                num_classes=len(classes),
-                labels=classes,
+                num_classes=len(classes) or 1,
+                labels=classes or None,
                 norms=cast("NormPolicy", self.norms),
                 where=self.where,
             )

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.arguments import check_fields
-from visadapt.checks import check_count
+from visadapt.checks import check_choice, check_count
 from visadapt.data.inputs import Splits
+from visadapt.data.targets import Targets
+from visadapt.errors import VisadaptError
 from visadapt.experiments.digest import digest
 from visadapt.experiments.networks import network, short_name
 from visadapt.training import ready
 from visadapt.training.augmenting import Augment
+from visadapt.training.metrics import METRIC_OF, METRICS, check_metric
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Problem(ABC):
         test: number of test samples; None for all.
         root: folder that contains the data set, if ``data`` is relative to one.
         options: options of the backbone's builder, as pairs.
+        table: options of a table's columns and labels, as pairs: those of `visadapt.data.load_images` and
+            `visadapt.data.load_text`.
+        scored_by: metric that chooses and is reported, of which a larger value is better; None for the usual one of
+            such labels.
+
+    Raises:
+        VisadaptError: a number of samples is not positive, or the metric does not exist or is a loss.
 
     Examples:
         >>> from visadapt.experiments import ImageProblem, Problem, problem
@@ -52,6 +62,8 @@ class Problem(ABC):
     test: int | None = None
     root: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    table: tuple[tuple[str, Any], ...] = ()
+    scored_by: str | None = None
 
     modality: ClassVar[str]
 
@@ -61,11 +73,30 @@ class Problem(ABC):
             value = getattr(self, field.name)
             if isinstance(value, int):
                 check_count(value, field.name)
+        if self.scored_by is not None:
+            check_choice(self.scored_by, [name for name in METRICS if name != "loss"], "metric")
 
     @property
     def metric(self) -> str:
         """Name of the metric; see ``visadapt.training.METRICS``."""
-        return "accuracy"
+        return self.scored_by or self.usual_metric
+
+    @property
+    def usual_metric(self) -> str:
+        """Name of the metric unless one is given.
+
+        For several labels per sample, average precision: F1 counts positive logits, and of rare labels the regularised
+        head that every contender starts from has none, so that all would be compared at 0.
+        """
+        if self.targets.separator is not None:
+            return "mean_ap"
+        return METRIC_OF[self.targets.problem_type]
+
+    @property
+    def targets(self) -> Targets:
+        """What the labels are."""
+        given = dict(self.table)
+        return Targets(bool(given.get("regression")), given.get("multi_label"))
 
     @property
     def name(self) -> str:
@@ -86,7 +117,11 @@ class Problem(ABC):
 
     @property
     def splits(self) -> Splits:
-        """The data as `visadapt.training.Samples`, loaded once per process."""
+        """The data as `visadapt.training.Samples`, loaded once per process.
+
+        Raises:
+            VisadaptError: the metric does not fit the labels, or all training samples have the same one.
+        """
         return _splits(self)
 
     @abstractmethod
@@ -111,7 +146,10 @@ class Problem(ABC):
     def described(self) -> dict[str, Any]:
         """Return everything that results depend on, as JSON values; files are identified by content, not by path."""
         facts = dataclasses.asdict(self)
-        del facts["root"]
+        del facts["root"], facts["scored_by"]
+        if not self.table:
+            # results from before there were such options keep their keys
+            del facts["table"]
         paths = {"network": Path(self.network.removeprefix("hf/")), "data": Path(self.root or "", self.data)}
         for name, path in paths.items():
             if os.path.exists(path):
@@ -122,7 +160,13 @@ class Problem(ABC):
 # as many as an experiment has, since a process that computes their runs in parallel with others takes all in turn
 @lru_cache(maxsize=32)
 def _splits(problem: Problem) -> Splits:
-    return problem.load()
+    data = problem.load()
+    labels = data.train.labels
+    check_metric(problem.metric, labels, max(1, len(data.classes)))
+    if labels.ndim == 1 and len(labels.unique()) < 2:
+        only = f"{data.classes[int(labels[0])]!r}" if data.classes else f"{float(labels[0]):g}"
+        raise VisadaptError(f"{problem.data} must have at least two different labels to train on, got only {only}")
+    return data
 
 
 @lru_cache(maxsize=2)

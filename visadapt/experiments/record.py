@@ -23,6 +23,9 @@ from visadapt.files import make_folder, replacing
 from visadapt.reading import check_file, read_json, read_whole
 from visadapt.typed import from_json
 
+KEPT = "kept"
+"""Fact of a contender that is validated: the number of the epoch whose state was kept, 0 for the linear probe."""
+
 STOPPED = "stopped"
 """Name of the fact with the reason why a training run ended in numbers that are not finite."""
 
@@ -56,6 +59,7 @@ class Result:
             different settings cannot be averaged over seeds. None if unknown, or if the result covers several problems.
         regime: name of the sizes, epochs and precision of a collection of experiments; results of two regimes are never
             in one report. None if they have none.
+        samples: number of samples that it was measured on; None if unknown.
 
     Examples:
         >>> from visadapt.experiments import Result
@@ -87,6 +91,7 @@ class Result:
     machine: dict[str, str] = field(default_factory=dict, hash=False)
     setting: str | None = None
     regime: str | None = None
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -101,6 +106,11 @@ class Result:
     def diverged(self) -> bool:
         """Whether training ended in numbers that are not finite; the score is then that of the untrained task."""
         return STOPPED in self.facts
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether no epoch was better on validation data than the linear probe that the head started as."""
+        return self.facts.get(KEPT) == 0
 
     @property
     def standing(self) -> float:
@@ -120,6 +130,7 @@ _REQUIRED = [
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "int": int,
+    "int | None": lambda text: int(text) if text else None,
     "float": float,
     "str": lambda text: _read_cell(text),
     "str | None": lambda text: _read_cell(text) or None,

@@ -15,7 +15,10 @@ from visadapt.typed import fits
 LONGEST = 1000
 """Characters of a name or another text."""
 
-_LEAST = {"seed": 0, "trained": 0, "head": 0, "backbone": 1, "seconds": 0, "bytes": 0, "lr": 0, "epochs": 0}
+_LEAST = {
+    **dict.fromkeys(("seed", "trained", "head", "seconds", "bytes", "lr", "epochs"), 0),
+    **dict.fromkeys(("backbone", "samples"), 1),
+}
 
 FACTS: dict[str, dict[str, Any]] = {
     "ablation": {"first": int | None, "last": int | None, "norms": str, "layers": int, "majority": float},
@@ -71,7 +74,7 @@ def check_values(result: Any) -> None:
             raise VisadaptError(f"{name} must be a name or null, got ''")
     for name, least in _LEAST.items():
         value = getattr(result, name)
-        if not math.isfinite(value) or value < least:
+        if value is not None and (not math.isfinite(value) or value < least):
             raise VisadaptError(f"{name} must be a number that is at least {least}, got {value!r}")
     if not math.isfinite(result.score):
         raise VisadaptError(f"score must be a finite number, got {result.score!r}")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.machine import machine
 from visadapt.experiments.problems import Problem
-from visadapt.experiments.record import STOPPED, Result, key_of
+from visadapt.experiments.record import KEPT, STOPPED, Result, key_of
 from visadapt.experiments.train import Workspace, costs, load_task, measure, save_task, train
 from visadapt.experiments.transplant import start_from
+from visadapt.runtime.registry import tasks
 from visadapt.task_file import read
 from visadapt.training import Diverged
 
@@ -109,7 +110,9 @@ class TrainingRun(Run):
     def scored(self, model: nn.Module, seconds: float, workspace: Workspace, task_costs: dict[str, int]) -> Result:
         """Measure a model whose costs are known."""
         score = measure(model, self.problem.name, self.problem, self.split, workspace)
-        return self.result(self.key, score, seconds, workspace, task_costs)
+        kept = {name: value for name, value in tasks(model)[self.problem.name].notes.items() if name == KEPT}
+        result = self.result(self.key, score, seconds, workspace, task_costs)
+        return dataclasses.replace(result, facts={**self.facts, **kept})
 
     def result(
         self, key: str, score: float, seconds: float, workspace: Workspace, task_costs: dict[str, int]
@@ -133,11 +136,12 @@ class TrainingRun(Run):
             machine=machine(workspace.device),
             setting=self.setting,
             regime=workspace.regime,
+            samples=len(getattr(self.problem.splits, self.split)),
             **task_costs,
         )
 
     def adopt(self, result: Result) -> Result:
-        facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name == STOPPED}}
+        facts = {**self.facts, **{name: fact for name, fact in result.facts.items() if name in (KEPT, STOPPED)}}
         return dataclasses.replace(
             result, experiment=self.experiment, contender=self.contender.name, setting=self.setting, facts=facts
         )

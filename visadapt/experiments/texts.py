@@ -26,6 +26,8 @@ class TextProblem(Problem):
         test: number of test texts; None for all.
         root: folder that contains the data set, if ``data`` is relative to one.
         options: options of the backbone's builder, as pairs.
+        table: options of a table's columns and labels, as pairs, as `visadapt.data.load_text` takes them.
+        scored_by: metric that chooses and is reported; None for the usual one of such labels.
         length: number of tokens; longer texts are truncated.
 
     Examples:
@@ -39,15 +41,16 @@ class TextProblem(Problem):
     modality: ClassVar[str] = "text"
 
     @property
-    def metric(self) -> str:
-        return "matthews" if self.name == "cola" else "accuracy"
+    def usual_metric(self) -> str:
+        # GLUE's set, and not any file of the name
+        return "matthews" if self.data == "cola" else super().usual_metric
 
     @property
     def uses_root(self) -> bool:
         return "root" in options_of(self.data, self.root)[0]
 
     def load(self) -> Splits:
-        data = load_text(self.data, root=self.root if self.uses_root else None)
+        data = load_text(self.data, root=self.root if self.uses_root else None, **dict(self.table))
         tokenizer = tokenizer_of(self.network)
 
         def samples(split: TextSplit, limit: int | None) -> Samples:
@@ -61,4 +64,5 @@ class TextProblem(Problem):
             samples(data.validation, self.validation),
             samples(data.test, self.test),
             TextInputs(self.network, self.length, pairs=not isinstance(data.test.texts[0], str)),
+            data.remarks,
         )

@@ -15,6 +15,7 @@ from visadapt.errors import VisadaptError
 from visadapt.experiments.contenders import Contender
 from visadapt.experiments.linear_probe import fit_head, is_probe
 from visadapt.experiments.problems import Problem
+from visadapt.experiments.record import KEPT
 from visadapt.files import make_folder
 from visadapt.frozen import CachedPrefix, cache_prefix
 from visadapt.runtime.costs import summary
@@ -58,7 +59,8 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     """Train in place the task that `Contender.put` added.
 
     A linear probe is trained on cached features. For images that are not augmented, the part of the network below the
-    first trained module is also run only once, and its outputs are cached if they fit in memory.
+    first trained module is also run only once, and its outputs are cached if they fit in memory. The task's notes say
+    which epoch a validated contender kept.
 
     Returns:
         The duration in seconds.
@@ -81,7 +83,9 @@ def train(model: nn.Module, problem: Problem, contender: Contender, seed: int, w
     # rows of a cache are of one set of samples
     cached = None if augment is not None or validation is not None else _cached(model, problem, recipe.fast, workspace)
     if cached is None:
-        fit(model, task, data, validation, recipe, prepare=problem.prepare, augment=augment, **options)
+        history = fit(model, task, data, validation, recipe, prepare=problem.prepare, augment=augment, **options)
+        if validation is not None:
+            tasks(model)[task].notes[KEPT] = history.best
     else:
         try:
             fit(model, task, (cached.rows, data.labels), None, recipe, prepare=cached, **options)

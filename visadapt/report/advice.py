@@ -10,7 +10,13 @@ from visadapt.experiments.catalogue import FULL, is_adapter
 from visadapt.experiments.record import Result
 from visadapt.report.claims import MAX_LOSS
 from visadapt.report.formatting import join_words, pluralize, signed
-from visadapt.report.statistics import group_by, interval, paired_differences, percent_trained, shared_problems
+from visadapt.report.statistics import (
+    group_by,
+    paired_differences,
+    paired_interval,
+    percent_trained,
+    shared_problems,
+)
 from visadapt.table import Table
 
 BUDGETS = (0.1, 0.5, 1.5, 3.6, 15.0)
@@ -26,7 +32,8 @@ class Comparison:
         percent: trained parameters in % of the backbone.
         bytes: size of a task's file.
         points: mean difference in points; above 0 the method is better.
-        low: lower end of the 95 % confidence interval of the mean over problems and seeds.
+        low: lower end of the 95 % confidence interval of the mean over problems and seeds; it counts that test sets
+            are samples too (see `visadapt.report.statistics.sampling_margin`).
         high: its upper end.
         pairs: number of pairs of equal problem and seed.
         problems: number of problems.
@@ -74,7 +81,7 @@ def against_full(results: Sequence[Result]) -> list[Comparison]:
         differences = paired_differences(runs, contenders.get(FULL, []))
         if name == FULL or {(r.network, r.problem) for r in runs} != shared or len(differences) < 2:
             continue
-        low, high = interval(differences)
+        low, high = paired_interval(runs, contenders.get(FULL, []))
         percent = max(map(percent_trained, runs))
         validation = validated(trials.get(name, []), shared)
         comparisons.append(

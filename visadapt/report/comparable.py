@@ -10,7 +10,7 @@ from visadapt.experiments.record import Result
 from visadapt.report.formatting import join_words
 from visadapt.report.statistics import group_by
 
-MEASURED = ("layers", "majority", "outputs", "stopped", "total")
+MEASURED = ("kept", "layers", "majority", "outputs", "stopped", "total")
 """Facts that are measured; the others are coordinates of the experiment."""
 
 UNSWEPT = ("ablation", "init_scale")

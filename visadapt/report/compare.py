@@ -20,6 +20,7 @@ from visadapt.report.statistics import (
     interval,
     mean_score,
     paired_differences,
+    paired_interval,
     percent_trained,
     shared_problems,
 )
@@ -174,11 +175,12 @@ def _near_full(modality: str, results: Sequence[Result]) -> Claim | None:
     chosen = max(scores, key=lambda name: scores[name])
     runs, full = ([r for r in tests if r.contender == name] for name in (chosen, FULL))
     differences = paired_differences(runs, full)
+    span = paired_interval(runs, full) if len(differences) > 1 else None
     return NEAR_FULL.tested(
         modality,
-        _reaches(differences),
+        _reaches(differences, span),
         f"{chosen}: {signed(mean(differences))} points at {two_digits(_cost(runs))} %, mean of "
-        f"{pluralize(len(problems), 'problem')}{_interval(differences)}",
+        f"{pluralize(len(problems), 'problem')}{_interval(span)}",
         len(runs) + len(full),
         modality,
     )
@@ -188,21 +190,18 @@ def _cost(results: Sequence[Result]) -> float:
     return max(map(percent_trained, results))
 
 
-def _reaches(differences: Sequence[float]) -> bool | None:
+def _reaches(differences: Sequence[float], span: tuple[float, float] | None) -> bool | None:
     """Whether the mean is within `MAX_GAP` of zero and its interval above −`MAX_LOSS`; not if all of it is below."""
-    if len(differences) < 2:
+    if span is None:
         return None
-    low, high = interval(differences)
+    low, high = span
     if mean(differences) >= -MAX_GAP and low > -MAX_LOSS:
         return True
     return False if high < -MAX_GAP else None
 
 
-def _interval(differences: Sequence[float]) -> str:
-    if len(differences) < 2:
-        return ""
-    low, high = interval(differences)
-    return f", 95 % interval {signed(low)} to {signed(high)}"
+def _interval(span: tuple[float, float] | None) -> str:
+    return "" if span is None else f", 95 % interval {signed(span[0])} to {signed(span[1])}"
 
 
 def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
@@ -228,7 +227,7 @@ def _nonlinear(network: str, results: Sequence[Result]) -> Claim | None:
     return NONLINEAR.tested(
         network,
         at_least(differences),
-        f"{join_words(measured)}{_interval(differences)}",
+        f"{join_words(measured)}{_interval(interval(differences) if len(differences) > 1 else None)}",
         2 * len(differences),
         "image",
     )

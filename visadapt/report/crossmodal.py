@@ -9,7 +9,7 @@ from visadapt.experiments.catalogue import FULL
 from visadapt.experiments.record import Result
 from visadapt.report.formatting import join_words, mean_and_std, pluralize, signed
 from visadapt.report.section import Section
-from visadapt.report.statistics import group_by, interval, paired_differences, percent_trained
+from visadapt.report.statistics import group_by, paired_differences, paired_interval, percent_trained
 from visadapt.table import Table
 
 PROBE = "linear probe"
@@ -39,8 +39,8 @@ def crossmodal(results: Sequence[Result]) -> Section | None:
     return Section(
         "crossmodal",
         "One dataclass on every backbone",
-        f"The same Bottleneck(m) adapts {pluralize(len(bottlenecks), 'backbone')} with {min(shares):.1f} to "
-        f"{max(shares):.1f} % of their parameters.",
+        f"The same Bottleneck(m) adapts {pluralize(len(bottlenecks), 'backbone')} with "
+        f"{' to '.join(dict.fromkeys(f'{share:.1f}' for share in (min(shares), max(shares))))} % of their parameters.",
         "The width m is chosen so that the trained fraction of the backbone is about the same. Mean ± standard "
         f"deviation over seeds on test data, and the difference from full fine-tuning, paired by seed.{note}",
         tables=tuple(tables),
@@ -58,7 +58,9 @@ def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
 def _row(case: tuple[str, str], runs: Sequence[Result], group: Sequence[Result]) -> tuple[str, ...]:
     probe, full = ([r for r in group if r.contender == name] for name in (PROBE, FULL))
     differences = paired_differences(runs, full)
-    span = " to ".join(map(signed, interval(differences))) if len(differences) > 1 else "–"
+    span = "–"
+    if len(differences) > 1:
+        span = " to ".join(map(signed, paired_interval(runs, full)))
     network, problem = case
     return (
         network,

@@ -91,6 +91,42 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return center - margin, center + margin
 
 
+def paired_interval(results: Sequence[Result], others: Sequence[Result]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of `paired_differences`, by `interval` and `sampling_margin`.
+
+    Args:
+        results: as `paired_differences` takes them, at least two pairs.
+        others: as there.
+    """
+    differences = paired_differences(results, others)
+    low, high = interval(differences)
+    center, half = mean(differences), math.hypot((high - low) / 2, sampling_margin(results, others))
+    return center - half, center + half
+
+
+def sampling_margin(results: Sequence[Result], others: Sequence[Result]) -> float:
+    """Return by how many points the mean of paired differences may be off since test sets are samples, at least.
+
+    All seeds share the test set of their problem, so that the spread over seeds does not show it: on 12 samples each of
+    three seeds may differ by the same one sample. Two accuracies that differ by d on n samples have at least d·n
+    samples of which just one is right; with no others the variance of d is (d − d²)/n (McNemar 1947).
+
+    Args:
+        results: as `paired_differences` takes them.
+        others: as there.
+
+    Returns:
+        1.96 standard deviations; 0 for other metrics than accuracy, and where the number of samples is not known.
+    """
+    variance, problems = 0.0, group_by(results, lambda r: (r.network, r.problem))
+    for runs in problems.values():
+        differences = paired_differences(runs, others)
+        if differences and runs[0].metric == "accuracy" and runs[0].samples is not None:
+            share = abs(mean(differences)) / 100
+            variance += (share - share**2) / runs[0].samples
+    return 196 * math.sqrt(variance) / max(1, len(problems))
+
+
 def at_least(values: Sequence[float], threshold: float = 0.0) -> bool | None:
     """Whether a mean is at least a threshold, by its 95 % confidence interval; None if that cannot be decided.
 

@@ -11,7 +11,7 @@ from visadapt.report.claims import HELPS
 from visadapt.report.formatting import join_words, mean_and_std, pluralize, signed
 from visadapt.report.heatmap import heatmaps
 from visadapt.report.section import Claim, Section
-from visadapt.report.statistics import at_least, group_by, interval, mean_score, paired_differences
+from visadapt.report.statistics import at_least, group_by, interval, mean_score, paired_differences, paired_interval
 from visadapt.report.style import Drawing, Look
 from visadapt.table import Table
 
@@ -116,7 +116,12 @@ def _mean_gain(values: Sequence[float]) -> tuple[str, str]:
 def _helps(network: str, results: Sequence[Result]) -> Claim:
     differences = _differences(results)
     values = [value for each in differences.values() for value in each]
-    ends = [interval(each) for each in differences.values() if len(each) > 1]
+    scratch = [r for r in results if r.facts["source"] is None]
+    ends = [
+        paired_interval([r for r in results if (r.problem, r.facts["source"]) == pair], scratch)
+        for pair, each in differences.items()
+        if len(each) > 1
+    ]
     decided = [f"{sum(low > 0 for low, _ in ends)} better", f"{sum(high < 0 for _, high in ends)} worse"]
     measured = "no pair shares a seed"
     if values:

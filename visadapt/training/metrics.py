@@ -128,6 +128,13 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 """Metrics by the names that ``fit`` and ``evaluate`` take."""
 
+METRIC_OF = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "micro_f1",
+    "regression": "pearson",
+}
+"""The usual metric, by what the labels are."""
+
 _OF_REALS = ("pearson", "spearman")
 
 _OF_SEVERAL = ("micro_f1", "mean_ap")
