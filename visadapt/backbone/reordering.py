@@ -118,7 +118,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return isinstance(leaf, Tensor) and (id(leaf) in self._unwatched or getattr(leaf, _KEPT, False))
 
     def _selects(self, leaf: Any) -> bool:
-        """Return whether an index may be another one in a batch of the same shapes."""
+        """Return whether an index may differ for another batch of the same shapes."""
         return is_marked(leaf) or self._is_kept(leaf)
 
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
