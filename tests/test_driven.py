@@ -1,6 +1,7 @@
 """The command that drives architectures through every promise tells right from refused, wrong and crash."""
 
 import torch
+from torch import nn
 
 import visadapt
 from benchmarks import architectures as command
@@ -23,6 +24,37 @@ def test_right_refused_and_wrong():
     with torch.no_grad():
         next(driven.model.parameters()).add_(1.0)
     assert "other tensors" in driven.frozen()
+
+
+class Indexed(nn.Module):
+    """Keeps a table for the size of its input, reads its norm's output transposed, and has a token that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.fc = nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.token = nn.Parameter(torch.ones(4))
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).flatten(2).transpose(1, 2)
+        if len(self.table) != x.shape[1]:
+            self.table = torch.linspace(0.5, 1.5, x.shape[1])
+        return self.fc(torch.tanh(x).mul(self.table[:, None]).mean(1))
+
+
+INDEXED = Build("indexed", Indexed, lambda n: ((torch.randn(n, 3, 8, 10),), {}))
+
+
+def test_what_the_plain_backbone_does_itself_is_not_wrong():
+    row = drive(Driven(INDEXED, 3), visadapt.Full())
+    assert {row[check] for check in CHECKS} == {"right"}, row
+
+
+def test_torch_alone_is_wrong_for_a_transposed_gradient_of_one_sample():
+    # if this fails, torch is right, and agreement.py needs no second sample of each task
+    norm, grad = nn.BatchNorm2d(3).eval(), torch.randn(1, 20, 3)
+    norm(torch.randn(1, 3, 4, 5)).flatten(2).transpose(1, 2).backward(grad)
+    assert not torch.allclose(norm.bias.grad, grad.sum((0, 1)), atol=1e-2)
 
 
 def test_a_crash_is_counted():

@@ -1,11 +1,14 @@
 """Promise 3: training a task moves that task and nothing else."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import visadapt
 from tests.models import ZOO, anatomy, answer, bare_part, same, snapshot, train
+from visadapt import VisadaptError
 
 
 def owned_by(model, task):
@@ -142,3 +145,27 @@ def test_dropout_of_an_adapter_acts_in_train_mode_only(image) -> None:
         assert torch.equal(tiny(image), tiny(image))
         tiny.train()
         assert not torch.equal(tiny(image), tiny(image))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_scales_its_weight_is_refused(kind) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (4, 5))
+    layers = [nn.Flatten(), nn.Linear(40, 8)] if kind is nn.Embedding else [nn.Linear(8, 8)]
+    model = nn.Sequential(kind(20, 8, max_norm=1.0), *layers, nn.ReLU(), nn.Linear(8, 3))
+    weight = model[0].weight.detach().clone()
+    put = {"where": str(len(layers)), "example": ids, "head": "frozen"}
+    with pytest.raises(VisadaptError, match=r"the forward of 0 changes its weight \(max_norm=1\)"):
+        visadapt.inject(model, m=1, **put)
+    assert torch.equal(model[0].weight, weight)
+    # a task with a weight of its own has the plain model's
+    plain = copy.deepcopy(model)
+    visadapt.inject(model, visadapt.Full(), task="own", norms="frozen", head="frozen")
+    assert torch.equal(model(ids), plain(ids))
+    visadapt.eject(model)
+    assert torch.equal(model[0].weight, weight)
+    # what the message says
+    model[0].weight.data = torch.renorm(model[0].weight.data, 2, 0, 1)
+    model[0].max_norm = None
+    visadapt.inject(model, m=1, **put)
+    torch.testing.assert_close(model(ids), plain(ids))

@@ -194,7 +194,8 @@ def _inject(
 
 def _without_values(leaf: Any) -> Any:
     """Return an input's shape and dtype, as a tensor that takes no memory."""
-    if not isinstance(leaf, torch.Tensor):
+    if not isinstance(leaf, torch.Tensor) or leaf.is_nested or leaf.layout != torch.strided:
+        # the shape of others, such as sparse ones, is not all that a model may ask of them
         return leaf
     return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
 

@@ -167,9 +167,26 @@ def device_of(module: nn.Module, model: nn.Module) -> torch.device:
 
 
 def commit(facts: Facts, plan: Plan) -> Registry:
-    """Carry out a plan. Nothing here can fail because of user input."""
+    """Carry out a plan.
+
+    Raises:
+        VisadaptError: a frozen embedding would be changed by its own forward; nothing was changed then.
+    """
+    _check_renormalised(facts, plan)
     with STRUCTURE:
         return _committed(facts, plan)
+
+
+def _check_renormalised(facts: Facts, plan: Plan) -> None:
+    """Refuse a backbone whose embedding scales rows of its weight in place, in eval mode too, as those in use come."""
+    own = {path for path, _, part in plan.parts if role(part) in ("weights", "instead")}
+    for path, module in facts.modules.items():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and path not in own:
+            raise VisadaptError(
+                f"the forward of {path} changes its weight (max_norm={module.max_norm:g}), which is frozen and shared "
+                "by all tasks: scale all rows once, by weight.data = torch.renorm(weight.data, "
+                f"{module.norm_type:g}, 0, {module.max_norm:g}), and set max_norm = None, which gives the same outputs"
+            )
 
 
 def _committed(facts: Facts, plan: Plan) -> Registry:

@@ -151,6 +151,65 @@ def test_a_convolution_can_be_the_head(image) -> None:
         assert net(image).shape == (2, 10)
 
 
+class Auxiliary(nn.Module):
+    """Has a second head in train mode, as GoogLeNet has.
+
+    Args:
+        how: what comes out in train mode.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.body = nn.Conv2d(3, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+        self.fc, self.aux = nn.Linear(6, 10), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+        self.box = nn.Linear(6, 4)
+
+    def forward(self, x, targets=None):
+        x = self.stem(x)
+        out = self.fc((x + self.body(x)).mean((2, 3)))
+        if not self.training or self.how == "unused":
+            return out
+        aux = self.aux(x) if self.how != "boxes" else self.box(x.mean((2, 3)))
+        if self.how == "sum":
+            return out + 0.3 * aux
+        if self.how == "loss":
+            return nn.functional.cross_entropy(out, targets) + nn.functional.cross_entropy(aux, targets)
+        return {"out": out, "aux": aux} if self.how == "dict" else (out, aux)
+
+
+@pytest.mark.parametrize("how", ["tuple", "dict", "sum", "boxes", "unused"])
+@pytest.mark.parametrize("where", [None, "body"])
+def test_auxiliary_heads_follow_the_number_of_classes(image, how, where) -> None:
+    net = Auxiliary(how)
+    visadapt.inject(net, m=2, where=where, example=image, num_classes=3)
+    out = net.train()(image)
+    shapes = [o.shape for o in (out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else [out])]
+    assert shapes == [(2, 3)] * (1 + (how in ("tuple", "dict"))) + [(2, 4)] * (how == "boxes")
+    assert not any("box" in name for name, _ in visadapt.named_parameters(net, "default"))
+
+
+def test_an_auxiliary_head_that_is_not_seen_is_refused(image) -> None:
+    net = Auxiliary("loss")
+    with pytest.raises(VisadaptError, match=r"does not use aux\.2, of the same width, in eval mode"):
+        visadapt.inject(net, m=2, example=image, num_classes=3)
+    visadapt.inject(net, m=2, example=image, num_classes=3, head=["fc", "aux.2"])
+    net.train()(image, torch.tensor([0, 2])).backward()
+
+
+def test_a_model_is_run_in_train_mode_only_if_it_did_not_use_a_layer(image, monkeypatch) -> None:
+    modes = []
+    forward = Auxiliary.forward
+    monkeypatch.setattr(Auxiliary, "forward", lambda self, x: (modes.append(self.training), forward(self, x))[1])
+    for used in (False, True):
+        net = Auxiliary("tuple")
+        if used:
+            net.aux = net.box = nn.Identity()
+        visadapt.inject(net, m=2, example=image, num_classes=3)
+        assert (True in modes) is not used
+        modes.clear()
+
+
 def test_no_head_is_needed_where_none_is_asked_for(image) -> None:
     import timm
 

@@ -173,3 +173,30 @@ def test_caches_are_searched_only_if_a_fake_tensor_stayed(monkeypatch):
     trace_flow(Cached().eval(), torch.randn(2, 4))
     assert searches
     cached_table.cache_clear()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.two(torch.relu(self.one(x)))
+
+
+@pytest.mark.parametrize("on_meta", ["model", "example"])
+def test_a_model_without_values_and_an_example_with_some(on_meta):
+    with torch.device("meta" if on_meta == "model" else "cpu"):
+        model = Residual()
+    example = torch.randn(2, 6)
+    example = example if on_meta == "model" else example.to("meta")
+    pattern = "example has values, and Residual is on" if on_meta == "model" else "example is on the meta device, and"
+    for call in (visadapt.sites, lambda m, example: visadapt.inject(m, visadapt.Bottleneck(m=1), example=example)):
+        with pytest.raises(visadapt.VisadaptError, match=pattern):
+            call(model, example=example)
+    assert not hasattr(model, "_visadapt")
+    visadapt.inject(model, visadapt.LoRA(r=1), where="one", example=torch.zeros(2, 6, device=model.one.weight.device))
+    if on_meta == "model":
+        with pytest.raises(visadapt.VisadaptError, match="cannot be merged on the meta device"):
+            visadapt.merge(model, "default")

@@ -85,6 +85,29 @@ def test_a_parametrization_below_survives(tiny, image) -> None:
     assert anatomy(tiny) == before
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_parametrization_below_comes_off(tiny, image, method) -> None:
+    parametrize.register_parametrization(tiny.layer1[0].conv1, "weight", Half())
+    visadapt.inject(tiny.eval(), method, task="a", norms="frozen", where="conv3x3")
+    stir(tiny, "a")
+    expected = {task: answer(tiny, {"x": image}, task) for task in (None, "a")}
+    parametrize.remove_parametrizations(tiny.layer1[0].conv1, "weight")
+    tiny.layer1[0].conv1.weight.requires_grad_(False)
+    for task, each in expected.items():
+        assert torch.equal(answer(tiny, {"x": image}, task), each)
+    visadapt.eject(tiny)
+    assert type(tiny.layer1[0].conv1) is nn.Conv2d
+    assert torch.equal(tiny(image), expected[None])
+
+
+def test_a_parametrization_of_weights_that_a_task_owns_does_not_come_off(tiny, image) -> None:
+    parametrized(tiny.eval())
+    visadapt.inject(tiny, visadapt.Full(), task="a", norms="frozen")
+    parametrize.remove_parametrizations(tiny.conv1, "weight")
+    with pytest.raises(VisadaptError, match=r"conv1\.parametrizations was removed after the inject"):
+        tiny(image)
+
+
 def test_a_parametrization_comes_off_a_frozen_host(tiny, image) -> None:
     """Put on after the inject and taken off again, it leaves the host that it found."""
     visadapt.inject(tiny, m=2, task="a", norms="full")

@@ -350,3 +350,67 @@ def test_a_flag_that_is_changed_in_a_copy(made) -> None:
     other.flag = True
     check(other)
     check(model)
+
+
+class Steered(Net):
+    """Turns its batch around if its argument says so, or a number that it reads from its batch or a weight."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+        self.register_buffer("places", torch.arange(32.0))
+        self.gate = nn.Parameter(-torch.ones(40))
+
+    def forward(self, x: Tensor, time: Any = 0.0) -> Tensor:
+        order = torch.arange(len(x))
+        if self.by == "places":
+            order = self.places[: len(x)].argsort()
+        elif self.by == "gate places":
+            order = self.gate[: len(x)].argsort(stable=True)
+        elif self.by == "gate":
+            order = order.flip(0) if self.gate.sum() > 0 else order
+        elif float(time) > 0.5 if self.by == "time" else x.mean() > 0:
+            order = order.flip(0)
+        return super().forward(x[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("time", [float, torch.tensor], ids=["a number", "a tensor"])
+def test_an_order_that_an_argument_steers(made, time) -> None:
+    model, x = made(Steered("time")), torch.randn(5, 12)
+    for step in (*range(34), 90):
+        now = time(step / 100)
+        with torch.no_grad(), using(model, list("aabab")):
+            mixed = model(x, now)
+    for task in "ab":
+        with using(model, task):
+            alone = model(x, now)
+        rows = [i for i, each in enumerate("aabab") if each == task]
+        torch.testing.assert_close(mixed[rows], alone[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_an_order_that_a_batch_steers_as_a_whole(made) -> None:
+    model = made(Steered("mean"))
+    for shift in (-3.0, 3.0, -3.0):
+        x = torch.randn(5, 12) + shift
+        mixed = answer(model, {"x": x}, list("aabab"))
+        for task in "ab":
+            rows = [i for i, each in enumerate("aabab") if each == task]
+            alone = answer(model, {"x": x[rows]}, task)
+            torch.testing.assert_close(mixed[rows], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("by", "change"),
+    [
+        ("places", lambda model: model.places.copy_(model.places.flip(0))),
+        ("places", lambda model: model.places.data.copy_(model.places.flip(0))),
+        ("places", lambda model: setattr(model, "places", model.places.flip(0))),
+        ("gate places", lambda model: model.gate.data.copy_(-torch.arange(40.0))),
+        ("gate", lambda model: model.gate.data.fill_(1.0)),
+    ],
+)
+def test_an_order_that_many_numbers_of_the_model_steer(made, by, change) -> None:
+    model = made(Steered(by))
+    check(model)
+    change(model)
+    check(model)

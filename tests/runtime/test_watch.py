@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import visadapt
-from tests.models import answer, bare_part, output, same, snapshot, train
+from tests.models import answer, bare_part, output, same, snapshot, stir, train
 from visadapt import VisadaptError
 
 
@@ -79,6 +79,29 @@ def test_an_averaged_model(tiny, image, two) -> None:
     averaged.update_parameters(tiny)
     update_bn([image], averaged)
     assert same(bare_part(snapshot(averaged.module)), bare_part(snapshot(tiny)))
+
+
+def test_an_average_is_of_the_tasks_that_it_was_made_for(tiny, image) -> None:
+    for task in "ab":
+        visadapt.inject(tiny, m=2, task=task, num_classes=3)
+        stir(tiny, task)
+    averages = {}
+    for task in "ab":
+        visadapt.activate(visadapt.trainable(tiny, task), task)
+        averages[task] = AveragedModel(tiny)
+        averages[task].update_parameters(tiny)
+        mean = [p.detach() / 2 for p in visadapt.parameters(tiny, task)]
+        stir(tiny, task, 7)
+        mean = [p + q.detach() / 2 for p, q in zip(mean, visadapt.parameters(tiny, task), strict=True)]
+        averages[task].update_parameters(tiny)
+        for averaged, each in zip(visadapt.parameters(averages[task].module, task), mean, strict=True):
+            torch.testing.assert_close(averaged, each)
+    before = snapshot(averages["a"])
+    with pytest.raises(VisadaptError, match=r"averages task 'a', and the model now uses task 'b'"):
+        averages["a"].update_parameters(tiny)
+    assert same(snapshot(averages["a"]), before)
+    # all else may be done with it
+    assert averages["a"].eval()(image).shape == (2, 3)
 
 
 def test_resets_pass_by_and_other_statistics_are_refused(tiny, image, two) -> None:

@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import visadapt
 from tests.models import ZOO, answer, output, short, stir
@@ -430,3 +431,140 @@ def test_a_norm_with_biases_of_one_task_beside_anothers_own_norm() -> None:
         for row, task in enumerate(tasks):
             alone = answer(model, {k: v[row : row + 1] for k, v in inputs.items()}, task)[0]
             torch.testing.assert_close(found[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
+class Keeps(nn.Module):
+    """Computes a bias from its table once in eval mode, as LeViT's and EfficientFormer's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Parameter(torch.ones(3)), nn.Linear(4, 4)
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        if self.kept:
+            self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.fc(x) + self.table[[0, 1, 2, 0]]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.table[[0, 1, 2, 0]]
+        return self.fc(x) + self.kept["bias"]
+
+
+@torch.no_grad()
+def test_what_a_module_keeps_of_its_weights_is_of_one_task() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Keeps()).eval()
+    x = torch.randn(6, 4)
+    bare = model(x)
+    tasks = ["a", "b", "c"]
+    for seed, task in enumerate(tasks):
+        method = visadapt.Bottleneck(m=1) if task == "c" else Full()
+        visadapt.inject(model, method, task=task, norms="frozen", head="frozen", where="0" if task == "c" else None)
+        stir(model, task, seed)
+
+    def alone() -> list[Tensor]:
+        return [answered(model, task, x) for task in (None, *tasks)]
+
+    model.train()
+    expected = alone()
+    model.eval()
+    for _ in range(2):
+        assert all(map(torch.equal, alone(), expected))
+        with using(model, ["a", "b", "c", None, "b", "a"]):
+            rows = [expected[k][i] for i, k in enumerate((1, 2, 3, 0, 2, 1))]
+            torch.testing.assert_close(model(x), torch.stack(rows))
+    stir(model, "a", 7)
+    model.train()
+    expected[1] = answered(model, "a", x)
+    for each in (copy.deepcopy(model), model):
+        assert torch.equal(answered(each.eval(), "a", x), expected[1])
+    stir(model, "b", 8)  # no change of the mode empties b's table
+    expected[2] = answered(copy.deepcopy(model).train(), "b", x)
+    compiled = torch.compile(model, backend="eager")
+    for task, each in zip((None, *tasks), expected, strict=True):
+        with using(model, task):
+            torch.testing.assert_close(compiled(x), each)
+    visadapt.eject(model)
+    assert torch.equal(model(x), bare)
+
+
+def answered(model: nn.Module, task: str | None, x: Tensor) -> Tensor:
+    with using(model, task):
+        answer: Tensor = model(x)
+    return answer
+
+
+def pair() -> tuple[nn.Module, Tensor]:
+    """A backbone with a task of own weights, and one without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    for seed, (task, method) in enumerate({"own": Full(), "other": visadapt.Bottleneck(m=1)}.items()):
+        visadapt.inject(model, method, task=task, norms="frozen", head="frozen", where=None if seed == 0 else "2")
+        stir(model, task, seed)
+    return model, torch.randn(5, 4)
+
+
+def old_weight_norm(module: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module)
+
+
+ON: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "old weight norm": old_weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("kind", ON)
+def test_a_weight_that_a_task_owns_is_not_replaced(kind) -> None:
+    model, x = pair()
+    visadapt.activate(model, "own")
+    with pytest.raises(VisadaptError, match=r"0\.weight cannot be pruned.* task 'own' has a value of its own"):
+        ON[kind](model[0])
+    if kind in ("prune", "weight norm", "spectral norm"):
+        # these say what they want before they change anything
+        fresh, _ = pair()
+        for task in (None, "own", "other"):
+            assert torch.equal(answered(model, task, x), answered(fresh, task, x))
+
+
+@pytest.mark.parametrize("kind", ["prune", "old weight norm"])
+@pytest.mark.parametrize("active", [None, "own"])
+def test_what_was_put_on_before_inject_is_not_taken_off_weights_that_a_task_owns(kind, active) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    ON[kind](model[0])
+    visadapt.inject(model, Full(), task="own", norms="frozen", head="frozen")
+    stir(model, "own", 0)
+    visadapt.activate(model, active)
+
+    def take_off() -> None:
+        prune.remove(model[0], "weight") if kind == "prune" else nn.utils.remove_weight_norm(model[0])
+        model(torch.randn(5, 4))
+
+    with pytest.raises(VisadaptError, match=r"0\.weight_(orig|g) cannot be"):
+        take_off()
+
+
+def test_pruning_the_backbone_leaves_weights_that_a_task_owns() -> None:
+    model, x = pair()
+    before = {task: answered(model, task, x) for task in (None, "own", "other")}
+    with using(model, None):
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
+    for remove in (False, True):
+        if remove:
+            prune.remove(model[0], "weight")
+        after = {task: answered(model, task, x) for task in before}
+        assert torch.equal(after["own"], before["own"])
+        assert not torch.equal(after["other"], before["other"])
+    visadapt.eject(model)
+    assert int((model[0].weight == 0).sum()) == 8

@@ -66,7 +66,7 @@ class _Pattern:
         if self.form is not None and self.facts.reordered:
             # runs one task at a time, which is right for every size
             return self.examined > 1
-        return self.lacks_sizes_only(signature) and signature.shared_sizes in self.sizes
+        return self.lacks_sizes_only(signature) and signature.sizes in self.sizes
 
     def ruled_facts(self, given: Any) -> RowFacts | None:
         """Return the facts of batches for which the model tests sizes with the same results, if any were examined."""
@@ -93,7 +93,7 @@ class _Pattern:
         """Add a batch that was examined, with all its samples or with few of them."""
         self.examined += 1
         self.form = self.form if self.form == _form(found) else None
-        _add(self.sizes, signature.shared_sizes)
+        _add(self.sizes, signature.sizes)
         if not few:
             _add(self.numbers, signature.samples)
             self.largest = max(self.largest, signature.elements)
@@ -277,14 +277,12 @@ class _Signature:
     Attributes:
         pattern: structure and dtypes, and which axes have N or 1 elements.
         sizes: of the other axes; values of numbers and texts.
-        shared_sizes: the same, in the steps in which a size of its own is examined.
         samples: N.
         elements: of all tensors together.
     """
 
     pattern: tuple[Any, ...]
     sizes: tuple[Any, ...]
-    shared_sizes: tuple[Any, ...]
     samples: int
     elements: int
 
@@ -316,7 +314,7 @@ class _Signature:
         if steps:
             # each step of a generation is longer by one
             sizes = [_doubled(size) for size in sizes]
-        return _Signature(tuple(pattern), tuple(sizes), tuple(map(_without_floats, sizes)), samples, elements)
+        return _Signature(tuple(pattern), tuple(sizes), samples, elements)
 
 
 def _doubled(size: Any) -> Any:
@@ -324,11 +322,6 @@ def _doubled(size: Any) -> Any:
     if isinstance(size, tuple):
         return tuple(map(_doubled, size))
     return size.bit_length() if type(size) is int else size
-
-
-def _without_floats(size: Any) -> Any:
-    # a time or temperature is another one in each call
-    return None if isinstance(size, float) else size
 
 
 def _form(facts: RowFacts) -> Any:

@@ -15,8 +15,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from visadapt.backbone.state import is_index
+
 _MARK = "_visadapt_from_input"
 """Attribute set on tensors that were computed from the model's input or from random numbers."""
+
+_KEPT = "_visadapt_from_model"
+"""Attribute set on tensors that were computed from tensors of the model that are not watched for changes."""
+
+_FLOAT = "_visadapt_from_floats"
+"""Attribute set on tensors that were computed from the input by way of floating-point numbers."""
 
 _SORTS = {"sort", "topk", "kthvalue", "mode", "argsort", "msort"}
 _AT_DIM = {"index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
@@ -32,20 +40,30 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choices: the operators that selected by data, in call order, with the sizes of the axes that they selected
             along.
         numbers: the numbers that Python code read from tensors computed from the input.
+        steered: whether Python code read such a number that was computed from floating-point ones, or one of the
+            model's that is not watched for changes. Integers tell how long samples are, or whether some are padded; the
+            result of a test of values may be another in each batch.
         drew: whether it drew random numbers of Python's or numpy's, which nothing replaces.
 
     Args:
         inputs: of the forward.
-        modules: what may hold generators of random numbers.
+        modules: what may hold generators of random numbers, and tensors whose values may be others in later batches.
     """
 
     def __init__(self, inputs: Any, modules: Iterable[nn.Module] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.choices: list[tuple[str, tuple[int, ...]]] = []
         self.numbers: list[Any] = []
-        self.drew = False
-        self._reads = _Reads(self.numbers)
+        self.steered = self.drew = False
+        self._reads = _Reads(self)
         self._modules = list(modules)
+        # not by an attribute: these may be the model's own
+        self._unwatched = {
+            id(tensor)
+            for module in self._modules
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and not (name in module._buffers and is_index(name, tensor))
+        }
         self._others = _Drawn(self._modules)
         for leaf in tree_leaves(inputs):
             mark(leaf)
@@ -66,22 +84,42 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.rpartition("::")[2]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         marked = any(is_marked(leaf) for leaf in given)
+        kept = any(self._is_kept(leaf) for leaf in given)
         if marked:
             self._note(name, args, kwargs)
         out = _drawn(func, name, args, kwargs)
+        self.steered = self.steered or (kept and name == "_local_scalar_dense")
+        for leaf in tree_leaves(out) if kept and not marked else ():
+            if isinstance(leaf, Tensor):
+                setattr(leaf, _KEPT, True)
         if name in _DRAWS:
             # a random choice of rows (shuffled batch norm) is another one in the run that counts
             mark(out)
         if marked:
             if name == "_local_scalar_dense":
-                self.numbers.append(out)
+                self.read(args[0], out)
+            floats = any(map(_of_floats, given))
             for leaf in tree_leaves(out):
                 mark(leaf)
+                if floats and isinstance(leaf, Tensor):
+                    setattr(leaf, _FLOAT, True)
             if func._schema.is_mutable:
                 for value, argument in zip(args, func._schema.arguments, strict=False):
                     if argument.alias_info is not None and argument.alias_info.is_write:
                         mark(value)
         return out
+
+    def read(self, tensor: Tensor, number: Any) -> None:
+        """Record that Python code read a tensor that was computed from the input."""
+        self.numbers.append(number)
+        self.steered = self.steered or _of_floats(tensor)
+
+    def _is_kept(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and (id(leaf) in self._unwatched or getattr(leaf, _KEPT, False))
+
+    def _selects(self, leaf: Any) -> bool:
+        """Return whether an index may differ for another batch of the same shapes."""
+        return is_marked(leaf) or self._is_kept(leaf)
 
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
         """Record an operator that selects along axes of a tensor by values computed from the input."""
@@ -97,12 +135,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # the first number of topk and kthvalue is k; without a number, the last axis is sorted
             dims = dims[1:] if name in ("topk", "kthvalue") else dims
             sizes = (shape[dims[0] if dims else -1],)
-        elif name in _AT_DIM and len(args) > 2 and is_marked(args[2]) and first.ndim:
+        elif name in _AT_DIM and len(args) > 2 and self._selects(args[2]) and first.ndim:
             sizes = (shape[args[1]],)
-        elif name in _WHOLE and any(map(is_marked, args[1:2] if len(args) > 1 else args)):
+        elif name in _WHOLE and any(map(self._selects, args[1:2] if len(args) > 1 else args)):
             sizes = shape
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            sizes = _indexed(shape, args[1])
+            sizes = _indexed(shape, args[1], self._selects)
         if sizes:
             self.choices.append((name, sizes))
 
@@ -137,13 +175,13 @@ def _is_generator(held: Any) -> bool:
 class _Reads(TorchFunctionMode):
     """Records conversions of whole tensors to Python values, which dispatch no operator."""
 
-    def __init__(self, numbers: list[Any]) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self._numbers = numbers
+        self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _READS and args and is_marked(args[0]):
-            self._numbers.append(args[0].detach().cpu().clone().flatten())
+            self._watch.read(args[0], args[0].detach().cpu().clone().flatten())
         return func(*args, **(kwargs or {}))
 
 
@@ -162,6 +200,8 @@ def chose_rows(two: Watch, three: Watch) -> str:
         # an axis that grows with the batch is the batch axis
         if few == (0,) or any(p != q for p, q in zip(few, more, strict=True)):
             return name
+    if two.steered or three.steered:
+        return "a number that Python reads"
     same = len(two.numbers) == len(three.numbers) and all(map(_alike, two.numbers, three.numbers))
     return "" if same else "a number that Python reads"
 
@@ -177,6 +217,10 @@ def is_marked(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and getattr(leaf, _MARK, False)
 
 
+def _of_floats(tensor: Tensor) -> bool:
+    return is_marked(tensor) and (tensor.is_floating_point() or getattr(tensor, _FLOAT, False))
+
+
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
@@ -185,13 +229,13 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _indexed(shape: tuple[int, ...], indices: Any) -> tuple[int, ...]:
-    """Return the sizes of the axes that are indexed by values computed from the input."""
+def _indexed(shape: tuple[int, ...], indices: Any, selects: Callable[[Any], bool]) -> tuple[int, ...]:
+    """Return the sizes of the axes that are indexed by values that may be others in another batch."""
     sizes: list[int] = []
     axis = 0
     for index in indices:
         wide = index.ndim if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
-        if is_marked(index):
+        if selects(index):
             sizes += shape[axis : axis + wide]
         axis += wide
     return tuple(sizes)

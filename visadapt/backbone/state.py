@@ -91,7 +91,7 @@ class State:
             self.values[path, "children"] = [each for item in children.items() if item[0] != CHILD for each in item]
             if own["_buffers"]:
                 self._watch(own["_buffers"].values())
-                held = [b for name, b in own["_buffers"].items() if b is not None and _is_index(name, b)]
+                held = [b for name, b in own["_buffers"].items() if b is not None and is_index(name, b)]
                 buffers += held
                 self.values[path, "buffers"] = [buffer.clone() for buffer in held]
             for hooks in HOOKS:
@@ -190,8 +190,8 @@ def _is_options(value: Any) -> bool:
     return not ours and not callable(value) and hasattr(value, "__dict__")
 
 
-def _is_index(name: str, buffer: Tensor) -> bool:
-    """Return whether a buffer may hold a flag, or the places of rows."""
+def is_index(name: str, buffer: Tensor) -> bool:
+    """Return whether a buffer may hold a flag, or the places of rows, and is watched for changes."""
     if name in ("num_batches_tracked", "running_mean", "running_var") or buffer.is_meta:
         return False
     most = _FLOATS if buffer.is_floating_point() or buffer.is_complex() else _INTEGERS

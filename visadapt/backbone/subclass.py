@@ -2,7 +2,8 @@
 
 Other libraries swap a module's class too (torch's parametrizations, FSDP2), below ours or on top of it. A class is
 therefore added and removed by the function that makes it, never by its position: the chain is rebuilt without it, and
-whatever stood on top stays on top.
+whatever stood on top stays on top. Those of torch's parametrizations always stand on top: torch takes them off again as
+the outermost class of a module.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache, update_wrapper
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from visadapt.errors import VisadaptError
 
@@ -21,6 +23,7 @@ M = TypeVar("M", bound=Callable[..., ModuleClass])
 
 _RECIPE = "_visadapt_recipe"
 _BASE = "_visadapt_base"
+_ORIGINAL = "_visadapt_original"
 
 
 def cached(make: M) -> M:
@@ -112,11 +115,19 @@ def rebuilt(cls: ModuleClass, change: Callable[[ModuleClass], ModuleClass]) -> M
         cls: the class of a module.
         change: maps the class below all classes that others put on top of visadapt's.
     """
-    if _RECIPE in cls.__dict__ or not hasattr(cls, _RECIPE):
+    if not (_is_parametrized(cls) or (hasattr(cls, _RECIPE) and _RECIPE not in cls.__dict__)):
         return change(cls)
-    bases = tuple(rebuilt(base, change) if hasattr(base, _RECIPE) else base for base in cls.__bases__)
+    bases = tuple(rebuilt(b, change) if hasattr(b, _RECIPE) or _is_parametrized(cls) else b for b in cls.__bases__)
     members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    original: ModuleClass = members.setdefault(_ORIGINAL, cls)
+    if bases == original.__bases__ and members.keys() - {_ORIGINAL} <= original.__dict__.keys():
+        return original
     return cast("ModuleClass", cast("Any", type(cls))(cls.__name__, bases, members))
+
+
+def _is_parametrized(cls: ModuleClass) -> bool:
+    """Whether a class is one that torch made for the parametrizations of one module."""
+    return cls.__module__ == parametrize.__name__ and cls.__name__.startswith("Parametrized")
 
 
 def is_made_by(make: Maker, makers: tuple[Maker, ...]) -> bool:

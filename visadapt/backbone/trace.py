@@ -245,11 +245,24 @@ def rehearse(model: nn.Module, example: Any, watch: Callable[[nn.Module, Any], A
                 copied = inputs = None
                 if fake is not None and fake.are_held():
                     forget_fakes()
+    _check_same_memory(backbone, example)
     what = "a guessed input" if example is None else "the given example"
     raise VisadaptError(
         f"{type(backbone).__name__} does not run on {what} ({first_line(failure):.300}); pass example= with an input "
         "it takes"
     ) from failure
+
+
+def _check_same_memory(backbone: nn.Module, example: Any) -> None:
+    """Refuse an example with values for a model without any, or the other way round."""
+    model = {tensor.is_meta for tensor in (*backbone.parameters(), *backbone.buffers())}
+    given = {leaf.is_meta for leaf in tree_leaves(example) if isinstance(leaf, Tensor)}
+    if given and model and given.isdisjoint(model):
+        states = ["has values", "is on the meta device"][:: -1 if True in given else 1]
+        raise VisadaptError(
+            f"the example {states[0]}, and {type(backbone).__name__} {states[1]}: pass an example that is on the same "
+            "device; of one on the meta device, example.to('meta'), the shapes and dtypes are used"
+        )
 
 
 _QUIET = threading.Lock()
@@ -285,13 +298,22 @@ def quiet() -> Iterator[None]:
                 restore.close()
 
 
-def trace_flow(model: nn.Module, example: Any = None) -> tuple[Flow, Any]:
+def trace_flow(model: nn.Module, example: Any = None, training: bool = False) -> tuple[Flow, Any]:
     """The dataflow of one forward, and the input that it ran on.
+
+    Args:
+        model: the backbone.
+        example: an input; guessed if None.
+        training: whether it runs in train mode.
 
     Raises:
         VisadaptError: the model cannot run on the example.
     """
-    return rehearse(model, example, lambda copied, given: record(copied, own_modules(copied), call, given).forget())
+
+    def watch(copied: nn.Module, given: Any) -> Flow:
+        return record(copied.train(training), own_modules(copied), call, given).forget()
+
+    return rehearse(model, example, watch)
 
 
 _LAST = ("NLC", "NHWC", "NDHWC")

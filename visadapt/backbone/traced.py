@@ -15,7 +15,7 @@ from visadapt.backbone.dataflow import Flow, Value
 from visadapt.backbone.families.attention import projections
 from visadapt.backbone.families.block import Block
 from visadapt.backbone.families.convs import conv3x3, is_batchnorm
-from visadapt.backbone.heads import Head, head_of_flow
+from visadapt.backbone.heads import Head, head_of_flow, with_auxiliary
 from visadapt.backbone.modules import is_matrix, last_name, own_modules, parameter_count, parent, within
 from visadapt.backbone.operators import is_operator
 from visadapt.backbone.site import LeftOut, Site, Sites, layout_named
@@ -38,8 +38,10 @@ def find(model: nn.Module, modules: dict[str, nn.Module], head: Head | None, exa
     Raises:
         VisadaptError: the model does not run on ``example``, or on any input that can be guessed.
     """
-    flow, _ = trace_flow(model, example)
+    flow, given = trace_flow(model, example)
     seen = head_of_flow(flow, modules)
+    if head is None:
+        seen = with_auxiliary(seen, flow, model, modules, given)
     found = ends(flow, modules, (seen if head is None else head).modules)
     counts = Counter(end.block for end in found)
     depths: dict[str, int] = {}

@@ -23,7 +23,7 @@ import torch
 
 from visadapt.errors import VisadaptError
 from visadapt.runtime.blocks import BLOCKS, Block, elsewhere, frames, innermost, is_held_by, shown
-from visadapt.runtime.in_use import TasksInUse
+from visadapt.runtime.in_use import TasksInUse, is_averaging
 from visadapt.runtime.node_log import Log, Logs, now, removed
 from visadapt.runtime.reservation import Reservation
 
@@ -67,6 +67,7 @@ class Choices(TasksInUse):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._averages = is_averaging()
         self._start()
 
     @property

@@ -38,16 +38,17 @@ from visadapt.runtime.mixed import run_mixed
 from visadapt.runtime.registry import Parts, Registry
 from visadapt.runtime.roles import role, run
 from visadapt.runtime.symbolic import proxy_among, traced
-from visadapt.runtime.weights import owned_members
+from visadapt.runtime.weights import check_kept, owned_members, tensor_tables
 
 
 @cached
-def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleClass:
+def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = (), tables: tuple[str, ...] = ()) -> ModuleClass:
     """A subclass whose forward lets the active task's parts act.
 
     Args:
         plain: the host's class.
         owned: names of the host's parameters that some task has values of its own for.
+        tables: names of the tables in which it may keep what it computed from these.
 
     A forward that is assigned to this one module (by accelerate's hooks or a patch) is not put in ``__dict__``, where
     it would be called instead of this one: it replaces the host's own forward, around which the parts act.
@@ -86,6 +87,7 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         if name == "forward" and FORWARDS in self.__dict__:
             _keep_forwards(self, ())
         else:
+            check_kept(self, name)
             plain.__delattr__(self, name)
 
     # keeps the host's own signature
@@ -94,11 +96,12 @@ def hosting_class(plain: ModuleClass, *, owned: tuple[str, ...] = ()) -> ModuleC
         "__setattr__": set_attribute,
         "__delattr__": delete_attribute,
         "_visadapt_owned": owned,
-        **owned_members(plain, owned),
+        **owned_members(plain, owned, tables),
         **container_members(plain),
     }
     _LEVELS[forward] = level
-    return subclass(plain, partial(hosting_class, owned=owned) if owned else hosting_class, **members)
+    make = partial(hosting_class, owned=owned, tables=tables) if owned else hosting_class
+    return subclass(plain, make, **members)
 
 
 _LEVELS: dict[Any, int] = {}
@@ -192,7 +195,7 @@ def _answer_for(host: nn.Module, part: nn.Module) -> None:
     names = getattr(part, "names", None) or [name for name, own in host._parameters.items() if own is not None]
     owned = tuple(sorted({*before, *names}))
     if owned != before:
-        make = partial(hosting_class, owned=owned)
+        make = partial(hosting_class, owned=owned, tables=tensor_tables(host))
         host.__class__ = rebuilt(type(host), lambda cls: make(without(cls, hosting_class)))
 
 

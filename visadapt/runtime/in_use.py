@@ -8,8 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch.optim.swa_utils import AveragedModel
 
-from visadapt.runtime.blocks import Block
+from visadapt.backbone.modules import REGISTRY
+from visadapt.errors import VisadaptError
+from visadapt.runtime.blocks import Block, frames
+
+
+def is_averaging() -> bool:
+    """Whether torch's AveragedModel copies a model here."""
+    return any(frame.f_code is AveragedModel.__init__.__code__ for frame in frames())
+
+
+def _these(names: Sequence[str]) -> str:
+    return f"task{'s' * (len(names) > 1)} {', '.join(map(repr, names))}" if names else "no task"
 
 
 class Listing(NamedTuple):
@@ -44,6 +56,8 @@ class TasksInUse:
     def __init__(self) -> None:
         self.changes = 0
         # dicts for their order, replaced and never changed
+        # whether torch's AveragedModel made this copy
+        self._averages = False
         self._asked: dict[str, None] = {}
         self._trained: dict[str, None] = {}
 
@@ -96,7 +110,27 @@ class TasksInUse:
             names: Iterable[str] = tasks if several else {**self.chosen(), **self._asked, **self._trained}
             own = sorted((name for name in names if name in tasks), key=lambda name: tasks[name].number)
             last = self._local.listing = Listing(tasks, key, own)
+        if self._averages:
+            self._check_averaged(last.names)
         return last.names
+
+    def _check_averaged(self, names: Sequence[str]) -> None:
+        """Refuse to average the parameters of other tasks: torch pairs those of two models by their order alone.
+
+        Raises:
+            VisadaptError: the model that is averaged has other tasks in use.
+        """
+        frame = next((f for f in frames() if f.f_code is AveragedModel.update_parameters.__code__), None)
+        if frame is None:
+            return
+        registries = (module.__dict__.get(REGISTRY) for module in frame.f_locals["model"].modules())
+        registry = next((each for each in registries if each is not None), None)
+        others = () if registry is None else registry.listed()
+        if list(others) != list(names):
+            raise VisadaptError(
+                f"this AveragedModel averages {_these(names)}, and the model now uses {_these(others)}: make an "
+                "AveragedModel per task, when visadapt.trainable(model, task) was called for it"
+            )
 
     def blocks(self) -> tuple[Block | None, ...]:
         """The choices of tasks, of all threads."""

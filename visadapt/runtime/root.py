@@ -11,6 +11,7 @@ from torch import nn
 from visadapt.backbone.modules import CHILD, OURS, REGISTRY
 from visadapt.backbone.tracing import is_tracing
 from visadapt.runtime.registry import Parts, Registry, check_filled
+from visadapt.runtime.weights import check_there
 
 
 def capture_calls(model: nn.Module) -> None:
@@ -36,8 +37,10 @@ def _enter(model: nn.Module, args: Any) -> None:
         block = registry.begin(sys._getframe(1))
         if registry.unfilled:
             check_filled(registry, block.tasks if isinstance(block.tasks, tuple) else (block.tasks,))
-        if not is_tracing():
-            registry.watch.before(model, registry.hosts, block.below is not None and block.below.captured)
+        nested = block.below is not None and block.below.captured
+        if not is_tracing() and not registry.watch.before(model, registry.hosts, nested):
+            for host in registry.hosts.values():
+                check_there(host)
 
 
 def _leave(model: nn.Module, args: Any, out: Any) -> None:

@@ -152,13 +152,16 @@ class Watch:
             self.written.look_at(modules)
             self._children, self._names, self._modules = [[row[i] for row in found] for i in range(3)]  # type: ignore[assignment]
 
-    def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> None:
+    def before(self, model: nn.Module, hosts: dict[str, nn.Module], nested: bool) -> bool:
         """Check the model before a forward.
 
         Args:
             model: the model.
             hosts: its modules with parts, by path.
             nested: whether the forward is within another.
+
+        Returns:
+            Whether all parameters are still there.
 
         Raises:
             VisadaptError: another module stands where a host or a frozen module was.
@@ -168,8 +171,7 @@ class Watch:
         # in C, as a model may have hundreds of these
         if unknown or list(map(dict.get, self._children, self._names)) != self._modules:
             self._check_replaced(model, hosts)
-        if not nested:
-            self.written.before()
+        there = nested or self.written.before()
         if self.buffers:
             here = threading.current_thread()
             with self._lock:
@@ -181,6 +183,7 @@ class Watch:
                     if not kept.holds(self._exact):
                         # moved to a device, loaded or changed by the user since
                         kept.keep()
+        return there
 
     def after(self) -> VisadaptError | None:
         """Restore the buffers that a forward changed, and keep their modules in eval mode.

@@ -9,29 +9,39 @@ so threads do not interfere: ``_parameters`` and the state dict always hold the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import update_wrapper
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from visadapt.backbone.modules import CHILD
+from visadapt.backbone.modules import CHILD, joined
 from visadapt.backbone.subclass import plain_class
 from visadapt.backbone.tracing import is_symbolic_tracing
+from visadapt.errors import VisadaptError
 from visadapt.runtime.choice import AUTO
 from visadapt.runtime.division import UnfitError
 from visadapt.runtime.registry import Parts
 from visadapt.runtime.roles import role
 from visadapt.runtime.symbolic import traced_weight
 
+KEPT = "_visadapt_kept"
+"""Attribute of a part: what its host keeps in tables while the part's task is active."""
 
-def owned_members(plain: type[nn.Module], names: Iterable[str]) -> dict[str, Any]:
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def owned_members(plain: type[nn.Module], names: Iterable[str], tables: Iterable[str] = ()) -> dict[str, Any]:
     """Return the properties that replace parameters in the class of a host.
 
     Args:
         plain: the host's class.
         names: names of the host's own parameters.
+        tables: names of its tables of tensors; see `tensor_tables`.
     """
-    members: dict[str, Any] = {name: _owned(name) for name in names}
+    members: dict[str, Any] = {name: _owned(name) for name in names} | {name: _table(name) for name in tables}
+    if members:
+        members["register_parameter"] = _registering(plain)
     if members and issubclass(plain, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, _set_flat_weights)
         members["flatten_parameters"] = _flatten_parameters
@@ -58,6 +68,119 @@ def _owned(name: str) -> property:
         del self.__dict__[name]
 
     return property(get, put, delete)
+
+
+def tensor_tables(host: nn.Module) -> tuple[str, ...]:
+    """Return the names of the attributes in which a host may keep tensors computed from its parameters.
+
+    Some attention layers, as LeViT's, compute their biases once in eval mode and keep them in a dict. What a task's
+    weights gave must not be read for another.
+    """
+    return tuple(
+        sorted(
+            name
+            for name, value in host.__dict__.items()
+            if type(value) is dict and name not in _OF_MODULES and all(isinstance(v, Tensor) for v in value.values())
+        )
+    )
+
+
+def _table(name: str) -> property:
+    def get(self: nn.Module) -> Any:
+        try:
+            kept = self.__dict__[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        parts = self.__dict__["_modules"].get(CHILD)
+        task = None if parts is None else parts._registry.acting()
+        if parts is None or task is None or type(kept) is not dict:
+            return kept
+        tasks = tuple(parts) if task == AUTO else task if isinstance(task, tuple) else (task,)
+        changing = {None if each is None else _changing(parts, each) for each in tasks}
+        if len(changing) > 1:
+            # several values: reading the parameter itself is refused
+            return {}
+        part = changing.pop()
+        return kept if part is None else _table_of(part, name)
+
+    def put(self: nn.Module, value: Any) -> None:
+        # the tables of all tasks, as when the mode changes
+        parts = self._modules.get(CHILD)
+        for part in () if parts is None else parts.modules():
+            part.__dict__.get(KEPT, {}).pop(name, None)
+        self.__dict__[name] = value
+
+    def delete(self: nn.Module) -> None:
+        put(self, None)
+        del self.__dict__[name]
+
+    return property(get, put, delete)
+
+
+def _table_of(part: nn.Module, name: str) -> dict[Any, Any]:
+    """Return a part's table; an empty one if its weights have changed since, which another task's table cannot tell."""
+    state = tuple(None if value.is_inference() else value._version for value in part.parameters())
+    tables: dict[str, Any] = part.__dict__.setdefault(KEPT, {})
+    if name not in tables or tables[name][0] != state:
+        tables[name] = state, {}
+    return cast("dict[Any, Any]", tables[name][1])
+
+
+# as torch.compiler.disable does, which imports dynamo: what is kept for later calls is not a part of a graph
+_table_of.__dict__["_torchdynamo_disable"] = True
+
+
+def check_kept(host: nn.Module, name: str) -> None:
+    """Refuse to remove a parameter that some task has a value of its own for.
+
+    Args:
+        host: the module.
+        name: of an attribute that is to be deleted.
+
+    Raises:
+        VisadaptError: it is such a parameter.
+    """
+    if name in host._parameters and name in host._visadapt_owned:  # type: ignore[operator]
+        raise moved(host, name)
+
+
+def moved(host: nn.Module, name: str) -> VisadaptError:
+    """Return the error for a parameter that was replaced while some task has a value of its own for it."""
+    parts = cast("Parts", host._modules[CHILD])
+    task = next((task for task in parts if changes(parts, task)), None)
+    return VisadaptError(
+        f"{joined(parts._path, name)} cannot be pruned, normalised or parametrized, nor freed of that: task {task!r} "
+        "has a value of its own for it, which the backbone would get if that task is active. Do it before inject, or "
+        "on a copy from visadapt.merge(model, task); if it is done already, load the backbone's weights again"
+    )
+
+
+def _registering(plain: type[nn.Module]) -> Any:
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        parts = self.__dict__["_modules"].get(CHILD)
+        if parts is not None and name not in self._parameters:
+            # torch's functions that replace a parameter read it, and so may have the active task's
+            owned = cast("tuple[str, ...]", self._visadapt_owned)
+            gone = [own for own in owned if own not in self._parameters]
+            active = parts._registry.current()
+            tasks = active if isinstance(active, tuple) else (active,)
+            own = any(param is value for part in parts.modules() for value in part._parameters.values())
+            if param is not None and (own or (gone and any(t in parts and changes(parts, t) for t in tasks))):
+                raise moved(self, gone[0] if gone else name.removesuffix("_orig"))
+        plain.register_parameter(self, name, param)
+
+    return update_wrapper(register_parameter, plain.register_parameter)
+
+
+def check_there(host: nn.Module) -> None:
+    """Refuse a host without a parameter that some task has a value of its own for.
+
+    Raises:
+        VisadaptError: there is such a parameter.
+    """
+    for name in getattr(host, "_visadapt_owned", ()):
+        if name not in host._parameters and name not in host.__dict__:
+            raise moved(host, name)
 
 
 def _held(module: nn.Module, name: str) -> Any:
@@ -93,8 +216,13 @@ def _meant(host: nn.Module, parts: Parts, name: str, own: Any) -> Any:
 
 def changes(parts: Parts, task: str) -> bool:
     """Return whether a task replaces weights of a host."""
+    return _changing(parts, task) is not None
+
+
+def _changing(parts: Parts, task: str) -> nn.Module | None:
+    """Return the first part of a task that replaces weights of a host; None if there is none."""
     own = parts._of(task)
-    return own is not None and any(role(part) == "weights" for part in own.values())
+    return None if own is None else next((part for part in own.values() if role(part) == "weights"), None)
 
 
 def _changed(parts: Parts, task: str, name: str, own: Any) -> Any:

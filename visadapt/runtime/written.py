@@ -40,12 +40,16 @@ class Written:
         self._dicts = [module._parameters for _, module, _ in self._slots]
         self._names = [name for _, _, name in self._slots]
 
-    def before(self) -> None:
-        """Note the parameters as they are before a forward."""
+    def before(self) -> bool:
+        """Note the parameters as they are before a forward.
+
+        Returns:
+            Whether all of them are still there.
+        """
         self._local.seen = None
         if torch._C._get_tracing_state() is not None:
             # torch.jit.trace would record what is noted as a part of the model
-            return
+            return True
         # in C, as a model may have hundreds of these
         held = list(map(dict.get, self._dicts, self._names))
         try:
@@ -54,8 +58,9 @@ class Written:
                 self._known = addresses, [tensor.detach() for tensor in held if tensor is not None]
         except (AttributeError, TypeError, RuntimeError):
             # removed ones, and those without counts or memory: of inference mode, of torch.func, on fake tensors
-            return
+            return all(tensor is not None for tensor in held)
         self._local.seen = held, versions, addresses, self._known[1]
+        return True
 
     def after(self) -> VisadaptError | None:
         """Put back what the forward replaced.

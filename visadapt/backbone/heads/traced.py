@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from visadapt.backbone.dataflow import Flow, Value
 from visadapt.backbone.heads.head import Final, Head, is_final, width_of
 from visadapt.backbone.modules import own_parameters
 from visadapt.backbone.trace import trace_flow
+from visadapt.errors import VisadaptError
 
 
 def traced_head(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Head:
@@ -27,7 +29,40 @@ def traced_head(model: nn.Module, modules: Mapping[str, nn.Module], example: Any
     Raises:
         VisadaptError: the model does not run on the example, or on any input that can be guessed.
     """
-    return head_of_flow(trace_flow(model, example)[0], modules)
+    flow, given = trace_flow(model, example)
+    return with_auxiliary(head_of_flow(flow, modules), flow, model, modules, given)
+
+
+def with_auxiliary(head: Head, flow: Flow, model: nn.Module, modules: Mapping[str, nn.Module], given: Any) -> Head:
+    """The head with the layers that give logits in train mode only.
+
+    The model is run in train mode only if it has layers as wide as the head that a forward in eval mode never reached.
+
+    Args:
+        head: as the forward in eval mode shows it.
+        flow: that forward.
+        model: the backbone.
+        modules: its modules by path.
+        given: the input of that forward.
+    """
+    reached = flow.read | {call.path for call in flow.calls}
+    width = head.width(modules) if head.finals else None
+    hidden = [p for p, m in modules.items() if p not in reached and is_final(m) and width_of(m) == width]
+    if not hidden or head.obstacle:
+        return head
+    names, finals = ", ".join(hidden), list(head.finals)
+    unknown = f"it does not use {names}, of the same width, in eval mode; if train mode does, name all with head="
+    try:
+        trained, _ = trace_flow(model, given, training=True)
+    except VisadaptError:
+        return replace(head, obstacle=unknown)
+    used = trained.read | {call.path for call in trained.calls}
+    layers = [_layers(trained, value, modules) for value in trained.outputs]
+    finals += [Final(path) for path in hidden if any(path in own for own in layers)]
+    if used & set(hidden) and finals == list(head.finals):
+        # it may be in a loss, or behind a layer that mixes its classes
+        return replace(head, obstacle=unknown)
+    return replace(head, modules=tuple(final.path for final in finals), finals=tuple(finals))
 
 
 def head_of_flow(flow: Flow, modules: Mapping[str, nn.Module]) -> Head:
