@@ -75,7 +75,7 @@ class Regime:
 REGIMES = {
     # what these take is printed by `python -m benchmarks.estimate`, given all data; see there how it is estimated
     # two cores, in the background of other work: about 10 hours for what comes first
-    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=(3, 4, 6)),
+    "cpu": Regime("cpu", 2000, 2000, 400, 1000, 64, (3, 9), (5,), seed_count=3, first=(2, 3, 4, 6)),
     # one GPU and many processes: what the budget allows, seed by seed of the first stage, then the other stages
     "cuda": Regime(
         "cuda", 2000, 2000, 500, 1500, 64, (3, 9, 20), (5, 9), text_batch=32, compile="graphs", whole=("cola",)
