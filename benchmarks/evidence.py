@@ -52,14 +52,14 @@ FULL = "full fine-tuning"
 
 BARS = {
     "image": (FULL, "linear probe", "lora r=9 where=conv", "bottleneck m=8", "convadapter"),
-    "text": (FULL, "linear probe", "bottleneck m=32", "lora r=8", "bottleneck m=8"),
+    "text": (FULL, "linear probe", "lora r=16 where=linear", "bottleneck m=8", "lora r=8"),
 }
 """What decides whether a method with at most 3.6 % of the backbone reaches full fine-tuning; the first three first."""
 
 MORE = {
     "image": ("norms only", "lora r=8", "bottleneck m=8 activation=None", "bottleneck m=8 activation=gelu", "dora",
               "mona", "colora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
-    "text": ("norms only", "bottleneck m=64", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
+    "text": ("norms only", "bottleneck m=32", "dora", "ladder", "bottleneck m=8 scale=channel drop_path=0.1"),
 }  # fmt: skip
 
 Stage = Callable[[Data, Regime], Iterator[Experiment]]

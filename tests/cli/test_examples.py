@@ -103,9 +103,14 @@ def test_example_runs_as_written(
 
     monkeypatch.setattr(text, "_bundled", few_texts)
     # hours of training: the plan is made in full, and that a plan runs is tested in the experiments
-    monkeypatch.setattr(
-        "visadapt.cli.experiment.run_experiment", lambda plan, *_, **__: list(plan.runs(lambda _: None))
-    )
+    planned: list[Any] = []
+
+    def plan_only(plan: Any, *_: Any, **__: Any) -> list[Any]:
+        planned.extend(plan.runs(lambda _: None))
+        return []
+
+    monkeypatch.setattr("visadapt.cli.experiment.run_experiment", plan_only)
+    monkeypatch.setattr("visadapt.experiments.duration.seconds_per_step", lambda *_: 1.0)
     # everything is made, on a free port of this machine, and then nothing is waited for
     monkeypatch.setattr(running, "_bound", lambda options: socket.create_server(("127.0.0.1", 0)))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
@@ -119,6 +124,7 @@ def test_example_runs_as_written(
         (place / words[words.index("--out") + 1]).unlink(missing_ok=True)
     result = CliRunner().invoke(app, words, input=source)
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    assert bool(planned) == (words[0] == "experiment")
 
 
 def test_every_command_is_shown_by_examples() -> None:
