@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 import visadapt
+from benchmarks.measure import resnet50
 from tests.methods.cases import CASES
 from tests.models import ZOO, Member, anatomy, answer, enliven, output, same, snapshot, stir
 from visadapt import (
@@ -635,6 +636,14 @@ def test_the_probe_leaves_nothing_behind_in_the_merged_model() -> None:
     visadapt.merge_error(model, merged, "default", x[:2])
     assert merged.sparse
     assert model.sparse
+
+
+def test_a_deep_network_folds_before_its_task_has_learnt() -> None:
+    model = resnet50()
+    visadapt.inject(model, Parallel(), task="task")
+    x = torch.randn(2, 3, 64, 64)
+    expected = answer(model, {"x": x}, "task")
+    assert error(visadapt.merge(model, "task", fold=True, probe=x)(x), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])

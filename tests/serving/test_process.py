@@ -104,6 +104,36 @@ def refusal(client: httpx.Client) -> str | None:
     return None
 
 
+SUPERVISOR = """
+import multiprocessing, time
+from visadapt.serving.processes import end_with_supervisor
+
+def work():
+    end_with_supervisor()
+    print("ready", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    process.join()
+"""
+
+
+def test_a_process_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "supervisor.py"
+    script.write_text(SUPERVISOR)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "ready\n"
+        supervisor.kill()
+        killed = time.monotonic()
+        # both have the pipe open: it ends when both have
+        assert supervisor.stdout.read() == ""
+        assert time.monotonic() - killed < 60
+
+
 @pytest.mark.slow
 def test_several_processes_share_a_port_and_one_that_dies_is_replaced(folder: Path, tmp_path: Path) -> None:
     token = tmp_path / "token"

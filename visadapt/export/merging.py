@@ -23,8 +23,9 @@ from visadapt.runtime.root import capture_calls
 
 log = logging.getLogger(__name__)
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Largest error, relative to the outputs, of a merge where the task changes nothing."""
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-4}
+"""Largest error, relative to the outputs, of a merge where the task changes nothing: only folding can have made it. The
+outputs of a ResNet-50 in float32 are 3·10⁻⁵ away from those in float64 themselves, on a processor with AVX-512."""
 
 LOW_ROUNDING = 0.02
 """The same for half precision."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
 from socket import socket
 from typing import Any
@@ -19,6 +22,22 @@ REPLACES = "VISADAPT_REPLACES"
 
 STARTUP_FAILED = 3
 """Status with which uvicorn ends a process whose application does not start."""
+
+
+def end_with_supervisor() -> None:
+    """Let SIGTERM end this process when the one that started it is gone: one that is killed cannot end the others.
+
+    They would go on answering at its port, and nothing would stop or replace them.
+    """
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        return
+
+    def wait() -> None:
+        supervisor.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="visadapt-supervisor", daemon=True).start()
 
 
 class Processes(Multiprocess):

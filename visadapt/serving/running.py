@@ -28,7 +28,7 @@ from visadapt.serving.guard import App
 from visadapt.serving.guard import log as requests
 from visadapt.serving.heap import trim_heap
 from visadapt.serving.limits import Limits
-from visadapt.serving.processes import REPLACES, Processes
+from visadapt.serving.processes import REPLACES, Processes, end_with_supervisor
 from visadapt.serving.server import Server
 from visadapt.serving.service import LocalService
 
@@ -164,6 +164,7 @@ def _run_processes(options: Options, say: Callable[[str], None]) -> None:
 
 def application() -> App:
     """Make the application in one of several processes."""
+    end_with_supervisor()
     options = json.loads(os.environ[_OPTIONS])
     return _application(Options(**{**options, "places": tuple(options["places"])}))
 
