@@ -65,12 +65,12 @@ def model(lent: dict[str, Any]) -> Iterator[nn.Module]:
     if "_visadapt" in model.__dict__:
         visadapt.eject(model)
     model.eval()
-    if not same(model.state_dict(), lent["state"]):
-        made.cache_clear()
-        pytest.fail("a test left other tensors in the backbone")
-    if anatomy(model) != lent["anatomy"]:
-        made.cache_clear()
+    try:
+        assert same(model.state_dict(), lent["state"]), "a test left other tensors in the backbone"
         assert anatomy(model) == lent["anatomy"], "a test left another backbone"
+    except AssertionError:
+        made.cache_clear()
+        raise
 
 
 @pytest.fixture

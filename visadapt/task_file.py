@@ -13,7 +13,7 @@ from torch import nn
 
 from visadapt.arguments import takes
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint, fingerprint_of
+from visadapt.backbone.fingerprint import backbone_tensors, differences, fingerprint, fingerprint_of, is_on_meta
 from visadapt.backbone.modules import unwrapped
 from visadapt.backbone.site import LAYOUTS, Site, Sites
 from visadapt.checks import check_choice, check_num_classes
@@ -82,7 +82,7 @@ def save(model: nn.Module, task: str, path: str | os.PathLike[str], *, notes: Ma
     check_hosts(model, task)
     backbone = unwrapped(model)
     check_nothing_else_trained(backbone, registry, task)
-    if any(t.is_meta for t in (*named_tensors(registry, task).values(), *backbone_tensors(backbone).values())):
+    if is_on_meta(backbone) or any(t.is_meta for t in named_tensors(registry, task).values()):
         raise VisadaptError(f"task {task!r} cannot be saved from the meta device: its model has no values there")
     check_filled(registry, [task])
     tensors = named_tensors(registry, task)

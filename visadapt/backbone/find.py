@@ -67,8 +67,8 @@ def _kind(example: Any) -> Any:
 def _kind_of_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype
-    # anything else may have changed inside, so it is like nothing else
-    return leaf if isinstance(leaf, bool | int | float | str | None) else object()
+    # with its class, as True == 1; anything else may have changed inside, so it is like nothing else
+    return (type(leaf), leaf) if isinstance(leaf, bool | int | float | str | None) else object()
 
 
 def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:

@@ -40,6 +40,11 @@ def backbone_tensors(model: nn.Module, packed: bool = False) -> dict[str, Tensor
     return found
 
 
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether any tensor of the backbone is on the meta device, and so has no values."""
+    return any(tensor.is_meta for tensor in backbone_tensors(model).values())
+
+
 @lru_cache(4096)
 def group_of(name: str) -> str:
     """Return the block of a tensor: its path up to the last number, or else its module (``layer1.0``, ``conv1``)."""

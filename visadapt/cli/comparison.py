@@ -54,7 +54,7 @@ def described(problem: Problem, lengths: Sequence[int]) -> list[str]:
 
 
 def conclude(results: Sequence[Result]) -> None:
-    """Print the tables of a comparison, and what they decide; nothing for other experiments."""
+    """Print the tables of a comparison, and what they decide."""
     for each in paired_tables(results):
         show(each)
     decided = []

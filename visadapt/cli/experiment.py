@@ -183,7 +183,8 @@ def experiment(
         for result in run_experiment(plan, results, engine, processes, device=device or "cpu", progress=True, say=say)
     ]
     say(f"{len(made)} results in {results}")
-    conclude(made)
+    if comparing:
+        conclude(made)
     say(f"next: visadapt report {results} --out report")
 
 

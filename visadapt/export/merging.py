@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visadapt.arguments import takes
-from visadapt.backbone.fingerprint import backbone_tensors
+from visadapt.backbone.fingerprint import is_on_meta
 from visadapt.backbone.modules import ModelT, drop_hooks, plain_copy, unwrapped
 from visadapt.errors import VisadaptError
 from visadapt.export.comparing import differences
@@ -78,7 +78,7 @@ def merge(
             f"this model is lean, {registry.lean.told}, and a merge is of its own weights: call visadapt.unlean first"
         )
     source = unwrapped(model)
-    if any(tensor.is_meta for tensor in backbone_tensors(source).values()):
+    if is_on_meta(source):
         raise VisadaptError(f"task {name!r} cannot be merged on the meta device: load the backbone's weights first")
     plain = plain_copy(source)
     check_copied(source, plain)

@@ -55,9 +55,9 @@ class TasksInUse:
 
     def __init__(self) -> None:
         self.changes = 0
-        # dicts for their order, replaced and never changed
         # whether torch's AveragedModel made this copy
         self._averages = False
+        # dicts for their order, replaced and never changed
         self._asked: dict[str, None] = {}
         self._trained: dict[str, None] = {}
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from visadapt.backbone.facts import Facts
-from visadapt.backbone.fingerprint import Digests, backbone_tensors
+from visadapt.backbone.fingerprint import Digests, is_on_meta
 from visadapt.backbone.heads import Head
 from visadapt.backbone.modules import CHILD, own_modules, relative, unwrapped
 from visadapt.backbone.rows import RowFacts
@@ -354,8 +354,7 @@ def check_filled(registry: Registry, tasks: Iterable[Any]) -> None:
         VisadaptError: one has none, though the backbone has.
     """
     if registry.unfilled:
-        on_meta = any(tensor.is_meta for tensor in backbone_tensors(registry.facts.model).values())
-        registry.unfilled.check(tasks, lambda task: named_tensors(registry, task), on_meta)
+        registry.unfilled.check(tasks, lambda task: named_tensors(registry, task), is_on_meta(registry.facts.model))
 
 
 def tasks(model: nn.Module) -> dict[str, Task]:

@@ -178,7 +178,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        # for the log: there is no client any more
+        # for the log: the client is gone
         return answered(request, ServingError("timeout", "the client left before its request was complete", "stay"))
 
     @app.exception_handler(Exception)

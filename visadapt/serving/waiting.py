@@ -38,7 +38,7 @@ class Item:
     future: Future[Any] = field(default_factory=Future)
 
     def fail(self, error: BaseException) -> None:
-        """Answer with an error, if there is no answer yet."""
+        """Answer with an error, unless it is answered already."""
         with suppress(InvalidStateError):  # answered or cancelled
             self.future.set_exception(error)
 
@@ -72,10 +72,10 @@ class WaitingQueue:
     def room(self, count: int) -> Iterator[None]:
         """Keep room for the items of a request while they are prepared.
 
-        So a request for which there is no room is refused before its inputs are decoded.
+        So the inputs of a request are decoded only if the queue takes it.
 
         Raises:
-            ServingError: there is no room (``overloaded``), or no more items are taken (``stopping``).
+            ServingError: the queue is full (``overloaded``), or takes no more items (``stopping``).
         """
         with self._changed:
             self._check(count)
@@ -94,7 +94,7 @@ class WaitingQueue:
             kept: the number of them for which the caller keeps `room`.
 
         Raises:
-            ServingError: there is no room (``overloaded``), or no more items are taken (``stopping``).
+            ServingError: the queue is full (``overloaded``), or takes no more items (``stopping``).
         """
         with self._changed:
             self._check(len(items) - kept)
